@@ -1,0 +1,61 @@
+# Everything runs from a fresh clone: Python 3.10 or newer, make, and a package registry.
+# Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# A stamp per set of extras, so that the demo does not wait for the developers' tools.
+EXAMPLES := $(VENV)/.examples
+DEV      := $(VENV)/.dev
+INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types doctest docs bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and compare (about five minutes)
+	$(BIN)/python -m examples.lic
+
+test: $(DEV)  ## run the test suite
+	$(BIN)/python -m pytest
+
+check: lint types docs doctest test  ## everything that must hold before a commit; what CI runs
+
+lint: $(DEV)  ## rules and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(DEV)  ## strict type check of the package
+	$(BIN)/python -m mypy
+
+doctest: $(DEV)  ## run every docstring example
+	$(BIN)/python -m pytest --doctest-modules moo_balance
+
+docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumented public name fails
+	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
+
+bench: $(DEV)  ## measure the cost of a balanced step against a bare loop
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove caches and outputs (the environment in .venv stays)
+	rm -rf docs/_build runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "moo_balance needs Python 3.10 or newer, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12 ..."; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(EXAMPLES): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch and the examples' libraries into $(VENV), once ..."
+	$(INSTALL) '.[examples]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch and the development tools into $(VENV), once ..."
+	$(INSTALL) '.[dev]'
+	@touch $@ $(EXAMPLES)
