@@ -1,0 +1,46 @@
+"""Checks and conversions shared by the pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Promote half precision (and integers) to float32; wider types stay as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """Promote to float64 where the device has it (Apple's "mps" does not)."""
+    return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.to(torch.float64)
+
+
+def precision(tensor: Tensor) -> float:
+    """Relative rounding unit of the entries of ``tensor``, which a later cast does not improve."""
+    dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32
+    return torch.finfo(dtype).eps
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """Refuse a Gramian that is not square, or (on the CPU, where looking is free) not finite."""
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or gramian.shape[0] == 0:
+        raise BalanceValueError(
+            "Parameter `gramian` should be a square matrix [K, K] with K >= 1. "
+            f"Found shape {tuple(gramian.shape)}. Pass the inner products of K gradients."
+        )
+    if gramian.device.type == "cpu" and not bool(torch.isfinite(gramian).all()):
+        raise BalanceValueError(
+            f"Parameter `gramian` should be finite. Found {gramian.tolist()}. "
+            "Look for a loss that diverged, or compute the Gramian in float64 if it overflowed."
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a hyper-parameter that should be a positive, finite number."""
+    if not 0.0 < value < float("inf"):
+        raise BalanceValueError(
+            f"Parameter `{name}` should be positive and finite. Found {value!r}."
+        )

@@ -1,0 +1,76 @@
+"""The equality-constrained quadratic programme in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moo_balance.functional._checks import check_gramian, precision, widest
+from moo_balance.functional.gramian import cosine_similarity, regularize, two_gradient_shares
+
+
+def analytic_qp_weights(gramian: Tensor) -> Tensor:
+    r"""Weights of the shortest affine combination of K gradients.
+
+    .. math:: \min_{\sum_i v_i = 1} v^\top Q v
+              \quad\Longrightarrow\quad v = \frac{Q^{-1} \mathbf 1}{\mathbf 1^\top Q^{-1} \mathbf 1}
+
+    The weights sum to one but may be negative or exceed one: the caller projects them. Two
+    gradients use :math:`v_1 = (q_{22} - q_{12}) / (q_{11} + q_{22} - 2 q_{12})`, which is also
+    right for parallel gradients, where :math:`Q` has no inverse. More are solved through the matrix
+    of cosines. Where that is singular, the result is the limit of the solution under a vanishing
+    ridge on the cosines. Nothing is copied to the host.
+
+    Gradients that are equal up to rounding share the weight. Zero gradients, if any, share all the
+    weight.
+
+    Args:
+        gramian: :math:`Q_{ij} = g_i^\top g_j`, shape ``[K, K]``; in the paper, of the gradients of
+            log-losses.
+
+    Returns:
+        :math:`v`, shape ``[K]``, finite, of sum 1, in the dtype of ``gramian`` or float32 if wider.
+
+    Raises:
+        BalanceValueError: ``gramian`` is not square, or (on the CPU) not finite.
+
+    Source:
+        Zhang, Duan, Huang and Zhu, "Balanced Rate-Distortion Optimization in Learned Image
+        Compression", CVPR 2025 (arXiv 2502.20161), Solution 2.
+
+    Example:
+        >>> import torch
+        >>> gramian = torch.tensor([[2.0, 4.0], [4.0, 10.0]])  # gradients (1, 1) and (3, 1)
+        >>> analytic_qp_weights(gramian)
+        tensor([ 1.5000, -0.5000])
+    """
+    check_gramian(gramian)
+    result = torch.promote_types(gramian.dtype, torch.float32)
+    if gramian.shape[0] == 1:
+        return torch.ones(1, dtype=result, device=gramian.device)
+    wide = widest(gramian.detach())
+    eps = precision(gramian)
+    if gramian.shape[0] == 2:
+        shares = two_gradient_shares(wide, eps)
+        return (shares / shares.sum()).to(result)
+    return _by_cosines(wide, eps).to(result)
+
+
+def _by_cosines(gramian: Tensor, eps: float) -> Tensor:
+    norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    zero = norms == 0
+    safe = norms.masked_fill(zero, 1.0)
+    inverse = safe.amin() / safe
+    cosines = cosine_similarity(gramian)
+    # The ridge stands well above the noise of the cosines, so that a singular matrix has a definite
+    # limit; one step of refinement then takes its first-order error away where the matrix is
+    # regular.
+    ridge = 64 * len(norms) * eps
+    factor, pivots, _ = torch.linalg.lu_factor_ex(regularize(cosines, ridge))
+    target = inverse[:, None]
+    solution = torch.linalg.lu_solve(factor, pivots, target)
+    remainder = target - cosines @ solution
+    solution = solution + torch.linalg.lu_solve(factor, pivots, remainder)
+    weights = solution[:, 0] * inverse
+    weights = weights / weights.sum()
+    return torch.where(zero.any(), zero / zero.sum().clamp(min=1), weights)

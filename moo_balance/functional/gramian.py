@@ -1,0 +1,80 @@
+"""Scale-free views of a Gramian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moo_balance.functional._checks import at_least_float32, check_gramian
+
+
+def cosine_similarity(gramian: Tensor) -> Tensor:
+    r"""Cosines of the angles between gradients, from their inner products.
+
+    .. math:: C_{ij} = \frac{G_{ij}}{\sqrt{G_{ii} G_{jj}}}
+
+    Args:
+        gramian: :math:`G`, shape ``[K, K]``, inner products of the gradients.
+
+    Returns:
+        :math:`C`, shape ``[K, K]``, symmetric, in :math:`[-1, 1]`, with ones on the diagonal. A
+        zero gradient has no direction: its cosine with every other gradient is 0, with itself 1.
+
+    Raises:
+        BalanceValueError: ``gramian`` is not square, or (on the CPU) not finite.
+
+    Example:
+        >>> import torch
+        >>> cosine_similarity(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
+        tensor([[ 1.0000, -0.5000],
+                [-0.5000,  1.0000]])
+    """
+    check_gramian(gramian)
+    gramian = at_least_float32(gramian)
+    norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    zero = norms == 0
+    safe = norms.masked_fill(zero, 1.0)
+    # Two divisions: the product of two norms may leave the range of the dtype although the cosine
+    # does not.
+    cosines = (gramian / safe[:, None] / safe).masked_fill(zero[:, None] | zero, 0.0)
+    cosines = ((cosines + cosines.T) / 2).clamp(-1.0, 1.0)
+    cosines.fill_diagonal_(1.0)
+    return cosines
+
+
+def regularize(gramian: Tensor, relative: float | Tensor) -> Tensor:
+    r"""Lengthen every gradient a little in a direction of its own.
+
+    .. math:: G' = G + \rho \operatorname{diag}(G)
+
+    The addition is relative to each gradient, so it commutes with any rescaling of the losses.
+
+    Args:
+        gramian: :math:`G`, shape ``[K, K]``.
+        relative: :math:`\rho \ge 0`, the added fraction of each squared norm (no unit).
+
+    Returns:
+        :math:`G'`, shape ``[K, K]``.
+
+    Example:
+        >>> import torch
+        >>> regularize(torch.tensor([[4.0, 2.0], [2.0, 1.0]]), 0.5)
+        tensor([[6.0000, 2.0000],
+                [2.0000, 1.5000]])
+    """
+    gramian = at_least_float32(gramian)
+    return gramian + torch.diag(gramian.diagonal() * relative)
+
+
+def two_gradient_shares(gramian: Tensor, precision: float) -> Tensor:
+    r"""Unnormalised weights :math:`(|g_2|^2 - g_1^\top g_2,\ |g_1|^2 - g_1^\top g_2)` of two.
+
+    They lead to the shortest vector on the line through both. Gradients whose difference is below
+    the relative ``precision`` of their inner products get equal shares. No value is looked at, so a
+    GPU need not wait.
+    """
+    squares = gramian.diagonal()
+    # Each share is its own difference: one minus the other would lose a share far below the other.
+    shares = squares.flip(0) - (gramian[0, 1] + gramian[1, 0]) / 2
+    same = shares.sum() <= 4 * precision * squares.sum()
+    return shares.masked_fill(same, 1.0)

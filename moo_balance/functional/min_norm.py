@@ -1,0 +1,162 @@
+"""The shortest vector in the convex hull of K gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.functional._checks import at_least_float32, check_gramian, precision, widest
+from moo_balance.functional._nnls import definite, nonnegative_quadratic
+from moo_balance.functional.gramian import cosine_similarity, two_gradient_shares
+
+
+def min_norm_weights(gramian: Tensor) -> Tensor:
+    r"""Weights of the shortest convex combination of K gradients (MGDA).
+
+    .. math:: \min_{w \ge 0,\ \sum_i w_i = 1} \; w^\top G w
+              = \Bigl\lVert \sum_i w_i g_i \Bigr\rVert^2
+
+    The direction :math:`d = \sum_i w_i g_i` conflicts with no gradient:
+    :math:`g_i^\top d \ge \lVert d \rVert^2`.
+
+    Two gradients have a closed form, which stays on the device:
+    :math:`w_1 \propto \max(\lVert g_2 \rVert^2 - g_1^\top g_2, 0)` and likewise for :math:`w_2`;
+    gradients that are equal up to rounding share the weight. More are solved exactly by a finite
+    active-set method on the CPU in float64, at the price of one copy to the host. It works on
+    cosines, so that gradients of very different length lose no digits: with :math:`C` the cosines,
+    :math:`b_i = \min_j \lVert g_j \rVert / \lVert g_i \rVert` and
+    :math:`y_i \propto w_i \lVert g_i \rVert`, the problem above becomes the non-negative least
+    squares problem
+
+    .. math:: \min_{y \ge 0} \; \tfrac12 y^\top (C + b b^\top) y - b^\top y .
+
+    Zero gradients, if any, share all the weight, and the combination is zero. When several weights
+    attain the minimum, similar gradients receive similar weights.
+
+    Args:
+        gramian: :math:`G_{ij} = g_i^\top g_j`, shape ``[K, K]``.
+
+    Returns:
+        :math:`w`, shape ``[K]``, on the simplex, on the device of ``gramian``, in its dtype or
+        float32 if wider.
+
+    Raises:
+        BalanceValueError: ``gramian`` is not square, not finite, or (for K > 2) not positive
+            semidefinite.
+        ConvergenceError: The optimality conditions do not hold to tolerance (for K > 2).
+
+    Source:
+        Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
+        Comptes Rendus Mathématique 350, 2012; closed form for two: Sener and Koltun, "Multi-Task
+        Learning as Multi-Objective Optimization", NeurIPS 2018, Algorithm 1. Their official code
+        stops at 0.999 where this reaches 1.
+
+    Example:
+        >>> import torch
+        >>> min_norm_weights(torch.tensor([[2.0, 0.0], [0.0, 6.0]]))
+        tensor([0.7500, 0.2500])
+        >>> min_norm_weights(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+        tensor([0.5714, 0.2857, 0.1429])
+    """
+    check_gramian(gramian)
+    result = torch.promote_types(gramian.dtype, torch.float32)
+    if gramian.shape[0] == 1:
+        return torch.ones(1, dtype=result, device=gramian.device)
+    if gramian.shape[0] == 2:
+        return _between_two(gramian).to(result)
+    host = gramian.detach().to("cpu", torch.float64)
+    if gramian.device.type != "cpu":
+        check_gramian(host)
+    return _on_the_host(host, precision(gramian)).to(gramian.device, result)
+
+
+def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
+    r"""How far weights are from solving the min-norm problem, free of every scale.
+
+    .. math:: \max_i \max\left(
+        \frac{\max(0,\; w^\top G w - (G w)_i)}{\lVert g_i \rVert \, \sigma},\;
+        \frac{w_i \, \lvert (G w)_i - w^\top G w \rvert}{\sigma^2}
+        \right), \qquad \sigma = \sum_j w_j \lVert g_j \rVert
+
+    The first term measures dual feasibility (no gradient may conflict with the direction), the
+    second complementary slackness (a gradient with weight is exactly as far along the direction as
+    the direction is long). Both are unchanged when all gradients are scaled together; 0/0 counts as
+    0.
+
+    Args:
+        gramian: :math:`G`, shape ``[K, K]``.
+        weights: :math:`w`, shape ``[K]``, on the simplex.
+
+    Returns:
+        The residual, a 0-d tensor; 0 at the solution, infinite when a zero gradient was left
+        without weight.
+
+    Raises:
+        BalanceValueError: ``gramian`` is not square (or on the CPU not finite), or ``weights`` does
+            not match it.
+
+    Source:
+        The Karush-Kuhn-Tucker conditions of the quadratic programme in :func:`min_norm_weights`.
+
+    Example:
+        >>> import torch
+        >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> kkt_residual(gramian, min_norm_weights(gramian))
+        tensor(0.)
+        >>> kkt_residual(gramian, torch.tensor([1.0, 0.0]))
+        tensor(0.5774)
+    """
+    check_gramian(gramian)
+    if weights.shape != gramian.shape[:1]:
+        raise BalanceValueError(
+            f"Parameter `weights` should have shape ({gramian.shape[0]},), as a row of `gramian`. "
+            f"Found shape {tuple(weights.shape)}."
+        )
+    gramian = at_least_float32(gramian)
+    weights = weights.to(gramian.dtype)
+    norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    length = weights @ norms
+    along = gramian @ weights
+    squared = weights @ along
+    infeasible = _ratio((squared - along).clamp(min=0.0), norms * length)
+    slack = _ratio(weights * (along - squared).abs(), length * length)
+    return torch.maximum(infeasible, slack).amax()
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(numerator == 0, 0.0, numerator / denominator)
+
+
+def _between_two(gramian: Tensor) -> Tensor:
+    """The closed form for two gradients, in tensor operations alone."""
+    shares = two_gradient_shares(widest(gramian.detach()), precision(gramian)).clamp(min=0.0)
+    return shares / shares.sum()
+
+
+def _on_the_host(gramian: Tensor, precision: float) -> Tensor:
+    """The active-set solution of a finite float64 Gramian on the CPU."""
+    squares = gramian.diagonal()
+    if bool((squares < 0).any()):
+        raise BalanceValueError(
+            "Parameter `gramian` should have squared norms on its diagonal. "
+            f"Found {float(squares.min()):.3e}. Pass the inner products of actual gradients."
+        )
+    zero = squares == 0
+    if bool(zero.any()):
+        return zero / zero.sum()
+    norms = squares.sqrt()
+    inverse = norms.amin() / norms
+    matrix, ridge = definite(cosine_similarity(gramian), precision)
+    scaled = nonnegative_quadratic(matrix + inverse.outer(inverse), inverse)
+    weights = scaled * inverse
+    weights = weights / weights.sum()
+    residual = float(kkt_residual(gramian, weights))
+    tolerance = 1e-9 + 4 * ridge
+    if not residual <= tolerance:
+        raise ConvergenceError(
+            f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
+            f"Found a residual of {residual:.3e} for {gramian.shape[0]} gradients. "
+            "Compute the Gramian in float64."
+        )
+    return weights
