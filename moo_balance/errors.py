@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BalanceError", "BalanceValueError", "ConvergenceError"]
+__all__ = ["BalanceError", "BalanceValueError", "ConvergenceError", "NonFiniteError"]
 
 
 class BalanceError(Exception):
@@ -14,6 +14,10 @@ class BalanceValueError(BalanceError, ValueError):
 
     The message names it, the value found, and what to do.
     """
+
+
+class NonFiniteError(BalanceValueError):
+    """A loss, or the gradient of a loss, is NaN or infinite; the message names it."""
 
 
 class ConvergenceError(BalanceError, ArithmeticError):

@@ -1,0 +1,95 @@
+"""Losses at the door: one place that says what is wrong with them, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+
+
+def check_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
+    """The losses as 0-d tensors in declared order, or an error that names the odd one out."""
+    if not isinstance(losses, Mapping):
+        raise BalanceValueError(
+            "Parameter `losses` should be a mapping from a name to a scalar tensor. "
+            f'Found {type(losses).__name__}. Write `{{"rate": rate, "distortion": distortion}}`.'
+        )
+    if not losses:
+        raise BalanceValueError(
+            "Parameter `losses` should hold at least one loss. Found none. "
+            "Skip the call for a batch without losses."
+        )
+    for name, loss in losses.items():
+        _check_name(name)
+        _check_tensor(name, loss)
+    if declared is None:
+        return {name: loss.reshape(()) for name, loss in losses.items()}
+    check_declared(losses, declared)
+    return {name: losses[name].reshape(()) for name in declared if name in losses}
+
+
+def check_declared(names: Mapping[str, object] | Sequence[str], declared: Sequence[str]) -> None:
+    """Refuse a name that was never declared."""
+    for name in names:
+        if name not in declared:
+            raise BalanceValueError(
+                f"Loss `{name}` was never declared. Found {_listed(declared)} so far. The first "
+                "call declares the names; give `names=[…]` to BalancedOptimizer if some losses "
+                "come later."
+            )
+
+
+def check_same(losses: Mapping[str, Tensor], expected: Sequence[str]) -> None:
+    """Refuse another set of losses than the one that the step was taken on."""
+    if set(losses) != set(expected):
+        raise BalanceValueError(
+            f"Parameter `losses` should hold the losses of the last backward, {_listed(expected)}. "
+            f"Found {_listed(list(losses))}."
+        )
+
+
+def check_attached(losses: Mapping[str, Tensor]) -> None:
+    """Refuse a loss that no graph leads back from."""
+    for name, loss in losses.items():
+        if not loss.requires_grad:
+            raise BalanceValueError(
+                f"Loss `{name}` should be attached to a graph. Found a tensor that requires no "
+                "gradient. Was it detached, turned into a number, or computed under no_grad?"
+            )
+
+
+def loss_vector(losses: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The values side by side on the first loss's device, shape [K], detached."""
+    device = next(iter(losses.values())).device
+    return torch.stack([loss.detach().to(device, dtype) for loss in losses.values()])
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise BalanceValueError(
+            f"Parameter `losses` should have non-empty strings as names. Found {name!r}."
+        )
+
+
+def _check_tensor(name: str, loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise BalanceValueError(
+            f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
+            "Do not call `.item()` on a loss that is to be balanced."
+        )
+    if loss.numel() != 1:
+        raise BalanceValueError(
+            f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. Reduce it, for "
+            "example with `.mean()`."
+        )
+    if not loss.is_floating_point():
+        raise BalanceValueError(
+            f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,92 @@
+"""Per-loss gradients as rows of tensors: inner products and combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Row: TypeAlias = Sequence[Tensor | None]
+"""The gradient of one loss, parameter by parameter; None where the loss does not reach it."""
+
+
+def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Gramian [K, K] of `rows` over the parameters at `columns`, accumulated in `dtype` or wider.
+
+    A pair of losses costs nothing at a parameter that either does not reach.
+    """
+    count = len(rows)
+    device = next((g.device for row in rows for g in row if g is not None), torch.device("cpu"))
+    products: list[list[list[Tensor]]] = [[[] for _ in range(count)] for _ in range(count)]
+    for column in columns:
+        reached = [
+            (k, _vector(g, dtype)) for k, row in enumerate(rows) if (g := row[column]) is not None
+        ]
+        for position, (j, left) in enumerate(reached):
+            for k, right in reached[position:]:
+                products[j][k].append(_dot(left, right))
+    zero = torch.zeros((), dtype=dtype, device=device)
+    upper = [
+        torch.stack([d.to(device) for d in products[j][k]]).sum() if products[j][k] else zero
+        for j in range(count)
+        for k in range(j, count)
+    ]
+    gramian = zero.new_zeros(count, count)
+    j, k = torch.triu_indices(count, count, device=device)
+    values = torch.stack(upper).to(dtype)
+    return gramian.index_put((j, k), values).index_put((k, j), values)
+
+
+def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor]) -> None:
+    """Add the combination of `rows` to ``.grad`` of `params`.
+
+    The rows themselves stay untouched: autograd may hand out the same memory for two parameters,
+    or memory that still belongs to somebody else.
+    """
+    factors = _factors(coefficients)
+    for column, param in enumerate(params):
+        total = None
+        for factor, row in zip(factors, rows, strict=True):
+            gradient = row[column]
+            if gradient is None:
+                continue
+            if total is None:
+                total = gradient * factor
+            elif isinstance(factor, float):
+                total.add_(gradient, alpha=factor)
+            else:
+                total.add_(gradient * factor)
+        if total is not None:
+            param.grad = total if param.grad is None else param.grad.add_(total)
+
+
+def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
+    """Plain numbers where reading them is free, 0-d tensors where it would synchronise."""
+    if coefficients.device.type != "cpu":
+        return coefficients.float().unbind()
+    numbers: list[float] = coefficients.tolist()
+    return numbers
+
+
+def _vector(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient as a real vector of at least `dtype`."""
+    if gradient.is_sparse:
+        return gradient.coalesce()
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    wide = torch.promote_types(gradient.dtype, dtype)
+    return gradient.reshape(-1).to(wide)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_sparse or right.is_sparse:
+        return (left * right).sum() if left.is_sparse and right.is_sparse else _mixed(left, right)
+    return torch.dot(left, right)
+
+
+def _mixed(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of a sparse gradient with a dense one."""
+    sparse, dense = (left, right) if left.is_sparse else (right, left)
+    return (sparse.to_dense().reshape(-1) * dense).sum()

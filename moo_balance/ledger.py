@@ -1,0 +1,248 @@
+"""All that a BalancedOptimizer remembers, in one object that is changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
+from moo_balance.monitor import Balance
+from moo_balance.reevaluation import Replay
+from moo_balance.screening import sanitized
+from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
+
+_FORMAT = 1
+
+
+@dataclass
+class Staged:
+    """What ``backward`` worked out and ``step`` will make true, or nobody will.
+
+    ``state`` covers all declared losses; ``valid`` is a flag on the device, or None where the host
+    has already looked; ``skip`` says that the step must not be taken.
+    """
+
+    names: tuple[str, ...]
+    present: tuple[str, ...]
+    state: State
+    valid: Tensor | None = None
+    skip: bool = False
+    combined: bool = False
+    replay: Replay | None = None
+
+
+class Draft(NamedTuple):
+    """What a weighting proposes, before anybody has agreed."""
+
+    weighted: Weighted
+    staged: Staged
+
+
+@dataclass
+class Ledger:
+    """Names, committed state, the staged step, and the last figures.
+
+    Frameworks that stand in for an optimizer (Lightning) share its attributes but not later
+    assignments to them; whoever holds this object sees everything.
+    """
+
+    weighting: Weighting
+    names: tuple[str, ...] | None = None
+    state: State | None = None
+    steps: int = 0
+    skipped: int = 0
+    staged: Staged | None = None
+    awaiting: tuple[str, ...] | None = None
+    balance: Balance = field(default_factory=Balance)
+    faults: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def due(self) -> bool:
+        """Does this step gather the costly evidence?"""
+        return self.steps % self.weighting.every == 0
+
+    def opening(
+        self, present: Sequence[str], device: torch.device
+    ) -> tuple[tuple[str, ...], State]:
+        """Declared names and committed state; those a first step would start from, if none yet."""
+        names = self.names or tuple(present)
+        return names, self.weighting.init(names, device) if self.state is None else self.state
+
+    def draft(
+        self,
+        statistics: Statistics,
+        names: tuple[str, ...],
+        state: State,
+        faults: Tensor | None = None,
+    ) -> Draft:
+        """Ask the weighting; nothing of it is committed, nor even staged.
+
+        `faults` [K] are flags on the device: where one is set the state stays as it is.
+        """
+        index = _positions(names, statistics.names, statistics.losses.device)
+        bounds = self.weighting.lower_bounds(statistics.names)
+        valid = self._note(statistics.names, faults)
+        weighted = self.weighting.weights(sanitized(statistics, bounds, valid), _take(state, index))
+        following = _masked(valid, _put(state, weighted.state, index), state)
+        return Draft(weighted, Staged(names, statistics.names, following, valid))
+
+    def commit(self) -> None:
+        """The step was taken: what was staged is now true."""
+        staged = self.staged
+        assert staged is not None
+        if self.weighting.observes_step and self.due:
+            self.awaiting = staged.present
+        self.names, self.state, self.staged = staged.names, staged.state, None
+        self.steps += 1
+
+    def reset(self) -> None:
+        """Start afresh; the names stay."""
+        self.state = self.staged = self.awaiting = None
+        self.steps = self.skipped = 0
+        self.faults.clear()
+
+    def drop(self) -> None:
+        """The step will not be taken."""
+        self.staged = None
+        self.skipped += 1
+
+    def observe(self, statistics: Statistics, faults: Tensor | None = None) -> None:
+        """Show the weighting the losses after the committed step."""
+        assert self.names is not None and self.state is not None
+        index = _positions(self.names, statistics.names, statistics.losses.device)
+        bounds = self.weighting.lower_bounds(statistics.names)
+        valid = self._note(statistics.names, faults)
+        seen = self.weighting.observe(
+            sanitized(statistics, bounds, valid), _take(self.state, index)
+        )
+        self.state = _masked(valid, _put(self.state, seen, index), self.state)
+        self.awaiting = None
+
+    def _note(self, names: tuple[str, ...], faults: Tensor | None) -> Tensor | None:
+        """Count faults on the device, for a report when the host looks; is there none?"""
+        if faults is None:
+            return None
+        self.faults[names] = self.faults.get(names, 0) + faults
+        return ~faults.any()
+
+    def check_faults(self) -> None:
+        """Report, and forget, what was masked on the device since the last look."""
+        counts = [
+            (name, count)
+            for names, found in self.faults.items()
+            for name, count in zip(names, found.tolist(), strict=True)
+            if count
+        ]
+        self.faults.clear()
+        if counts:
+            name, count = counts[0]
+            raise NonFiniteError(
+                f"Loss `{name}` or its gradient should be finite and above its bound. Found "
+                f"{count} steps since the last look where it was not; the balance kept its state "
+                'in them. Lower the learning rate, or pass nonfinite="skip".'
+            )
+
+    def check_observed(self) -> None:
+        """Refuse to go on when a method that watches the step was shown nothing."""
+        if self.awaiting is not None:
+            method = type(self.weighting).__name__
+            raise BalanceError(
+                f"{method} has to see the losses of the same batch after the step. Found another "
+                "backward instead. One of three: give a closure to `backward` or `step`, call "
+                f"`observe(losses)` after `step`, or choose {method}(lagged=True), which takes the "
+                "next batch's losses."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Committed state as tensors and primitives."""
+        return {
+            "format": _FORMAT,
+            "weighting": type(self.weighting).__name__,
+            "names": list(self.names or ()),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "awaiting": None if self.awaiting is None else list(self.awaiting),
+            "state": {key: value.clone() for key, value in (self.state or {}).items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Take over a saved state, or raise and keep the present one."""
+        names, state = self.checked(saved, device)
+        self.names, self.state = names, state
+        self.steps, self.skipped = int(saved["steps"]), int(saved["skipped"])
+        self.awaiting = None if saved["awaiting"] is None else tuple(saved["awaiting"])
+        self.staged = None
+
+    def checked(
+        self, saved: Mapping[str, Any], device: torch.device
+    ) -> tuple[tuple[str, ...] | None, State | None]:
+        """Names and state of a checkpoint, once they fit this weighting and these losses."""
+        missing = self.state_dict().keys() - saved.keys()
+        if missing or saved["format"] != _FORMAT:
+            raise BalanceValueError(
+                f"Entry `balance` of the state dict should have format {_FORMAT}. Found "
+                f"{saved.get('format')!r}{f' without `{min(missing)}`' if missing else ''}. It was "
+                "written by another version of moo_balance; remove the entry to start afresh."
+            )
+        method = type(self.weighting).__name__
+        if saved["weighting"] != method:
+            raise BalanceValueError(
+                f"Entry `balance` of the state dict should come from {method}. Found "
+                f'{saved["weighting"]}. Remove the entry (`state_dict.pop("balance")`) to carry '
+                "on with the wrapped optimizer's state alone."
+            )
+        if not saved["names"]:
+            return self.names, None
+        names = tuple(saved["names"])
+        if self.names is not None and set(self.names) != set(names):
+            raise BalanceValueError(
+                f"Entry `balance` of the state dict should speak of the losses {list(self.names)}. "
+                f"Found {list(names)}. Give the losses the names of the run that was saved."
+            )
+        return names, self._checked_state(saved["state"], names, device)
+
+    def _checked_state(
+        self, saved: Mapping[str, Tensor], names: tuple[str, ...], device: torch.device
+    ) -> State:
+        fresh = self.weighting.init(names, device)
+        found = {key: tuple(value.shape) for key, value in saved.items()}
+        expected = {key: tuple(value.shape) for key, value in fresh.items()}
+        if found != expected:
+            raise BalanceValueError(
+                f"Entry `balance` of the state dict should hold {expected} for {self.weighting}. "
+                f"Found {found}. It was saved with other settings."
+            )
+        return {key: saved[key].clone().to(value) for key, value in fresh.items()}
+
+
+def _positions(names: Sequence[str], present: Sequence[str], device: torch.device) -> Tensor | None:
+    """Where the present losses stand among the declared ones; None when all are there."""
+    if len(names) == len(present):
+        return None
+    return torch.tensor([names.index(name) for name in present], device=device)
+
+
+def _take(state: State, index: Tensor | None) -> State:
+    if index is None:
+        return state
+    return {key: value[index] if value.ndim else value for key, value in state.items()}
+
+
+def _put(state: State, part: State, index: Tensor | None) -> State:
+    if index is None:
+        return part
+    return {
+        key: state[key].index_copy(0, index, value) if value.ndim else value
+        for key, value in part.items()
+    }
+
+
+def _masked(valid: Tensor | None, following: State, before: State) -> State:
+    """`following` where the step was valid, decided on the device."""
+    if valid is None:
+        return following
+    return {key: torch.where(valid, value, before[key]) for key, value in following.items()}

@@ -1,0 +1,105 @@
+"""Seeing the same batch again under the same conditions: random numbers, buffers, no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class RandomState:
+    """The state of torch's random streams: the host's, and those of the devices in use."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._host = torch.get_rng_state()
+        self._devices = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in set(devices)
+            if device.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        """Set the streams back to where they were."""
+        torch.set_rng_state(self._host)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices whose streams are held."""
+        return list(self._devices)
+
+
+@contextmanager
+def same_conditions(before: RandomState) -> Iterator[None]:
+    """Run a forward pass again as it ran from `before`: common random numbers, no gradient.
+
+    Dropout and quantisation noise repeat, so that a difference in the losses is due to the step
+    alone. Running statistics of modules in training mode (BatchNorm, codebooks) and the random
+    streams leave as they came: training goes on as if nobody had looked.
+    """
+    after = RandomState(before.devices)
+    before.restore()
+    try:
+        with torch.no_grad(), _buffers_kept():
+            yield
+    finally:
+        after.restore()
+
+
+class Replay:
+    """A closure, and the random numbers it began with."""
+
+    def __init__(self, closure: Callable[[], Any], devices: Iterable[torch.device]) -> None:
+        self._closure = closure
+        self._before = RandomState(devices)
+
+    def first(self) -> Any:
+        """Evaluate for training, with a graph."""
+        with torch.enable_grad():
+            return self._closure()
+
+    def again(self) -> Any:
+        """Evaluate once more under the same conditions."""
+        with same_conditions(self._before):
+            return self._closure()
+
+
+class _Kept(NamedTuple):
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    version: int
+    copy: Tensor
+
+
+@contextmanager
+def _buffers_kept() -> Iterator[None]:
+    """Put back the buffers of every module that runs inside."""
+    known: set[nn.Module] = set()
+    kept: list[_Kept] = []
+
+    def keep(root: nn.Module, _: Any) -> None:
+        # The outermost module that runs brings its children along: compiled ones call no hooks.
+        for module in [] if root in known else root.modules():
+            if module in known:
+                continue
+            known.add(module)
+            kept.extend(
+                _Kept(module, name, buffer, buffer._version, buffer.clone())
+                for name, buffer in (module._buffers.items() if module.training else ())
+                if buffer is not None
+            )
+
+    handle = nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, name, buffer, version, copy in kept:
+            if buffer._version != version:
+                buffer.copy_(copy)
+            module._buffers[name] = buffer

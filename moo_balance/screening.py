@@ -1,0 +1,77 @@
+"""Values that must not reach the balance: not finite, or below a bound.
+
+On the host they are looked at and named at once. On an accelerator looking would make the host
+wait, so there the answer stays on the device as a flag, and masks the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError, NonFiniteError
+from moo_balance.weighting.base import Statistics
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Is reading this tensor free of synchronisation?"""
+    return tensor.device.type == "cpu"
+
+
+def faulty_losses(statistics: Statistics, bounds: Sequence[float], method: str) -> Tensor | None:
+    """Which losses [K] are not finite or not above their bound, as flags on the device.
+
+    On the host there is nothing to carry on: None, or an error.
+    """
+    losses = statistics.losses
+    if not on_host(losses):
+        return ~(losses.isfinite() & (losses > losses.new_tensor(bounds)))
+    for name, value, bound in zip(statistics.names, losses.tolist(), bounds, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"Loss `{name}` should be finite. Found {value}. Skip the batch, lower the "
+                'learning rate, or pass nonfinite="skip" to skip such steps.'
+            )
+        if not value > bound:
+            raise BalanceValueError(
+                f"Loss `{name}` should be above {bound:g}, because {method} works with its "
+                f"distance from there. Found {value:g}. Give {method} a lower bound or a shift if "
+                "it has one, or a loss that stays above."
+            )
+    return None
+
+
+def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
+    """Which gradients [K] are not finite; under a loss scaler never an error, it handles them."""
+    gramian = statistics.gramian
+    assert gramian is not None
+    finite = gramian.diagonal().isfinite()
+    if not on_host(gramian):
+        return ~finite
+    if bool(finite.all()):
+        return None
+    if scaled:
+        return ~finite
+    name = statistics.names[int((~finite).nonzero()[0])]
+    raise NonFiniteError(
+        f"The gradient of loss `{name}` should be finite. Found NaN or infinity in it. Look for a "
+        "square root or a division at zero, train under a GradScaler if this is float16, or pass "
+        'nonfinite="skip" to skip such steps.'
+    )
+
+
+def sanitized(statistics: Statistics, bounds: Sequence[float], valid: Tensor | None) -> Statistics:
+    """Harmless figures in place of faulty ones, so that a masked step can run through the maths."""
+    if valid is None:
+        return statistics
+    safe = [bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds]
+    losses = torch.where(valid, statistics.losses, statistics.losses.new_tensor(safe))
+    gramian = statistics.gramian
+    if gramian is not None:
+        identity = torch.eye(len(safe), dtype=gramian.dtype, device=gramian.device)
+        gramian = torch.where(valid, gramian, identity)
+    return replace(statistics, losses=losses, gramian=gramian)

@@ -1,0 +1,38 @@
+"""One file per published method; each a frozen dataclass of hyper-parameters."""
+
+from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
+from moo_balance.weighting.base import (
+    GramianWeighting,
+    State,
+    Statistics,
+    Weighted,
+    Weighting,
+)
+from moo_balance.weighting.famo import FAMO
+from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
+from moo_balance.weighting.mgda import MGDA
+from moo_balance.weighting.random_weights import RandomWeights
+from moo_balance.weighting.tchebycheff import (
+    OnlineTchebycheff,
+    SmoothTchebycheff,
+    Tchebycheff,
+)
+
+__all__ = [
+    "FAMO",
+    "MGDA",
+    "AnalyticQP",
+    "BalancedTrajectory",
+    "FixedWeights",
+    "GramianWeighting",
+    "OnlineTchebycheff",
+    "RandomWeights",
+    "SmoothTchebycheff",
+    "State",
+    "Statistics",
+    "Sum",
+    "SumLog",
+    "Tchebycheff",
+    "Weighted",
+    "Weighting",
+]

@@ -1,0 +1,183 @@
+"""The two solutions of Balanced Rate-Distortion Optimization, for any number of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moo_balance.functional import (
+    analytic_qp_weights,
+    min_norm_weights,
+    project_simplex,
+    scale_gramian,
+)
+from moo_balance.weighting.base import (
+    GramianWeighting,
+    State,
+    Statistics,
+    Weighted,
+    Weighting,
+    check_choice,
+    check_every,
+    check_range,
+    log_coefficients,
+)
+from moo_balance.weighting.famo import FAMO
+
+
+@dataclass(frozen=True)
+class BalancedTrajectory(Weighting):
+    r"""Solution 1 of Balanced R-D: :class:`FAMO` on :math:`\log(1 + L_i)`, to train from scratch.
+
+    The update is FAMO's with :math:`D_i = L_i + 1` and no lower bounds. The defaults are the
+    paper's constants with the descent and the shift of what appears to be the authors' code.
+    As published:
+
+    * paper, Algorithm 1: ``BalancedTrajectory(logits="sgd")`` (it prints :math:`L_i` where its
+      footnote says :math:`1 + L_i`);
+    * code: ``BalancedTrajectory(decay=3e-3)``, the default of its command line.
+
+    Keep the shift for a codec. :math:`\log R` of a rate is unbounded below, and without the shift
+    training was seen to collapse to zero bits; the log also removes every constant factor, so that
+    :math:`\lambda` in :math:`\lambda D` acts through :math:`\lambda D + 1` alone.
+
+    Coefficients: sum to 1.
+
+    Args:
+        lr: :math:`\beta > 0`. Default 0.025 (paper, Section 4.1).
+        decay: :math:`\gamma \ge 0`. Default 1e-3 (paper, Section 4.1, chosen from a grid 0 … 0.015;
+            0 did not converge there).
+        shift: Added to each loss before the logarithm. Default 1 (paper's footnote, and code).
+        logits: ``"adam"`` (default, code) or ``"sgd"`` (paper); see :class:`FAMO`.
+        every: Watch each n-th step only. Default 1 (paper).
+        lagged: Use the next batch's losses instead of an evaluation. Default False (paper).
+
+    Raises:
+        BalanceValueError: As :class:`FAMO`.
+
+    Source: Zhang, Duan, Huang, Zhu, *Balanced Rate-Distortion Optimization in Learned Image
+    Compression* (CVPR 2025), arXiv 2502.20161, Section 3.2.
+
+    Example:
+        >>> from moo_balance import BalancedTrajectory
+        >>> BalancedTrajectory(decay=3e-3).shift
+        1.0
+    """
+
+    lr: float = 0.025
+    decay: float = 1e-3
+    shift: float = 1.0
+    logits: Literal["adam", "sgd"] = "adam"
+    every: int = 1
+    lagged: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "shift", 0.0)
+        _ = self._famo  # it checks the rest
+
+    @property
+    def _famo(self) -> FAMO:
+        return FAMO(
+            lr=self.lr,
+            decay=self.decay,
+            shift=self.shift,
+            logits=self.logits,
+            every=self.every,
+            lagged=self.lagged,
+        )
+
+    @property
+    def observes_step(self) -> bool:
+        return not self.lagged
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        return [-self.shift] * len(names)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        return self._famo.init(names, device)
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        return self._famo.weights(statistics, state)
+
+    def observe(self, statistics: Statistics, state: State) -> State:
+        return self._famo.observe(statistics, state)
+
+
+@dataclass(frozen=True)
+class AnalyticQP(GramianWeighting):
+    r"""Solution 2 of Balanced R-D: weights in closed form, for fine-tuning.
+
+    With :math:`D_i = L_i + s`, log gradients :math:`a_i = g_i / D_i` and
+    :math:`Q_{ij} = a_i \cdot a_j`,
+
+    .. math::
+        v = \frac{Q^{-1} \mathbf 1}{\mathbf 1^\top Q^{-1} \mathbf 1}, \qquad
+        w = \Pi(v), \qquad
+        d = c \sum_i w_i a_i, \qquad
+        c = \Big(\sum_i \frac{w_i}{D_i}\Big)^{-1}
+
+    :math:`v` is the shortest affine combination of the log gradients; it may leave the simplex,
+    and :math:`\Pi` brings it back:
+
+    * ``"softmax"`` (paper): not a projection. For two losses and :math:`v \in [0, 1]` it keeps both
+      weights in [0.27, 0.73], and that is what protects a codec: the shortest combination gives
+      the distortion nothing, and training collapses.
+    * ``"simplex"``: the nearest point of the simplex, which the paper leaves to future work.
+    * ``"exact"``: the quadratic programme with its constraint, hence the min-norm point of the log
+      gradients (:class:`MGDA` with ``normalize="log"`` and a shift).
+
+    Parallel, equal and zero gradients all have finite weights; see
+    :func:`~moo_balance.functional.analytic_qp_weights`.
+
+    Coefficients: sum to 1 with `renormalize`; :math:`w_i / D_i` without.
+
+    Args:
+        projection: :math:`\Pi`, one of the above. Default ``"softmax"`` (paper, Eq. 13).
+        shift: :math:`s \ge 0`. Default 1 (paper's footnote).
+        renormalize: Multiply by :math:`c`. Default True (paper).
+        every: Solve each n-th step only, and keep :math:`w` in between. Default 1 (paper).
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
+            not above :math:`-s`.
+
+    Source: arXiv 2502.20161, Section 3.3, Algorithm 2.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import AnalyticQP
+        >>> from moo_balance.weighting import Statistics
+        >>> gramian = torch.tensor([[2.0, 4.0], [4.0, 10.0]])  # g1 = (1, 1), g2 = (3, 1)
+        >>> statistics = Statistics(("a", "b"), torch.ones(2), gramian)
+        >>> AnalyticQP(shift=0.0).weights(statistics, {}).weights
+        tensor([0.8808, 0.1192])
+        >>> AnalyticQP(shift=0.0, projection="exact").weights(statistics, {}).weights
+        tensor([1., 0.])
+    """
+
+    projection: Literal["softmax", "simplex", "exact"] = "softmax"
+    shift: float = 1.0
+    renormalize: bool = True
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice(self, "projection", ("softmax", "simplex", "exact"))
+        check_range(self, "shift", 0.0)
+        check_every(self)
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        return [-self.shift] * len(names)
+
+    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
+        log_gramian = scale_gramian(gramian, statistics.losses + self.shift)
+        if self.projection == "exact":
+            return min_norm_weights(log_gramian)
+        affine = analytic_qp_weights(log_gramian)
+        return torch.softmax(affine, 0) if self.projection == "softmax" else project_simplex(affine)
+
+    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
+        return log_coefficients(weights, statistics.losses + self.shift, self.renormalize)

@@ -1,0 +1,138 @@
+"""Weightings that look at no gradient and remember nothing: the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moo_balance.weighting.base import (
+    PerLoss,
+    State,
+    Statistics,
+    Weighted,
+    Weighting,
+    check_names,
+    check_range,
+    freeze_mappings,
+    log_coefficients,
+    named_tensor,
+    named_values,
+)
+
+
+@dataclass(frozen=True)
+class Sum(Weighting):
+    r"""The plain sum of the losses: what most training loops do.
+
+    .. math:: d = \sum_i g_i
+
+    Coefficients: K ones (they sum to K), so that ``Sum`` is ``sum(losses).backward()``.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import BalancedOptimizer, Sum
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), Sum())
+        >>> _ = optimizer.backward({"a": w[0] ** 2, "b": w.sum()})
+        >>> w.grad
+        tensor([3., 1.])
+    """
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        ones = torch.ones_like(statistics.losses)
+        return Weighted(ones, ones, state)
+
+
+@dataclass(frozen=True)
+class FixedWeights(Weighting):
+    r"""A weighted sum of the losses with constant weights, by name.
+
+    .. math:: d = \sum_i w_i g_i
+
+    Coefficients: the weights as given, not normalised. Any finite number is allowed, so that an
+    adversarial term can carry a minus sign.
+
+    Args:
+        values: Weight of each loss, by name; every loss needs one.
+
+    Raises:
+        BalanceValueError: A weight is not finite, or the names are not those of the losses.
+
+    Example:
+        >>> from moo_balance import FixedWeights
+        >>> FixedWeights({"rate": 1.0, "distortion": 0.5})
+        FixedWeights(values={'rate': 1.0, 'distortion': 0.5})
+    """
+
+    values: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        freeze_mappings(self)
+        check_range(self, "values", -float("inf"))
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("values", self.values, names, complete=True)
+        return {}
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        weights = named_tensor(self.values, statistics)
+        return Weighted(weights, weights, state)
+
+
+@dataclass(frozen=True)
+class SumLog(Weighting):
+    r"""The sum of log losses, indifferent to the scale of each.
+
+    .. math::
+        d = c \sum_i \frac{g_i}{D_i}, \qquad D_i = L_i - b_i + s_i, \qquad
+        c = \Big(\sum_i \frac{1}{D_i}\Big)^{-1}
+
+    Its stationary points are those that FAMO reaches whenever its logit decay is positive (FAMO,
+    Section 3), so it is the baseline that any log-loss method should be shown against.
+
+    Coefficients: sum to 1 with `renormalize`, as for all log methods here; without it they are
+    :math:`1/D_i`, the "scale-invariant" baseline as published with FAMO and Nash-MTL.
+
+    Args:
+        bounds: :math:`b_i`, a number or one per name. Default 0 (FAMO's code).
+        shift: :math:`s_i`, likewise. Default 0; 1 makes it :math:`\log(1 + L)`.
+        renormalize: Multiply by :math:`c`. Default True, so that the log methods share one scale.
+
+    Raises:
+        BalanceValueError: From ``backward``, when a loss is not above :math:`b_i - s_i`.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import SumLog
+        >>> from moo_balance.weighting import Statistics
+        >>> losses = torch.tensor([0.5, 2.0])
+        >>> SumLog().weights(Statistics(("a", "b"), losses), {}).coefficients
+        tensor([0.8000, 0.2000])
+    """
+
+    bounds: PerLoss = 0.0
+    shift: PerLoss = 0.0
+    renormalize: bool = True
+
+    def __post_init__(self) -> None:
+        freeze_mappings(self)
+        check_range(self, "bounds", -float("inf"))
+        check_range(self, "shift", -float("inf"))
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("bounds", self.bounds, names)
+        check_names("shift", self.shift, names)
+        return {}
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        pairs = zip(named_values(self.bounds, names), named_values(self.shift, names), strict=True)
+        return [bound - shift for bound, shift in pairs]
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        gaps = statistics.losses - statistics.losses.new_tensor(self.lower_bounds(statistics.names))
+        weights = torch.full_like(gaps, 1.0 / len(gaps))
+        if self.renormalize:
+            return Weighted(weights, log_coefficients(weights, gaps), state)
+        return Weighted(weights, 1.0 / gaps, state)

@@ -1,0 +1,80 @@
+"""MGDA: the shortest vector in the convex hull of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from moo_balance.functional import gradient_scales, min_norm_weights, scale_gramian
+from moo_balance.weighting.base import (
+    GramianWeighting,
+    Statistics,
+    check_choice,
+    check_every,
+    log_coefficients,
+)
+
+
+@dataclass(frozen=True)
+class MGDA(GramianWeighting):
+    r"""Multiple-Gradient Descent: descend along the min-norm point of the gradients' convex hull.
+
+    .. math::
+        w = \arg\min_{w \in \Delta} \Big\| \sum_i w_i \frac{g_i}{n_i} \Big\|^2, \qquad
+        d = \sum_i w_i g_i
+
+    Without normalisation :math:`d` decreases every loss, or is zero at a Pareto-stationary point.
+    The solution is exact for any K (:func:`~moo_balance.functional.min_norm_weights`), where the
+    usual codes stop an iteration early.
+
+    `normalize` chooses :math:`n_i`: None 1, ``"l2"`` :math:`\|g_i\|`, ``"loss"`` :math:`L_i`,
+    ``"loss+"`` :math:`L_i \|g_i\|`. The weights are then applied to the raw gradients, as Sener and
+    Koltun do (LibMTL applies them to the normalised ones, another direction). ``"log"`` takes
+    :math:`\nabla \log L_i` on both sides, :math:`d = c \sum_i w_i g_i / L_i` with
+    :math:`c = 1/\sum_i (w_i / L_i)`: the direction of equal relative improvement.
+
+    Coefficients: sum to 1.
+
+    Args:
+        normalize: One of the above. Default None (Désidéri 2012).
+        every: Solve each n-th step only, and keep :math:`w` in between. Default 1.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is not
+            positive and the normalisation divides by it.
+        ConvergenceError: The solver missed its tolerance (never seen; it would say by how much).
+
+    Source: Désidéri, *Multiple-gradient descent algorithm* (2012); Sener & Koltun, *Multi-Task
+    Learning as Multi-Objective Optimization* (NeurIPS 2018), arXiv 1810.04650.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import MGDA
+        >>> from moo_balance.weighting import Statistics
+        >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> MGDA().weights(Statistics(("a", "b"), torch.ones(2), gramian), {}).weights
+        tensor([0.7500, 0.2500])
+    """
+
+    normalize: Literal["l2", "loss", "loss+", "log"] | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
+        check_every(self)
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        bound = -float("inf") if self.normalize in (None, "l2") else 0.0
+        return [bound] * len(names)
+
+    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
+        scales = gradient_scales(statistics.losses, gramian, self.normalize)
+        return min_norm_weights(scale_gramian(gramian, scales))
+
+    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
+        if self.normalize == "log":
+            return log_coefficients(weights, statistics.losses)
+        return weights

@@ -1,0 +1,299 @@
+"""Tchebycheff scalarizations: minimise the worst of the weighted losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+from moo_balance.functional import (
+    project_simplex,
+    smooth_tchebycheff,
+    smooth_tchebycheff_log,
+    tchebycheff,
+)
+from moo_balance.weighting.base import (
+    PerLoss,
+    State,
+    Statistics,
+    Weighted,
+    Weighting,
+    check_choice,
+    check_names,
+    check_range,
+    filled,
+    freeze_mappings,
+    named_tensor,
+    named_values,
+    normalized_preference,
+)
+
+
+@dataclass(frozen=True)
+class Tchebycheff(Weighting):
+    r"""The weighted Tchebycheff scalarization: only the worst loss is trained.
+
+    .. math::
+        g(L) = \max_i \lambda_i (L_i - z_i) + \rho \sum_i \lambda_i (L_i - z_i)
+
+    Every Pareto-optimal point, of a non-convex front too, minimises it for some preference
+    :math:`\lambda`. Losses that tie for the maximum share it equally.
+
+    Coefficients: :math:`\partial g / \partial L_i`, that is :math:`\lambda_j` on the worst loss
+    plus :math:`\rho \lambda`. With equal preferences they sum to :math:`1/K + \rho`.
+
+    Args:
+        preference: :math:`\lambda_i > 0` by name, scaled to sum 1. Default None: equal.
+        ideal: :math:`z_i`, a number, one per name, or ``"running"`` for the least value each loss
+            has had so far. Default 0.
+        augment: :math:`\rho \ge 0`. Default 0 (classic); a small value such as 0.1 (libmoon's ASF)
+            rules out weakly Pareto-optimal points.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range or names no loss.
+
+    Source: Bowman (1976); Steuer & Choo (1983) for the augmented form.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import Tchebycheff
+        >>> from moo_balance.weighting import Statistics
+        >>> statistics = Statistics(("a", "b"), torch.tensor([0.5, 2.0]))
+        >>> Tchebycheff().weights(statistics, {}).coefficients
+        tensor([0.0000, 0.5000])
+    """
+
+    preference: Mapping[str, float] | None = None
+    ideal: PerLoss | Literal["running"] = 0.0
+    augment: float = 0.0
+
+    def __post_init__(self) -> None:
+        freeze_mappings(self)
+        _check_preference(self)
+        if self.ideal != "running":
+            check_range(self, "ideal", -math.inf)
+        check_range(self, "augment", 0.0)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        check_names("ideal", self.ideal, names)
+        return {"ideal": filled(math.inf, len(names), device)} if self.ideal == "running" else {}
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        if isinstance(self.ideal, str):
+            ideal = torch.minimum(state["ideal"], statistics.losses.to(state["ideal"]))
+            state = {"ideal": ideal}
+        else:
+            ideal = named_tensor(self.ideal, statistics)
+        preference = normalized_preference(self.preference, statistics)
+        coefficients = tchebycheff(statistics.losses, preference, ideal, self.augment)
+        return Weighted(coefficients / coefficients.sum(), coefficients, state)
+
+
+@dataclass(frozen=True)
+class SmoothTchebycheff(Weighting):
+    r"""Smooth Tchebycheff: a log-sum-exp in place of the maximum.
+
+    .. math::
+        g_\mu(L) = \mu \log \sum_i \exp\Big(\frac{\lambda_i}{\mu}\,
+        \frac{L_i - z_i}{n_i - z_i}\Big)
+
+    lies between the maximum and the maximum plus :math:`\mu \log K`. Small :math:`\mu` follows
+    the worst loss, large :math:`\mu` the weighted sum. With `log`, the form published for
+    multi-task learning,
+
+    .. math::
+        K \mu \log \sum_i \exp\Big(\frac{K \lambda_i}{\mu} \log \frac{L_i - z_i}{n_i - z_i}\Big).
+
+    Coefficients: the partial derivatives; with neither nadir nor `log`,
+    :math:`\lambda_i \operatorname{softmax}_i`, which for equal preferences sum to :math:`1/K`.
+
+    Args:
+        mu: :math:`\mu > 0`. Default 0.1 (libmoon; the papers try 0.01 … 1, the multi-task code
+            uses 1, where the log form is no longer close to a maximum).
+        preference: :math:`\lambda_i > 0` by name, scaled to sum 1. Default None: equal.
+        ideal: :math:`z_i`, a number or one per name. Default 0.
+        nadir: :math:`n_i > z_i`, a number or one per name. Default None: no division.
+        warmup_steps: For so many steps descend on :math:`\sum_i \log (L_i - z_i)` and take the mean
+            of each loss over them as its nadir. Default 0 (off). The published code counts epochs
+            (4) and averages over the last of them.
+        log: The logarithmic form. Default False.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range, `nadir` and `warmup_steps` are both
+            given; from ``backward``, when a loss is not above its ideal where a log is taken.
+
+    Source: Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*
+    (ICML 2024), arXiv 2402.19078.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import SmoothTchebycheff
+        >>> from moo_balance.weighting import Statistics
+        >>> statistics = Statistics(("a", "b"), torch.tensor([1.0, 1.2]))
+        >>> SmoothTchebycheff(mu=0.1).weights(statistics, {}).weights
+        tensor([0.2689, 0.7311])
+    """
+
+    mu: float = 0.1
+    preference: Mapping[str, float] | None = None
+    ideal: PerLoss = 0.0
+    nadir: PerLoss | None = None
+    warmup_steps: int = 0
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        freeze_mappings(self)
+        check_range(self, "mu", 0.0, open=True)
+        _check_preference(self)
+        check_range(self, "ideal", -math.inf)
+        if self.nadir is not None:
+            check_range(self, "nadir", -math.inf)
+            self._check_nadir()
+        if not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise BalanceValueError(
+                "Parameter `warmup_steps` of SmoothTchebycheff should be a whole number of steps, "
+                f"at least 0. Found {self.warmup_steps!r}."
+            )
+        if self.nadir is not None and self.warmup_steps:
+            raise BalanceValueError(
+                "Parameters `nadir` and `warmup_steps` of SmoothTchebycheff should not both be "
+                "given: the warm-up measures the nadir. Leave one out."
+            )
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        if self.log or self.warmup_steps:
+            return named_values(self.ideal, names)
+        return [-math.inf] * len(names)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        check_names("ideal", self.ideal, names)
+        check_names("nadir", self.nadir, names, complete=True)
+        if not self.warmup_steps:
+            return {}
+        return {key: filled(0.0, len(names), device) for key in ("nadir", "seen")}
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        if statistics.step < self.warmup_steps:
+            return self._warm_up(statistics, state)
+        losses, ideal = statistics.losses, named_tensor(self.ideal, statistics)
+        preference = normalized_preference(self.preference, statistics)
+        nadir = self._nadir(statistics, state)
+        if self.log:
+            span = torch.ones_like(losses) if nadir is None else nadir - ideal
+            coefficients = smooth_tchebycheff_log(losses - ideal, preference, span, self.mu)
+        else:
+            coefficients = smooth_tchebycheff(losses, preference, ideal, nadir, self.mu)
+        return Weighted(coefficients / coefficients.sum(), coefficients, state)
+
+    def _warm_up(self, statistics: Statistics, state: State) -> Weighted:
+        losses = statistics.losses.to(state["nadir"])
+        seen = state["seen"] + 1.0
+        nadir = state["nadir"] + (losses - state["nadir"]) / seen
+        coefficients = 1.0 / (statistics.losses - named_tensor(self.ideal, statistics))
+        weights = torch.full_like(coefficients, 1.0 / len(coefficients))
+        return Weighted(weights, coefficients, {"nadir": nadir, "seen": seen})
+
+    def _nadir(self, statistics: Statistics, state: State) -> Tensor | None:
+        if self.nadir is not None:
+            return named_tensor(self.nadir, statistics)
+        if not self.warmup_steps:
+            return None
+        # A loss that was absent from the whole warm-up starts at its own value.
+        nadir = torch.where(state["seen"] > 0, state["nadir"], statistics.losses.to(state["nadir"]))
+        return nadir.to(statistics.losses)
+
+    def _check_nadir(self) -> None:
+        ideal = self.ideal if isinstance(self.ideal, Mapping) else {}
+        names = [*(self.nadir if isinstance(self.nadir, Mapping) else ()), *ideal] or [""]
+        nadirs, ideals = named_values(self.nadir or 0.0, names), named_values(self.ideal, names)
+        for name, nadir, low in zip(names, nadirs, ideals, strict=True):
+            if nadir <= low and (not isinstance(self.nadir, Mapping) or name in self.nadir):
+                where = f"`nadir[{name!r}]`" if name else "`nadir`"
+                raise BalanceValueError(
+                    f"Parameter {where} of SmoothTchebycheff should be above the ideal {low:g}. "
+                    f"Found {nadir:g}."
+                )
+
+
+@dataclass(frozen=True)
+class OnlineTchebycheff(Weighting):
+    r"""Tchebycheff as a game: the weights ascend while the model descends.
+
+    .. math::
+        d &= \sum_i \lambda_i p_i\, g_i \\
+        \lambda &\leftarrow \frac{\lambda \odot e^{\eta\, p \odot L}}{\|\cdot\|_1}
+        \ \text{(mirror)} \qquad
+        \lambda \leftarrow \Pi_\Delta(\lambda + \eta\, p \odot L)\ \text{(projected)}
+
+    from uniform :math:`\lambda`. The step uses the weights from before it saw the batch, as the
+    regret bound asks.
+
+    Coefficients: :math:`\lambda_i p_i`; with equal preferences they sum to :math:`1/K`.
+
+    Args:
+        lr: :math:`\eta > 0`. Default 0.1, inside the paper's grid 1e-3 … 1.
+        update: ``"mirror"`` (exponentiated gradient, default) or ``"projected"``.
+        preference: :math:`p_i > 0` by name, scaled to sum 1. Default None: equal.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range or names no loss.
+
+    Source: Liu et al., *Online mirror descent for Tchebycheff scalarization* (arXiv 2410.21764).
+    The paper returns an averaged model; average your weights with
+    ``torch.optim.swa_utils.AveragedModel`` if you want that.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import OnlineTchebycheff
+        >>> from moo_balance.weighting import Statistics
+        >>> rule = OnlineTchebycheff()
+        >>> state = rule.init(("a", "b"), torch.device("cpu"))
+        >>> statistics = Statistics(("a", "b"), torch.tensor([0.5, 2.0]))
+        >>> state = rule.weights(statistics, state).state
+        >>> rule.weights(statistics, state).weights
+        tensor([0.4813, 0.5187])
+    """
+
+    lr: float = 0.1
+    update: Literal["mirror", "projected"] = "mirror"
+    preference: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        freeze_mappings(self)
+        check_range(self, "lr", 0.0, open=True)
+        check_choice(self, "update", ("mirror", "projected"))
+        _check_preference(self)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        key = "logits" if self.update == "mirror" else "weights"
+        start = 0.0 if self.update == "mirror" else 1.0 / len(names)
+        return {key: filled(start, len(names), device)}
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        preference = normalized_preference(self.preference, statistics)
+        gain = self.lr * preference * statistics.losses
+        if self.update == "mirror":
+            weights = torch.softmax(state["logits"], 0)
+            logits = state["logits"] + gain
+            # The present losses share what they hold; the mass of absent ones waits with them.
+            grown = logits.logsumexp(0) - state["logits"].logsumexp(0)
+            state = {"logits": logits - grown}
+        else:
+            mass = state["weights"].sum()
+            weights = torch.where(mass > 0, state["weights"] / mass, 1.0 / len(preference))
+            state = {"weights": mass * project_simplex(weights + gain)}
+        weights = weights.to(statistics.losses)
+        return Weighted(weights, weights * preference, state)
+
+
+def _check_preference(weighting: Tchebycheff | SmoothTchebycheff | OnlineTchebycheff) -> None:
+    if weighting.preference is not None:
+        check_range(weighting, "preference", 0.0, open=True)
