@@ -1,0 +1,1 @@
+"""Measurements of what balancing costs; each prints a table."""

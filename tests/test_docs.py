@@ -1,0 +1,60 @@
+"""The pages keep their promises: every block of Python runs, every command exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import moo_balance
+from moo_balance import weighting
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+METHODS = [
+    name
+    for name in weighting.__all__
+    if name in moo_balance.__all__ and issubclass(getattr(moo_balance, name), weighting.Weighting)
+]
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=page_id
+)
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        for block in PYTHON.finditer(text):
+            # As many empty lines as stand above it, so that a traceback names the page's own line.
+            above = "\n" * text.count("\n", 0, block.start(1))
+            exec(compile(above + block[1], str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_exist(page):
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    text = page.read_text()
+    assert set(re.findall(r"^make (?:\w+=\S+ )?(\w+)", text, re.MULTILINE)) <= {*targets.split()}
+    for module in re.findall(r"python -m (examples[\w.]*|benchmarks[\w.]*)", text):
+        assert importlib.util.find_spec(module), f"{page} runs {module}, which is not there"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_the_tables_of_methods_are_complete(page):
+    rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    named = {name for name in METHODS for row in rows if re.search(rf"\b{name}\b", row)}
+    assert named == set(METHODS)
+
+
+def test_the_citation_names_this_version():
+    assert f"version: {moo_balance.__version__}\n" in (ROOT / "CITATION.cff").read_text()
