@@ -173,7 +173,8 @@ class AnalyticQP(GramianWeighting):
         return [-self.shift] * len(names)
 
     def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
-        log_gramian = scale_gramian(gramian, statistics.losses + self.shift)
+        # In the Gramian's own dtype, which tells the solver how far to trust its entries.
+        log_gramian = scale_gramian(gramian, (statistics.losses + self.shift).to(gramian))
         if self.projection == "exact":
             return min_norm_weights(log_gramian)
         affine = analytic_qp_weights(log_gramian)

@@ -114,9 +114,15 @@ class GramianWeighting(Weighting):
         if statistics.gramian is not None:
             weights = self.solve(statistics, statistics.gramian)
         else:
-            weights = state["weights"] / state["weights"].sum()
-        kept = {"weights": weights} if self.every > 1 else {}
+            weights = _renormalized(state["weights"])
+        kept = {"weights": weights.to(state["weights"])} if self.every > 1 else {}
         return Weighted(weights, self.coefficients(statistics, weights), kept)
+
+
+def _renormalized(weights: Tensor) -> Tensor:
+    """Sum 1 again where a loss is absent; equal shares where those present had none."""
+    mass = weights.sum()
+    return torch.where(mass > 0, weights / mass, 1.0 / len(weights))
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
