@@ -34,7 +34,8 @@ class Problem:
     def seeds(self, coefficients: Tensor | None = None) -> list[Tensor]:
         """What the backward pass starts from at each loss: coefficient times scale."""
         if coefficients is None:
-            coefficients = self.losses[0].new_ones(len(self.losses))
+            # Not in the losses' own precision: a float16 does not hold a scaler's 65536.
+            coefficients = torch.ones(len(self.losses), device=self.losses[0].device)
         if self.scale is not None:
             coefficients = coefficients * self.scale.to(coefficients.device)
         pairs = zip(self.losses, coefficients.unbind(), strict=True)

@@ -33,9 +33,9 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
         for j in range(count)
         for k in range(j, count)
     ]
-    gramian = zero.new_zeros(count, count)
+    values = torch.stack(upper)
+    gramian = values.new_zeros(count, count)
     j, k = torch.triu_indices(count, count, device=device)
-    values = torch.stack(upper).to(dtype)
     return gramian.index_put((j, k), values).index_put((k, j), values)
 
 
@@ -52,14 +52,18 @@ def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor])
             gradient = row[column]
             if gradient is None:
                 continue
-            if total is None:
-                total = gradient * factor
-            elif isinstance(factor, float):
-                total.add_(gradient, alpha=factor)
-            else:
-                total.add_(gradient * factor)
+            total = gradient * factor if total is None else _add(total, gradient, factor)
         if total is not None:
-            param.grad = total if param.grad is None else param.grad.add_(total)
+            param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
+
+
+def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
+    """Add into `total`, or the other way round: a sparse tensor cannot take in a dense one."""
+    if total.is_sparse and not gradient.is_sparse:
+        return (gradient * factor).add_(total)
+    if isinstance(factor, float):
+        return total.add_(gradient, alpha=factor)
+    return total.add_(gradient * factor)
 
 
 def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
@@ -72,12 +76,10 @@ def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
 
 def _vector(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient as a real vector of at least `dtype`."""
-    if gradient.is_sparse:
-        return gradient.coalesce()
     if gradient.is_complex():
-        gradient = torch.view_as_real(gradient)
-    wide = torch.promote_types(gradient.dtype, dtype)
-    return gradient.reshape(-1).to(wide)
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    wide = gradient.to(torch.promote_types(gradient.dtype, dtype))
+    return wide.coalesce() if wide.is_sparse else wide.reshape(-1)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
