@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import check_gramian, precision, widest
-from moo_balance.functional.gramian import cosine_similarity, regularize, two_gradient_shares
+from moo_balance.functional.gramian import (
+    cosine_similarity,
+    regularize,
+    share_between_equals,
+    two_gradient_shares,
+)
 
 
 def analytic_qp_weights(gramian: Tensor) -> Tensor:
@@ -72,5 +77,5 @@ def _by_cosines(gramian: Tensor, eps: float) -> Tensor:
     remainder = target - cosines @ solution
     solution = solution + torch.linalg.lu_solve(factor, pivots, remainder)
     weights = solution[:, 0] * inverse
-    weights = weights / weights.sum()
-    return torch.where(zero.any(), zero / zero.sum().clamp(min=1), weights)
+    weights = share_between_equals(weights / weights.sum(), cosines, safe, eps)
+    return torch.where(zero.any(), zero.to(weights.dtype) / zero.sum().clamp(min=1), weights)

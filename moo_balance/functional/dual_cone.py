@@ -22,7 +22,7 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
 
     It is found exactly, by the same finite method on the CPU in float64 as
     :func:`~moo_balance.functional.min_norm_weights`, at the price of one copy to the host. When
-    several :math:`v` give the same direction, similar gradients receive similar additions.
+    several :math:`v` give the same direction, one of moderate size is returned.
     A zero gradient keeps its coefficient.
 
     Args:

@@ -78,3 +78,22 @@ def two_gradient_shares(gramian: Tensor, precision: float) -> Tensor:
     shares = squares.flip(0) - (gramian[0, 1] + gramian[1, 0]) / 2
     same = shares.sum() <= 4 * precision * squares.sum()
     return shares.masked_fill(same, 1.0)
+
+
+def share_between_equals(
+    weights: Tensor, cosines: Tensor, norms: Tensor, precision: float
+) -> Tensor:
+    """Average the weights of gradients that no inner product tells apart.
+
+    The combined gradient stays the same. Without it, round-off would decide how such gradients, any
+    split of whose weight is optimal, share it. Two count as equal if their norms and their cosines
+    with every gradient agree up to the relative ``precision`` of the inner products. No value is
+    looked at.
+    """
+    tolerance = 8 * precision
+    equal = torch.cdist(cosines[None], cosines[None], p=float("inf"))[0] <= tolerance
+    equal &= (norms[:, None] / norms - 1).abs() <= tolerance
+    # Near-equality is not transitive; the first equal of each makes groups that are.
+    first = equal.to(torch.uint8).argmax(dim=1)
+    group = (first[:, None] == first).to(weights.dtype)
+    return group @ weights / group.sum(dim=1)

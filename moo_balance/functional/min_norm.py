@@ -8,7 +8,11 @@ from torch import Tensor
 from moo_balance.errors import BalanceValueError, ConvergenceError
 from moo_balance.functional._checks import at_least_float32, check_gramian, precision, widest
 from moo_balance.functional._nnls import definite, nonnegative_quadratic
-from moo_balance.functional.gramian import cosine_similarity, two_gradient_shares
+from moo_balance.functional.gramian import (
+    cosine_similarity,
+    share_between_equals,
+    two_gradient_shares,
+)
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     .. math:: \min_{y \ge 0} \; \tfrac12 y^\top (C + b b^\top) y - b^\top y .
 
     Zero gradients, if any, share all the weight, and the combination is zero. When several weights
-    attain the minimum, similar gradients receive similar weights.
+    attain the minimum, gradients that are equal up to rounding receive equal weights.
 
     Args:
         gramian: :math:`G_{ij} = g_i^\top g_j`, shape ``[K, K]``.
@@ -144,19 +148,25 @@ def _on_the_host(gramian: Tensor, precision: float) -> Tensor:
         )
     zero = squares == 0
     if bool(zero.any()):
-        return zero / zero.sum()
+        return zero.double() / zero.sum()
     norms = squares.sqrt()
     inverse = norms.amin() / norms
-    matrix, ridge = definite(cosine_similarity(gramian), precision)
+    cosines = cosine_similarity(gramian)
+    matrix, ridge = definite(cosines, precision)
     scaled = nonnegative_quadratic(matrix + inverse.outer(inverse), inverse)
     weights = scaled * inverse
-    weights = weights / weights.sum()
+    weights = share_between_equals(weights / weights.sum(), cosines, norms, precision)
+    # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
+    # by its own rounding.
+    _verify(cosines * norms[:, None] * norms, weights, 1e-9 + 4 * ridge + 32 * precision)
+    return weights
+
+
+def _verify(gramian: Tensor, weights: Tensor, tolerance: float) -> None:
     residual = float(kkt_residual(gramian, weights))
-    tolerance = 1e-9 + 4 * ridge
     if not residual <= tolerance:
         raise ConvergenceError(
             f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {gramian.shape[0]} gradients. "
+            f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
             "Compute the Gramian in float64."
         )
-    return weights
