@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -54,6 +56,20 @@ def test_the_tables_of_methods_are_complete(page):
     rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
     named = {name for name in METHODS for row in rows if re.search(rf"\b{name}\b", row)}
     assert named == set(METHODS)
+
+
+@pytest.mark.parametrize("module", ["", ".engine", ".functional", ".weighting"])
+def test_every_public_name_and_method_has_a_docstring(module):
+    package = importlib.import_module(f"moo_balance{module}")
+    for name in package.__all__:
+        documented = getattr(package, name)
+        assert inspect.getdoc(documented), name
+        if inspect.isclass(documented):
+            for member, value in vars(documented).items():
+                if not member.startswith("_") and (
+                    inspect.isroutine(value) or isinstance(value, property)
+                ):
+                    assert inspect.getdoc(getattr(documented, member)), f"{name}.{member}"
 
 
 def test_the_citation_names_this_version():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.__main__ import BARE, METHODS, main, report
+from benchmarks.__main__ import BARE, LIMIT, METHODS, main, report
 
 
 def test_smoke(capsys):
     main(["--rounds", "1", "--repeats", "1"])
     printed = capsys.readouterr().out
-    assert all(f"\n{name} " in printed for name in (BARE, *METHODS))
+    assert all(f"\n{name} " in printed for name in (BARE, LIMIT, *METHODS))
     assert "medians of 1 interleaved rounds of 1 steps" in printed
 
 
