@@ -19,6 +19,7 @@ def check_arguments(
     engine: object,
     names: Sequence[str] | None,
     nonfinite: object,
+    drift_every: object,
 ) -> None:
     """Refuse what does not fit, naming the argument."""
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerProxy):
@@ -44,6 +45,11 @@ def check_arguments(
     if nonfinite not in ("raise", "skip"):
         raise BalanceValueError(
             f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
+        )
+    if not isinstance(drift_every, int) or drift_every < 0:
+        raise BalanceValueError(
+            "Parameter `drift_every` should be a whole number of steps, 0 for never. "
+            f"Found {drift_every!r}."
         )
     if names is not None and (
         isinstance(names, str)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
+from moo_balance.engine import DataParallel, Window
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.monitor import Balance
 from moo_balance.reevaluation import Replay
@@ -32,14 +34,58 @@ class Staged:
     valid: Tensor | None = None
     skip: bool = False
     combined: bool = False
-    replay: Replay | None = None
+    replays: Sequence[Replay] = ()
+    scaler: GradScaler | None = None
+
+    def is_invalid(self) -> bool:
+        """Was a fault masked on the device? To ask is to wait for it."""
+        return self.valid is not None and not bool(self.valid)
 
 
-class Draft(NamedTuple):
-    """What a weighting proposes, before anybody has agreed."""
+@dataclass
+class Accumulation:
+    """A window of micro-batches that has not been closed yet.
 
-    weighted: Weighted
-    staged: Staged
+    ``gradients`` are the rows so far; None where the coefficients were known beforehand and the
+    gradients went straight to ``.grad``.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    replays: list[Replay] = field(default_factory=list)
+    gradients: Window | None = None
+    coefficients: Tensor | None = None
+
+    def with_losses(self, statistics: Statistics) -> Statistics:
+        """Statistics of the window so far together with one more micro-batch."""
+        if not self.losses:
+            return statistics
+        sums = dict(self.losses)
+        for name, loss in zip(statistics.names, statistics.losses.unbind(), strict=True):
+            sums[name] = sums[name] + loss if name in sums else loss
+        return replace(statistics, names=tuple(sums), losses=torch.stack(list(sums.values())))
+
+    def take(self, statistics: Statistics, replays: Sequence[Replay]) -> None:
+        """One more micro-batch has been gathered."""
+        self.losses = dict(zip(statistics.names, statistics.losses.unbind(), strict=True))
+        self.replays.extend(replays)
+
+    def settled(
+        self, statistics: Statistics, coefficients: Tensor, wanted: Sequence[str]
+    ) -> Tensor:
+        """Coefficients of the `wanted` losses, once it is sure that those used before still hold.
+
+        They depend on nothing but which losses there are, so only a new one can change them.
+        """
+        before, self.coefficients = self.coefficients, coefficients
+        earlier = coefficients if before is None else before
+        if not torch.equal(earlier, coefficients[: len(earlier)]):
+            raise BalanceError(
+                "A window of micro-batches should have the same losses throughout for this "
+                f"method. Found {list(statistics.names)} after {list(self.losses)}."
+            )
+        if tuple(wanted) == statistics.names:
+            return coefficients
+        return coefficients[[statistics.names.index(name) for name in wanted]]
 
 
 @dataclass
@@ -59,6 +105,9 @@ class Ledger:
     awaiting: tuple[str, ...] | None = None
     balance: Balance = field(default_factory=Balance)
     faults: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    parallel: DataParallel | None = None
+    accumulating: bool = False
+    accumulation: Accumulation | None = None
 
     @property
     def due(self) -> bool:
@@ -78,7 +127,7 @@ class Ledger:
         names: tuple[str, ...],
         state: State,
         faults: Tensor | None = None,
-    ) -> Draft:
+    ) -> tuple[Weighted, Staged]:
         """Ask the weighting; nothing of it is committed, nor even staged.
 
         `faults` [K] are flags on the device: where one is set the state stays as it is.
@@ -88,7 +137,7 @@ class Ledger:
         valid = self._note(statistics.names, faults)
         weighted = self.weighting.weights(sanitized(statistics, bounds, valid), _take(state, index))
         following = _masked(valid, _put(state, weighted.state, index), state)
-        return Draft(weighted, Staged(names, statistics.names, following, valid))
+        return weighted, Staged(names, statistics.names, following, valid)
 
     def commit(self) -> None:
         """The step was taken: what was staged is now true."""
@@ -99,11 +148,12 @@ class Ledger:
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.steps += 1
 
-    def reset(self) -> None:
-        """Start afresh; the names stay."""
-        self.state = self.staged = self.awaiting = None
-        self.steps = self.skipped = 0
-        self.faults.clear()
+    def discard_gradients(self) -> None:
+        """Gradients were cleared, and with them what was staged on them."""
+        self.accumulation = None
+        # Trainers clear gradients between `combine` and `backward`, too.
+        if self.staged is not None and not self.staged.combined:
+            self.staged = None
 
     def drop(self) -> None:
         """The step will not be taken."""
@@ -146,6 +196,23 @@ class Ledger:
                 'in them. Lower the learning rate, or pass nonfinite="skip".'
             )
 
+    def check_stepped(self) -> None:
+        """Refuse to be shown losses when no step was taken."""
+        if self.names is None or (self.staged is not None and self.staged.scaler is None):
+            raise BalanceError(
+                "`observe` should follow `step`. Found no step that was taken since the last "
+                "`backward`. Call `step` first."
+            )
+
+    def check_untouched(self) -> None:
+        """Refuse a closure that is to be balanced on top of gradients that already are."""
+        if self.staged is not None:
+            raise BalanceError(
+                "A closure given to `step` should only compute the losses. Found gradients that "
+                "`backward` or `combine` has made already. Give the closure to `backward` and "
+                "call `step()` without it, or leave `backward` to `step`."
+            )
+
     def check_observed(self) -> None:
         """Refuse to go on when a method that watches the step was shown nothing."""
         if self.awaiting is not None:
@@ -175,7 +242,7 @@ class Ledger:
         self.names, self.state = names, state
         self.steps, self.skipped = int(saved["steps"]), int(saved["skipped"])
         self.awaiting = None if saved["awaiting"] is None else tuple(saved["awaiting"])
-        self.staged = None
+        self.staged = self.accumulation = None
 
     def checked(
         self, saved: Mapping[str, Any], device: torch.device
@@ -220,8 +287,8 @@ class Ledger:
 
 
 def _positions(names: Sequence[str], present: Sequence[str], device: torch.device) -> Tensor | None:
-    """Where the present losses stand among the declared ones; None when all are there."""
-    if len(names) == len(present):
+    """Where the present losses stand among the declared ones; None for all of them in order."""
+    if tuple(names) == tuple(present):
         return None
     return torch.tensor([names.index(name) for name in present], device=device)
 

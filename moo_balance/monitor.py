@@ -58,7 +58,7 @@ class Balance:
         return {(self.names[j], self.names[k]): cosines[j, k] for j, k in pairs}
 
     def as_dict(self) -> dict[str, Tensor]:
-        """All of it under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``."""
+        """Under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``."""
         flat = {}
         for kind, values in (
             ("loss", self.losses),

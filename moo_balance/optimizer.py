@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from moo_balance.arguments import check_arguments, measured_params
-from moo_balance.door import check_attached, check_losses, check_same, loss_vector
-from moo_balance.engine import Engine, Linearization, PerLoss, Problem
-from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
-from moo_balance.ledger import Ledger, Staged
+from moo_balance.balancer import Balancer
+from moo_balance.checkpoint import BalanceState
+from moo_balance.engine import Engine, PerLoss
+from moo_balance.errors import BalanceError
+from moo_balance.ledger import Ledger
 from moo_balance.monitor import Balance
 from moo_balance.proxy import OptimizerProxy
-from moo_balance.reevaluation import Replay
-from moo_balance.screening import faulty_gradients, faulty_losses
-from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.reevaluation import Replay, summed
+from moo_balance.scaler import check_ready_to_scale, check_unscaled, loss_scale
+from moo_balance.weighting.base import Weighting
 
 Losses = Mapping[str, Tensor]
 Closure = Callable[[], Losses]
@@ -62,6 +63,11 @@ class BalancedOptimizer(OptimizerProxy):
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator nothing waits for the
             check: the balance keeps its state, and ``log_dict`` reports.
+        process_group: The ranks that see different data and share a model: losses are averaged
+            over them, and the gradients that weights come from. Default ``"auto"``: all ranks once
+            ``torch.distributed`` is initialised. None if each rank trains a model of its own.
+        drift_every: Compare parameters and balance over the ranks after each of the first three
+            steps and every so many; 0 for never. Default 1000.
 
     Raises:
         BalanceValueError: An argument does not fit.
@@ -78,9 +84,7 @@ class BalancedOptimizer(OptimizerProxy):
         {'a': 0.941, 'b': 0.059}
     """
 
-    # All that changes lives in the ledger: a framework's stand-in for the optimizer (Lightning)
-    # shares these attributes, but not assignments made to them later.
-    _kept = ("_wrapped", "_engine", "_nonfinite", "_measured", "_ledger")
+    _kept = ("_wrapped", "_balancer", "_drift_every")
 
     def __init__(
         self,
@@ -91,13 +95,20 @@ class BalancedOptimizer(OptimizerProxy):
         engine: Engine | None = None,
         names: Sequence[str] | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
+        process_group: Any = "auto",
+        drift_every: int = 1000,
     ) -> None:
-        check_arguments(optimizer, weighting, engine, names, nonfinite)
+        check_arguments(optimizer, weighting, engine, names, nonfinite, drift_every)
         super().__init__(optimizer)
-        self._engine = PerLoss() if engine is None else engine
-        self._nonfinite = nonfinite
-        self._measured = measured_params(params, optimizer)
-        self._ledger = Ledger(weighting, None if names is None else tuple(names))
+        self._drift_every = drift_every
+        self._balancer = Balancer(
+            optimizer=optimizer,
+            engine=PerLoss() if engine is None else engine,
+            ledger=Ledger(weighting, None if names is None else tuple(names)),
+            measured=measured_params(params, optimizer),
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )
         if names is not None:
             weighting.init(names, torch.device("cpu"))  # does it fit these names?
 
@@ -107,7 +118,7 @@ class BalancedOptimizer(OptimizerProxy):
         self,
         losses: Losses | Closure,
         *,
-        grad_scaler: torch.amp.GradScaler | None = None,
+        grad_scaler: GradScaler | None = None,
         retain_graph: bool = False,
     ) -> Losses:
         """Add the balanced gradient to ``.grad``, in place of ``sum(losses.values()).backward()``.
@@ -126,20 +137,55 @@ class BalancedOptimizer(OptimizerProxy):
         Raises:
             BalanceValueError: A loss is not a scalar, detached, not finite, not above its bound or
                 of an unknown name. Nothing has changed.
-            BalanceError: The method should have seen the losses after the last step and did not.
+            BalanceError: The method should have seen the losses after the last step and did not;
+                or ranks disagree about their losses.
         """
-        replay = None
+        check_ready_to_scale(grad_scaler, self)
+        replays = []
         if callable(losses):
-            replay = Replay(losses, self._devices())
-            losses = cast(Losses, replay.first())
-        self._balance(losses, replay, _scale(grad_scaler), retain_graph)
+            replays.append(Replay(losses, self._devices()))
+            losses = cast(Losses, replays[0].first())
+        batch = self._balancer.admit(losses, loss_scale(grad_scaler), retain_graph)
+        if self._balancer.ledger.accumulating:
+            self._balancer.gather(batch, replays)
+        else:
+            self._balancer.balance(batch, replays, grad_scaler)
         return losses
 
-    def combine(self, losses: Losses, *, grad_scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Gather micro-batches: inside, ``backward`` adds to a window that the next one closes.
+
+        ::
+
+            for micro_batch in micro_batches[:-1]:
+                with optimizer.accumulate():
+                    optimizer.backward(losses(micro_batch))
+            optimizer.backward(losses(micro_batches[-1]))
+            optimizer.step()
+
+        is the same as one batch whose losses are the sums over the window; divide each by the
+        number of micro-batches, as for a plain optimizer, if they are means.
+
+        Memory: the window keeps K gradients, K·P numbers, until it is closed, because weights that
+        depend on losses or gradients are known at the end only. ``Sum``, ``FixedWeights``,
+        ``RandomWeights`` and ``OnlineTchebycheff`` know theirs beforehand and need no more than a
+        plain loop does.
+        """
+        ledger = self._balancer.ledger
+        outer, ledger.accumulating = ledger.accumulating, True
+        try:
+            yield
+        finally:
+            ledger.accumulating = outer
+
+    def combine(self, losses: Losses, *, grad_scaler: GradScaler | None = None) -> Tensor:
         """One differentiable scalar whose gradient is the balanced gradient.
 
         For trainers that call ``backward`` themselves. A method with a Gramian differentiates each
-        loss once here and the sum once more there. Arguments and errors as for :meth:`backward`.
+        loss here, and ``backward`` hands over the result. Each call balances a batch by itself;
+        under a trainer's own gradient accumulation the last one is committed. Arguments and errors
+        as for :meth:`backward`; the scalar itself is not scaled.
 
         Example:
             >>> import torch
@@ -150,19 +196,13 @@ class BalancedOptimizer(OptimizerProxy):
             >>> round(float(w.grad), 4)
             2.0
         """
-        linearization, coefficients = self._weigh(
-            losses, _scale(grad_scaler), retain_graph=True, combined=True
-        )
-        if coefficients is None:  # the step will be skipped whatever this scalar is
-            coefficients = torch.zeros(len(losses))
-        return linearization.combined(coefficients)
+        batch = self._balancer.admit(losses, loss_scale(grad_scaler))
+        return self._balancer.combine(batch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and with them what ``backward`` has staged."""
+        """Clear gradients, and with them what ``backward`` has gathered and staged."""
         self._wrapped.zero_grad(set_to_none)
-        staged = self._ledger.staged
-        if staged is not None and not staged.combined:
-            self._ledger.staged = None
+        self._balancer.ledger.discard_gradients()
 
     # ------------------------------------------------------------------ steps
 
@@ -181,21 +221,23 @@ class BalancedOptimizer(OptimizerProxy):
             What the closure returned at first; without one, what the wrapped step returns.
 
         Raises:
-            BalanceError: Nothing was staged: ``backward`` or ``combine`` comes first.
+            BalanceError: Nothing was staged: ``backward`` or ``combine`` comes first. Or ranks
+                have drifted apart.
         """
         result = None if closure is None else self._run(closure)
-        ledger, staged = self._ledger, self._ledger.staged
+        ledger = self._balancer.ledger
+        staged = ledger.staged
         if staged is None:
             return self._unbalanced_step(closure, result)
-        if staged.skip or (
-            self._nonfinite == "skip" and staged.valid is not None and not staged.valid
-        ):
+        if staged.skip or (self._balancer.nonfinite == "skip" and staged.is_invalid()):
             ledger.drop()
             return result
+        check_unscaled(staged.scaler, self, self._wrapped)
         output = self._wrapped.step()
         ledger.commit()
-        if staged.replay is not None and ledger.awaiting is not None:
-            self.observe(staged.replay.again())
+        if staged.replays and ledger.awaiting is not None:
+            self.observe(summed(replay.again() for replay in staged.replays))
+        self._balancer.check_drift(self._drift_every)
         return output if closure is None else result
 
     def observe(self, losses: Losses) -> None:
@@ -211,31 +253,14 @@ class BalancedOptimizer(OptimizerProxy):
             BalanceValueError: Other losses than those of the last ``backward``, or bad values.
             BalanceError: Called before ``step``.
         """
-        ledger = self._ledger
-        if ledger.awaiting is None:
-            if ledger.names is None or ledger.staged is not None:
-                raise BalanceError(
-                    "`observe` should follow `step`. Found no step that was taken since the last "
-                    "`backward`. Call `step` first."
-                )
-            return
-        present = check_losses(losses, ledger.names)
-        check_same(present, ledger.awaiting)
-        statistics = self._statistics(present)
-        try:
-            ledger.observe(statistics, self._faulty_losses(statistics))
-        except BalanceValueError as error:
-            # The step is behind us. To keep waiting would block the next one for good.
-            ledger.awaiting = None
-            if self._nonfinite == "raise" or not isinstance(error, NonFiniteError):
-                raise
+        self._balancer.observe(losses)
 
     # ------------------------------------------------------------------ what to look at
 
     @property
     def balance(self) -> Balance:
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
-        return self._ledger.balance
+        return self._balancer.ledger.balance
 
     def log_dict(self, prefix: str = "moo/") -> dict[str, float]:
         """The figures of :attr:`balance` as a flat dict of floats, for any logger.
@@ -244,18 +269,18 @@ class BalancedOptimizer(OptimizerProxy):
         the prefix. This is where the host waits for the device.
 
         Raises:
-            BalanceError: On an accelerator with ``nonfinite="raise"``, when a loss was not finite.
+            NonFiniteError: On an accelerator with ``nonfinite="raise"``: a loss was not finite.
         """
-        figures = self.balance.as_floats()
-        figures["skipped"] = float(self._ledger.skipped)
-        if self._nonfinite == "raise":
-            self._ledger.check_faults()
+        ledger = self._balancer.ledger
+        figures = {**self.balance.as_floats(), "skipped": float(ledger.skipped)}
+        if self._balancer.nonfinite == "raise":
+            ledger.check_faults()
         return {prefix + key: value for key, value in figures.items()}
 
     @property
     def weighting(self) -> Weighting:
         """The method."""
-        return self._ledger.weighting
+        return self._balancer.weighting
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -267,13 +292,13 @@ class BalancedOptimizer(OptimizerProxy):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state = {**self._wrapped.state_dict(), "balance": self._ledger.state_dict()}
+        state = {**self._wrapped.state_dict(), "balance": self._balancer.ledger.state_dict()}
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, or a plain optimizer's: the balance then starts afresh.
+        """Load what :meth:`state_dict` gave, or a plain optimizer's, which has nothing to balance.
 
         Raises:
             BalanceValueError: The ``"balance"`` entry belongs to another method, other losses or
@@ -282,16 +307,23 @@ class BalancedOptimizer(OptimizerProxy):
         state = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state
-        saved = state.pop("balance", None)
+        saved, ledger = state.pop("balance", None), self._balancer.ledger
         if saved is not None:
-            self._ledger.checked(saved, self._device())
+            ledger.checked(saved, self._balancer.device)
         self._wrapped.load_state_dict(state)
-        if saved is None:
-            self._ledger.reset()
-        else:
-            self._ledger.load_state_dict(saved, self._device())
+        if saved is not None:
+            ledger.load_state_dict(saved, self._balancer.device)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    @property
+    def balance_state(self) -> BalanceState:
+        """The balance alone, as a ``Stateful`` for ``torch.distributed.checkpoint``.
+
+        ``get_optimizer_state_dict`` keeps nothing but the wrapped optimizer's state; save this
+        beside it. It is the same on all ranks, and loads on any number of them.
+        """
+        return BalanceState(self._balancer.ledger, self._balancer.device)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.weighting}, {self._wrapped})"
@@ -303,108 +335,24 @@ class BalancedOptimizer(OptimizerProxy):
         replay = Replay(closure, self._devices())
         result = replay.first()
         if isinstance(result, Mapping):
-            if self._ledger.staged is not None:
-                raise BalanceError(
-                    "A closure given to `step` should only compute the losses. Found gradients "
-                    "that `backward` or `combine` has made already. Give the closure to "
-                    "`backward` and call `step()` without it, or leave `backward` to `step`."
-                )
+            self._balancer.ledger.check_untouched()
+            batch = self._balancer.admit(result)
             self.zero_grad()
-            self._balance(result, replay)
+            self._balancer.balance(batch, [replay])
         return result
 
-    def _balance(
-        self,
-        losses: Losses,
-        replay: Replay | None = None,
-        scale: Tensor | None = None,
-        retain_graph: bool = False,
-    ) -> None:
-        linearization, coefficients = self._weigh(losses, scale, retain_graph, replay=replay)
-        if coefficients is not None:
-            linearization.accumulate(coefficients)
-
-    def _weigh(
-        self, losses: Losses, scale: Tensor | None, retain_graph: bool, **staged: Any
-    ) -> tuple[Linearization, Tensor | None]:
-        """Stage a step. Its coefficients, or None where it is to be skipped."""
-        ledger = self._ledger
-        ledger.check_observed()
-        present = check_losses(losses, ledger.names)
-        check_attached(present)
-        problem = Problem(
-            tuple(present.values()), self._params(), self._measured_ids(), scale, retain_graph
-        )
-        linearization = self._engine.linearize(problem)
-        statistics = self._statistics(present)
-        names, state = ledger.opening(statistics.names, statistics.losses.device)
-        try:
-            statistics, faults = self._evidence(statistics, linearization, scale is not None)
-        except NonFiniteError:
-            if self._nonfinite == "raise":
-                raise
-            ledger.staged = Staged(names, statistics.names, state, skip=True)
-            return linearization, None
-        draft = ledger.draft(statistics, names, state, faults)
-        coefficients = draft.weighted.coefficients
-        if draft.staged.valid is not None:
-            # A loss scaler looks for NaN and skips the step; zero harms nobody else.
-            nothing = math.nan if scale is not None else 0.0
-            coefficients = torch.where(draft.staged.valid, coefficients, nothing)
-        ledger.staged = replace(draft.staged, **staged)
-        ledger.balance.record(statistics, draft.weighted.weights, coefficients)
-        return linearization, coefficients
-
-    def _evidence(
-        self, statistics: Statistics, linearization: Linearization, scaled: bool
-    ) -> tuple[Statistics, Tensor | None]:
-        """Losses, and the Gramian if it is due; with flags [K] of what is faulty among them."""
-        faults = self._faulty_losses(statistics)
-        if not (self.weighting.uses_gramian and self._ledger.due):
-            return statistics, faults
-        statistics = replace(statistics, gramian=linearization.gramian())
-        also = faulty_gradients(statistics, scaled)
-        both = faults if also is None else also if faults is None else faults | also
-        return statistics, both
-
-    def _statistics(self, present: Mapping[str, Tensor]) -> Statistics:
-        values = loss_vector(present, state_dtype(next(iter(present.values())).device))
-        return Statistics(tuple(present), values, step=self._ledger.steps)
-
-    def _faulty_losses(self, statistics: Statistics) -> Tensor | None:
-        bounds = self.weighting.lower_bounds(statistics.names)
-        return faulty_losses(statistics, bounds, type(self.weighting).__name__)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _measured_ids(self) -> frozenset[int] | None:
-        return None if self._measured is None else frozenset(map(id, self._measured))
-
     def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
-
-    def _device(self) -> torch.device:
-        return next((p.device for p in self._params()), torch.device("cpu"))
+        return {p.device for p in self._balancer.params}
 
     def _unbalanced_step(self, closure: Callable[[], Any] | None, result: Any) -> Any:
         """A step with nothing staged: an error, but for two cases that cannot do harm."""
-        if (
-            closure is not None
-            and result is None
-            and not any(p.grad is not None for p in self._params())
-        ):
-            return None  # a trainer that left out this batch
+        params = self._balancer.params
+        if closure is not None and result is None and all(p.grad is None for p in params):
+            return None  # a trainer that leaves out this batch
         if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
-            return self._wrapped.step()  # torch.distributed.checkpoint makes up a fresh state so
+            return self._wrapped.step()  # how torch.distributed.checkpoint makes up a fresh state
         raise BalanceError(
             "`step` should follow `backward` or `combine`. Found neither since the last step. Call "
-            "`optimizer.backward(losses)` in place of `loss.backward()`."
+            "`optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
+            "of a window outside of `accumulate()`."
         )
-
-
-def _scale(grad_scaler: torch.amp.GradScaler | None) -> Tensor | None:
-    """The factor a scaler applies to losses, or None for one that is absent or disabled."""
-    if grad_scaler is None or not grad_scaler.is_enabled():
-        return None
-    return grad_scaler.scale(torch.ones(()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -66,6 +66,15 @@ class Replay:
         """Evaluate once more under the same conditions."""
         with same_conditions(self._before):
             return self._closure()
+
+
+def summed(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses of several micro-batches, added up by name."""
+    total: dict[str, Tensor] = {}
+    for losses in batches:
+        for name, loss in losses.items():
+            total[name] = total[name] + loss if name in total else loss
+    return total
 
 
 class _Kept(NamedTuple):

@@ -1,6 +1,15 @@
 """How per-loss gradients are taken from autograd."""
 
-from moo_balance.engine.base import Engine, Linearization, Problem
+from moo_balance.engine.base import Engine, Linearization, Problem, Window
+from moo_balance.engine.parallel import DataParallel, in_static_graph
 from moo_balance.engine.per_loss import PerLoss
 
-__all__ = ["Engine", "Linearization", "PerLoss", "Problem"]
+__all__ = [
+    "DataParallel",
+    "Engine",
+    "Linearization",
+    "PerLoss",
+    "Problem",
+    "Window",
+    "in_static_graph",
+]

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moo_balance.engine.parallel import DataParallel
+from moo_balance.errors import BalanceError
+
 
 @dataclass(frozen=True)
 class Problem:
     """K losses, and the parameters whose gradients are to be balanced.
 
     Args:
+        names: What the losses are called.
         losses: K 0-d tensors, attached to a graph.
         params: The parameters that receive gradients; all require them.
         measured: Identities of those over which inner products are taken (``params=`` of
@@ -23,13 +27,16 @@ class Problem:
             ``GradScaler`` does against underflow; None for 1. Gramians are free of it, gradients
             written to ``.grad`` carry it.
         retain_graph: Keep the graph for another pass.
+        parallel: The ranks whose gradients are averaged; None for one process.
     """
 
+    names: Sequence[str]
     losses: Sequence[Tensor]
     params: Sequence[Tensor]
     measured: frozenset[int] | None = None
     scale: Tensor | None = None
     retain_graph: bool = False
+    parallel: DataParallel | None = None
 
     def seeds(self, coefficients: Tensor | None = None) -> list[Tensor]:
         """What the backward pass starts from at each loss: coefficient times scale."""
@@ -58,12 +65,31 @@ class Linearization(ABC):
         r"""The scalar :math:`\sum_k c_k L_k`, with a graph and without any scale."""
 
 
+class Window(ABC):
+    """Several micro-batches whose gradients add up."""
+
+    @abstractmethod
+    def add(self, problem: Problem) -> None:
+        """Differentiate one more micro-batch."""
+
+    @abstractmethod
+    def close(self, problem: Problem) -> Linearization:
+        """The window together with its last micro-batch, differentiated when it is asked for."""
+
+
 class Engine(ABC):
     """Takes gradients. Knows autograd and memory; knows no method by name."""
 
     @abstractmethod
     def linearize(self, problem: Problem) -> Linearization:
         """Prepare to differentiate; nothing is computed before it is asked for."""
+
+    def window(self) -> Window:
+        """An empty window of micro-batches, for gradient accumulation."""
+        raise BalanceError(
+            "Gradient accumulation should use an engine that keeps one gradient per loss. Found "
+            f"{self}. Leave out `engine=` to have PerLoss()."
+        )
 
 
 def weighted_sum(problem: Problem, coefficients: Tensor) -> Tensor:

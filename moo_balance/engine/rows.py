@@ -39,31 +39,41 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
     return gramian.index_put((j, k), values).index_put((k, j), values)
 
 
-def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor]) -> None:
-    """Add the combination of `rows` to ``.grad`` of `params`.
+def add_rows(left: Row, right: Row) -> Row:
+    """Sum of two gradients, parameter by parameter."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+
+
+def combination(rows: Sequence[Row], coefficients: Tensor, width: int) -> Row:
+    """The gradient that is the weighted sum of `rows`, in memory of its own.
 
     The rows themselves stay untouched: autograd may hand out the same memory for two parameters,
     or memory that still belongs to somebody else.
     """
     factors = _factors(coefficients)
-    for column, param in enumerate(params):
+    totals: list[Tensor | None] = [None] * width
+    for column in range(width):
         total = None
         for factor, row in zip(factors, rows, strict=True):
             gradient = row[column]
             if gradient is None:
                 continue
-            total = gradient * factor if total is None else _add(total, gradient, factor)
+            if total is None:
+                total = gradient * factor
+            elif isinstance(factor, float):
+                total.add_(gradient, alpha=factor)
+            else:
+                total.add_(gradient * factor)
+        totals[column] = total
+    return totals
+
+
+def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor]) -> None:
+    """Add the weighted sum of `rows` to ``.grad`` of `params`."""
+    totals = combination(rows, coefficients, len(params))
+    for param, total in zip(params, totals, strict=True):
         if total is not None:
-            param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
-
-
-def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
-    """Add into `total`, or the other way round: a sparse tensor cannot take in a dense one."""
-    if total.is_sparse and not gradient.is_sparse:
-        return (gradient * factor).add_(total)
-    if isinstance(factor, float):
-        return total.add_(gradient, alpha=factor)
-    return total.add_(gradient * factor)
+            param.grad = total if param.grad is None else param.grad.add_(total)
 
 
 def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:

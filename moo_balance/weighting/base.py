@@ -63,6 +63,10 @@ class Weighting(ABC):
     uses_gramian: ClassVar[bool] = False
     """Does :meth:`weights` need inner products of gradients?"""
 
+    uses_losses: ClassVar[bool] = True
+    """Do the coefficients of a step depend on the losses of the same step? Where they do not,
+    gradient accumulation needs no gradient per loss."""
+
     every: int = 1
     """Gather the costly evidence (the Gramian, the losses after the step) each n-th step only."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ class Sum(Weighting):
         tensor([3., 1.])
     """
 
+    uses_losses: ClassVar[bool] = False
+
     def weights(self, statistics: Statistics, state: State) -> Weighted:
         ones = torch.ones_like(statistics.losses)
         return Weighted(ones, ones, state)
@@ -65,6 +68,8 @@ class FixedWeights(Weighting):
         >>> FixedWeights({"rate": 1.0, "distortion": 0.5})
         FixedWeights(values={'rate': 1.0, 'distortion': 0.5})
     """
+
+    uses_losses: ClassVar[bool] = False
 
     values: Mapping[str, float]
 

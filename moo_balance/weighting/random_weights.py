@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ class RandomWeights(Weighting):
         >>> float(RandomWeights(seed=1).weights(statistics, {}).weights.sum())
         1.0
     """
+
+    uses_losses: ClassVar[bool] = False
 
     seed: int = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -260,6 +260,8 @@ class OnlineTchebycheff(Weighting):
         >>> rule.weights(statistics, state).weights
         tensor([0.4813, 0.5187])
     """
+
+    uses_losses: ClassVar[bool] = False
 
     lr: float = 0.1
     update: Literal["mirror", "projected"] = "mirror"

@@ -1,0 +1,260 @@
+"""From losses at the door to balanced gradients: what happens inside ``backward``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from moo_balance.door import check_attached, check_losses, check_same, loss_vector
+from moo_balance.engine import DataParallel, Engine, Linearization, Problem, in_static_graph
+from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
+from moo_balance.ledger import Accumulation, Ledger, Staged
+from moo_balance.reevaluation import Replay
+from moo_balance.screening import faulty_gradients, faulty_losses
+from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+
+Losses = Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """Losses that were let in: how to differentiate them, and what they are."""
+
+    problem: Problem
+    statistics: Statistics
+
+
+@dataclass
+class Balancer:
+    """Composes weighting, engine and ledger; the one object that BalancedOptimizer is about.
+
+    Everything that changes is in the ledger, in place. So a framework's stand-in for an optimizer
+    (Lightning), which shares attributes but not assignments, sees the same as its original.
+    """
+
+    optimizer: Optimizer
+    engine: Engine
+    ledger: Ledger
+    measured: Sequence[Tensor] | None
+    nonfinite: str
+    process_group: Any
+
+    @property
+    def weighting(self) -> Weighting:
+        """The method."""
+        return self.ledger.weighting
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that train, as of now."""
+        return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the balance lives until a loss says otherwise."""
+        return next((p.device for p in self.params), torch.device("cpu"))
+
+    def admit(
+        self, losses: Losses, scale: Tensor | None = None, retain_graph: bool = False
+    ) -> Batch:
+        """Losses at the door; nothing is differentiated yet."""
+        self.ledger.check_observed()
+        present, statistics = self._values(losses, check_attached)
+        measured = None if self.measured is None else frozenset(map(id, self.measured))
+        problem = Problem(
+            names=statistics.names,
+            losses=tuple(present.values()),
+            params=self.params,
+            measured=measured,
+            scale=scale,
+            retain_graph=retain_graph,
+            parallel=self._parallel(),
+        )
+        return Batch(problem, statistics)
+
+    def gather(self, batch: Batch, replays: Sequence[Replay]) -> None:
+        """One more micro-batch of a window."""
+        window = self.ledger.accumulation or Accumulation()
+        statistics = window.with_losses(batch.statistics)
+        unbounded = [-math.inf] * len(statistics.names)  # bounds hold for the window as a whole
+        try:
+            faulty_losses(statistics, unbounded, type(self.weighting).__name__)
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                raise
+        else:
+            self._gather_gradients(window, batch.problem, statistics)
+        window.take(statistics, replays)
+        self.ledger.accumulation = window
+
+    def balance(
+        self, batch: Batch, replays: Sequence[Replay], scaler: GradScaler | None = None
+    ) -> None:
+        """Close the window, or balance a batch of its own, and stage the step."""
+        window = self.ledger.accumulation or Accumulation()
+        problem, statistics = batch.problem, window.with_losses(batch.statistics)
+        if self.weighting.uses_gramian and self.weighting.every > 1:
+            self._check_static_graph(problem, "every")
+        linearization: Linearization = self.engine.linearize(problem)
+        if window.gradients is not None:
+            linearization = window.gradients.close(problem)
+        staged, coefficients = self._draft(statistics, linearization, problem.scale)
+        if not staged.skip:
+            if window.gradients is None:
+                coefficients = window.settled(statistics, coefficients, problem.names)
+            linearization.accumulate(coefficients)
+        self.ledger.staged = replace(staged, replays=[*window.replays, *replays], scaler=scaler)
+        self.ledger.accumulation = None
+
+    def combine(self, batch: Batch) -> Tensor:
+        """Stage a step whose backward pass somebody else will run."""
+        if self.ledger.accumulating or self.ledger.accumulation is not None:
+            raise BalanceError(
+                "`combine` balances each batch by itself. Found a window of micro-batches. Use "
+                "`backward` within `accumulate`, or `combine` outside of it."
+            )
+        if self.weighting.uses_gramian:
+            self._check_static_graph(batch.problem, "combine")
+        linearization = self.engine.linearize(batch.problem)
+        staged, coefficients = self._draft(batch.statistics, linearization, batch.problem.scale)
+        combined = linearization.combined(coefficients)
+        self.ledger.staged = replace(staged, combined=True)
+        return combined
+
+    def observe(self, losses: Losses) -> None:
+        """The losses after a committed step."""
+        ledger = self.ledger
+        if ledger.awaiting is None:
+            ledger.check_stepped()
+            return
+        _, statistics = self._values(losses, partial(check_same, expected=ledger.awaiting))
+        try:
+            ledger.observe(statistics, self._faulty_losses(statistics))
+        except BalanceValueError as error:
+            # The step is behind us. To keep waiting would block the next one for good.
+            ledger.awaiting = None
+            if self.nonfinite == "raise" or not isinstance(error, NonFiniteError):
+                raise
+
+    def check_drift(self, every: int) -> None:
+        """After the first steps, and now and then: do all ranks still hold the same?"""
+        parallel, steps = self.ledger.parallel, self.ledger.steps
+        if parallel is not None and every and (steps <= 3 or steps % every == 0):
+            whole = [p for p in self.params if not hasattr(p, "to_local")]
+            parallel.check_drift(whole, self.ledger.state or {}, self.device)
+
+    def _values(
+        self, losses: Losses, check: Callable[[dict[str, Tensor]], None]
+    ) -> tuple[dict[str, Tensor], Statistics]:
+        """Losses in declared order, and their values averaged over the ranks."""
+        parallel = self._parallel()
+        present: dict[str, Tensor] = {}
+        fault = None
+        try:
+            present = check_losses(losses, self.ledger.names)
+            check(present)
+        except BalanceError as error:
+            if parallel is None:
+                raise
+            fault = error  # the other ranks wait to hear of it
+        device = next((loss.device for loss in present.values()), self.device)
+        dtype = state_dtype(device)
+        if parallel is None:
+            values = loss_vector(present, dtype)
+        else:
+            means = parallel.agree(present, self.ledger.names, fault, device, dtype)
+            present = {name: present[name] for name in means}
+            values = torch.stack(list(means.values()))
+        return present, Statistics(tuple(present), values, step=self.ledger.steps)
+
+    def _draft(
+        self, statistics: Statistics, linearization: Linearization | None, scale: Tensor | None
+    ) -> tuple[Staged, Tensor]:
+        """What the step would be, and its coefficients. Nothing has changed yet."""
+        ledger, names = self.ledger, statistics.names
+        names, state = ledger.opening(names, statistics.losses.device)
+        try:
+            statistics, faults = self._evidence(statistics, linearization, scale is not None)
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                raise
+            nothing = torch.zeros_like(statistics.losses)
+            return Staged(names, statistics.names, state, skip=True), nothing
+        weighted, staged = ledger.draft(statistics, names, state, faults)
+        coefficients = weighted.coefficients
+        if staged.valid is not None:
+            # A loss scaler looks for NaN and skips the step; zero harms nobody else.
+            nothing = torch.full_like(coefficients, 0.0 if scale is None else math.nan)
+            coefficients = torch.where(staged.valid, coefficients, nothing)
+        ledger.balance.record(statistics, weighted.weights, coefficients)
+        return staged, coefficients
+
+    def _evidence(
+        self, statistics: Statistics, linearization: Linearization | None, scaled: bool
+    ) -> tuple[Statistics, Tensor | None]:
+        """Losses, and the Gramian if it is due; with flags [K] of what is faulty among them."""
+        faults = self._faulty_losses(statistics)
+        if linearization is None or not (self.weighting.uses_gramian and self.ledger.due):
+            return statistics, faults
+        statistics = replace(statistics, gramian=linearization.gramian())
+        also = faulty_gradients(statistics, scaled)
+        if faults is None or also is None:
+            return statistics, also if faults is None else faults
+        return statistics, faults | also
+
+    def _faulty_losses(self, statistics: Statistics) -> Tensor | None:
+        bounds = self.weighting.lower_bounds(statistics.names)
+        return faulty_losses(statistics, bounds, type(self.weighting).__name__)
+
+    def _gather_gradients(
+        self, window: Accumulation, problem: Problem, statistics: Statistics
+    ) -> None:
+        if self.weighting.uses_losses or self.weighting.uses_gramian:
+            gradients = window.gradients or self.engine.window()
+            gradients.add(problem)
+            window.gradients = gradients
+            return
+        _, coefficients = self._draft(statistics, None, problem.scale)
+        known = window.settled(statistics, coefficients, problem.names)
+        self.engine.linearize(problem).accumulate(known)
+
+    def _check_static_graph(self, problem: Problem, what: str) -> None:
+        """Refuse what DDP's static graph cannot take, in the one step where it shows."""
+        if (
+            problem.parallel is not None
+            and self.ledger.steps == 0
+            and in_static_graph(problem.losses)
+        ):
+            raise BalanceError(
+                "DistributedDataParallel should not have `static_graph=True` together with "
+                f"`{what}` and a method that takes a Gramian: it records its hooks in the first "
+                "step, where the gradients bypass them. Found it. Use `find_unused_parameters` "
+                "instead, or `backward` with `every=1`."
+            )
+
+    def _parallel(self) -> DataParallel | None:
+        """The ranks to agree with, if there are several."""
+        ledger, group = self.ledger, self.process_group
+        alive = dist.is_available() and dist.is_initialized()
+        if group is None or (group == "auto" and not alive):
+            if ledger.parallel is not None:
+                raise BalanceError(
+                    f"The process group of {ledger.parallel.size} ranks that this run began with "
+                    "should still be there. Found none. Step before `destroy_process_group`, or "
+                    "build a new BalancedOptimizer and load the state dict."
+                )
+            return None
+        if ledger.parallel is None:
+            parallel = DataParallel(dist.group.WORLD if group == "auto" else group)
+            if parallel.size == 1:
+                return None
+            ledger.parallel = parallel
+        return ledger.parallel

@@ -1,0 +1,216 @@
+"""Training on several processes: what ranks must agree on, and rows averaged over them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moo_balance.engine.rows import Row
+from moo_balance.errors import BalanceError
+
+
+@dataclass
+class DataParallel:
+    """A process group whose ranks see different data and shall take the same step.
+
+    Every method is a collective: all ranks call it, and either all return or all raise.
+    """
+
+    group: Any
+    names: Sequence[str] | None = None
+    layouts: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size(self.group)
+
+    def agree(
+        self,
+        losses: Mapping[str, Tensor],
+        declared: Sequence[str] | None,
+        fault: BalanceError | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """The mean of each present loss over the ranks: one all-reduce of 2K + 1 numbers.
+
+        A fault that one rank found in its losses is raised there, and reported on all others.
+        """
+        if self.names is None or (declared is not None and set(declared) != set(self.names)):
+            self.names = self._first_names(losses, declared, fault)
+        names, count = self.names, len(self.names)
+        header = torch.zeros(2 * count + 1, dtype=dtype, device=device)
+        for position, name in enumerate(names):
+            if name in losses:
+                header[position] = losses[name].detach()
+                header[count + position] = 1.0
+        header[-1] = float(fault is not None or not losses.keys() <= set(names))
+        dist.all_reduce(header, group=self.group)
+        self._check_header(header[count:].tolist(), fault)
+        means = header[:count] / self.size
+        return {name: mean for name, mean in zip(names, means, strict=True) if name in losses}
+
+    def _first_names(
+        self, losses: Mapping[str, Tensor], declared: Sequence[str] | None, fault: Exception | None
+    ) -> Sequence[str]:
+        """The names that all ranks start from."""
+        report = (list(declared or losses), None if fault is None else str(fault))
+        reports: list[tuple[list[str], str | None]] = [([], None)] * self.size
+        dist.all_gather_object(reports, report, group=self.group)
+        if fault is not None:
+            raise fault
+        first = reports[0][0]
+        for rank, (names, message) in enumerate(reports):
+            if message is not None:
+                raise BalanceError(f"Rank {rank} refused its losses: {message}")
+            if set(names) != set(first):
+                raise BalanceError(
+                    f"All ranks should have the same losses. Found {names} on rank {rank} and "
+                    f"{first} on rank 0. Name them alike, in the same step."
+                )
+        return first
+
+    def _check_header(self, flags: Sequence[float], fault: Exception | None) -> None:
+        if fault is not None:
+            raise fault
+        *present, faults = flags
+        if faults:
+            raise BalanceError(
+                f"{faults:g} of {self.size} ranks refused their losses, so no rank takes the "
+                "step. Their own message says why."
+            )
+        for name, count in zip(self.names or (), present, strict=True):
+            if count not in (0, self.size):
+                raise BalanceError(
+                    f"Loss `{name}` should be present on all ranks or on none. Found it on "
+                    f"{count:g} of {self.size}. Give a rank that lacks it a zero that is attached "
+                    "to the graph, such as `0.0 * output.sum()`."
+                )
+
+    def start(self, name: str, row: Row, params: Sequence[Tensor]) -> PendingRow:
+        """Begin to average the gradient of a loss, while the next one is differentiated."""
+        reached = {column for column, gradient in enumerate(row) if gradient is not None}
+        if (name, len(params)) not in self.layouts:
+            self.layouts[name, len(params)] = self._union(reached, params)
+        layout = self.layouts[name, len(params)]
+        late = reached - set(layout)
+        return PendingRow(name, row, late, self._launch(row, layout, params))
+
+    def finish(self, pending: Sequence[PendingRow], params: Sequence[Tensor]) -> list[Row]:
+        """Wait for the averages. A parameter that no rank's loss reaches stays None."""
+        late = torch.tensor([float(len(p.late)) for p in pending], device=params[0].device)
+        dist.all_reduce(late, group=self.group)
+        rows: list[Row] = []
+        for row, is_late in zip(pending, late.tolist(), strict=True):
+            averaged: list[Tensor | None] = [None] * len(params)
+            self._collect(row.buckets, averaged)
+            if is_late:
+                # Somebody's loss reached a parameter it never reached before: tell the others.
+                union = self._union(row.late, params)
+                self._collect(self._launch(row.row, union, params), averaged)
+                layout = {*self.layouts[row.name, len(params)], *union}
+                self.layouts[row.name, len(params)] = tuple(sorted(layout))
+            rows.append(averaged)
+        return rows
+
+    def _union(self, reached: Collection[int], params: Sequence[Tensor]) -> tuple[int, ...]:
+        """Parameters that the loss reaches on any rank."""
+        mask = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
+        if reached:
+            mask[list(reached)] = 1
+        dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=self.group)
+        return tuple(mask.nonzero().flatten().tolist())
+
+    def _launch(self, row: Row, layout: Sequence[int], params: Sequence[Tensor]) -> list[Bucket]:
+        """Flatten by dtype and device, and send."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for column in layout:
+            gradient = row[column]
+            if gradient is not None and gradient.is_sparse:
+                raise BalanceError(
+                    "Sparse gradients cannot be averaged over ranks row by row. Found one for a "
+                    f"parameter of shape {tuple(gradient.shape)}. Use `sparse=False`, or a method "
+                    "without a Gramian."
+                )
+            kinds.setdefault((params[column].dtype, params[column].device), []).append(column)
+        buckets = []
+        for (dtype, device), columns in kinds.items():
+            parts = [
+                torch.zeros(params[column].numel(), dtype=dtype, device=device)
+                if (gradient := row[column]) is None
+                else gradient.reshape(-1)
+                for column in columns
+            ]
+            flat = torch.cat(parts).div_(self.size)
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            shapes = tuple((column, params[column].shape) for column in columns)
+            buckets.append(Bucket(shapes, flat, work))
+        return buckets
+
+    def _collect(self, buckets: Sequence[Bucket], averaged: list[Tensor | None]) -> None:
+        for bucket in buckets:
+            bucket.work.wait()
+            pieces = torch.split(bucket.flat, [shape.numel() for _, shape in bucket.shapes])
+            for (column, shape), piece in zip(bucket.shapes, pieces, strict=True):
+                averaged[column] = piece.view(shape)
+
+    def check_drift(
+        self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Compare a checksum of parameters and balance over the ranks; raise where one differs."""
+        tensors = [*params, *state.values()]
+        if not tensors:
+            return
+        own = torch.stack([t.detach().double().sum().to(device) for t in tensors])
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.group)
+        for rank, other in enumerate(gathered):
+            if not torch.equal(other.nan_to_num(), gathered[0].nan_to_num()):
+                position = int((other != gathered[0]).nonzero()[0])
+                what = "a parameter" if position < len(params) else "the balance"
+                raise BalanceError(
+                    f"All ranks should hold the same parameters. Found {what} on rank {rank} that "
+                    "differs from rank 0. Wrap the model in DistributedDataParallel or "
+                    "fully_shard, seed all ranks alike, or pass process_group=None if each rank "
+                    "trains a model of its own."
+                )
+
+
+class Bucket(NamedTuple):
+    """Gradients of one kind on their way around the ranks."""
+
+    shapes: tuple[tuple[int, torch.Size], ...]
+    flat: Tensor
+    work: Any
+
+
+class PendingRow(NamedTuple):
+    """A row on its way around the ranks."""
+
+    name: str
+    row: Row
+    late: Collection[int]
+    buckets: list[Bucket]
+
+
+def in_static_graph(losses: Sequence[Tensor]) -> bool:
+    """Do the losses come out of the first step of a DDP model with ``static_graph=True``?"""
+    nodes = [loss.grad_fn for loss in losses]
+    known = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        ddp = getattr(node, "ddp_weakref", lambda: None)()
+        if ddp is not None and ddp.static_graph:
+            return True
+        following = {child for child, _ in node.next_functions} - known
+        known |= following
+        nodes.extend(following)
+    return False

@@ -1,0 +1,55 @@
+"""Sharded parameters (``torch.distributed.fsdp.fully_shard``): inner products over shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moo_balance.engine.rows import Row, inner_products
+
+
+def is_sharded(params: Sequence[Tensor]) -> bool:
+    """Is any of these a DTensor? Where nobody has imported them, none can be."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(param, module.DTensor) for param in params)
+
+
+def sharded_inner_products(
+    rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Gramian of rows whose tensors may be DTensors.
+
+    Local products of equally sharded parameters are summed over the mesh dimensions they are
+    sharded along; along the others every rank holds the same.
+    """
+    families: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for column in columns:
+        gradient = next((row[column] for row in rows if row[column] is not None), None)
+        if gradient is not None:
+            families.setdefault(_family(gradient), []).append(column)
+    local = [[_local(gradient) for gradient in row] for row in rows]
+    total = inner_products(local, [], dtype)
+    for (mesh, dims), members in families.items():
+        products = inner_products(local, members, dtype)
+        for dim in dims:
+            dist.all_reduce(products, group=mesh.get_group(dim))
+        total = total.to(products) + products
+    return total
+
+
+def _family(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The mesh, and its dimensions along which this gradient is cut up."""
+    placements = getattr(gradient, "placements", None)
+    if placements is None:
+        return None, ()
+    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return gradient.device_mesh, dims  # type: ignore[attr-defined]
+
+
+def _local(gradient: Tensor | None) -> Tensor | None:
+    return getattr(gradient, "to_local", lambda: gradient)()
