@@ -270,6 +270,8 @@ class Ledger:
                 f"Entry `balance` of the state dict should speak of the losses {list(self.names)}. "
                 f"Found {list(names)}. Give the losses the names of the run that was saved."
             )
+        if not saved["steps"]:
+            return names, None
         return names, self._checked_state(saved["state"], names, device)
 
     def _checked_state(
