@@ -95,7 +95,7 @@ class BalancedTrajectory(Weighting):
         return not self.lagged
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return [-self.shift] * len(names)
+        return [0.0 - self.shift] * len(names)  # -0.0 would print as -0
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         return self._famo.init(names, device)
@@ -170,7 +170,7 @@ class AnalyticQP(GramianWeighting):
         check_every(self)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return [-self.shift] * len(names)
+        return [0.0 - self.shift] * len(names)  # -0.0 would print as -0
 
     def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
         # In the Gramian's own dtype, which tells the solver how far to trust its entries.
