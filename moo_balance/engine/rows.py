@@ -41,7 +41,9 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
 
 def add_rows(left: Row, right: Row) -> Row:
     """Sum of two gradients, parameter by parameter."""
-    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+    return [
+        b if a is None else a if b is None else _sum(a, b) for a, b in zip(left, right, strict=True)
+    ]
 
 
 def combination(rows: Sequence[Row], coefficients: Tensor, width: int) -> Row:
@@ -56,14 +58,8 @@ def combination(rows: Sequence[Row], coefficients: Tensor, width: int) -> Row:
         total = None
         for factor, row in zip(factors, rows, strict=True):
             gradient = row[column]
-            if gradient is None:
-                continue
-            if total is None:
-                total = gradient * factor
-            elif isinstance(factor, float):
-                total.add_(gradient, alpha=factor)
-            else:
-                total.add_(gradient * factor)
+            if gradient is not None:
+                total = gradient * factor if total is None else _add(total, gradient, factor)
         totals[column] = total
     return totals
 
@@ -73,7 +69,20 @@ def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor])
     totals = combination(rows, coefficients, len(params))
     for param, total in zip(params, totals, strict=True):
         if total is not None:
-            param.grad = total if param.grad is None else param.grad.add_(total)
+            param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    return right + left if left.is_sparse else left + right
+
+
+def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
+    """Add into `total`, or the other way round: a sparse tensor cannot take in a dense one."""
+    if total.is_sparse and not gradient.is_sparse:
+        return (gradient * factor).add_(total)
+    if isinstance(factor, float):
+        return total.add_(gradient, alpha=factor)
+    return total.add_(gradient * factor)
 
 
 def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
