@@ -144,9 +144,28 @@ def _gramian(rows: Sequence[Row], problem: Problem, dtype: torch.dtype) -> Tenso
 def _local_rows(problem: Problem) -> Iterator[Row]:
     """The K rows, one after the other. The graph is freed with the last unless it shall be kept."""
     last = len(problem.losses) - 1
-    differentiate = _by_backward if is_sharded(problem.params) else _by_grad
+    through_hooks = is_sharded(problem.params) or _checkpoints_reentrantly(problem.losses)
+    differentiate = _by_backward if through_hooks else _by_grad
     for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
         yield differentiate(loss, seed, problem.params, problem.retain_graph or k < last)
+
+
+def _checkpoints_reentrantly(losses: Sequence[Tensor]) -> bool:
+    """Is there a reentrant checkpoint in the graph?
+
+    ``autograd.grad`` does not see the parameters inside: it raises, or, where the checkpoint lies
+    on no other parameter's path, silently passes over them.
+    """
+    nodes = {loss.grad_fn for loss in losses if loss.grad_fn is not None}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        fresh = {before for before, _ in node.next_functions if before is not None} - nodes
+        nodes |= fresh
+        stack.extend(fresh)
+    return False
 
 
 def _by_grad(loss: Tensor, seed: Tensor, params: Sequence[Tensor], retain_graph: bool) -> Row:
@@ -156,8 +175,6 @@ def _by_grad(loss: Tensor, seed: Tensor, params: Sequence[Tensor], retain_graph:
             loss, params, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
-        if "incompatible with .grad()" in str(error):  # reentrant checkpointing
-            return _by_backward(loss, seed, params, retain_graph)
         if "donated buffer" in str(error):
             raise BalanceError(
                 "A compiled model should keep its buffers for more than one backward pass. Found "
