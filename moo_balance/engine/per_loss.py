@@ -79,7 +79,7 @@ class _Rows(Linearization):
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
-        if self.rows is None:
+        if self.rows is None or _hooked(problem.params):
             return weighted_sum(problem, coefficients)
         unscaled = coefficients if problem.scale is None else coefficients / problem.scale
         gradients = combination(self.rows, unscaled, len(problem.params))
@@ -143,11 +143,16 @@ def _gramian(rows: Sequence[Row], problem: Problem, dtype: torch.dtype) -> Tenso
 
 def _local_rows(problem: Problem) -> Iterator[Row]:
     """The K rows, one after the other. The graph is freed with the last unless it shall be kept."""
-    last = len(problem.losses) - 1
+    last = len(problem.losses) if _hooked(problem.params) else len(problem.losses) - 1
     through_hooks = is_sharded(problem.params) or _checkpoints_reentrantly(problem.losses)
     differentiate = _by_backward if through_hooks else _by_grad
     for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
         yield differentiate(loss, seed, problem.params, problem.retain_graph or k < last)
+
+
+def _hooked(params: Sequence[Tensor]) -> bool:
+    """Would a delivered gradient meet hooks of a parameter that its rows have met already?"""
+    return any(param._backward_hooks for param in params)
 
 
 def _checkpoints_reentrantly(losses: Sequence[Tensor]) -> bool:

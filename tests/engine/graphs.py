@@ -1,0 +1,305 @@
+"""Graphs that an engine may meet, one function each, and the naive way to differentiate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moo_balance.engine import Problem
+
+
+@dataclass
+class Graph:
+    """Losses, parameters, and memory that belongs to the user, beside a copy of it."""
+
+    losses: Sequence[Tensor]
+    params: Sequence[Tensor]
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def problem(self, **arguments: Any) -> Problem:
+        names = [f"loss {k}" for k in range(len(self.losses))]
+        return Problem(names=names, losses=self.losses, params=self.params, **arguments)
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {}
+
+
+def graph(build: Callable[[], Graph]) -> Callable[[], Graph]:
+    GRAPHS[build.__name__] = build
+    return build
+
+
+def over_graphs(*besides: str) -> pytest.MarkDecorator:
+    """Every graph, but for the named ones."""
+    chosen = [name for name in GRAPHS if name not in besides]
+    return pytest.mark.parametrize("build", [GRAPHS[name] for name in chosen], ids=chosen)
+
+
+def naive_jacobian(built: Graph) -> Tensor:
+    """Row after row by ``loss.backward()``, shape [K, P]; ends with no gradients."""
+    rows = []
+    for loss in built.losses:
+        clear(built)
+        loss.backward(retain_graph=True)
+        rows.append(gradient(built))
+    clear(built)
+    return torch.stack(rows)
+
+
+def clear(built: Graph) -> None:
+    for param in built.params:
+        param.grad = None
+
+
+def gradient(built: Graph) -> Tensor:
+    """``.grad`` of all parameters as one real vector."""
+    return torch.cat([_flat(param, param.grad) for param in built.params])
+
+
+def _flat(param: Tensor, grad: Tensor | None) -> Tensor:
+    if grad is None:
+        grad = torch.zeros_like(param)
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.resolve_conj())
+    return grad.detach().double().reshape(-1)
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Parameter:
+    return nn.Parameter(drawn(*shape, seed=seed, dtype=dtype))
+
+
+@graph
+def shared() -> Graph:
+    first, second = parameter(4, 5), parameter(5, 3, seed=1)
+    output = torch.tanh(drawn(6, 4, seed=2) @ first) @ second
+    return Graph([output.square().mean(), output.abs().sum(), output[0, 0]], [first, second])
+
+
+@graph
+def unshared() -> Graph:
+    params = [parameter(3, seed=k) for k in range(3)]
+    return Graph([p.exp().sum() for p in params], params)
+
+
+@graph
+def partly_shared() -> Graph:
+    trunk, heads = parameter(4, 3), [parameter(3, seed=k) for k in (1, 2)]
+    features = drawn(5, 4, seed=3) @ trunk
+    return Graph([(features @ head).square().mean() for head in heads], [trunk, *heads])
+
+
+@graph
+def tied() -> Graph:
+    weight = parameter(4, 3)
+    code = torch.tanh(drawn(5, 4, seed=1) @ weight)
+    return Graph([(code @ weight.T).square().sum(), code.sum()], [weight])
+
+
+@graph
+def unused() -> Graph:
+    used, idle = parameter(3), parameter(2, seed=1)
+    return Graph([used.sum(), used.square().sum()], [idle, used])
+
+
+@graph
+def in_place() -> Graph:
+    first, second = parameter(4), parameter(4, seed=1)
+    hidden = first * 2.0
+    hidden.mul_(second).add_(first.sin())
+    hidden[1] = second[0] * first[3]
+    return Graph([hidden.sum(), hidden.relu_().square().sum()], [first, second])
+
+
+@graph
+def used_twice() -> Graph:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(drawn(3, 3))
+        layer.bias.copy_(drawn(3, seed=1))
+    once = torch.tanh(layer(drawn(4, 3, seed=2)))
+    twice = torch.tanh(layer(once))
+    return Graph([once.sum(), twice.square().sum()], list(layer.parameters()))
+
+
+@graph
+def control_flow() -> Graph:
+    weight, gate = parameter(4), parameter(4, seed=1)
+    value = weight
+    while value.detach().norm() < 30:
+        value = value * 1.7 if value.detach().sum() > 0 else value + gate.square()
+    return Graph(
+        [value.sum(), (weight if gate.detach()[0] > 0 else gate).square().sum()], [weight, gate]
+    )
+
+
+@graph
+def expanded() -> Graph:
+    """Gradients with stride zero, and one tensor handed out for two parameters."""
+    a, b = parameter(3, 2), parameter(3, 2, seed=1)
+    return Graph([(a + b).sum(), a.sum(), b.mean(), (a - b).square().sum()], [a, b])
+
+
+@graph
+def handed_out() -> Graph:
+    """A function that keeps a reference to the gradient that it returns."""
+    weight, held = parameter(4), []
+
+    class Keeping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
+            ctx.factor = factor
+            return (value * factor).sum()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+            result = ctx.factor * upstream
+            held.append((result, result.clone()))
+            return result, None
+
+    factor = drawn(4, seed=1)
+    held.append((factor, factor.clone()))
+    one = Keeping.apply(weight, factor)
+    return Graph([one, Keeping.apply(weight, factor.flip(0)) + one], [weight], held)
+
+
+@graph
+def saved() -> Graph:
+    """Gradients that are the user's own tensors, as the backward of a product returns them."""
+    weight, x = parameter(4), drawn(4, seed=1)
+    seen = [(x, x.clone()), (weight, weight.detach().clone())]
+    return Graph([weight @ x, (weight * x)[2:].sum(), weight @ weight.detach()], [weight], seen)
+
+
+@graph
+def sparse() -> Graph:
+    table = nn.Embedding(6, 3, sparse=True, dtype=torch.float64)
+    with torch.no_grad():
+        table.weight.copy_(drawn(6, 3))
+    first, second = table(torch.tensor([0, 2, 2, 5])), table(torch.tensor([2, 3]))
+    return Graph([first.square().sum(), second.exp().sum(), first.sum()], [table.weight])
+
+
+@graph
+def sparse_and_dense() -> Graph:
+    table, layer = nn.Embedding(6, 3, sparse=True, dtype=torch.float64), parameter(3, seed=1)
+    with torch.no_grad():
+        table.weight.copy_(drawn(6, 3))
+    looked_up = table(torch.tensor([0, 2, 2]))
+    return Graph(
+        [(looked_up @ layer).sum(), (table.weight @ layer).square().sum(), looked_up.sum()],
+        [table.weight, layer],
+    )
+
+
+@graph
+def dense_and_sparse() -> Graph:
+    built = sparse_and_dense()
+    return Graph(list(built.losses)[::-1][1:], built.params)
+
+
+@graph
+def complex_valued() -> Graph:
+    weight = parameter(3, dtype=torch.complex128)
+    x = drawn(3, seed=1, dtype=torch.complex128)
+    product = weight * x
+    return Graph(
+        [product.real.sum(), product.abs().square().sum(), weight.conj().imag.sum()], [weight]
+    )
+
+
+@graph
+def channels_last() -> Graph:
+    layer = nn.Conv2d(2, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(drawn(3, 2, 3, 3))
+        layer.bias.copy_(drawn(3, seed=2))
+    layer = layer.to(memory_format=torch.channels_last)
+    image = drawn(2, 2, 5, 5, seed=1).to(memory_format=torch.channels_last)
+    output = layer(image)
+    return Graph([output.square().mean(), output[:, 0].sum()], list(layer.parameters()))
+
+
+@graph
+def transposed() -> Graph:
+    weight = nn.Parameter(drawn(4, 3).T)
+    output = weight @ drawn(4, 2, seed=1)
+    return Graph([output.square().sum(), output[0].sum()], [weight])
+
+
+@graph
+def normalised() -> Graph:
+    layer = nn.BatchNorm1d(3, dtype=torch.float64)
+    weight = parameter(4, 3)
+    output = layer(drawn(6, 4, seed=1) @ weight)
+    return Graph([output.exp().mean(), output[:2].square().sum()], [weight, *layer.parameters()])
+
+
+@graph
+def checkpointed() -> Graph:
+    return _checkpointed(use_reentrant=False)
+
+
+@graph
+def checkpointed_reentrant() -> Graph:
+    return _checkpointed(use_reentrant=True)
+
+
+def _checkpointed(use_reentrant: bool) -> Graph:
+    first, second = parameter(4, 4), parameter(4, seed=1)
+    x = drawn(3, 4, seed=2).requires_grad_()
+    hidden = checkpoint(lambda x: torch.tanh(x @ first), x, use_reentrant=use_reentrant)
+    return Graph([(hidden @ second).square().sum(), hidden.exp().mean()], [first, second])
+
+
+@graph
+def hooked() -> Graph:
+    """A hook on a parameter, as one uses to clip or to freeze a part of it."""
+    weight = parameter(4)
+    weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0, 2.0, 1.0]))
+    return Graph([weight.square().sum(), weight.sum()], [weight])
+
+
+@graph
+def bare() -> Graph:
+    """Losses that are parameters themselves."""
+    a, b = parameter(), parameter(seed=1)
+    return Graph([a, b, a], [a, b])
+
+
+@graph
+def duplicated() -> Graph:
+    weight = parameter(3)
+    loss = weight.exp().sum()
+    return Graph([loss, loss, weight.sum(), loss], [weight])
+
+
+@graph
+def single() -> Graph:
+    weight = parameter(3)
+    return Graph([weight.exp().sum()], [weight])
+
+
+@graph
+def elsewhere() -> Graph:
+    """A loss that reaches none of the parameters, only somebody else's."""
+    mine, theirs = parameter(3), parameter(3, seed=1)
+    return Graph([(mine * theirs.detach()).sum(), theirs.sum(), mine.square().sum()], [mine])
+
+
+@graph
+def orthogonal() -> Graph:
+    """Gradients that vanish somewhere, or everywhere."""
+    weight = parameter(4)
+    return Graph([weight[:2].sum(), weight[2:].sum(), (weight * 0).sum()], [weight])

@@ -1,0 +1,103 @@
+"""Rows of gradients: inner products and combinations, part by part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from tests.engine.graphs import drawn
+
+DTYPES = [torch.float32, torch.float64]
+
+
+def dense(row: Row, like: list[Tensor]) -> Tensor:
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).to_dense().reshape(-1)
+            for g, p in zip(row, like, strict=True)
+        ]
+    )
+
+
+def some_rows() -> tuple[list[Row], list[Tensor]]:
+    """Three rows over three parameters: dense, sparse, missing, strided, all mixed."""
+    like = [torch.zeros(4, 3).double(), torch.zeros(2).double(), torch.zeros(3, 3).double()]
+    values = drawn(3, 3, seed=1)
+    sparse = torch.sparse_coo_tensor([[1, 3, 1]], values, (4, 3), check_invariants=True)
+    rows: list[Row] = [
+        [drawn(4, 3), None, drawn(3, 3, seed=2).T],
+        [sparse, drawn(1, seed=3).expand(2), None],
+        [sparse * 2, drawn(2, seed=4), torch.ones(3, 3).double()],
+    ]
+    return rows, like
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [[0, 1, 2], [0], [1, 2], []])
+def test_inner_products_over_chosen_columns(columns: list[int], dtype: torch.dtype) -> None:
+    rows, like = some_rows()
+    chosen = [
+        dense([row[c] for c in columns], [like[c] for c in columns]) if columns else torch.zeros(1)
+        for row in rows
+    ]
+    jacobian = torch.stack(chosen).double()
+    found = inner_products(rows, columns, dtype)
+    torch.testing.assert_close(found.double(), jacobian @ jacobian.T, rtol=1e-14, atol=1e-14)
+    assert found.dtype == (torch.float64 if columns else dtype)
+
+
+def test_rows_that_reach_nothing_have_inner_products_of_zero() -> None:
+    assert inner_products([[None], [None]], [0], torch.float32).tolist() == [[0.0, 0.0]] * 2
+
+
+def test_a_lazily_conjugated_gradient_is_read_as_what_it_is() -> None:
+    z, w = drawn(3, dtype=torch.complex128), drawn(3, seed=1, dtype=torch.complex128)
+    found = inner_products([[z.conj()], [w]], [0], torch.float64)
+    cross = (z.real * w.real - z.imag * w.imag).sum()
+    torch.testing.assert_close(found[0, 1], cross)
+    torch.testing.assert_close(found[0, 0], z.abs().square().sum())
+
+
+def test_half_precision_products_are_wide_before_they_are_summed() -> None:
+    row = torch.full((1000,), 300.0, dtype=torch.float16)
+    assert inner_products([[row]], [0], torch.float32).item() == 9e7
+
+
+def test_a_combination_is_new_memory_and_leaves_the_rows_alone() -> None:
+    rows, like = some_rows()
+    before = [dense(row, like).clone() for row in rows]
+    factors = drawn(3, seed=5)
+    total = combination(rows, factors, 3)
+    expected = factors @ torch.stack(before)
+    torch.testing.assert_close(dense(total, like), expected, rtol=1e-14, atol=1e-14)
+    for gradient in total:
+        gradient.zero_()
+    for row, copy in zip(rows, before, strict=True):
+        assert torch.equal(dense(row, like), copy)
+
+
+def test_a_column_that_no_row_reaches_has_no_combination() -> None:
+    assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2), 2)[0] is None
+
+
+@pytest.mark.parametrize("there", ["nothing", "dense", "sparse"])
+def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
+    rows, like = some_rows()
+    first = {"nothing": None, "dense": drawn(4, 3, seed=8), "sparse": rows[1][0] * 3}[there]
+    like[0].grad = None if first is None else first.clone()
+    expected = combination(rows, torch.ones(3), 3)[0].to_dense()
+    if first is not None:
+        expected = expected + first.to_dense()
+    combine(rows, torch.ones(3), like)
+    torch.testing.assert_close(like[0].grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_added_rows_keep_what_only_one_of_them_reaches(flip: bool) -> None:
+    rows, like = some_rows()
+    pair = rows[:2][::-1] if flip else rows[:2]
+    expected = dense(rows[0], like) + dense(rows[1], like)
+    torch.testing.assert_close(dense(add_rows(*pair), like), expected)
+    assert add_rows([None], [None]) == [None]
