@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -20,6 +21,7 @@ def check_arguments(
     names: Sequence[str] | None,
     nonfinite: object,
     drift_every: object,
+    process_group: object,
 ) -> None:
     """Refuse what does not fit, naming the argument."""
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerProxy):
@@ -51,6 +53,11 @@ def check_arguments(
             "Parameter `drift_every` should be a whole number of steps, 0 for never. "
             f"Found {drift_every!r}."
         )
+    if not (process_group in (None, "auto") or _is_group(process_group)):
+        raise BalanceValueError(
+            "Parameter `process_group` should be 'auto', None, or a torch.distributed.ProcessGroup "
+            f"that this rank belongs to. Found {process_group!r}."
+        )
     if names is not None and (
         isinstance(names, str)
         or not names
@@ -61,6 +68,10 @@ def check_arguments(
             "Parameter `names` should be a sequence of distinct, non-empty strings. "
             f"Found {names!r}."
         )
+
+
+def _is_group(value: object) -> bool:
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 def measured_params(

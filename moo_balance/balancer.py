@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +17,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from moo_balance.door import check_attached, check_losses, check_same, loss_vector
-from moo_balance.engine import DataParallel, Engine, Linearization, Problem, in_static_graph
+from moo_balance.engine import (
+    DataParallel,
+    Engine,
+    Linearization,
+    Moment,
+    Problem,
+    in_static_graph,
+)
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
@@ -32,6 +41,14 @@ class Batch(NamedTuple):
     statistics: Statistics
 
 
+class Call(IntEnum):
+    """What is done with losses."""
+
+    BALANCE = 0
+    GATHER = 1
+    OBSERVE = 2
+
+
 @dataclass
 class Balancer:
     """Composes weighting, engine and ledger; the one object that BalancedOptimizer is about.
@@ -46,6 +63,11 @@ class Balancer:
     measured: Sequence[Tensor] | None
     nonfinite: str
     process_group: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
+        memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
+        copies = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self)}
+        return Balancer(**copies)
 
     @property
     def weighting(self) -> Weighting:
@@ -67,7 +89,8 @@ class Balancer:
     ) -> Batch:
         """Losses at the door; nothing is differentiated yet."""
         self.ledger.check_observed()
-        present, statistics = self._values(losses, check_attached)
+        call = Call.GATHER if self.ledger.accumulating else Call.BALANCE
+        present, statistics = self._values(losses, check_attached, call)
         measured = None if self.measured is None else frozenset(map(id, self.measured))
         problem = Problem(
             names=statistics.names,
@@ -135,7 +158,8 @@ class Balancer:
         if ledger.awaiting is None:
             ledger.check_stepped()
             return
-        _, statistics = self._values(losses, partial(check_same, expected=ledger.awaiting))
+        same = partial(check_same, expected=ledger.awaiting)
+        _, statistics = self._values(losses, same, Call.OBSERVE)
         try:
             ledger.observe(statistics, self._faulty_losses(statistics))
         except BalanceValueError as error:
@@ -152,7 +176,7 @@ class Balancer:
             parallel.check_drift(whole, self.ledger.state or {}, self.device)
 
     def _values(
-        self, losses: Losses, check: Callable[[dict[str, Tensor]], None]
+        self, losses: Losses, check: Callable[[dict[str, Tensor]], None], call: Call
     ) -> tuple[dict[str, Tensor], Statistics]:
         """Losses in declared order, and their values averaged over the ranks."""
         parallel = self._parallel()
@@ -170,7 +194,8 @@ class Balancer:
         if parallel is None:
             values = loss_vector(present, dtype)
         else:
-            means = parallel.agree(present, self.ledger.names, fault, device, dtype)
+            moment = Moment(repr(self.weighting), self.ledger.steps, call)
+            means = parallel.agree(present, self.ledger.names, moment, fault, device, dtype)
             present = {name: present[name] for name in means}
             values = torch.stack(list(means.values()))
         return present, Statistics(tuple(present), values, step=self.ledger.steps)
@@ -243,17 +268,19 @@ class Balancer:
     def _parallel(self) -> DataParallel | None:
         """The ranks to agree with, if there are several."""
         ledger, group = self.ledger, self.process_group
-        alive = dist.is_available() and dist.is_initialized()
-        if group is None or (group == "auto" and not alive):
-            if ledger.parallel is not None:
-                raise BalanceError(
-                    f"The process group of {ledger.parallel.size} ranks that this run began with "
-                    "should still be there. Found none. Step before `destroy_process_group`, or "
-                    "build a new BalancedOptimizer and load the state dict."
-                )
+        if group is None:
             return None
-        if ledger.parallel is None:
-            parallel = DataParallel(dist.group.WORLD if group == "auto" else group)
+        if not (dist.is_available() and dist.is_initialized()):
+            if ledger.parallel is None and group == "auto":
+                return None
+            raise BalanceError(
+                "The process group that this run began with should still be there. Found none. "
+                "Step before `destroy_process_group`, or build a new BalancedOptimizer and load "
+                "the state dict."
+            )
+        group = dist.group.WORLD if group == "auto" else group
+        if ledger.parallel is None or ledger.parallel.group is not group:
+            parallel = DataParallel(group)
             if parallel.size == 1:
                 return None
             ledger.parallel = parallel

@@ -109,6 +109,10 @@ class Ledger:
     accumulating: bool = False
     accumulation: Accumulation | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups cannot be copied; they are found again in the next step.
+        return {**self.__dict__, "parallel": None}
+
     @property
     def due(self) -> bool:
         """Does this step gather the costly evidence?"""

@@ -98,7 +98,7 @@ class BalancedOptimizer(OptimizerProxy):
         process_group: Any = "auto",
         drift_every: int = 1000,
     ) -> None:
-        check_arguments(optimizer, weighting, engine, names, nonfinite, drift_every)
+        check_arguments(optimizer, weighting, engine, names, nonfinite, drift_every, process_group)
         super().__init__(optimizer)
         self._drift_every = drift_every
         self._balancer = Balancer(

@@ -1,13 +1,14 @@
 """How per-loss gradients are taken from autograd."""
 
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
-from moo_balance.engine.parallel import DataParallel, in_static_graph
+from moo_balance.engine.parallel import DataParallel, Moment, in_static_graph
 from moo_balance.engine.per_loss import PerLoss
 
 __all__ = [
     "DataParallel",
     "Engine",
     "Linearization",
+    "Moment",
     "PerLoss",
     "Problem",
     "Window",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,22 @@ from torch import Tensor
 
 from moo_balance.engine.rows import Row
 from moo_balance.errors import BalanceError
+
+
+class Moment(NamedTuple):
+    """Where in which run a rank is: ranks at different ones would wait for each other for ever.
+
+    `call` tells calls of one step apart, as a small number.
+    """
+
+    method: str
+    step: int
+    call: int
+
+    @property
+    def number(self) -> int:
+        """Step and call in one, small enough for exact squares."""
+        return (8 * self.step + self.call) % 1024
 
 
 @dataclass
@@ -24,6 +40,7 @@ class DataParallel:
     group: Any
     names: Sequence[str] | None = None
     layouts: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
+    """Parameters each loss has reached on any rank so far: what to send before it is known."""
 
     @property
     def size(self) -> int:
@@ -34,39 +51,44 @@ class DataParallel:
         self,
         losses: Mapping[str, Tensor],
         declared: Sequence[str] | None,
+        moment: Moment,
         fault: BalanceError | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """The mean of each present loss over the ranks: one all-reduce of 2K + 1 numbers.
+        """The mean of each present loss over the ranks: one all-reduce of 2K + 3 numbers.
 
         A fault that one rank found in its losses is raised there, and reported on all others.
         """
-        if self.names is None or (declared is not None and set(declared) != set(self.names)):
-            self.names = self._first_names(losses, declared, fault)
+        if self.names is None or declared is None or set(declared) != set(self.names):
+            self.names = self._first_names(losses, declared, moment, fault)
         names, count = self.names, len(self.names)
-        header = torch.zeros(2 * count + 1, dtype=dtype, device=device)
+        header = torch.zeros(2 * count + 3, dtype=dtype, device=device)
         for position, name in enumerate(names):
             if name in losses:
                 header[position] = losses[name].detach()
                 header[count + position] = 1.0
-        header[-1] = float(fault is not None or not losses.keys() <= set(names))
+        header[-3:] = header.new_tensor([fault is not None, moment.number, moment.number**2])
         dist.all_reduce(header, group=self.group)
         self._check_header(header[count:].tolist(), fault)
         means = header[:count] / self.size
         return {name: mean for name, mean in zip(names, means, strict=True) if name in losses}
 
     def _first_names(
-        self, losses: Mapping[str, Tensor], declared: Sequence[str] | None, fault: Exception | None
+        self,
+        losses: Mapping[str, Tensor],
+        declared: Sequence[str] | None,
+        moment: Moment,
+        fault: Exception | None,
     ) -> Sequence[str]:
         """The names that all ranks start from."""
-        report = (list(declared or losses), None if fault is None else str(fault))
-        reports: list[tuple[list[str], str | None]] = [([], None)] * self.size
+        report = (list(declared or losses), moment, None if fault is None else str(fault))
+        reports: list[tuple[list[str], Moment, str | None]] = [report] * self.size
         dist.all_gather_object(reports, report, group=self.group)
         if fault is not None:
             raise fault
-        first = reports[0][0]
-        for rank, (names, message) in enumerate(reports):
+        first, start, _ = reports[0]
+        for rank, (names, found, message) in enumerate(reports):
             if message is not None:
                 raise BalanceError(f"Rank {rank} refused its losses: {message}")
             if set(names) != set(first):
@@ -74,16 +96,30 @@ class DataParallel:
                     f"All ranks should have the same losses. Found {names} on rank {rank} and "
                     f"{first} on rank 0. Name them alike, in the same step."
                 )
+            if found != start:
+                raise BalanceError(
+                    f"All ranks should be at the same point of the same run. Found {found.method} "
+                    f"at step {found.step} on rank {rank} and {start.method} at step {start.step} "
+                    "on rank 0. Give all ranks the same method and the same checkpoint, and call "
+                    "`backward`, `accumulate` and `observe` alike on all of them."
+                )
         return first
 
     def _check_header(self, flags: Sequence[float], fault: Exception | None) -> None:
+        """Flags [K + 3] are sums over the ranks: they mean the same to all of them."""
         if fault is not None:
             raise fault
-        *present, faults = flags
+        *present, faults, moments, squares = flags
         if faults:
             raise BalanceError(
                 f"{faults:g} of {self.size} ranks refused their losses, so no rank takes the "
                 "step. Their own message says why."
+            )
+        if self.size * squares != moments**2:  # not all equal
+            raise BalanceError(
+                "All ranks should be at the same point of the same run. Found them at different "
+                "steps, or in different calls. Give all ranks the same checkpoint, and call "
+                "`backward`, `accumulate` and `observe` alike on all of them."
             )
         for name, count in zip(self.names or (), present, strict=True):
             if count not in (0, self.size):
@@ -95,37 +131,30 @@ class DataParallel:
 
     def start(self, name: str, row: Row, params: Sequence[Tensor]) -> PendingRow:
         """Begin to average the gradient of a loss, while the next one is differentiated."""
-        reached = {column for column, gradient in enumerate(row) if gradient is not None}
-        if (name, len(params)) not in self.layouts:
-            self.layouts[name, len(params)] = self._union(reached, params)
-        layout = self.layouts[name, len(params)]
-        late = reached - set(layout)
-        return PendingRow(name, row, late, self._launch(row, layout, params))
+        layout = self.layouts.get((name, len(params)), ())
+        return PendingRow(name, row, layout, self._launch(row, layout, params))
 
     def finish(self, pending: Sequence[PendingRow], params: Sequence[Tensor]) -> list[Row]:
         """Wait for the averages. A parameter that no rank's loss reaches stays None."""
-        late = torch.tensor([float(len(p.late)) for p in pending], device=params[0].device)
-        dist.all_reduce(late, group=self.group)
+        reached = self._reached_anywhere([p.row for p in pending], params)
         rows: list[Row] = []
-        for row, is_late in zip(pending, late.tolist(), strict=True):
+        for row, columns in zip(pending, reached, strict=True):
             averaged: list[Tensor | None] = [None] * len(params)
             self._collect(row.buckets, averaged)
-            if is_late:
-                # Somebody's loss reached a parameter it never reached before: tell the others.
-                union = self._union(row.late, params)
-                self._collect(self._launch(row.row, union, params), averaged)
-                layout = {*self.layouts[row.name, len(params)], *union}
-                self.layouts[row.name, len(params)] = tuple(sorted(layout))
-            rows.append(averaged)
+            late = [column for column in columns if column not in row.layout]
+            self._collect(self._launch(row.row, late, params), averaged)
+            self.layouts[row.name, len(params)] = tuple(sorted({*row.layout, *columns}))
+            rows.append([g if k in columns else None for k, g in enumerate(averaged)])
         return rows
 
-    def _union(self, reached: Collection[int], params: Sequence[Tensor]) -> tuple[int, ...]:
-        """Parameters that the loss reaches on any rank."""
-        mask = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-        if reached:
-            mask[list(reached)] = 1
-        dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=self.group)
-        return tuple(mask.nonzero().flatten().tolist())
+    def _reached_anywhere(
+        self, rows: Sequence[Row], params: Sequence[Tensor]
+    ) -> list[frozenset[int]]:
+        """For each row the parameters it reaches on any rank, in this very step."""
+        mask = [[float(gradient is not None) for gradient in row] for row in rows]
+        reached = torch.tensor(mask, device=params[0].device)
+        dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=self.group)
+        return [frozenset(k for k, there in enumerate(row) if there) for row in reached.tolist()]
 
     def _launch(self, row: Row, layout: Sequence[int], params: Sequence[Tensor]) -> list[Bucket]:
         """Flatten by dtype and device, and send."""
@@ -163,23 +192,31 @@ class DataParallel:
     def check_drift(
         self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        """Compare a checksum of parameters and balance over the ranks; raise where one differs."""
+        """Compare checksums of parameters and balance over the ranks; raise where one differs."""
         tensors = [*params, *state.values()]
         if not tensors:
             return
-        own = torch.stack([t.detach().double().sum().to(device) for t in tensors])
+        own = torch.stack([_checksum(tensor).to(device) for tensor in tensors])
         gathered = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(gathered, own, group=self.group)
         for rank, other in enumerate(gathered):
-            if not torch.equal(other.nan_to_num(), gathered[0].nan_to_num()):
-                position = int((other != gathered[0]).nonzero()[0])
-                what = "a parameter" if position < len(params) else "the balance"
+            drifted = (other != gathered[0]).any(1).nonzero()
+            if len(drifted):
+                what = "a parameter" if int(drifted[0]) < len(params) else "the balance"
                 raise BalanceError(
                     f"All ranks should hold the same parameters. Found {what} on rank {rank} that "
                     "differs from rank 0. Wrap the model in DistributedDataParallel or "
                     "fully_shard, seed all ranks alike, or pass process_group=None if each rank "
                     "trains a model of its own."
                 )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum and sum of squares: two gradients with the same sum rarely have the same norm."""
+    tensor = tensor.detach()
+    flat = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    values = flat.double().nan_to_num().reshape(-1)
+    return torch.stack([values.sum(), values.dot(values)])
 
 
 class Bucket(NamedTuple):
@@ -195,7 +232,7 @@ class PendingRow(NamedTuple):
 
     name: str
     row: Row
-    late: Collection[int]
+    layout: Sequence[int]
     buckets: list[Bucket]
 
 
