@@ -81,7 +81,6 @@ class _Kept(NamedTuple):
     module: nn.Module
     name: str
     buffer: Tensor
-    version: int
     copy: Tensor
 
 
@@ -98,7 +97,7 @@ def _buffers_kept() -> Iterator[None]:
                 continue
             known.add(module)
             kept.extend(
-                _Kept(module, name, buffer, buffer._version, buffer.clone())
+                _Kept(module, name, buffer, buffer.clone())
                 for name, buffer in (module._buffers.items() if module.training else ())
                 if buffer is not None
             )
@@ -108,7 +107,14 @@ def _buffers_kept() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        for module, name, buffer, version, copy in kept:
-            if buffer._version != version:
+        for module, name, buffer, copy in reversed(kept):
+            # Its version would not tell whether it was written: batch norm does not count that up.
+            if not _is_expanded(buffer):
                 buffer.copy_(copy)
             module._buffers[name] = buffer
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Do several entries share memory? Then nobody can have written to it, nor can we."""
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, strides, strict=False))
