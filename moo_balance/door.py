@@ -25,10 +25,11 @@ def check_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Te
     for name, loss in losses.items():
         _check_name(name)
         _check_tensor(name, loss)
-    if declared is None:
+    if declared is not None:
+        check_declared(losses, declared)
+        losses = {name: losses[name] for name in declared if name in losses}
+    with torch.enable_grad():  # `backward` works under no_grad, as a plain one does
         return {name: loss.reshape(()) for name, loss in losses.items()}
-    check_declared(losses, declared)
-    return {name: losses[name].reshape(()) for name in declared if name in losses}
 
 
 def check_declared(names: Mapping[str, object] | Sequence[str], declared: Sequence[str]) -> None:
