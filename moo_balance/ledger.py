@@ -77,8 +77,13 @@ class Accumulation:
         They depend on nothing but which losses there are, so only a new one can change them.
         """
         before, self.coefficients = self.coefficients, coefficients
-        earlier = coefficients if before is None else before
-        if not torch.equal(earlier, coefficients[: len(earlier)]):
+        # Where no loss has joined there is nothing to compare: it would wait for the device, and
+        # take the NaN of a step that a loss scaler is to skip for a change.
+        if (
+            before is not None
+            and len(before) < len(coefficients)
+            and not torch.equal(before, coefficients[: len(before)])
+        ):
             raise BalanceError(
                 "A window of micro-batches should have the same losses throughout for this "
                 f"method. Found {list(statistics.names)} after {list(self.losses)}."
