@@ -65,7 +65,12 @@ def test_half_precision_products_are_wide_before_they_are_summed() -> None:
     assert inner_products([[row]], [0], torch.float32).item() == 9e7
 
 
-def test_a_combination_is_new_memory_and_leaves_the_rows_alone() -> None:
+@pytest.mark.parametrize("on_host", [True, False], ids=["numbers", "tensors"])
+def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
+    on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_host:  # as on an accelerator, where reading a coefficient would wait
+        monkeypatch.setattr("moo_balance.engine.rows._factors", Tensor.unbind)
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
