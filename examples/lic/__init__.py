@@ -1,0 +1,1 @@
+"""Learned image compression with balanced losses; ``python -m examples.lic`` runs the demo."""

@@ -1,0 +1,131 @@
+"""A small learned image codec, trained the standard way and with balanced losses.
+
+python -m examples.lic                       # bundled photographs, about five minutes
+python -m examples.lic --images my-photos    # a folder of your own
+python -m examples.lic --quick               # seconds, to see that everything works
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import torch
+from tqdm import tqdm
+
+from examples.lic import images, plots, report
+from examples.lic.codec import MeanScaleHyperprior
+from examples.lic.comparison import Comparison, Plan, Rung
+from examples.lic.training import Recipe
+from moo_balance import History
+
+QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        photographs = _photographs(options)
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (images.ImageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    plan = Plan(
+        lambdas=sorted(options.lambdas),
+        ladder=Recipe(options.steps, lr=1e-3),
+        finetuning=Recipe(options.finetune_steps, lr=5e-4),
+        crop=options.crop,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    print(f"Trains on {_listed(photographs.train)}; held out: {_listed(photographs.held_out)}.")
+    for note in photographs.notes:
+        print(note)
+    with tqdm(total=plan.total_steps, unit="step", mininterval=0.5, smoothing=0.05) as bar:
+        rungs = Comparison(photographs, plan, _shown_on(bar))()
+    print(f"\n{report.table(rungs)}\n\n{fill(report.SENTENCE, 88)}\n")
+    for path in _write(rungs, plan, options.output):
+        print(path)
+    return 0
+
+
+def _shown_on(bar: tqdm) -> Callable[[float, str, History], None]:
+    def on_step(lmbda: float, label: str, history: History) -> None:
+        bar.set_description(f"λ {lmbda:g}, {label}", refresh=False)
+        bar.update()
+
+    return on_step
+
+
+def _photographs(options: argparse.Namespace) -> images.Photographs:
+    if options.images is None:
+        return images.bundled()
+    return images.from_folders(options.images, options.eval_images, crop=options.crop)
+
+
+def _listed(pictures: Mapping[str, torch.Tensor]) -> str:
+    return ", ".join(pictures) if len(pictures) <= 5 else f"{len(pictures)} images"
+
+
+def _write(rungs: Sequence[Rung], plan: Plan, folder: Path) -> Iterator[Path]:
+    figures = {
+        "rate-distortion.png": plots.rate_distortion_figure(rungs),
+        "weights.png": plots.weights_figure(rungs),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+        yield folder / name
+    path = folder / "results.json"
+    path.write_text(json.dumps(report.as_json(rungs, plan), indent=1), encoding="utf-8")
+    yield path
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.lic",
+        description="Train a small image codec, standard and balanced, and compare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", type=Path, metavar="DIR", help="train on this folder, not on bundled images")
+    add("--eval-images", type=Path, metavar="DIR", help="held-out images; without it the last "
+        "fifth of --images by name")  # fmt: skip
+    add("--output", type=Path, metavar="DIR", default=Path("runs/lic"), help="for the figures")
+    add("--lambdas", type=_positive(float), nargs="+", default=[0.0035, 0.013, 0.05], metavar="λ",
+        help="rungs of the ladder")  # fmt: skip
+    add("--steps", type=_positive(int), default=1500, help="standard steps on each rung")
+    add("--finetune-steps", type=_positive(int), default=400, help="further steps of each method")
+    add("--batch", type=_positive(int), default=2, help="crops in a step")
+    add("--crop", type=_crop, default=128, help="side of the crops, a multiple of 64")
+    add("--seed", type=int, default=0, help="of weights, crops and noise")
+    add("--threads", type=_positive(int), default=1, help="more pay off on idle cores alone")
+    add("--quick", action="store_true", help="a few steps, to see that everything works")
+    options = parser.parse_args(arguments)
+    if options.eval_images is not None and options.images is None:
+        parser.error("--eval-images needs --images")
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not 0 < (value := kind(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"should be positive, found {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it when `text` is no number
+    return parse
+
+
+def _crop(text: str) -> int:
+    stride = MeanScaleHyperprior.stride
+    if (value := int(text)) < 1 or value % stride:
+        raise argparse.ArgumentTypeError(f"should be a multiple of {stride}, found {text}")
+    return value

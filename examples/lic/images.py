@@ -1,0 +1,189 @@
+"""Photographs: the bundled ones, folders of the user's own, and random crops from them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+TRAIN_BYTES = 2**29
+"""How much of a training folder is kept in memory; the rest of a larger folder is left out."""
+
+EVAL_BYTES = 2**25
+"""The same for held-out images: every trained model is evaluated on all of them in full."""
+
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What counts as an image in a folder that may hold other files too."""
+
+
+class ImageError(Exception):
+    """Images that cannot be used; the message names the path and says what to do."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Images by name, each uint8 ``[3, H, W]``, and what the user should know about them."""
+
+    train: Mapping[str, Tensor]
+    held_out: Mapping[str, Tensor]
+    notes: Sequence[str] = field(default=())
+
+
+def bundled() -> Photographs:
+    """Return the photographs that scikit-image and scikit-learn carry."""
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    train = {
+        "astronaut": data.astronaut(),
+        "coffee": data.coffee(),
+        "rocket": data.rocket(),
+        # The other half of the stereo pair shows the same scene.
+        "motorcycle": data.stereo_motorcycle()[0],
+    }
+    held_out = {
+        "chelsea": data.chelsea(),
+        "china": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+    }
+    return Photographs(
+        {name: _to_tensor(pixels) for name, pixels in train.items()},
+        {name: _to_tensor(pixels) for name, pixels in held_out.items()},
+    )
+
+
+def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photographs:
+    """Return the images of the user's folders, subfolders included.
+
+    Args:
+        folder: Images to train on, each at least ``crop`` pixels high and wide.
+        held_out: Images to evaluate on, of any size. Without it the last fifth of ``folder`` by
+            file name, at least one image, is held out.
+        crop: Side of the training crops in pixels.
+
+    Raises:
+        ImageError: When a folder is missing or empty, or an image is broken or too small.
+    """
+    train_paths = list_images(folder)
+    if held_out is None:
+        if len(train_paths) == 1:
+            raise ImageError(
+                f"{folder} should hold at least two images, one of them to be held out. Found "
+                "one. Add images, or name a folder of held-out ones with --eval-images."
+            )
+        split = len(train_paths) - max(1, len(train_paths) // 5)
+        train_paths, eval_paths = train_paths[:split], train_paths[split:]
+    else:
+        eval_paths = list_images(held_out)
+        if shared := {p.resolve() for p in train_paths} & {p.resolve() for p in eval_paths}:
+            raise ImageError(
+                f"The held-out images should not be trained on. Found {min(shared)} in both "
+                f"{folder} and {held_out}. Move it out of one of them."
+            )
+    notes: list[str] = []
+    train = _read_all(train_paths, TRAIN_BYTES, crop, notes)
+    return Photographs(train, _read_all(eval_paths, EVAL_BYTES, 1, notes), notes)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files below ``folder`` in order of their paths."""
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder. Name a folder that holds images.")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise ImageError(
+            f"{folder} holds no images. Name a folder with files in {' '.join(SUFFIXES)}."
+        )
+    return paths
+
+
+def read_image(path: Path, *, min_side: int = 1) -> tuple[Tensor, str]:
+    """Return the image at ``path`` as uint8 ``[3, H, W]``, and the mode it was stored in."""
+    try:
+        with Image.open(path) as image:
+            pixels, mode = _to_rgb(ImageOps.exif_transpose(image)), image.mode
+    except UnidentifiedImageError:
+        reason = "not an image format that Pillow knows"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error)
+    else:
+        if min(pixels.shape[:2]) >= min_side:
+            return _to_tensor(pixels), mode
+        height, width = pixels.shape[:2]
+        raise ImageError(
+            f"{path} should be at least {min_side} pixels high and wide, the side of the training "
+            f"crops. Found {height} x {width}. Remove it, or choose a smaller --crop."
+        )
+    raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.")
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip and not scale
+        gray = np.asarray(image).astype(np.float64) / 257
+        return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.has_transparency_data:
+        # Whatever colour hides behind transparent pixels is not part of the picture.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _read_all(
+    paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
+) -> dict[str, Tensor]:
+    images: dict[str, Tensor] = {}
+    converted: list[str] = []
+    # In shuffled order, so that what fits into the budget is a fair sample of the folder.
+    for path in random.Random(0).sample(paths, len(paths)):
+        image, mode = read_image(path, min_side=min_side)
+        images[str(path)] = image
+        if mode != "RGB":
+            converted.append(f"{path.name} ({mode})")
+        budget -= image.numel()
+        if budget <= 0:
+            notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
+            break
+    if converted:
+        more = f" and {len(converted) - 3} more" if len(converted) > 3 else ""
+        notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
+    return images
+
+
+class RandomCrops:
+    """An endless, seeded stream of batches ``[B, 3, crop, crop]`` in [0, 1], half of them mirrored.
+
+    Two streams with equal arguments yield equal batches, which is how runs are paired.
+    """
+
+    def __init__(self, images: Mapping[str, Tensor], *, crop: int, batch: int, seed: int) -> None:
+        self._images = list(images.values())
+        self._crop = crop
+        self._batch = batch
+        self._random = random.Random(seed)
+
+    def __next__(self) -> Tensor:
+        crops = torch.stack([self._one() for _ in range(self._batch)])
+        return crops.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+
+    def __iter__(self) -> RandomCrops:
+        return self
+
+    def _one(self) -> Tensor:
+        image = self._random.choice(self._images)
+        top = self._random.randint(0, image.shape[1] - self._crop)
+        left = self._random.randint(0, image.shape[2] - self._crop)
+        crop = image[:, top : top + self._crop, left : left + self._crop]
+        return crop.flip(-1) if self._random.random() < 0.5 else crop

@@ -1,0 +1,153 @@
+"""Folders of images: what is converted, what is held out, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.lic import images
+from examples.lic.images import ImageError, RandomCrops, from_folders, read_image
+
+
+def write(path, *, size=(80, 70), mode="RGB", value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(6):
+        write(tmp_path / "photos" / f"{index}.png", value=(index, 0, 0))
+    return tmp_path / "photos"
+
+
+def test_bundled_photographs_are_held_apart():
+    photographs = images.bundled()
+    assert not set(photographs.train) & set(photographs.held_out)
+    for image in (*photographs.train.values(), *photographs.held_out.values()):
+        assert image.dtype == torch.uint8
+        assert image.shape[0] == 3
+        assert min(image.shape[1:]) >= 256
+
+
+def test_the_last_fifth_is_held_out(folder):
+    photographs = from_folders(folder, None, crop=64)
+    assert sorted(photographs.train) == [str(folder / f"{i}.png") for i in range(5)]
+    assert list(photographs.held_out) == [str(folder / "5.png")]
+    assert photographs.held_out[str(folder / "5.png")][:, 0, 0].tolist() == [5, 0, 0]
+
+
+def test_subfolders_and_a_folder_of_held_out_images(folder, tmp_path):
+    write(folder / "more" / "0.jpg")
+    small = write(tmp_path / "kodak" / "small.png", size=(9, 7))
+    photographs = from_folders(folder, tmp_path / "kodak", crop=64)
+    assert len(photographs.train) == 7
+    assert photographs.held_out[str(small)].shape == (3, 7, 9)
+
+
+def test_a_folder_beyond_memory_is_sampled_and_said(folder, monkeypatch):
+    monkeypatch.setattr(images, "TRAIN_BYTES", 2 * 80 * 70 * 3)
+    photographs = from_folders(folder, None, crop=64)
+    assert len(photographs.train) == 2
+    assert photographs.notes == ["2 of 5 images fit into memory and are used."]
+
+
+@pytest.mark.parametrize(
+    ("mode", "stored", "read"),
+    [
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 255), (90, 90, 90)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("I;16", 257 * 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_other_modes_are_converted(tmp_path, mode, stored, read):
+    image, found = read_image(write(tmp_path / "image.png", mode=mode, value=stored))
+    assert image.shape == (3, 70, 80)
+    assert tuple(image[:, 3, 4].tolist()) == read
+    assert found == mode
+
+
+def test_conversions_are_said(folder):
+    write(folder / "0.png", mode="L")
+    write(folder / "1.png", mode="RGBA")
+    (note,) = from_folders(folder, None, crop=64).notes
+    assert note.startswith("Converted to 8-bit RGB: ")
+    assert "0.png (L)" in note
+    assert "1.png (RGBA)" in note
+
+
+def test_camera_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("RGB", (80, 70)).save(tmp_path / "portrait.jpg", exif=exif)
+    assert read_image(tmp_path / "portrait.jpg")[0].shape == (3, 80, 70)
+
+
+def broken(path):
+    path.write_bytes(b"not a picture")
+
+
+def truncated(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize("harm", [broken, truncated])
+def test_a_broken_image_is_named(folder, harm):
+    harm(folder / "3.png")
+    with pytest.raises(ImageError, match=r"3\.png cannot be read .*Repair or remove it"):
+        from_folders(folder, None, crop=64)
+
+
+def test_an_image_smaller_than_the_crops_is_named(folder):
+    write(folder / "2.png", size=(100, 63))
+    with pytest.raises(ImageError, match=r"2\.png should be at least 64 .* Found 63 x 100\."):
+        from_folders(folder, None, crop=64)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"nowhere is not a folder\."):
+        from_folders(tmp_path / "nowhere", None, crop=64)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ImageError, match=r"holds no images\."):
+        from_folders(tmp_path, None, crop=64)
+
+
+def test_one_image_cannot_be_both_trained_on_and_held_out(tmp_path):
+    write(tmp_path / "only.png")
+    with pytest.raises(ImageError, match=r"at least two images.*--eval-images"):
+        from_folders(tmp_path, None, crop=64)
+
+
+def test_held_out_images_are_not_trained_on(folder):
+    with pytest.raises(ImageError, match=r"Found .*0\.png in both"):
+        from_folders(folder, folder, crop=64)
+
+
+def test_crops_are_paired_by_their_seed():
+    pictures = {"noise": torch.randint(0, 256, (3, 90, 100), dtype=torch.uint8)}
+    first, second, other = (
+        RandomCrops(pictures, crop=64, batch=3, seed=seed) for seed in (1, 1, 2)
+    )
+    for _ in range(2):
+        crops = next(first)
+        assert torch.equal(crops, next(second))
+        assert not torch.equal(crops, next(other))
+        assert crops.shape == (3, 3, 64, 64)
+        assert 0 <= crops.min() < crops.max() <= 1
+
+
+def test_a_crop_may_be_the_whole_image():
+    pictures = {"noise": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    (crop,) = next(RandomCrops(pictures, crop=64, batch=1, seed=0))
+    whole = pictures["noise"] / 255
+    assert torch.equal(crop, whole) or torch.equal(crop, whole.flip(-1))
