@@ -114,15 +114,16 @@ def test_combined_has_the_combination_as_its_gradient(
     engine: Engine, build: Build, asked: bool
 ) -> None:
     jacobian, built = naive_jacobian(build()), build()
-    linearization = engine.linearize(built.problem())
+    # A scaler's factor is the trainer's business: it multiplies the scalar, as does the 3 here.
+    linearization = engine.linearize(built.problem(scale=torch.tensor(2.0**16)))
     if asked:
         linearization.gramian()
     scalar = linearization.combined(coefficients(built))
     assert scalar.shape == ()
     values = torch.stack([loss.detach() for loss in built.losses])
     assert_same(scalar.detach(), coefficients(built) @ values)
-    scalar.backward()
-    assert_same(gradient(built), coefficients(built) @ jacobian)
+    (3 * scalar).backward()
+    assert_same(gradient(built), 3 * coefficients(built) @ jacobian)
 
 
 @over_engines
