@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -50,10 +51,16 @@ class Balance:
 
     @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:
-        """Cosine similarity of each pair of gradients; empty without a Gramian."""
+        """Cosine similarity of each pair of gradients; empty without a Gramian.
+
+        NaN where a gradient was not finite, as in a step that a loss scaler skips.
+        """
         if self.gramian is None:
             return {}
-        cosines = cosine_similarity(self.gramian)
+        faulty = ~self.gramian.diagonal().isfinite()
+        hidden = faulty[:, None] | faulty
+        cosines = cosine_similarity(self.gramian.masked_fill(hidden, 0.0))
+        cosines = cosines.masked_fill(hidden, math.nan)
         pairs = combinations(range(len(self.names)), 2)
         return {(self.names[j], self.names[k]): cosines[j, k] for j, k in pairs}
 
