@@ -1,0 +1,65 @@
+"""The Trainer of transformers: its loss is the combined one.
+
+A method that watches the step takes ``lagged=True`` here.
+
+    python -m examples.frameworks.hf_trainer
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from examples.frameworks.tiny import codec, signals
+from moo_balance import BalancedOptimizer, BalancedTrajectory
+from moo_balance.integrations import balanced
+from moo_balance.weighting import Weighting
+
+
+class BalancedTrainer(Trainer):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        losses = model(**inputs)
+        if torch.is_grad_enabled():
+            # The Trainer has `accelerator.prepare` wrap what it was given.
+            optimizer = balanced(self.optimizer)
+            loss = optimizer.combine(losses, grad_scaler=self.accelerator.scaler)
+        else:
+            loss = torch.stack(list(losses.values())).sum()  # evaluation
+        return (loss, losses) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(balanced(self.optimizer).log_dict())
+        super().log(logs, start_time)
+
+
+def trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
+    model = codec()
+    optimizer = BalancedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), weighting)
+    settings = {
+        "output_dir": "runs/hf_trainer",
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    return BalancedTrainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=[{"signal": signal} for signal in signals()],
+        optimizers=(optimizer, None),
+    )
+
+
+if __name__ == "__main__":
+    trainer(BalancedTrajectory(lagged=True)).train()

@@ -1,0 +1,86 @@
+"""Lightning: what ``manual_backward`` and the trainer's backward do, for losses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moo_balance.integrations import balanced
+from moo_balance.optimizer import Closure, Losses
+
+
+def backward(module: Any, losses: Losses | Closure, optimizer: Any = None) -> Losses:
+    """Balanced gradients, in place of ``self.manual_backward(sum(losses.values()))``.
+
+    For manual optimisation. It hands over the loss scaler of ``precision="16-mixed"``, and wakes
+    the strategy's data parallelism, which sleeps there until a backward pass is announced. The
+    hooks ``on_before_backward`` and ``on_after_backward`` are not called, for there is no one loss
+    to show them.
+
+    Args:
+        module: The ``LightningModule``: ``self``, in ``training_step``.
+        losses: Scalar tensors by name, or a closure that computes them, for a method that watches
+            the step.
+        optimizer: Which of ``self.optimizers()``. Default: the only one.
+
+    Returns:
+        The losses.
+
+    Raises:
+        BalanceError: As ``BalancedOptimizer.backward``.
+
+    Example::
+
+        def training_step(self, batch, batch_index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            backward(self, partial(self.losses, batch))
+            optimizer.step()
+            self.log_dict(optimizer.log_dict())
+    """
+    strategy = module.trainer.strategy
+
+    def awake(losses: Losses) -> Losses:
+        if torch.is_grad_enabled() and isinstance(losses, Mapping):
+            strategy.pre_backward(list(losses.values()))
+        return losses
+
+    inner = balanced(module.optimizers() if optimizer is None else optimizer)
+    found = inner.backward(
+        (lambda: awake(losses())) if callable(losses) else awake(losses),
+        grad_scaler=_scaler(module),
+    )
+    strategy.post_backward(next(iter(found.values())))
+    return found
+
+
+def combine(module: Any, losses: Losses, optimizer: Any = None) -> Tensor:
+    """One scalar to return from ``training_step``, whose gradient is the balanced gradient.
+
+    For automatic optimisation: ``BalancedOptimizer.combine`` with the trainer's loss scaler.
+
+    Args:
+        module: The ``LightningModule``: ``self``, in ``training_step``.
+        losses: Scalar tensors by name.
+        optimizer: Default: the only one of ``self.optimizers()``.
+
+    Raises:
+        BalanceError: As ``BalancedOptimizer.combine``.
+
+    Example::
+
+        def training_step(self, batch, batch_index):
+            combined = combine(self, self.losses(batch))
+            self.log_dict(self.optimizers().log_dict())
+            return combined
+    """
+    inner = balanced(module.optimizers() if optimizer is None else optimizer)
+    return inner.combine(losses, grad_scaler=_scaler(module))
+
+
+def _scaler(module: Any) -> Any:
+    """The precision plugin has one for ``"16-mixed"`` alone."""
+    return getattr(module.trainer.strategy.precision_plugin, "scaler", None)

@@ -1,0 +1,146 @@
+"""The Trainer of transformers takes the plain loop's steps through ``combine``."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import PrinterCallback, TrainingArguments
+
+from examples.frameworks.hf_trainer import BalancedTrainer
+from moo_balance import BalanceError
+from tests.integrations.runs import (
+    BATCHES,
+    model_and_optimizer,
+    over_unobserving,
+    plain_mixed_run,
+    plain_run,
+)
+from tests.problems import whole_state
+from tests.registry import over_some
+
+pytestmark = pytest.mark.capability("Trainer of transformers")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """The Trainer collects garbage in every run; what is there already need not be looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Accelerate's settings, which the Trainer makes, hold for the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def state(model, optimizer):
+    """All but the note that a scheduler leaves in the groups."""
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)
+    return whole_state(model, optimizer)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def make(method, **arguments):
+        model, optimizer = model_and_optimizer(method)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        settings = {
+            "output_dir": tmp_path,
+            "use_cpu": True,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 1,
+            "train_sampling_strategy": "sequential",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        made = BalancedTrainer(
+            model=model,
+            args=TrainingArguments(**{**settings, **arguments}),
+            train_dataset=[{"batch": batch} for batch in BATCHES],
+            optimizers=(optimizer, schedule),
+        )
+        made.remove_callback(PrinterCallback)
+        return model, optimizer, made
+
+    return make
+
+
+@over_unobserving
+def test_takes_the_steps_of_a_plain_loop(trainer, method):
+    model, optimizer, made = trainer(method)
+    made.train()
+    assert state(model, optimizer) == plain_run(method)
+
+
+@over_some("FAMO-lagged", "AnalyticQP")
+def test_clipping(trainer, method):
+    model, optimizer, made = trainer(method, max_grad_norm=0.1)
+    made.train()
+    assert state(model, optimizer) == plain_run(method, clip=0.1)
+
+
+@over_some("FAMO-lagged", "AnalyticQP-every", "SmoothTchebycheff-warm-up")
+def test_resumes_to_the_last_bit(trainer, method, tmp_path):
+    _, _, interrupted = trainer(method, max_steps=3, save_strategy="steps", save_steps=3)
+    interrupted.train()
+    model, optimizer, made = trainer(method)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert state(model, optimizer) == plain_run(method)
+
+
+@over_some("AnalyticQP")
+def test_each_loss_is_logged(trainer, method):
+    _, optimizer, made = trainer(method)
+    made.train()
+    steps = [logs for logs in made.state.log_history if "loss" in logs]
+    assert len(steps) == len(BATCHES)
+    assert optimizer.log_dict().items() <= steps[-1].items()
+    assert steps[0]["moo/loss/a"] != steps[-1]["moo/loss/a"]
+
+
+@over_some("FAMO-lagged", "MGDA-none")
+def test_bfloat16(trainer, method):
+    model, optimizer, made = trainer(method, bf16=True)
+    model.float()
+    made.train()
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    assert state(model, optimizer) == plain_mixed_run(method, torch.bfloat16, disabled)
+
+
+@over_some("Sum")
+def test_accumulated_gradients_add_up(trainer, method):
+    model, _, made = trainer(method, gradient_accumulation_steps=2, max_steps=1)
+    made.train()
+    twin, optimizer = model_and_optimizer(method)
+    for batch in BATCHES[:2]:
+        optimizer.combine({name: loss / 2 for name, loss in twin(batch).items()}).backward()
+    optimizer.step()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
+@over_some("AnalyticQP")
+def test_evaluation_balances_nothing(trainer, method):
+    model, optimizer, made = trainer(method, label_names=["batch"])
+    made.train()
+    before = state(model, optimizer)
+    total = made.evaluate([{"batch": 7}])["eval_loss"]
+    assert total == pytest.approx(sum(loss.item() for loss in model(7).values()))
+    assert state(model, optimizer) == before
+
+
+@over_some("FAMO-adam")
+def test_a_method_that_watches_the_step_says_what_it_lacks(trainer, method):
+    with pytest.raises(BalanceError, match="lagged=True"):
+        trainer(method)[2].train()

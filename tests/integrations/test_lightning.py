@@ -1,0 +1,274 @@
+"""Lightning takes the plain loop's steps, in manual and in automatic optimisation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+
+from moo_balance import BalancedOptimizer, BalanceError
+from moo_balance.integrations import balanced
+from moo_balance.integrations.lightning import backward, combine
+from tests.integrations.runs import (
+    BATCHES,
+    loader,
+    model_and_optimizer,
+    over_unobserving,
+    plain_accumulated_run,
+    plain_mixed_run,
+    plain_run,
+)
+from tests.problems import flat_gradient, snapshot, whole_state
+from tests.registry import over_methods, over_some
+
+pytestmark = [
+    # Lightning says so of every loader that works in the training process.
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    # Lightning's own use of torch.utils._pytree.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
+
+
+class Module(LightningModule):
+    def __init__(self, method, dtype=torch.float64):
+        super().__init__()
+        self.model, self.optimizer = model_and_optimizer(method, dtype)
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+    def state(self):
+        return whole_state(self.model, self.optimizer)
+
+
+class Manual(Module):
+    """`take` is the step: given the module, the optimizer that Lightning shows, and the batch."""
+
+    def __init__(self, method, take=None, **arguments):
+        super().__init__(method, **arguments)
+        self.automatic_optimization = False
+        self.take = take or usual_step
+
+    def training_step(self, batch, index):
+        self.take(self, self.optimizers(), batch)
+        self.log_dict(self.optimizers().log_dict())
+
+
+class Automatic(Module):
+    def training_step(self, batch, index):
+        combined = combine(self, self.model(batch))
+        self.log_dict(self.optimizers().log_dict())
+        return combined
+
+
+def usual_step(module, optimizer, batch):
+    optimizer.zero_grad()
+    backward(module, partial(module.model, batch))
+    optimizer.step()
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(module, batches=BATCHES, checkpoint=None, **options):
+        trainer = Trainer(
+            **{"max_epochs": 1, "accelerator": "cpu", "default_root_dir": tmp_path, **options},
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader(batches), ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    return run
+
+
+def scaler(enabled=True):
+    return torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=enabled)
+
+
+def check_resume(fit, make, path):
+    """Three batches, a checkpoint, fresh objects, three more."""
+    fit(make(), BATCHES[:3]).save_checkpoint(path)
+    resumed = make()
+    trainer = fit(resumed, BATCHES[3:], path, max_epochs=2)
+    assert trainer.global_step == len(BATCHES)
+    return resumed.state()
+
+
+@pytest.mark.capability("Lightning, manual optimisation")
+class TestManual:
+    @over_methods
+    def test_takes_the_steps_of_a_plain_loop(self, fit, method):
+        module = Manual(method)
+        fit(module)
+        assert module.state() == plain_run(method)
+
+    @over_some("FAMO-adam", "FAMO-every", "AnalyticQP", "SmoothTchebycheff-warm-up")
+    def test_resumes_to_the_last_bit(self, fit, method, tmp_path):
+        resumed = check_resume(fit, partial(Manual, method), tmp_path / "checkpoint")
+        assert resumed == plain_run(method)
+
+    @over_some("FAMO-adam", "MGDA-none", "Sum")
+    def test_bfloat16(self, fit, method):
+        module = Manual(method, dtype=torch.float32)
+        fit(module, precision="bf16-mixed")
+        assert module.state() == plain_mixed_run(method, torch.bfloat16, scaler(enabled=False))
+
+    @over_some("FAMO-adam", "MGDA-none", "Sum")
+    def test_float16_with_its_loss_scaler(self, fit, method):
+        module = Manual(method, dtype=torch.float32)
+        fit(module, plugins=[MixedPrecision("16-mixed", "cpu", scaler())])
+        assert module.state() == plain_mixed_run(method, torch.float16, scaler())
+
+    @over_some("FAMO-adam", "AnalyticQP")
+    def test_clipping(self, fit, method):
+        def clipped(module, optimizer, batch):
+            optimizer.zero_grad()
+            backward(module, partial(module.model, batch))
+            module.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+        module = Manual(method, clipped)
+        fit(module)
+        assert module.state() == plain_run(method, clip=0.1)
+
+    @over_some("FAMO-adam", "AnalyticQP", "Sum")
+    def test_a_closure_may_go_to_step(self, fit, method):
+        def at_once(module, optimizer, batch):
+            optimizer.step(partial(module.model, batch))
+
+        module = Manual(method, at_once)
+        fit(module)
+        assert module.state() == plain_run(method)
+
+    @over_some("FAMO-adam")
+    def test_losses_may_be_observed(self, fit, method):
+        def observed(module, optimizer, batch):
+            optimizer.zero_grad()
+            backward(module, module.model(batch))
+            optimizer.step()
+            with torch.no_grad():
+                optimizer.observe(module.model(batch))
+
+        module = Manual(method, observed)
+        fit(module)
+        assert module.state() == plain_run(method)
+
+    @over_some("FAMO-adam", "AnalyticQP", "Sum")
+    def test_micro_batches_accumulate(self, fit, method):
+        def accumulated(module, optimizer, batch):
+            optimizer.zero_grad()
+            with optimizer.accumulate():
+                backward(module, partial(module.model, batch))
+            backward(module, partial(module.model, batch + 1))
+            optimizer.step()
+
+        module = Manual(method, accumulated)
+        fit(module, BATCHES[::2])
+        assert module.state() == plain_accumulated_run(method)
+
+    @over_some("AnalyticQP")
+    def test_the_stand_in_shows_what_the_optimizer_holds(self, fit, method):
+        def look(module, optimizer, batch):
+            usual_step(module, optimizer, batch)
+            own = module.optimizer
+            assert type(optimizer) is not type(own)
+            assert isinstance(optimizer, BalancedOptimizer)
+            assert balanced(optimizer) is own
+            assert optimizer.balance is own.balance
+            assert optimizer.weighting is own.weighting
+            assert optimizer.param_groups is own.param_groups
+            assert optimizer.log_dict() == own.log_dict()
+            assert snapshot(optimizer.state_dict()) == snapshot(own.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict())
+
+        module = Manual(method, look)
+        fit(module)
+        assert module.state() == plain_run(method)
+
+    @over_some("FAMO-adam")
+    def test_the_figures_are_logged(self, fit, method):
+        module = Manual(method)
+        logged = fit(module).callback_metrics
+        assert {key: value.item() for key, value in logged.items()} == module.optimizer.log_dict()
+
+    @over_some("Sum")
+    def test_bad_losses_are_refused_as_ever(self, fit, method):
+        def bad(module, optimizer, batch):
+            backward(module, list(module.model(batch).values()))
+
+        with pytest.raises(BalanceError, match="should be a mapping"):
+            fit(Manual(method, bad))
+
+
+@pytest.mark.capability("Lightning, automatic optimisation")
+class TestAutomatic:
+    @over_unobserving
+    def test_takes_the_steps_of_a_plain_loop(self, fit, method):
+        module = Automatic(method)
+        fit(module)
+        assert module.state() == plain_run(method)
+
+    @over_some("FAMO-lagged", "AnalyticQP-every", "SmoothTchebycheff-warm-up")
+    def test_resumes_to_the_last_bit(self, fit, method, tmp_path):
+        resumed = check_resume(fit, partial(Automatic, method), tmp_path / "checkpoint")
+        assert resumed == plain_run(method)
+
+    @over_some("FAMO-lagged", "MGDA-none", "Sum")
+    def test_bfloat16(self, fit, method):
+        module = Automatic(method, torch.float32)
+        fit(module, precision="bf16-mixed")
+        assert module.state() == plain_mixed_run(method, torch.bfloat16, scaler(enabled=False))
+
+    @over_some("FAMO-lagged", "MGDA-none", "Sum")
+    def test_float16_with_its_loss_scaler(self, fit, method):
+        module = Automatic(method, torch.float32)
+        fit(module, plugins=[MixedPrecision("16-mixed", "cpu", scaler())])
+        assert module.state() == plain_mixed_run(method, torch.float16, scaler())
+
+    @over_some("FAMO-lagged", "AnalyticQP")
+    def test_clipping(self, fit, method):
+        module = Automatic(method)
+        fit(module, gradient_clip_val=0.1)
+        assert module.state() == plain_run(method, clip=0.1)
+
+    @over_some("AnalyticQP")
+    def test_schedulers(self, fit, method):
+        class Scheduled(Automatic):
+            def configure_optimizers(self):
+                scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, gamma=0.5)
+                return [self.optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        module = Scheduled(method)
+        fit(module)
+        lr = module.optimizer.defaults["lr"]
+        assert module.optimizer.param_groups[0]["lr"] == lr * 0.5 ** len(BATCHES)
+
+    @over_some("Sum")
+    def test_accumulated_gradients_add_up(self, fit, method):
+        module = Automatic(method)
+        fit(module, BATCHES[:2], accumulate_grad_batches=2)
+        model, _ = model_and_optimizer(method)
+        for batch in BATCHES[:2]:
+            (torch.stack(list(model(batch).values())).sum() / 2).backward()
+        torch.testing.assert_close(flat_gradient(module.model), flat_gradient(model))
+
+    @over_some("FAMO-adam")
+    def test_a_method_that_watches_the_step_says_what_it_lacks(self, fit, method):
+        with pytest.raises(BalanceError, match="lagged=True"):
+            fit(Automatic(method))
+
+    @over_some("FAMO-adam")
+    def test_and_is_content_with_observe(self, fit, method):
+        class Observed(Automatic):
+            def on_train_batch_end(self, outputs, batch, index):
+                with torch.no_grad():
+                    self.optimizers().observe(self.model(batch))
+
+        module = Observed(method)
+        fit(module)
+        assert module.state() == plain_run(method)
