@@ -24,6 +24,7 @@ from moo_balance.engine import (
     Moment,
     Problem,
     in_static_graph,
+    is_whole,
 )
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
@@ -172,7 +173,7 @@ class Balancer:
         """After the first steps, and now and then: do all ranks still hold the same?"""
         parallel, steps = self.ledger.parallel, self.ledger.steps
         if parallel is not None and every and (steps <= 3 or steps % every == 0):
-            whole = [p for p in self.params if not hasattr(p, "to_local")]
+            whole = [param for param in self.params if is_whole(param)]
             parallel.check_drift(whole, self.ledger.state or {}, self.device)
 
     def _values(

@@ -3,6 +3,7 @@
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
 from moo_balance.engine.parallel import DataParallel, Moment, in_static_graph
 from moo_balance.engine.per_loss import PerLoss
+from moo_balance.engine.sharded import is_whole
 
 __all__ = [
     "DataParallel",
@@ -13,4 +14,5 @@ __all__ = [
     "Problem",
     "Window",
     "in_static_graph",
+    "is_whole",
 ]

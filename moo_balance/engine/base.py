@@ -45,6 +45,9 @@ class Problem:
             coefficients = torch.ones(len(self.losses), device=self.losses[0].device)
         if self.scale is not None:
             coefficients = coefficients * self.scale.to(coefficients.device)
+        kinds = {(loss.device, loss.dtype) for loss in self.losses}
+        if len(kinds) == 1:
+            return list(coefficients.to(*kinds.pop()).unbind())
         pairs = zip(self.losses, coefficients.unbind(), strict=True)
         return [value.to(loss.device, loss.dtype) for loss, value in pairs]
 

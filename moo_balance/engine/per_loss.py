@@ -18,7 +18,7 @@ from moo_balance.engine.base import (
 )
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
-from moo_balance.engine.sharded import is_sharded, sharded_inner_products
+from moo_balance.engine.sharded import is_flattened, is_sharded, sharded_inner_products
 from moo_balance.errors import BalanceError
 
 
@@ -56,10 +56,10 @@ class _Rows(Linearization):
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.rows: Sequence[Row] | None = None
+        self.rows: list[list[Tensor | None]] | None = None
 
     def gramian(self) -> Tensor:
-        self.rows = self.differentiate()
+        self.rows = [list(row) for row in self.differentiate()]
         return _gramian(self.rows, self.problem, self.dtype)
 
     def differentiate(self) -> Sequence[Row]:
@@ -82,7 +82,7 @@ class _Rows(Linearization):
         if self.rows is None or _hooked(problem.params):
             return weighted_sum(problem, coefficients)
         unscaled = coefficients if problem.scale is None else coefficients / problem.scale
-        gradients = combination(self.rows, unscaled, len(problem.params))
+        gradients = combination(self.rows, unscaled)
         value = weighted_sum(problem, coefficients).detach()
         return delivered(value, gradients, problem.params)
 
@@ -124,7 +124,7 @@ class _ClosedWindow(_Rows):
 
     def accumulate(self, coefficients: Tensor) -> None:
         if self.rows is None:
-            self.rows = self.differentiate()
+            self.rows = [list(row) for row in self.differentiate()]
         super().accumulate(coefficients)
 
 
@@ -144,10 +144,34 @@ def _gramian(rows: Sequence[Row], problem: Problem, dtype: torch.dtype) -> Tenso
 def _local_rows(problem: Problem) -> Iterator[Row]:
     """The K rows, one after the other. The graph is freed with the last unless it shall be kept."""
     last = len(problem.losses) if _hooked(problem.params) else len(problem.losses) - 1
-    through_hooks = is_sharded(problem.params) or _checkpoints_reentrantly(problem.losses)
-    differentiate = _by_backward if through_hooks else _by_grad
+    sharded, reentrant = is_sharded(problem.params), _checkpoints_reentrantly(problem.losses)
+    _check_wrapper(problem, sharded, reentrant)
+    differentiate = _by_backward if sharded or reentrant else _by_grad
     for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
-        yield differentiate(loss, seed, problem.params, problem.retain_graph or k < last)
+        row = differentiate(loss, seed, problem.params, problem.retain_graph or k < last)
+        if sharded and all(gradient is None for gradient in row):
+            raise BalanceError(
+                f"The gradient of loss `{problem.names[k]}` should reach a sharded parameter. "
+                "Found none. Leave `set_requires_gradient_sync(True)`, and gather micro-batches "
+                "within `accumulate()`, which sums the shards."
+            )
+        yield row
+
+
+def _check_wrapper(problem: Problem, sharded: bool, reentrant: bool) -> None:
+    """Refuse wrappers that go wrong at the second of K backward passes."""
+    if is_flattened(problem.params):
+        raise BalanceError(
+            "One gradient per loss can be taken of a model in `fully_shard` (FSDP2). Found "
+            "parameters of FullyShardedDataParallel (FSDP1), which lets go of them after one "
+            "backward pass. Use `fully_shard`, or a method without a Gramian and no `accumulate`."
+        )
+    if reentrant and problem.parallel is not None and not sharded:
+        raise BalanceError(
+            "Activation checkpointing should be `use_reentrant=False` where ranks average one "
+            "gradient per loss. Found a reentrant checkpoint, whose backward passes would each set "
+            "off those of DistributedDataParallel."
+        )
 
 
 def _hooked(params: Sequence[Tensor]) -> bool:

@@ -1,15 +1,53 @@
-"""Per-loss gradients as rows of tensors: inner products and combinations."""
+"""Per-loss gradients as rows of tensors: inner products and combinations.
+
+Both work family by family. A family is the parameters that the same losses reach: there is no
+other product than those of its losses, and its small tensors are handled together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 Row: TypeAlias = Sequence[Tensor | None]
 """The gradient of one loss, parameter by parameter; None where the loss does not reach it."""
+
+_ON_HOST, _ON_DEVICE = 2**19, 2**25
+"""Numbers that are handled at once: on the host they shall stay in its cache."""
+
+_FEW = 4
+"""Up to here single dot products are faster than a matrix product, and need no copy."""
+
+
+class Family(NamedTuple):
+    """Parameters that the same losses reach, with gradients of one kind."""
+
+    reached: tuple[int, ...]
+    kind: Any
+    columns: list[int]
+
+
+def families(rows: Sequence[Row], columns: Iterable[int]) -> list[Family]:
+    """Sort parameters by the losses that reach them; one that none reaches is in no family."""
+    found: dict[tuple[tuple[int, ...], Any], Family] = {}
+    for column in columns:
+        reached = tuple(k for k, row in enumerate(rows) if row[column] is not None)
+        if reached:
+            kind = _kind([rows[k][column] for k in reached], column)
+            found.setdefault((reached, kind), Family(reached, kind, [])).columns.append(column)
+    return list(found.values())
+
+
+def _kind(gradients: Sequence[Tensor | None], column: int) -> Any:
+    """What gradients must agree in to be handled together; sparse and sharded ones stay alone."""
+    first = gradients[0]
+    assert first is not None
+    plain = type(first) is Tensor and not any(g is not None and g.is_sparse for g in gradients)
+    return (first.dtype, first.device) if plain else column
 
 
 def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -19,24 +57,116 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
     """
     count = len(rows)
     device = next((g.device for row in rows for g in row if g is not None), torch.device("cpu"))
-    products: list[list[list[Tensor]]] = [[[] for _ in range(count)] for _ in range(count)]
+    gramian = torch.zeros(count, count, dtype=dtype, device=device)
+    for family in families(rows, columns):
+        products = _family_products(rows, family, dtype).to(device)
+        gramian = placed(gramian, products, family.reached)
+    return gramian
+
+
+def placed(gramian: Tensor, products: Tensor, reached: Sequence[int]) -> Tensor:
+    """Add products of the losses in `reached` at their places, in the wider precision."""
+    gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
+    first, last = reached[0], reached[-1]
+    if last - first + 1 == len(reached):
+        gramian[first : last + 1, first : last + 1] += products
+        return gramian
+    places = _places(tuple(reached), gramian.device)
+    return gramian.index_put((places[:, None], places), products.to(gramian), accumulate=True)
+
+
+@lru_cache(maxsize=256)
+def _places(reached: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices, kept: to bring them to a device is to wait for it."""
+    return torch.tensor(reached, device=device)
+
+
+def _family_products(rows: Sequence[Row], family: Family, dtype: torch.dtype) -> Tensor:
+    total: Tensor | None = None
+    for vectors in _batches(rows, family, dtype):
+        for pieces in _pieces(vectors):
+            products = products_of(pieces)
+            total = products if total is None else total.add_(products)
+    assert total is not None
+    return total
+
+
+def products_of(vectors: Sequence[Tensor]) -> Tensor:
+    """Inner products of a few vectors, symmetric to the bit."""
+    if len(vectors) <= _FEW or vectors[0].is_sparse:
+        lower = [[_dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
+        places = range(len(vectors))
+        entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
+        return torch.stack(entries).reshape(len(vectors), len(vectors))
+    matrix = torch.stack(list(vectors))
+    if not _multiplies_exactly(matrix):
+        matrix = matrix.double()
+    products = matrix @ matrix.T
+    return products.tril() + products.tril(-1).T
+
+
+def _multiplies_exactly(matrix: Tensor) -> bool:
+    """Does a matrix product keep float32? TF32 and its like would leave three digits."""
+    if matrix.device.type == "mps" or matrix.dtype == torch.float64:
+        return True
+    return matrix.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+
+
+def _batches(rows: Sequence[Row], family: Family, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """One vector per loss, of one large gradient or of many small ones side by side."""
+    for batch in _small_together(rows[family.reached[0]], family.columns, len(family.reached)):
+        yield [_vector([rows[k][column] for column in batch], dtype) for k in family.reached]
+
+
+def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Parameters in portions, each one large parameter or as many small ones as fit."""
+    portion: list[int] = []
+    room = 0
     for column in columns:
-        reached = [
-            (k, _vector(g, dtype)) for k, row in enumerate(rows) if (g := row[column]) is not None
-        ]
-        for position, (j, left) in enumerate(reached):
-            for k, right in reached[position:]:
-                products[j][k].append(_dot(left, right))
-    zero = torch.zeros((), dtype=dtype, device=device)
-    upper = [
-        torch.stack([d.to(device) for d in products[j][k]]).sum() if products[j][k] else zero
-        for j in range(count)
-        for k in range(j, count)
-    ]
-    values = torch.stack(upper)
-    gramian = values.new_zeros(count, count)
-    j, k = torch.triu_indices(count, count, device=device)
-    return gramian.index_put((j, k), values).index_put((k, j), values)
+        gradient = row[column]
+        assert gradient is not None
+        size = gradient.numel() * width
+        if portion and size > room:
+            yield portion
+            portion = []
+        if not portion:
+            room = _ON_HOST if gradient.device.type == "cpu" else _ON_DEVICE
+        portion.append(column)
+        room -= size
+    if portion:
+        yield portion
+
+
+def _pieces(vectors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
+    """Long vectors cut up, so that what is read twice is still in the cache."""
+    limit = _ON_HOST if vectors[0].device.type == "cpu" else _ON_DEVICE
+    length = max(limit // len(vectors), 1)
+    if vectors[0].is_sparse or vectors[0].numel() <= length:
+        return [vectors]
+    return zip(*(vector.split(length) for vector in vectors), strict=True)
+
+
+def _vector(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """Gradients as one real vector of at least `dtype`."""
+    flat = [_flat(gradient) for gradient in gradients if gradient is not None]
+    whole = flat[0] if len(flat) == 1 else torch.cat(flat)
+    whole = whole.to(torch.promote_types(whole.dtype, dtype))
+    return whole.coalesce() if whole.is_sparse else whole
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    return gradient if gradient.is_sparse else gradient.reshape(-1)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_sparse and right.is_sparse:
+        return (left * right).sum()
+    if left.is_sparse or right.is_sparse:
+        sparse, dense = (left, right) if left.is_sparse else (right, left)
+        return (sparse.to_dense().reshape(-1) * dense).sum()
+    return torch.dot(left, right)
 
 
 def add_rows(left: Row, right: Row) -> Row:
@@ -46,30 +176,57 @@ def add_rows(left: Row, right: Row) -> Row:
     ]
 
 
-def combination(rows: Sequence[Row], coefficients: Tensor, width: int) -> Row:
-    """The gradient that is the weighted sum of `rows`, in memory of its own.
+def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
+    """The gradient that is the weighted sum of `rows`, in memory of its own; uses the rows up.
 
-    The rows themselves stay untouched: autograd may hand out the same memory for two parameters,
-    or memory that still belongs to somebody else.
+    Nothing is written into a row: autograd may hand out the same memory for two parameters, or
+    memory that still belongs to somebody else. But each piece is let go as soon as it has been
+    added, so that its memory, still in the cache, serves for the next.
     """
     factors = _factors(coefficients)
-    totals: list[Tensor | None] = [None] * width
-    for column in range(width):
-        total = None
-        for factor, row in zip(factors, rows, strict=True):
-            gradient = row[column]
-            if gradient is not None:
-                total = gradient * factor if total is None else _add(total, gradient, factor)
-        totals[column] = total
+    totals: list[Tensor | None] = [None] * len(rows[0])
+    for family in families(rows, range(len(totals))):
+        for batch in _small_together(rows[family.reached[0]], family.columns, 1):
+            parts = [[_taken(rows[k], column) for column in batch] for k in family.reached]
+            scale = [factors[k] for k in family.reached]
+            for column, total in zip(batch, _weighted(parts, scale), strict=True):
+                totals[column] = total
     return totals
 
 
-def combine(rows: Sequence[Row], coefficients: Tensor, params: Sequence[Tensor]) -> None:
-    """Add the weighted sum of `rows` to ``.grad`` of `params`."""
-    totals = combination(rows, coefficients, len(params))
-    for param, total in zip(params, totals, strict=True):
+def combine(
+    rows: Sequence[list[Tensor | None]], coefficients: Tensor, params: Sequence[Tensor]
+) -> None:
+    """Add the weighted sum of `rows` to ``.grad`` of `params`; uses the rows up."""
+    for param, total in zip(params, combination(rows, coefficients), strict=True):
         if total is not None:
             param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
+
+
+def _taken(row: list[Tensor | None], column: int) -> Tensor:
+    gradient, row[column] = row[column], None
+    assert gradient is not None
+    return gradient
+
+
+def _weighted(parts: list[list[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
+    """Weighted sums over the losses, parameter by parameter."""
+    if len(parts[0]) == 1:
+        return [_weighted_one([part[0] for part in parts], factors)]
+    totals = list(torch._foreach_mul(parts[0], factors[0]))
+    for part, factor in zip(parts[1:], factors[1:], strict=True):
+        if isinstance(factor, Tensor):
+            torch._foreach_add_(totals, torch._foreach_mul(part, factor))
+        else:
+            torch._foreach_add_(totals, part, alpha=factor)
+    return totals
+
+
+def _weighted_one(gradients: list[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    total = gradients[0] * factors[0]
+    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
+        total = _add(total, gradient, factor)
+    return total
 
 
 def _sum(left: Tensor, right: Tensor) -> Tensor:
@@ -91,23 +248,3 @@ def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
         return coefficients.float().unbind()
     numbers: list[float] = coefficients.tolist()
     return numbers
-
-
-def _vector(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient as a real vector of at least `dtype`."""
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient.resolve_conj())
-    wide = gradient.to(torch.promote_types(gradient.dtype, dtype))
-    return wide.coalesce() if wide.is_sparse else wide.reshape(-1)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    if left.is_sparse or right.is_sparse:
-        return (left * right).sum() if left.is_sparse and right.is_sparse else _mixed(left, right)
-    return torch.dot(left, right)
-
-
-def _mixed(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product of a sparse gradient with a dense one."""
-    sparse, dense = (left, right) if left.is_sparse else (right, left)
-    return (sparse.to_dense().reshape(-1) * dense).sum()

@@ -19,6 +19,16 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
     return module is not None and any(isinstance(param, module.DTensor) for param in params)
 
 
+def is_flattened(params: Sequence[Tensor]) -> bool:
+    """Is any of these cut out of FullyShardedDataParallel's (FSDP1's) flat parameters?"""
+    return any(getattr(param, "_fsdp_flattened", False) for param in params)
+
+
+def is_whole(param: Tensor) -> bool:
+    """Does each rank hold all of it?"""
+    return not (is_sharded([param]) or is_flattened([param]))
+
+
 def sharded_inner_products(
     rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
@@ -27,6 +37,7 @@ def sharded_inner_products(
     Local products of equally sharded parameters are summed over the mesh dimensions they are
     sharded along; along the others every rank holds the same.
     """
+    rows = [[_summed(gradient) for gradient in row] for row in rows]
     families: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for column in columns:
         gradient = next((row[column] for row in rows if row[column] is not None), None)
@@ -42,12 +53,23 @@ def sharded_inner_products(
     return total
 
 
+def _summed(gradient: Tensor | None) -> Tensor | None:
+    """Carry out a sum over ranks that a tensor-parallel module has left open."""
+    placements = getattr(gradient, "placements", ())
+    if gradient is None or not any(placement.is_partial() for placement in placements):
+        return gradient
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if p.is_partial() else p for p in placements]
+    return gradient.redistribute(placements=whole)  # type: ignore[attr-defined, no-any-return]
+
+
 def _family(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
     """The mesh, and its dimensions along which this gradient is cut up."""
     placements = getattr(gradient, "placements", None)
     if placements is None:
         return None, ()
-    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
     return gradient.device_mesh, dims  # type: ignore[attr-defined]
 
 
