@@ -51,6 +51,13 @@ def test_a_gramian_costs_a_pass_per_loss_and_the_combination_none() -> None:
     linearization.gramian()
     assert (trunk, heads) == ([2], [[1], [1]])
     linearization.accumulate(torch.ones(2))
+    assert (trunk, heads) == ([2], [[1], [1]])
+
+
+def test_a_combined_scalar_costs_no_further_pass_either() -> None:
+    built, trunk, heads = counted()
+    linearization = PerLoss().linearize(built.problem())
+    linearization.gramian()
     linearization.combined(torch.ones(2)).backward()
     assert (trunk, heads) == ([2], [[1], [1]])
 

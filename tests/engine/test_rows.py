@@ -74,7 +74,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
-    total = combination(rows, factors, 3)
+    total = combination([list(row) for row in rows], factors)
     expected = factors @ torch.stack(before)
     torch.testing.assert_close(dense(total, like), expected, rtol=1e-14, atol=1e-14)
     for gradient in total:
@@ -84,7 +84,13 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 
 
 def test_a_column_that_no_row_reaches_has_no_combination() -> None:
-    assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2), 2)[0] is None
+    assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2))[0] is None
+
+
+def test_a_combination_uses_the_rows_up() -> None:
+    rows, _ = some_rows()
+    combination(rows, torch.ones(3))
+    assert rows == [[None] * 3] * 3
 
 
 @pytest.mark.parametrize("there", ["nothing", "dense", "sparse"])
@@ -92,7 +98,7 @@ def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
     rows, like = some_rows()
     first = {"nothing": None, "dense": drawn(4, 3, seed=8), "sparse": rows[1][0] * 3}[there]
     like[0].grad = None if first is None else first.clone()
-    expected = combination(rows, torch.ones(3), 3)[0].to_dense()
+    expected = combination([list(row) for row in rows], torch.ones(3))[0].to_dense()
     if first is not None:
         expected = expected + first.to_dense()
     combine(rows, torch.ones(3), like)
