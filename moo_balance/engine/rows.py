@@ -93,7 +93,7 @@ def _family_products(rows: Sequence[Row], family: Family, dtype: torch.dtype) ->
 
 def products_of(vectors: Sequence[Tensor]) -> Tensor:
     """Inner products of a few vectors, symmetric to the bit."""
-    if len(vectors) <= _FEW or vectors[0].is_sparse:
+    if len(vectors) <= _FEW or any(vector.is_sparse for vector in vectors):
         lower = [[_dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
         places = range(len(vectors))
         entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
@@ -141,9 +141,9 @@ def _pieces(vectors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
     """Long vectors cut up, so that what is read twice is still in the cache."""
     limit = _ON_HOST if vectors[0].device.type == "cpu" else _ON_DEVICE
     length = max(limit // len(vectors), 1)
-    if vectors[0].is_sparse or vectors[0].numel() <= length:
+    if any(vector.is_sparse for vector in vectors) or vectors[0].numel() <= length:
         return [vectors]
-    return zip(*(vector.split(length) for vector in vectors), strict=True)
+    return zip(*(torch.split(vector, length) for vector in vectors), strict=True)
 
 
 def _vector(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:

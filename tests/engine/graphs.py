@@ -210,6 +210,27 @@ def dense_and_sparse() -> Graph:
 
 
 @graph
+def many() -> Graph:
+    """More losses than one would multiply pair by pair, each with parameters of its own choice."""
+    params = [parameter(3, seed=k) for k in range(7)]
+    losses = [
+        sum((p * (k + 1)).sin().sum() for j, p in enumerate(params) if (j + k) % 3)
+        for k in range(9)
+    ]
+    return Graph(losses, params)
+
+
+@graph
+def many_sparse_and_dense() -> Graph:
+    table, other = nn.Embedding(6, 3, sparse=True, dtype=torch.float64), parameter(3, seed=1)
+    with torch.no_grad():
+        table.weight.copy_(drawn(6, 3))
+    rows = [table(torch.tensor([k % 6, 2])) @ other for k in range(6)]
+    losses = [table.weight.square().sum(), *(row.exp().sum() for row in rows)]
+    return Graph(losses, [table.weight, other])
+
+
+@graph
 def complex_valued() -> Graph:
     weight = parameter(3, dtype=torch.complex128)
     x = drawn(3, seed=1, dtype=torch.complex128)

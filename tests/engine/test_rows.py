@@ -83,6 +83,32 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
         assert torch.equal(dense(row, like), copy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_coefficients_on_the_device_serve_gradients_of_any_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moo_balance.engine.rows._factors", lambda c: c.float().unbind())
+    rows = [[drawn(3, seed=k).to(dtype), drawn(2, seed=9 + k).to(dtype)] for k in range(3)]
+    factors = drawn(3, seed=5)
+    expected = factors @ torch.stack([torch.cat(row).double() for row in rows])
+    total = torch.cat(combination(rows, factors))
+    assert total.dtype == dtype
+    precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=8 * precision)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_long_gradients_are_multiplied_piece_by_piece(count: int) -> None:
+    rows = [[drawn(700_001, seed=k).float(), drawn(5, seed=k).float()] for k in range(count)]
+    jacobian = torch.stack([torch.cat(row).double() for row in rows])
+    exact = jacobian @ jacobian.T
+    found = inner_products(rows, [0, 1], torch.float32)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1.0)
+    assert torch.equal(found, found.T)
+    wide = inner_products(rows, [0, 1], torch.float64)
+    torch.testing.assert_close(wide, exact, rtol=1e-13, atol=1e-7)
+
+
 def test_a_column_that_no_row_reaches_has_no_combination() -> None:
     assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2))[0] is None
 
