@@ -1,6 +1,6 @@
 """What a balanced step costs on the demo's codec, beside a bare loop: ``python -m benchmarks``.
 
-Each method trains its own copy of the codec. The copies take turns, a few steps at a time and in
+Each method trains its own copy of the codec. The copies take turns, a step at a time and in
 another order each round, so that a busy machine slows all of them alike; a ratio compares a method
 with the bare loop of the same round, and the table shows medians over the rounds.
 """
@@ -106,14 +106,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5, help="steps of a method in each round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=1, help="steps of a method in each round")
+    parser.add_argument("--threads", type=int, default=1, help="as in the demo")
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    images = torch.rand(8, 3, 64, 64)
+    images = torch.rand(2, 3, 128, 128)  # the crops of the demo
     codec = MeanScaleHyperprior()
     steps = {
         BARE: bare_step(deepcopy(codec), images, 0.0067),
