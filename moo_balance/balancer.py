@@ -246,6 +246,8 @@ class Balancer:
         if self.weighting.uses_losses or self.weighting.uses_gramian:
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
+            if not self.weighting.uses_gramian or self.weighting.every > 1:
+                self._check_static_graph(problem, "accumulate")
             window.gradients = gradients
             return
         _, coefficients = self._draft(statistics, None, problem.scale)
