@@ -263,9 +263,9 @@ class Balancer:
         ):
             raise BalanceError(
                 "DistributedDataParallel should not have `static_graph=True` together with "
-                f"`{what}` and a method that takes a Gramian: it records its hooks in the first "
-                "step, where the gradients bypass them. Found it. Use `find_unused_parameters` "
-                "instead, or `backward` with `every=1`."
+                f"`{what}` and {type(self.weighting).__name__}: it records its hooks in the first "
+                "step, where one gradient per loss bypasses them. Found it. Use "
+                "`find_unused_parameters` instead."
             )
 
     def _parallel(self) -> DataParallel | None:
