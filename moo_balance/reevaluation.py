@@ -43,10 +43,14 @@ def same_conditions(before: RandomState) -> Iterator[None]:
     """
     after = RandomState(before.devices)
     before.restore()
+    # Within an autocast region it holds the parameters from before the step; and afterwards,
+    # copies that have no graph.
+    torch.clear_autocast_cache()
     try:
         with torch.no_grad(), _buffers_kept():
             yield
     finally:
+        torch.clear_autocast_cache()
         after.restore()
 
 
@@ -90,8 +94,8 @@ def _buffers_kept() -> Iterator[None]:
     known: set[nn.Module] = set()
     kept: list[_Kept] = []
 
-    def keep(root: nn.Module, _: Any) -> None:
-        # The outermost module that runs brings its children along: compiled ones call no hooks.
+    def keep(root: nn.Module) -> None:
+        # The outermost module that runs brings its children along: compiled ones tell nobody.
         for module in [] if root in known else root.modules():
             if module in known:
                 continue
@@ -102,16 +106,41 @@ def _buffers_kept() -> Iterator[None]:
                 if buffer is not None
             )
 
-    handle = nn.modules.module.register_module_forward_pre_hook(keep)
     try:
-        yield
+        with _announced(keep):
+            yield
     finally:
-        handle.remove()
         for module, name, buffer, copy in reversed(kept):
             # Its version would not tell whether it was written: batch norm does not count that up.
             if not _is_expanded(buffer):
                 buffer.copy_(copy)
             module._buffers[name] = buffer
+
+
+_listeners: list[Callable[[nn.Module], None]] = []
+_call = nn.Module.__call__
+
+
+def _announcing_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A compiler finds the same function in every step, and nothing in it to compile.
+    if not torch.compiler.is_compiling():
+        _listeners[-1](module)
+    return _call(module, *args, **kwargs)
+
+
+@contextmanager
+def _announced(listener: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Tell `listener` of each module that is about to run.
+
+    Not by a global hook, which would be compiled along with the model, anew in each step.
+    """
+    _listeners.append(listener)
+    nn.Module.__call__ = _announcing_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _listeners.pop()
+        nn.Module.__call__ = _call  # type: ignore[method-assign]
 
 
 def _is_expanded(tensor: Tensor) -> bool:
