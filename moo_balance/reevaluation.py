@@ -94,6 +94,7 @@ def _buffers_kept() -> Iterator[None]:
     known: set[nn.Module] = set()
     kept: list[_Kept] = []
 
+    spreading: list[nn.Module] = []
     def keep(root: nn.Module) -> None:
         # The outermost module that runs brings its children along: compiled ones tell nobody.
         for module in [] if root in known else root.modules():
@@ -101,6 +102,8 @@ def _buffers_kept() -> Iterator[None]:
                 continue
             known.add(module)
             kept.extend(
+            if getattr(module, "require_forward_param_sync", False):
+                spreading.append(module)
                 _Kept(module, name, buffer, buffer.clone())
                 for name, buffer in (module._buffers.items() if module.training else ())
                 if buffer is not None
@@ -116,6 +119,9 @@ def _buffers_kept() -> Iterator[None]:
                 buffer.copy_(copy)
             module._buffers[name] = buffer
 
+        for module in spreading:
+            # DistributedDataParallel spreads no buffers after a pass without a graph.
+            module.require_forward_param_sync = True  # type: ignore[assignment]
 
 _listeners: list[Callable[[nn.Module], None]] = []
 _call = nn.Module.__call__
