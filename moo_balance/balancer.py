@@ -83,7 +83,9 @@ class Balancer:
     @property
     def device(self) -> torch.device:
         """Where the balance lives until a loss says otherwise."""
-        return next((p.device for p in self.params), torch.device("cpu"))
+        groups = self.optimizer.param_groups
+        params = (p for group in groups for p in group["params"] if p.requires_grad)
+        return next((p.device for p in params), torch.device("cpu"))
 
     def admit(
         self, losses: Losses, scale: Tensor | None = None, retain_graph: bool = False
@@ -190,7 +192,7 @@ class Balancer:
             if parallel is None:
                 raise
             fault = error  # the other ranks wait to hear of it
-        device = next((loss.device for loss in present.values()), self.device)
+        device = next(iter(present.values())).device if present else self.device
         dtype = state_dtype(device)
         if parallel is None:
             values = loss_vector(present, dtype)
@@ -244,10 +246,10 @@ class Balancer:
         self, window: Accumulation, problem: Problem, statistics: Statistics
     ) -> None:
         if self.weighting.uses_losses or self.weighting.uses_gramian:
-            gradients = window.gradients or self.engine.window()
-            gradients.add(problem)
             if not self.weighting.uses_gramian or self.weighting.every > 1:
                 self._check_static_graph(problem, "accumulate")
+            gradients = window.gradients or self.engine.window()
+            gradients.add(problem)
             window.gradients = gradients
             return
         _, coefficients = self._draft(statistics, None, problem.scale)

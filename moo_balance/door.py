@@ -64,8 +64,14 @@ def check_attached(losses: Mapping[str, Tensor]) -> None:
 
 def loss_vector(losses: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The values side by side on the first loss's device, shape [K], detached."""
-    device = next(iter(losses.values())).device
-    return torch.stack([loss.detach().to(device, dtype) for loss in losses.values()])
+    values = [loss.detach() for loss in losses.values()]
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        values = [value.to(values[0].device, dtype) for value in values]
+    return torch.stack(values).to(dtype)
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    return loss.reshape(()) if loss.ndim else loss  # a view is one more node to differentiate
 
 
 def _check_name(name: object) -> None:

@@ -123,6 +123,11 @@ class Ledger:
         """Does this step gather the costly evidence?"""
         return self.steps % self.weighting.every == 0
 
+    @property
+    def watches(self) -> bool:
+        """Does the method want to see the losses after this step?"""
+        return self.weighting.observes_step and self.due
+
     def opening(
         self, present: Sequence[str], device: torch.device
     ) -> tuple[tuple[str, ...], State]:
@@ -152,7 +157,7 @@ class Ledger:
         """The step was taken: what was staged is now true."""
         staged = self.staged
         assert staged is not None
-        if self.weighting.observes_step and self.due:
+        if self.watches:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.steps += 1

@@ -19,7 +19,7 @@ from moo_balance.errors import BalanceError
 from moo_balance.ledger import Ledger
 from moo_balance.monitor import Balance
 from moo_balance.proxy import OptimizerProxy
-from moo_balance.reevaluation import Replay, summed
+from moo_balance.reevaluation import Replay, evaluated, summed
 from moo_balance.scaler import check_ready_to_scale, check_unscaled, loss_scale
 from moo_balance.weighting.base import Weighting
 
@@ -141,10 +141,10 @@ class BalancedOptimizer(OptimizerProxy):
                 or ranks disagree about their losses.
         """
         check_ready_to_scale(grad_scaler, self)
-        replays = []
+        replays: list[Replay] = []
         if callable(losses):
-            replays.append(Replay(losses, self._devices()))
-            losses = cast(Losses, replays[0].first())
+            replays = self._replays(losses)
+            losses = cast(Losses, evaluated(losses))
         batch = self._balancer.admit(losses, loss_scale(grad_scaler), retain_graph)
         if self._balancer.ledger.accumulating:
             self._balancer.gather(batch, replays)
@@ -332,17 +332,20 @@ class BalancedOptimizer(OptimizerProxy):
 
     def _run(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
-        replay = Replay(closure, self._devices())
-        result = replay.first()
+        replays = self._replays(closure)
+        result = evaluated(closure)
         if isinstance(result, Mapping):
             self._balancer.ledger.check_untouched()
             batch = self._balancer.admit(result)
             self.zero_grad()
-            self._balancer.balance(batch, [replay])
+            self._balancer.balance(batch, replays)
         return result
 
-    def _devices(self) -> set[torch.device]:
-        return {p.device for p in self._balancer.params}
+    def _replays(self, closure: Callable[[], Any]) -> list[Replay]:
+        """What it takes to evaluate a closure again, for a method that will ask for it."""
+        if not self._balancer.ledger.watches:
+            return []
+        return [Replay(closure, {p.device for p in self._balancer.params})]
 
     def _unbalanced_step(self, closure: Callable[[], Any] | None, result: Any) -> Any:
         """A step with nothing staged: an error, but for two cases that cannot do harm."""

@@ -54,17 +54,18 @@ def same_conditions(before: RandomState) -> Iterator[None]:
         after.restore()
 
 
+def evaluated(closure: Callable[[], Any]) -> Any:
+    """Evaluate for training, with a graph."""
+    with torch.enable_grad():
+        return closure()
+
+
 class Replay:
-    """A closure, and the random numbers it began with."""
+    """A closure that is about to be evaluated, and the random numbers it begins with."""
 
     def __init__(self, closure: Callable[[], Any], devices: Iterable[torch.device]) -> None:
         self._closure = closure
         self._before = RandomState(devices)
-
-    def first(self) -> Any:
-        """Evaluate for training, with a graph."""
-        with torch.enable_grad():
-            return self._closure()
 
     def again(self) -> Any:
         """Evaluate once more under the same conditions."""
@@ -93,17 +94,17 @@ def _buffers_kept() -> Iterator[None]:
     """Put back the buffers of every module that runs inside."""
     known: set[nn.Module] = set()
     kept: list[_Kept] = []
-
     spreading: list[nn.Module] = []
+
     def keep(root: nn.Module) -> None:
         # The outermost module that runs brings its children along: compiled ones tell nobody.
         for module in [] if root in known else root.modules():
             if module in known:
                 continue
             known.add(module)
-            kept.extend(
             if getattr(module, "require_forward_param_sync", False):
                 spreading.append(module)
+            kept.extend(
                 _Kept(module, name, buffer, buffer.clone())
                 for name, buffer in (module._buffers.items() if module.training else ())
                 if buffer is not None
@@ -118,10 +119,10 @@ def _buffers_kept() -> Iterator[None]:
             if not _is_expanded(buffer):
                 buffer.copy_(copy)
             module._buffers[name] = buffer
-
         for module in spreading:
             # DistributedDataParallel spreads no buffers after a pass without a graph.
             module.require_forward_param_sync = True  # type: ignore[assignment]
+
 
 _listeners: list[Callable[[nn.Module], None]] = []
 _call = nn.Module.__call__
