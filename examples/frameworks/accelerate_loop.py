@@ -1,6 +1,8 @@
-"""Accelerate: gradient accumulation, clipping, mixed precision, checkpoints.
+"""Accelerate: gradient accumulation, clipping, checkpoints.
 
-python -m examples.frameworks.accelerate_loop
+Mixed precision is ``Accelerator(mixed_precision="bf16")``, and no other line changes.
+
+    python -m examples.frameworks.accelerate_loop
 """
 
 from __future__ import annotations

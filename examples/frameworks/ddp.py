@@ -1,6 +1,8 @@
 """DistributedDataParallel: the loop stays as it is.
 
-torchrun --nproc-per-node 2 -m examples.frameworks.ddp
+Weights come from losses and gradients that are averaged over the ranks.
+
+    torchrun --nproc-per-node 2 -m examples.frameworks.ddp
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """FSDP2 and its checkpoints: each rank holds a shard of the model, and all share one balance.
 
-torchrun --nproc-per-node 2 -m examples.frameworks.fsdp2
+A checkpoint of two ranks loads on any number of them.
+
+    torchrun --nproc-per-node 2 -m examples.frameworks.fsdp2
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Trainer of transformers: its loss is the combined one.
 
-A method that watches the step takes ``lagged=True`` here.
+A method that watches the step needs ``lagged=True`` here.
 
     python -m examples.frameworks.hf_trainer
 """

@@ -1,6 +1,8 @@
-"""Lightning, manual optimisation: for every method, those that watch the step too.
+"""Lightning, manual optimisation: the training step calls backward and step itself.
 
-python -m examples.frameworks.lightning_manual
+That is the way for every method, those that watch the step too.
+
+    python -m examples.frameworks.lightning_manual
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A loop of one's own: scheduler, clipping, checkpoints, TensorBoard.
 
-python -m examples.frameworks.plain_tensorboard
-tensorboard --logdir runs/tensorboard
+Run it, look at it, run it again: it resumes from the checkpoint it left.
+
+    python -m examples.frameworks.plain_tensorboard
+    tensorboard --logdir runs/tensorboard
 """
 
 from __future__ import annotations

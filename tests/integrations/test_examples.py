@@ -16,7 +16,7 @@ FOLDER = Path(frameworks.__file__).parent
 ALONE = [
     file.stem
     for file in sorted(FOLDER.glob("*.py"))
-    if f"    python -m examples.frameworks.{file.stem}\n" in file.read_text()
+    if f"\n    python -m examples.frameworks.{file.stem}\n" in file.read_text()
 ]
 
 pytestmark = [
