@@ -62,7 +62,7 @@ class Module(LightningModule):
         return None
 
 
-@pytest.mark.capability("Lightning, data parallel")
+@pytest.mark.capability("Lightning under DDP")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.parametrize("kind", ["default", "find_unused_parameters", "static_graph"])
@@ -108,7 +108,7 @@ class TestLightning:
             self.fit(Asleep(method, automatic=False), kind, tmp_path)
 
 
-@pytest.mark.capability("Accelerate, data parallel")
+@pytest.mark.capability("Accelerate under DDP")
 @pytest.mark.usefixtures("_forget")
 class TestAccelerate:
     def train(self, method, window=1):
@@ -153,7 +153,7 @@ class NetOfLosses(Net):
         return losses_of(super().forward, batch)
 
 
-@pytest.mark.capability("Trainer of transformers, data parallel")
+@pytest.mark.capability("Trainer of transformers under DDP")
 @pytest.mark.usefixtures("_forget")
 @over_some("Sum", "FAMO-lagged", "AnalyticQP", "MGDA-every")
 def test_trainer_of_transformers(method, tmp_path):
@@ -182,14 +182,14 @@ def test_trainer_of_transformers(method, tmp_path):
     assert_equals_reference(net, optimizer, method, DTYPE)
 
 
-@pytest.mark.capability("data parallel (DDP)")
+@pytest.mark.capability("DistributedDataParallel")
 def test_the_example_for_ddp():
     model, optimizer = ddp.train(FAMO())
     assert_same_on_all_ranks(parameters(model), optimizer.state_dict()["balance"])
     assert optimizer.state_dict()["balance"]["steps"] == 12
 
 
-@pytest.mark.capability("sharded (FSDP2)")
+@pytest.mark.capability("FSDP2")
 @pytest.mark.parametrize("weighting", [FAMO(), AnalyticQP(every=2)], ids=["FAMO", "AnalyticQP"])
 def test_the_example_for_fsdp2_resumes_to_the_last_bit(weighting, tmp_path):
     folders = [tmp_path]

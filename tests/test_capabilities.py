@@ -1,0 +1,107 @@
+"""The table of capabilities follows the tests, and a partial run leaves it alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import capabilities
+from tests.capabilities import BEGIN, END, METHODS, table
+
+pytest_plugins = ["pytester"]
+
+TESTS = """
+import pytest
+from moo_balance import FAMO, Sum
+from tests.registry import over_some
+
+@pytest.mark.capability("flying")
+@over_some("FAMO-adam", "Sum")
+def test_flying(method): pass
+
+@pytest.mark.capability("diving")
+@pytest.mark.parametrize("weighting", [FAMO()])
+class TestDiving:
+    def test_deep(self, weighting): pass
+    def test_deeper(self, weighting): pass
+
+@pytest.mark.capability("resting")
+def test_resting(): pass
+
+def test_something_else(): pass
+"""
+
+SHOWN = {"flying": ["FAMO", "Sum"], "diving": ["FAMO"], "resting": []}
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """A test run of its own, beside a README that has a table."""
+    readme = pytester.path / "README.md"
+    monkeypatch.setattr(capabilities, "README", readme)
+    monkeypatch.setattr(capabilities, "ROOT", pytester.path)
+    pytester.makepyprojecttoml("""
+        [tool.pytest.ini_options]
+        testpaths = ["tests"]
+        addopts = ["-m", "not slow"]
+        markers = ["capability(name)", "slow"]
+    """)
+    folder = pytester.mkdir("tests")
+
+    def run(tests=TESTS, shown=SHOWN, arguments=()):
+        (folder / "test_file.py").write_text(tests)
+        readme.write_text(f"Before.\n{BEGIN}\n{table(shown)}\n{END}After.\n")
+        return pytester.inline_run("-p", "tests.capability_plugin", *arguments).ret
+
+    run.readme = readme
+    return run
+
+
+def test_rows_name_the_methods():
+    lines = table({"flying": METHODS, "Diving": ["Sum", "FAMO"], "resting": []}).splitlines()
+    assert lines[2:] == ["| Diving | `FAMO`, `Sum` |", "| flying | all methods |", "| resting |  |"]
+
+
+def test_a_full_run_agrees(run):
+    assert run() == pytest.ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    "claimed", [{}, {**SHOWN, "swimming": []}, {**SHOWN, "diving": ["Sum"]}], ids=str
+)
+def test_a_full_run_that_shows_something_else_fails_until_the_table_is_written(run, claimed):
+    assert run(shown=claimed) == pytest.ExitCode.TESTS_FAILED
+    capabilities.main()
+    assert run.readme.read_text() == f"Before.\n{BEGIN}\n{table(SHOWN)}\n{END}After.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-k", "flying"],
+        ["tests"],
+        ["-m", ""],
+        ["--collect-only"],
+        ["--deselect", "tests/test_file.py::test_resting"],
+    ],
+    ids=str,
+)
+def test_a_partial_run_has_no_say(run, arguments):
+    assert run(shown={}, arguments=arguments) == pytest.ExitCode.OK
+    with pytest.raises(SystemExit, match="make test"):
+        capabilities.main()
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        '@pytest.mark.capability("x")\ndef test_x(): pytest.skip()',
+        'pytest.skip("all of it", allow_module_level=True)',
+    ],
+)
+def test_nor_has_one_that_skips(run, verdict):
+    assert run(TESTS + verdict, shown={}) != pytest.ExitCode.TESTS_FAILED
+
+
+def test_slow_tests_are_not_missed(run):
+    slow = "@pytest.mark.slow\ndef test_slow(): pass"
+    assert run(TESTS + slow, shown={}) == pytest.ExitCode.TESTS_FAILED
