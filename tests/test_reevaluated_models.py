@@ -70,7 +70,7 @@ def test_calls_are_as_before():
     assert nn.Module.__call__ is call
 
 
-@pytest.mark.capability("autocast in bfloat16")
+@pytest.mark.capability("mixed precision with autocast")
 def test_an_open_autocast_region_does_not_hide_the_step():
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
     state = trained(around=bfloat16)

@@ -47,7 +47,7 @@ def test_none_is_forgotten():
     assert {file.stem for file in FOLDER.glob("*.py")} == {*ALONE, *several_ranks, *without_main}
 
 
-@pytest.mark.capability("checkpoint and resume")
+@pytest.mark.capability("checkpoint and resume to the last bit")
 def test_the_plain_loop_resumes_to_the_last_bit(tmp_path):
     whole = plain_tensorboard.train(tmp_path / "whole", epochs=3)
     plain_tensorboard.train(tmp_path / "parts", epochs=1)
