@@ -210,13 +210,15 @@ class Balancer:
         ledger, names = self.ledger, statistics.names
         names, state = ledger.opening(names, statistics.losses.device)
         try:
-            statistics, faults = self._evidence(statistics, linearization, scale is not None)
+            statistics, faults, overflow = self._evidence(
+                statistics, linearization, scale is not None
+            )
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
             nothing = torch.zeros_like(statistics.losses)
             return Staged(names, statistics.names, state, skip=True), nothing
-        weighted, staged = ledger.draft(statistics, names, state, faults)
+        weighted, staged = ledger.draft(statistics, names, state, faults, overflow)
         coefficients = weighted.coefficients
         if staged.valid is not None:
             # A loss scaler looks for NaN and skips the step; zero harms nobody else.
@@ -227,16 +229,21 @@ class Balancer:
 
     def _evidence(
         self, statistics: Statistics, linearization: Linearization | None, scaled: bool
-    ) -> tuple[Statistics, Tensor | None]:
-        """Losses, and the Gramian if it is due; with flags [K] of what is faulty among them."""
+    ) -> tuple[Statistics, Tensor | None, Tensor | None]:
+        """Losses, and the Gramian if it is due; with flags [K] of what is faulty among them.
+
+        Gradients that overflow under a loss scaler have flags of their own: that is its business.
+        """
         faults = self._faulty_losses(statistics)
         if linearization is None or not (self.weighting.uses_gramian and self.ledger.due):
-            return statistics, faults
+            return statistics, faults, None
         statistics = replace(statistics, gramian=linearization.gramian())
         also = faulty_gradients(statistics, scaled)
+        if scaled:
+            return statistics, faults, also
         if faults is None or also is None:
-            return statistics, also if faults is None else faults
-        return statistics, faults | also
+            return statistics, also if faults is None else faults, None
+        return statistics, faults | also, None
 
     def _faulty_losses(self, statistics: Statistics) -> Tensor | None:
         bounds = self.weighting.lower_bounds(statistics.names)

@@ -141,14 +141,17 @@ class Ledger:
         names: tuple[str, ...],
         state: State,
         faults: Tensor | None = None,
+        overflow: Tensor | None = None,
     ) -> tuple[Weighted, Staged]:
         """Ask the weighting; nothing of it is committed, nor even staged.
 
-        `faults` [K] are flags on the device: where one is set the state stays as it is.
+        `faults` and `overflow` [K] are flags on the device: where one is set the state stays as it
+        is. Faults are reported when the host looks, overflows are not.
         """
         index = _positions(names, statistics.names, statistics.losses.device)
         bounds = self.weighting.lower_bounds(statistics.names)
-        valid = self._note(statistics.names, faults)
+        self._note(statistics.names, faults)
+        valid = _none_of(faults, overflow)
         weighted = self.weighting.weights(sanitized(statistics, bounds, valid), _take(state, index))
         following = _masked(valid, _put(state, weighted.state, index), state)
         return weighted, Staged(names, statistics.names, following, valid)
@@ -179,19 +182,18 @@ class Ledger:
         assert self.names is not None and self.state is not None
         index = _positions(self.names, statistics.names, statistics.losses.device)
         bounds = self.weighting.lower_bounds(statistics.names)
-        valid = self._note(statistics.names, faults)
+        self._note(statistics.names, faults)
+        valid = _none_of(faults)
         seen = self.weighting.observe(
             sanitized(statistics, bounds, valid), _take(self.state, index)
         )
         self.state = _masked(valid, _put(self.state, seen, index), self.state)
         self.awaiting = None
 
-    def _note(self, names: tuple[str, ...], faults: Tensor | None) -> Tensor | None:
-        """Count faults on the device, for a report when the host looks; is there none?"""
-        if faults is None:
-            return None
-        self.faults[names] = self.faults.get(names, 0) + faults
-        return ~faults.any()
+    def _note(self, names: tuple[str, ...], faults: Tensor | None) -> None:
+        """Count faults on the device, for a report when the host looks."""
+        if faults is not None:
+            self.faults[names] = self.faults.get(names, 0) + faults
 
     def check_faults(self) -> None:
         """Report, and forget, what was masked on the device since the last look."""
@@ -322,6 +324,12 @@ def _put(state: State, part: State, index: Tensor | None) -> State:
         key: state[key].index_copy(0, index, value) if value.ndim else value
         for key, value in part.items()
     }
+
+
+def _none_of(*flags: Tensor | None) -> Tensor | None:
+    """Is no flag set? None where the host has looked already."""
+    found = [flag.any() for flag in flags if flag is not None]
+    return ~torch.stack(found).any() if found else None
 
 
 def _masked(valid: Tensor | None, following: State, before: State) -> State:
