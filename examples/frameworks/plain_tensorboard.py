@@ -1,6 +1,6 @@
 """A loop of one's own: scheduler, clipping, checkpoints, TensorBoard.
 
-Run it, look at it, run it again: it resumes from the checkpoint it left.
+Stopped and run again, it resumes from its last epoch.
 
     python -m examples.frameworks.plain_tensorboard
     tensorboard --logdir runs/tensorboard

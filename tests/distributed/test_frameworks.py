@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, TrainingArguments
 
 from examples.frameworks import ddp, fsdp2
@@ -148,6 +148,11 @@ def mean_losses(model, steps):
     return {name: (first[name] + second[name]) / 2 for name in NAMES}
 
 
+class InOrder(BalancedTrainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
 class NetOfLosses(Net):
     def forward(self, batch):
         return losses_of(super().forward, batch)
@@ -160,7 +165,7 @@ def test_trainer_of_transformers(method, tmp_path):
     net = NetOfLosses()
     optimizer = BalancedOptimizer(adam(net), method.make(NAMES))
     rows = torch.cat([share(step, DTYPE, alone=True) for step in range(STEPS)])
-    trainer = BalancedTrainer(
+    trainer = InOrder(
         model=net,
         args=TrainingArguments(
             output_dir=str(tmp_path),
@@ -168,7 +173,6 @@ def test_trainer_of_transformers(method, tmp_path):
             ddp_backend="gloo",
             num_train_epochs=1,
             per_device_train_batch_size=4,
-            train_sampling_strategy="sequential",
             max_grad_norm=0.0,
             report_to="none",
             save_strategy="no",

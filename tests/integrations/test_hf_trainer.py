@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainingArguments
 
 from examples.frameworks.hf_trainer import BalancedTrainer
@@ -40,6 +41,11 @@ def _forget():
     GradientState._reset_state()
 
 
+class InOrder(BalancedTrainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
 def state(model, optimizer):
     """All but the note that a scheduler leaves in the groups."""
     for group in optimizer.param_groups:
@@ -57,14 +63,13 @@ def trainer(tmp_path):
             "use_cpu": True,
             "num_train_epochs": 1,
             "per_device_train_batch_size": 1,
-            "train_sampling_strategy": "sequential",
             "max_grad_norm": 0.0,
             "logging_steps": 1,
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        made = BalancedTrainer(
+        made = InOrder(
             model=model,
             args=TrainingArguments(**{**settings, **arguments}),
             train_dataset=[{"batch": batch} for batch in BATCHES],
