@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.evaluation import Score, evaluate, mean_score
 from examples.lic.images import Photographs, RandomCrops
 from examples.lic.training import Recipe, Trace, train
-from moo_balance import AnalyticQP, BalancedTrajectory, FixedWeights, History
+from moo_balance import AnalyticQP, Balance, BalancedTrajectory, FixedWeights
 from moo_balance.weighting import Weighting
 
 STANDARD = "standard"
@@ -24,12 +25,12 @@ BALANCED: dict[str, Weighting] = {
     "Solution 1": BalancedTrajectory(),
     "Solution 2": AnalyticQP(),
 }
-# Fixed weights to set against them: the mean coefficients of which run, from which fraction of it
-# on. Solution 1 drifts, so its mean alone would leave its last rates without a rival.
+# What balanced runs are set against: the same checkpoint with fixed weights, those which a balanced
+# run settled on; and once more with a part of that distortion weight, for rates below.
 RIVALS = {
-    "fixed, Sol. 1 mean": ("Solution 1", 0.0),
-    "fixed, Sol. 1 end": ("Solution 1", 0.7),
-    "fixed, Sol. 2 mean": ("Solution 2", 0.0),
+    "fixed as Solution 1": ("Solution 1", 1.0),
+    "fixed as Solution 2": ("Solution 2", 1.0),
+    "fixed, lower rate": ("Solution 1", 0.5),
 }
 
 
@@ -92,16 +93,24 @@ def gap_above(point: Score, curve: Sequence[Score]) -> float | None:
     return None
 
 
+def fixed_as(trace: Trace, part: float) -> FixedWeights:
+    """The weights that a run settled on, with `part` of the distortion's; they sum to 1."""
+    settled = trace.settled("coefficient")
+    rate, distortion = settled["rate"], part * settled["distortion"]
+    total = rate + distortion
+    return FixedWeights({"rate": rate / total, "distortion": distortion / total})
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Carries out a plan on photographs.
 
-    `on_step` hears of each step: which λ, which method, and the history of that run.
+    `on_step` hears of each step: which λ, which method, and its losses and weights.
     """
 
     photographs: Photographs
     plan: Plan
-    on_step: Callable[[float, str, History], object] = lambda lmbda, label, history: None
+    on_step: Callable[[float, str, Balance], object] = lambda lmbda, label, balance: None
 
     def __call__(self) -> list[Rung]:
         """Climb the ladder."""
@@ -122,9 +131,8 @@ class Comparison:
         runs = {STANDARD: finetune(STANDARD, EQUAL)}
         for name, weighting in BALANCED.items():
             runs[name] = finetune(name, weighting)
-        for rival, (name, since) in RIVALS.items():
-            mean = runs[name].trace.mean("coefficient", since)
-            runs[rival] = finetune(rival, FixedWeights(mean))
+        for rival, (name, part) in RIVALS.items():
+            runs[rival] = finetune(rival, fixed_as(runs[name].trace, part))
         return Rung(lmbda, start, runs)
 
     def _run(
@@ -146,6 +154,6 @@ class Comparison:
             recipe,
             lmbda=lmbda,
             seed=seed,
-            on_step=lambda history: self.on_step(lmbda, label, history),
+            on_step=partial(self.on_step, lmbda, label),
         )
         return Run(evaluate(model, self.photographs.held_out), trace)

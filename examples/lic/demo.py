@@ -1,8 +1,10 @@
 """A small learned image codec, trained the standard way and with balanced losses.
 
-python -m examples.lic                       # bundled photographs, about five minutes
-python -m examples.lic --images my-photos    # a folder of your own
-python -m examples.lic --quick               # seconds, to see that everything works
+::
+
+    python -m examples.lic                       # bundled photographs, about five minutes
+    python -m examples.lic --images my-photos    # a folder of your own
+    python -m examples.lic --quick               # seconds, to see that everything works
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from examples.lic import images, plots, report
 from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.comparison import Comparison, Plan, Rung
 from examples.lic.training import Recipe
-from moo_balance import History
+from moo_balance import Balance
 
 QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5}
 
@@ -55,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shown_on(bar: tqdm) -> Callable[[float, str, History], None]:
-    def on_step(lmbda: float, label: str, history: History) -> None:
+def _shown_on(bar: tqdm) -> Callable[[float, str, Balance], None]:
+    def on_step(lmbda: float, label: str, balance: Balance) -> None:
         bar.set_description(f"λ {lmbda:g}, {label}", refresh=False)
+        if bar.n % 20 == 0:
+            bar.set_postfix_str(f"{balance.losses['rate']:.2f} bpp", refresh=False)
         bar.update()
 
     return on_step

@@ -175,13 +175,13 @@ class RandomCrops:
         self._random = random.Random(seed)
 
     def __next__(self) -> Tensor:
-        crops = torch.stack([self._one() for _ in range(self._batch)])
+        crops = torch.stack([self._draw() for _ in range(self._batch)])
         return crops.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
 
     def __iter__(self) -> RandomCrops:
         return self
 
-    def _one(self) -> Tensor:
+    def _draw(self) -> Tensor:
         image = self._random.choice(self._images)
         top = self._random.randint(0, image.shape[1] - self._crop)
         left = self._random.randint(0, image.shape[2] - self._crop)

@@ -20,7 +20,7 @@ _COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"
 
 
 def table(rungs: Sequence[Rung]) -> str:
-    """One row for each model; λ' is the λ whose fixed weights are the run's mean coefficients."""
+    """One row for each model; for λ' see :func:`effective_lambda`, for the gap ``Rung.gap``."""
     names = ("λ", "method", "bpp", "PSNR/dB", "ms/step", "last w_R : w_D", "λ'", "gap/dB")
     lines = [_COLUMNS.format(*names)]
     for rung in rungs:
@@ -41,14 +41,14 @@ def _row(rung: Rung, name: str, run: Run) -> str:
         f"{run.trace.milliseconds:.1f}",
         f"{last['rate']:.2f} : {last['distortion']:.2f}",
         f"{effective_lambda(rung.lmbda, run):.2g}",
-        "" if name not in BALANCED else "–" if gap is None else f"{gap:+.2f}",
+        "" if name not in BALANCED else "–" if gap is None else f"{gap:+.2f}".replace("-", "−"),
     )
 
 
 def effective_lambda(lmbda: float, run: Run) -> float:
-    """The λ' of a plain sum R + λ'D whose gradient points the same way, on average over the run."""
-    mean = run.trace.mean("coefficient")
-    return lmbda * mean["distortion"] / mean["rate"]
+    """The λ' of a plain sum whose gradient points where the run's settled coefficients do."""
+    settled = run.trace.settled("coefficient")
+    return lmbda * settled["distortion"] / settled["rate"]
 
 
 def as_json(rungs: Sequence[Rung], plan: Plan) -> dict[str, Any]:

@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from examples.lic.codec import MeanScaleHyperprior
-from moo_balance import BalancedOptimizer, History
+from moo_balance import Balance, BalancedOptimizer, History
 from moo_balance.weighting import Weighting
 
 NAMES = ("rate", "distortion")
 
+SETTLED = 0.7
+"""The fraction of a run after which the learning rate falls, and weights are taken for settled."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many steps, and Adam's learning rate, which falls to 0.3 at 70 % and 0.1 at 90 %."""
+    """How many steps, and Adam's learning rate: it falls twice to 0.3 of itself near the end."""
 
     steps: int
     lr: float
 
     @property
     def milestones(self) -> list[int]:
-        return [round(0.7 * self.steps), round(0.9 * self.steps)]
+        return [int(SETTLED * self.steps), int(0.9 * self.steps)]
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,13 @@ class Trace:
         """The last ``"loss"``, ``"weight"`` or ``"coefficient"`` of each objective."""
         return {name: self.history.series(f"{kind}/{name}")[1][-1] for name in NAMES}
 
-    def mean(self, kind: str, since: float = 0.0) -> dict[str, float]:
-        """The same, as the mean over the steps after a fraction of the run."""
-        first = int(since * len(self.history))
+    def settled(self, kind: str) -> dict[str, float]:
+        """The same as a mean over the steps after the learning rate has first fallen.
+
+        Where a run ends is decided here; the mean over all steps says little about a method that
+        spends half of them on the way to its weights.
+        """
+        first = int(SETTLED * len(self.history))
         return {name: fmean(self.history.series(f"{kind}/{name}")[1][first:]) for name in NAMES}
 
 
@@ -68,7 +75,7 @@ def train(
     *,
     lmbda: float,
     seed: int,
-    on_step: Callable[[History], object] = lambda history: None,
+    on_step: Callable[[Balance], object] = lambda balance: None,
 ) -> Trace:
     """Train `model` in place.
 
@@ -79,7 +86,7 @@ def train(
         recipe: Steps and learning rate.
         lmbda: λ, the price of distortion: larger means more bits and a better picture.
         seed: For the quantisation noise: runs with equal seeds and crops meet equal noise.
-        on_step: Called after each step.
+        on_step: Called after each step with its losses and weights.
     """
     torch.manual_seed(seed)
     model.train()
@@ -98,7 +105,7 @@ def train(
         trace.seconds.append(time.perf_counter() - start)
         scheduler.step()
         trace.history.append(optimizer.balance)
-        on_step(trace.history)
+        on_step(optimizer.balance)
     return trace
 
 
