@@ -1,0 +1,393 @@
+"""What every method promises, by the rows of the registry."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moo_balance
+from moo_balance import BalancedOptimizer, BalanceValueError
+from moo_balance.weighting import Statistics, Weighting
+from tests.problems import (
+    Scene,
+    Toy,
+    flat_gradient,
+    jacobian,
+    play,
+    setup,
+    sgd,
+    snapshot,
+    train,
+    whole_state,
+)
+from tests.registry import METHODS, NAMES, REFUSALS, over, over_methods
+
+
+def weightings() -> set[type[Weighting]]:
+    public = [getattr(moo_balance, name) for name in moo_balance.__all__]
+    return {cls for cls in public if inspect.isclass(cls) and issubclass(cls, Weighting)}
+
+
+def close(a, b, rtol=1e-9, atol=0.0):
+    assert torch.allclose(a, b, rtol=rtol, atol=atol), (a, b)
+
+
+# ---------------------------------------------------------------------- the registry itself
+
+
+def test_every_public_weighting_is_in_the_registry():
+    assert {type(method.make(NAMES)) for method in METHODS} == weightings()
+
+
+def test_every_weighting_with_hyper_parameters_refuses_some():
+    configurable = {cls for cls in weightings() if dataclasses.fields(cls)}
+    refused = set()
+    for refusal in REFUSALS:
+        cells = inspect.getclosurevars(refusal.make).nonlocals
+        refused.add(cells["cls"])
+    assert refused == configurable
+
+
+def test_ids_are_unique():
+    assert len({method.id for method in METHODS}) == len(METHODS)
+
+
+@over_methods
+def test_the_row_and_the_class_say_the_same(method):
+    weighting = method.make(NAMES)
+    assert weighting.uses_gramian == method.gramian
+    assert weighting.observes_step == method.observes
+    assert weighting.lower_bounds(NAMES) == method.bounds(NAMES)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.argument)
+def test_refused_configurations_name_the_argument(refusal):
+    if refusal.with_names:
+        weighting = refusal.make()
+        with pytest.raises(BalanceValueError, match=rf"`{refusal.argument}\b"):
+            weighting.init(("a", "b"), torch.device("cpu"))
+    else:
+        with pytest.raises(BalanceValueError, match=rf"`{refusal.argument}\b"):
+            refusal.make()
+
+
+# ---------------------------------------------------------------------- configurations are values
+
+
+@over_methods
+def test_a_configuration_is_a_frozen_value(method):
+    weighting = method.make(NAMES)
+    assert weighting == method.make(NAMES)
+    assert eval(repr(weighting), vars(moo_balance).copy()) == weighting
+    assert pickle.loads(pickle.dumps(weighting)) == weighting
+    for field in dataclasses.fields(weighting):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(weighting, field.name, None)
+
+
+@over_methods
+def test_a_state_is_one_entry_per_loss_or_one_for_all(method):
+    weighting = method.make(NAMES)
+    states = [weighting.init(NAMES, torch.device("cpu"))]
+    states += [answer.state for answer in play(weighting, Scene.drawn())]
+    for state in states:
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        assert shapes == {key: tuple(value.shape) for key, value in states[0].items()}
+        assert set(shapes.values()) <= {(), (len(NAMES),)}
+
+
+@over_methods
+def test_a_state_that_was_passed_in_stays_as_it_was(method):
+    weighting = method.make(NAMES)
+    scene = Scene.drawn()
+    state = play(weighting, scene)[0].state
+    before = snapshot(state)
+    rows = scene.jacobians[0]
+    gramian = rows @ rows.T if weighting.uses_gramian else None
+    weighting.weights(Statistics(NAMES, scene.losses[1], gramian, step=1), state)
+    weighting.observe(Statistics(NAMES, scene.after[1], step=2), state)
+    assert snapshot(state) == before
+
+
+# ---------------------------------------------------------------------- coefficients
+
+
+@over_methods
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 3))
+def test_coefficients_are_finite_and_keep_sum_and_sign(method, seed, count):
+    names = NAMES[:count]
+    scene = Scene.drawn(names, seed)
+    for losses, answer in zip(scene.losses, play(method.make(names), scene), strict=True):
+        for values in (answer.weights, answer.coefficients):
+            assert values.shape == (count,)
+            assert values.dtype == torch.float64
+            assert bool(values.isfinite().all())
+            assert method.negative or bool((values >= 0).all())
+        if method.total is not None:
+            total = answer.coefficients.sum().item()
+            assert total == pytest.approx(method.total(names, losses), rel=1e-12)
+
+
+@over(lambda method: method.equivariant)
+@given(seed=st.integers(0, 10_000), order=st.permutations(range(3)))
+def test_permuting_the_losses_permutes_the_weights(method, seed, order):
+    scene = Scene.drawn(seed=seed)
+    permuted = scene.permuted(order)
+    straight = play(method.make(NAMES), scene)
+    crossed = play(method.make(permuted.names), permuted)
+    for one, other in zip(straight, crossed, strict=True):
+        close(other.weights, one.weights[list(order)], rtol=1e-7)
+        close(other.coefficients, one.coefficients[list(order)], rtol=1e-7)
+
+
+@over(lambda method: method.scaling is not None)
+@given(seed=st.integers(0, 10_000), which=st.integers(0, 2), decades=st.floats(-6, 6))
+def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
+    factors = [10**decades if k == which else 1.0 for k in range(3)]
+    scene = Scene.drawn(seed=seed)
+    plain = play(method.make(NAMES), scene)
+    scaled = play(method.make(NAMES), scene.scaled(factors))
+    for one, other in zip(plain, scaled, strict=True):
+        expected = one.coefficients
+        if method.scaling != "unchanged":
+            expected = expected / torch.tensor(factors, dtype=torch.float64)
+        if method.scaling == "shares":
+            expected = expected / expected.sum()
+        close(other.coefficients, expected, rtol=1e-6, atol=1e-12)
+
+
+@over(lambda method: method.scaling is None)
+def test_the_stated_effect_of_scaling_is_not_a_coincidence(method):
+    """A row that states nothing has nothing to state."""
+    factors = torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
+    scene = Scene.drawn(seed=1)
+    plain = play(method.make(NAMES), scene)
+    scaled = play(method.make(NAMES), scene.scaled(factors.tolist()))
+    pairs = [(p.coefficients, s.coefficients) for p, s in zip(plain, scaled, strict=True)]
+    inverse = [(p / factors, s) for p, s in pairs]
+    shares = [(p / p.sum(), s / s.sum()) for p, s in inverse]
+    for expected in (pairs, inverse, shares):
+        assert not all(torch.allclose(p, s, rtol=1e-6) for p, s in expected)
+
+
+@over_methods
+def test_a_single_loss_has_the_stated_coefficient(method):
+    names = NAMES[:1]
+    model, optimizer = setup(method, names)
+    (loss,) = model.losses(0, names).values()
+    (plain,) = jacobian({"a": loss}, list(model.parameters()))
+    optimizer.backward({"a": loss})
+    expected = method.alone(loss.item())
+    assert optimizer.balance.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
+    close(flat_gradient(model), expected * plain, rtol=1e-12)
+
+
+@over(lambda method: method.equivariant)
+def test_equal_losses_have_equal_coefficients(method):
+    """The Gramian of copies is singular; the method must not mind."""
+    scene = Scene.drawn(seed=3)
+    for tensor in (scene.losses, scene.after, scene.jacobians):
+        tensor[:, 1] = tensor[:, 0]
+    swapped = scene.permuted((1, 0, 2))
+    for one, other in zip(
+        play(method.make(scene.names), scene),
+        play(method.make(swapped.names), swapped),
+        strict=True,
+    ):
+        assert bool(one.coefficients.isfinite().all())
+        close(other.coefficients, one.coefficients[[1, 0, 2]], rtol=1e-7)
+
+
+@over_methods
+@pytest.mark.parametrize("dead", [("a",), NAMES], ids=lambda dead: "".join(dead))
+def test_a_zero_gradient_is_no_reason_to_fail(method, dead):
+    model, optimizer = setup(method)
+
+    def losses():
+        return {
+            name: loss.detach() + 0 * model.trunk.weight.sum() if name in dead else loss
+            for name, loss in model.losses().items()
+        }
+
+    for _ in range(4):
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+        assert bool(coefficients.isfinite().all())
+        assert bool(flat_gradient(model).isfinite().all())
+        optimizer.step()
+
+
+@over_methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_parameters_get_finite_gradients_of_their_own_dtype(method, dtype):
+    model = Toy().to(dtype)
+    optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
+    train(model, optimizer, range(2))
+    assert bool(torch.stack([*optimizer.balance.coefficients.values()]).isfinite().all())
+    assert all(p.grad.dtype == dtype and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+@over_methods
+def test_the_gradient_is_the_combination_of_the_naive_jacobian(method):
+    """The slow obvious twin: a dense Jacobian, the formula, a matrix product; step by step."""
+    model, optimizer = setup(method)
+    weighting = method.make(NAMES)
+    state = weighting.init(NAMES, torch.device("cpu"))
+    for step in range(5):
+        losses = model.losses(step)
+        rows = jacobian(losses, list(model.parameters()))
+        due = step % weighting.every == 0
+        gramian = rows @ rows.T if method.gramian and due else None
+        values = torch.stack([*losses.values()]).detach()
+        answer = weighting.weights(Statistics(NAMES, values, gramian, step), state)
+        optimizer.zero_grad()
+        optimizer.backward(lambda: model.losses(step))  # noqa: B023
+        found = torch.stack([*optimizer.balance.coefficients.values()])
+        close(found, answer.coefficients, rtol=1e-8)
+        close(flat_gradient(model), found @ rows, rtol=1e-10, atol=1e-12 * float(rows.abs().max()))
+        optimizer.step()
+        state = answer.state
+        if method.observes and due:
+            seen = torch.stack([*model.losses(step).values()]).detach()
+            state = weighting.observe(Statistics(NAMES, seen, step=step + 1), state)
+
+
+@over_methods
+def test_gradients_accumulate_as_autograd_does(method):
+    model, optimizer = setup(method)
+    optimizer.backward(model.losses())
+    once = flat_gradient(model)
+    optimizer.backward(model.losses())
+    close(flat_gradient(model), 2 * once, rtol=1e-12)
+
+
+@over_methods
+def test_combine_has_the_gradient_of_backward(method):
+    model, optimizer = setup(method)
+    twin, other = setup(method)
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(step))
+        other.zero_grad()
+        other.combine(twin.losses(step)).backward()
+        close(flat_gradient(twin), flat_gradient(model), rtol=1e-9, atol=1e-12)
+        for run, net in ((optimizer, model), (other, twin)):
+            run.step()
+            if run.weighting.observes_step:
+                run.observe(net.losses(step))
+    assert snapshot(other.balance.names) == snapshot(optimizer.balance.names)
+
+
+@over_methods
+def test_combine_returns_the_weighted_sum_of_the_losses(method):
+    model, optimizer = setup(method)
+    losses = model.losses()
+    combined = optimizer.combine(losses)
+    expected = sum(c * losses[name] for name, c in optimizer.balance.coefficients.items())
+    assert combined.shape == ()
+    close(combined, expected, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------- steps
+
+
+@over_methods
+def test_all_forms_of_a_step_are_the_same_step(method):
+    def by_hand(model, optimizer, step):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(step))
+        optimizer.step()
+        if method.observes:
+            optimizer.observe(model.losses(step))
+
+    def by_closure(model, optimizer, step):
+        optimizer.step(lambda: model.losses(step))
+
+    def by_backward(model, optimizer, step):
+        train(model, optimizer, [step])
+
+    ends = []
+    for form in (by_hand, by_closure, by_backward):
+        model, optimizer = setup(method)
+        for step in range(6):
+            form(model, optimizer, step)
+        ends.append(whole_state(model, optimizer))
+    assert ends[0] == ends[1]
+    assert ends[0] == ends[2]
+
+
+@over_methods
+def test_backward_changes_no_state_and_step_commits_it(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(3))
+    before = whole_state(model, optimizer)
+    optimizer.backward(lambda: model.losses(3))
+    assert whole_state(model, optimizer) == before
+    optimizer.step()
+    assert optimizer.state_dict()["balance"]["steps"] == before["optimizer"]["balance"]["steps"] + 1
+
+
+@over_methods
+def test_a_step_that_raises_commits_nothing(method, monkeypatch):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(3))
+    before = whole_state(model, optimizer)
+    optimizer.zero_grad()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    optimizer.backward(lambda: model.losses(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.optimizer, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    assert whole_state(model, optimizer) == before
+    optimizer.step()
+    twin, other = setup(method)
+    train(twin, other, range(4))
+    assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+@over_methods
+def test_zero_grad_discards_what_was_staged(method):
+    model, optimizer = setup(method)
+    twin, other = setup(method)
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    optimizer.backward(lambda: model.losses(17))
+    train(model, optimizer, [2])
+    train(twin, other, range(3))
+    assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+# ---------------------------------------------------------------------- copies
+
+
+@over_methods
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_trains_on_identically_and_alone(method, duplicate):
+    pair = setup(method)
+    train(*pair, range(3))
+    model, optimizer = duplicate(pair)
+    before = whole_state(*pair)
+    train(model, optimizer, range(3, 6))
+    assert whole_state(*pair) == before
+    train(*pair, range(3, 6))
+    assert whole_state(model, optimizer) == whole_state(*pair)
+    assert repr(optimizer) == repr(pair[1])
