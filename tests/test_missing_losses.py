@@ -1,0 +1,169 @@
+"""A loss may be absent: the others are balanced among themselves, and what is known of it waits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moo_balance import BalanceValueError
+from moo_balance.weighting import Statistics
+from tests.problems import (
+    Scene,
+    flat_gradient,
+    jacobian,
+    setup,
+    snapshot,
+    train,
+    whole_state,
+)
+from tests.registry import NAMES, over, over_methods, over_some
+
+pytestmark = pytest.mark.capability("losses that are absent from a batch")
+
+SUBSETS = [("b",), ("a", "c")]
+
+
+def rows_of(state, name):
+    """What a state remembers of one loss, bit by bit."""
+    position = state["names"].index(name)
+    return snapshot({key: value[position] for key, value in state["state"].items() if value.ndim})
+
+
+@over_methods
+@pytest.mark.parametrize("present", SUBSETS, ids="".join)
+def test_the_state_of_an_absent_loss_waits(method, present):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(4))
+    before = optimizer.state_dict()["balance"]
+    train(model, optimizer, range(4, 8), present)
+    after = optimizer.state_dict()["balance"]
+    assert tuple(optimizer.balance.names) == present
+    assert after["names"] == list(NAMES)
+    for name in set(NAMES) - set(present):
+        assert rows_of(after, name) == rows_of(before, name)
+
+
+@over_methods
+def test_a_loss_that_returns_goes_on_from_where_it_was(method):
+    """The three are balanced again, and finite, whatever happened in between."""
+    model, optimizer = setup(method)
+    for names in (NAMES, ("a",), NAMES, ("b", "c"), ("c",), NAMES):
+        train(model, optimizer, [0, 1], names)
+        coefficients = optimizer.balance.coefficients
+        assert tuple(coefficients) == names
+        total = torch.stack([*coefficients.values()]).sum()
+        assert bool(total.isfinite())
+        assert method.negative or float(total) > 0
+
+
+@over_methods
+def test_those_present_are_balanced_among_themselves(method):
+    """Never to have seen the third loss is the same as not to know of it."""
+    model, optimizer = setup(method, names=NAMES)
+    twin, other = setup(method, of=("a", "b"))
+    for step in range(6):
+        train(model, optimizer, [step], ("a", "b"))
+        train(twin, other, [step], ("a", "b"))
+        for kind in ("weights", "coefficients"):
+            found = torch.stack([*getattr(optimizer.balance, kind).values()])
+            expected = torch.stack([*getattr(other.balance, kind).values()])
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
+@over_methods
+def test_coefficients_of_those_present_keep_sum_and_sign(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(3))
+    for step, present in enumerate(SUBSETS, start=3):
+        train(model, optimizer, [step], present)
+        coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+        assert method.negative or bool((coefficients >= 0).all())
+        if method.total is not None:
+            losses = torch.stack([*optimizer.balance.losses.values()])
+            total = coefficients.sum().item()
+            assert total == pytest.approx(method.total(present, losses), rel=1e-9)
+
+
+@over_methods
+def test_the_gradient_is_that_of_the_present_losses(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    losses = model.losses(2, ("a", "c"))
+    rows = jacobian(losses, list(model.parameters()))
+    optimizer.backward(losses)
+    coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+    torch.testing.assert_close(flat_gradient(model), coefficients @ rows, rtol=1e-9, atol=1e-12)
+    absent_head = model.heads[1]
+    assert all(p.grad is None for p in absent_head.parameters())
+
+
+@over_methods
+@settings(max_examples=2)
+@given(pattern=st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=3, max_size=6))
+def test_no_pattern_of_absence_breaks_a_run(method, pattern):
+    model, optimizer = setup(method, names=NAMES)
+    for step, present in enumerate(pattern):
+        train(model, optimizer, [step], sorted(present))
+        figures = torch.stack([*optimizer.balance.coefficients.values()])
+        assert bool(figures.isfinite().all())
+    twin, other = setup(method)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, run in ((model, optimizer), (twin, other)):
+        train(net, run, range(2))
+    assert whole_state(twin, other) == whole_state(model, optimizer)
+
+
+@over(lambda method: method.observes)
+def test_the_losses_after_a_step_are_those_before_it(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    while not optimizer.state_dict()["balance"]["awaiting"]:
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(1, ("a", "c")))
+        optimizer.step()
+    for others in (NAMES, ("a",), ("a", "b")):
+        with pytest.raises(BalanceValueError, match="last backward, `a`, `c`"):
+            optimizer.observe(model.losses(1, others))
+    optimizer.observe(model.losses(1, ("a", "c")))
+
+
+@over_methods
+def test_names_can_be_declared_before_they_are_seen(method):
+    model, optimizer = setup(method, names=NAMES)
+    train(model, optimizer, [0], ("c",))
+    train(model, optimizer, [1], NAMES[::-1])
+    assert optimizer.state_dict()["balance"]["names"] == list(NAMES)
+    assert tuple(optimizer.balance.names) == NAMES
+
+
+@over_some("Sum")
+def test_a_name_that_comes_late_is_refused(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0], ("a", "b"))
+    with pytest.raises(BalanceValueError, match=r"`c` was never declared. Found `a`, `b`"):
+        optimizer.backward(model.losses(1))
+
+
+@over(lambda method: "weights" in method.make(NAMES).init(NAMES, torch.device("cpu")))
+def test_a_method_with_kept_weights_survives_a_batch_of_losses_without_weight(method):
+    """Between two refreshes the kept weights of those present may all be zero."""
+    weighting = method.make(("a", "b"))
+    scene = Scene.drawn(("a", "b"))
+    nothing = {"weights": torch.zeros(2, dtype=torch.float64)}
+    answer = weighting.weights(Statistics(scene.names, scene.losses[0], step=1), nothing)
+    assert answer.weights.tolist() == [0.5, 0.5]
+    assert bool(answer.coefficients.isfinite().all())
+
+
+@over_some("Sum", "FAMO-adam", "MGDA-none")
+def test_parameters_of_an_absent_loss_alone_stay_as_they_are(method):
+    model, optimizer = setup(method)
+    before = snapshot(model.heads[2].state_dict())
+    train(model, optimizer, range(3), ("a", "b"))
+    assert snapshot(model.heads[2].state_dict()) == before
