@@ -1,0 +1,200 @@
+"""The models that are measured: what they are made of, and the losses of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from examples.lic.codec import MeanScaleHyperprior
+
+Losses = dict[str, Tensor]
+
+
+class Outcome(NamedTuple):
+    """Losses by name, and the features that all of them share."""
+
+    losses: Losses
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and a batch on which it has K losses.
+
+    Args:
+        name: What the tables call it.
+        build: Makes the model.
+        draw: Makes a batch.
+        forward: Losses and shared features of a model on a batch.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    draw: Callable[[], tuple[Tensor, ...]]
+    forward: Callable[[nn.Module, tuple[Tensor, ...]], Outcome]
+
+
+class Heads(nn.Module):
+    """A trunk, and K heads of which each has one loss."""
+
+    def __init__(self, trunk: nn.Module, heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, nn.ModuleList(heads)
+
+
+def heads_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
+    inputs, *targets = batch
+    features = model.trunk(inputs)
+    losses = {
+        f"task {k}": (k + 1.0) * nn.functional.mse_loss(head(features), target)
+        for k, (head, target) in enumerate(zip(model.heads, targets, strict=True))
+    }
+    return Outcome(losses, features)
+
+
+def mlp(count: int, width: int = 512, depth: int = 3, batch: int = 128) -> Workload:
+    """A shared trunk of linear layers with `count` small heads."""
+
+    def build() -> nn.Module:
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+        return Heads(nn.Sequential(*layers), [nn.Linear(width, 8) for _ in range(count)])
+
+    def draw() -> tuple[Tensor, ...]:
+        return torch.randn(batch, width), *(torch.randn(batch, 8) for _ in range(count))
+
+    return Workload(f"MLP, K = {count}", build, draw, heads_forward)
+
+
+class Residual(nn.Module):
+    """Two convolutions around which the input passes; the first may halve the image."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.body(x) + self.skip(x))
+
+
+def resnet(count: int, batch: int = 32) -> Workload:
+    """A small residual network on images of 32 x 32 with `count` heads."""
+
+    def build() -> nn.Module:
+        trunk = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            *(Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        return Heads(trunk, [nn.Linear(64, 8) for _ in range(count)])
+
+    def draw() -> tuple[Tensor, ...]:
+        return torch.rand(batch, 3, 32, 32), *(torch.randn(batch, 8) for _ in range(count))
+
+    return Workload(f"ResNet, K = {count}", build, draw, heads_forward)
+
+
+class Encoder(nn.Module):
+    """A small transformer encoder over learned positions."""
+
+    def __init__(self, tokens: int, length: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layers(self.embedding(tokens) + self.position)
+
+
+def transformer(count: int = 4, width: int = 128, length: int = 32, batch: int = 8) -> Workload:
+    """A transformer of two layers with a head of 8 outputs per position for each loss."""
+
+    def build() -> nn.Module:
+        return Heads(Encoder(1000, length, width, 2), [nn.Linear(width, 8) for _ in range(count)])
+
+    def draw() -> tuple[Tensor, ...]:
+        tokens = torch.randint(1000, (batch, length))
+        return tokens, *(torch.randn(batch, length, 8) for _ in range(count))
+
+    return Workload(f"transformer, K = {count}", build, draw, heads_forward)
+
+
+class Field(nn.Module):
+    """u(t, x) as a network, for the heat equation on [0, 1]²."""
+
+    def __init__(self, width: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(2, width), nn.Tanh()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), nn.Tanh()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.layers(points)
+
+
+def pinn_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
+    with torch.enable_grad():  # the equation takes derivatives, also where nobody trains
+        return _pinn_outcome(model, *batch)
+
+
+def _pinn_outcome(model: nn.Module, interior: Tensor, boundary: Tensor, start: Tensor) -> Outcome:
+    points = interior.detach().requires_grad_()
+    value = model(points)
+    (first,) = torch.autograd.grad(value.sum(), points, create_graph=True)
+    (second,) = torch.autograd.grad(first[:, 1].sum(), points, create_graph=True)
+    residual = first[:, 0] - 0.1 * second[:, 1]
+    wanted = torch.sin(torch.pi * start[:, 1:])
+    losses = {
+        "equation": residual.square().mean(),
+        "boundary": model(boundary).square().mean(),
+        "start": (model(start) - wanted).square().mean(),
+    }
+    return Outcome(losses, value)
+
+
+def pinn(batch: int = 512) -> Workload:
+    """A physics-informed network: equation, boundary and start, three passes and no shared one."""
+
+    def draw() -> tuple[Tensor, ...]:
+        interior, boundary, start = torch.rand(batch, 2), torch.rand(128, 2), torch.rand(128, 2)
+        boundary[:, 1], start[:, 0] = boundary[:, 1].round(), 0.0
+        return interior, boundary, start
+
+    return Workload("PINN, K = 3", Field, draw, pinn_forward)
+
+
+def codec_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
+    (images,) = batch
+    features: list[Tensor] = []
+    hook = model.analysis.register_forward_hook(lambda _m, _i, latent: features.append(latent))
+    output = model(images)
+    hook.remove()
+    distortion = 0.0067 * 255**2 * nn.functional.mse_loss(output.images, images)
+    return Outcome({"rate": output.bpp(), "distortion": distortion}, features[0])
+
+
+def codec(batch: int = 8, side: int = 64) -> Workload:
+    """The learned image codec of the examples; its latent is what both losses share."""
+
+    def draw() -> tuple[Tensor, ...]:
+        return (torch.rand(batch, 3, side, side),)
+
+    return Workload("codec, K = 2", MeanScaleHyperprior, draw, codec_forward)

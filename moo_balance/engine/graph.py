@@ -1,0 +1,57 @@
+"""A look at the graph that autograd recorded, before it is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.checkpoint import CheckpointFunction
+
+Edge: TypeAlias = tuple[Node, int]
+"""An output of a node, where a gradient arrives."""
+
+_REENTRANT = CheckpointFunction._backward_cls
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where the gradient of a tensor arrives."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    return get_gradient_edge(tensor).node, 0
+
+
+def gradient_edge(edge: Edge) -> GradientEdge:
+    """The form in which ``autograd.grad`` takes it."""
+    return GradientEdge(*edge)
+
+
+def nodes_above(losses: Iterable[Tensor], cut: Iterable[Tensor] = ()) -> set[Node]:
+    """Every node that the losses reach, without going through the tensors of the cut."""
+    closed = {edge_of(tensor) for tensor in cut}
+    seen = {edge[0] for edge in map(edge_of, losses) if edge not in closed}
+    stack = list(seen)
+    while stack:
+        for edge in stack.pop().next_functions:
+            node = edge[0]
+            if node is not None and node not in seen and edge not in closed:
+                seen.add(node)
+                stack.append(node)
+    return seen
+
+
+def checkpoints_reentrantly(nodes: Iterable[Node]) -> bool:
+    """Is there a reentrant checkpoint among these?
+
+    ``autograd.grad`` does not see the parameters inside: it raises, or, where the checkpoint lies
+    on no other parameter's path, silently passes over them.
+    """
+    return any(isinstance(node, _REENTRANT) for node in nodes)
+
+
+def leaves_among(nodes: Iterable[Node], params: Sequence[Tensor]) -> list[int]:
+    """Positions of the parameters whose gradients are accumulated at one of these nodes."""
+    position = {id(param): column for column, param in enumerate(params)}
+    leaves = (id(getattr(node, "variable", None)) for node in nodes)
+    return sorted(position[leaf] for leaf in leaves if leaf in position)
