@@ -1,0 +1,83 @@
+"""Tests in this folder run on two ranks.
+
+Here each is only looked up: the first one asked for has all of them run under one ``torchrun``,
+where two pytests go through the same tests side by side (``rank.py``) and write down how it went.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+RANKS = 2
+REPORTS = "MOO_BALANCE_RANK_REPORTS"
+SECONDS = 600
+
+Outcomes = Mapping[str, Sequence[str]]
+
+_collected = pytest.StashKey[list[str]]()
+_outcomes = pytest.StashKey[Outcomes]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    here = Path(__file__).parent
+    session.stash[_collected] = [item.nodeid for item in session.items if here in item.path.parents]
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if REPORTS in os.environ:  # this is a rank
+        return None
+    session = pyfuncitem.session
+    if _outcomes not in session.stash:
+        session.stash[_outcomes] = _launch(session.stash[_collected], session.config.rootpath)
+    failures = session.stash[_outcomes][pyfuncitem.nodeid]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+    return True
+
+
+def _launch(nodeids: Sequence[str], root: Path) -> Outcomes:
+    """What each rank found wrong with each test."""
+    with tempfile.TemporaryDirectory() as name:
+        reports = Path(name)
+        (reports / "nodeids").write_text("\n".join(nodeids))
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(RANKS), "--log-dir", name, "--module", "pytest"),
+            *("-p", "tests.distributed.rank", "-p", "no:cacheprovider"),
+            *("-m", "", f"@{reports / 'nodeids'}"),
+        ]
+        environment = {**os.environ, REPORTS: name, "OMP_NUM_THREADS": "1"}
+        with (reports / "output").open("w") as output:
+            ranks = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                ranks.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                ranks.terminate()  # torchrun takes its ranks along
+                ranks.wait()
+        return _read(reports, nodeids)
+
+
+def _read(reports: Path, nodeids: Sequence[str]) -> Outcomes:
+    outcomes: dict[str, list[str]] = defaultdict(list)
+    for rank in range(RANKS):
+        file = reports / f"{rank}.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        seen = dict(json.loads(line) for line in lines)
+        for nodeid in nodeids:
+            if nodeid not in seen:
+                tail = (reports / "output").read_text()[-3000:]
+                outcomes[nodeid].append(f"Rank {rank} never finished this test.\n{tail}")
+            elif seen[nodeid]:
+                outcomes[nodeid].append(f"On rank {rank}:\n{seen[nodeid]}")
+    return outcomes

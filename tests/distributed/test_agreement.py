@@ -1,0 +1,285 @@
+"""Ranks that do not agree: an error on all of them, never a hang, and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, NonFiniteError, Sum
+from tests.distributed.twins import (
+    Net,
+    adam,
+    assert_same_on_all_ranks,
+    by_backward,
+    losses_of,
+    share,
+    train,
+)
+from tests.problems import whole_state
+from tests.registry import NAMES, over_some
+
+pytestmark = pytest.mark.capability("ranks that disagree are told")
+
+# Coefficients known beforehand, by losses, by gradients.
+over_kinds = over_some("Sum", "FAMO-lagged", "MGDA-none")
+
+
+def started(method=None, steps=2, **arguments):
+    """A model and its optimizer that have taken a few steps together."""
+    model = DDP(Net(), find_unused_parameters=True)
+    weighting = FAMO(lagged=True) if method is None else method.make(NAMES)
+    optimizer = BalancedOptimizer(adam(model), weighting, **arguments)
+    train(model, optimizer, range(steps), by_backward)
+    return model, optimizer
+
+
+@contextmanager
+def refused(model, optimizer, message, error=BalanceError):
+    """The error comes on all ranks, leaves all as it was, and training can go on."""
+    before = whole_state(model, optimizer)
+    with pytest.raises(error, match=message):
+        yield
+    optimizer.zero_grad()
+    assert whole_state(model, optimizer) == before
+    train(model, optimizer, range(5, 7), by_backward)
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+
+def here(own, elsewhere):
+    """Rank 1 is the odd one out."""
+    return own if dist.get_rank() == 1 else elsewhere
+
+
+@over_kinds
+def test_a_loss_that_is_missing_on_one_rank(method):
+    model, optimizer = started(method)
+    with refused(model, optimizer, "Loss `b` should be present on all ranks or on none.*1 of 2"):
+        optimizer.backward(losses_of(model, share(2), here("ac", NAMES)))
+
+
+@over_kinds
+def test_a_loss_that_is_missing_on_all_ranks(method):
+    model, optimizer = started(method)
+    twin = Net()
+    alone = BalancedOptimizer(adam(twin), method.make(NAMES), process_group=None)
+    train(twin, alone, range(2), by_backward, alone=True)
+    for net, run in ((model, optimizer), (twin, alone)):
+        run.zero_grad()
+        run.backward(losses_of(net, share(2, alone=net is twin), "ac"))
+        run.step()
+    torch.testing.assert_close(
+        list(model.parameters()), list(twin.parameters()), rtol=1e-12, atol=1e-12
+    )
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+
+def test_other_names_in_the_first_step():
+    model = DDP(Net())
+    optimizer = BalancedOptimizer(adam(model), Sum())
+    with refused(model, optimizer, r"same losses. Found \['a', 'c'\] on rank 1 and"):
+        optimizer.backward(losses_of(model, share(0), here("ac", NAMES)))
+
+
+def test_other_names_later():
+    model, optimizer = started()
+    losses = losses_of(model, share(2))
+    losses[here("d", "c")] = losses.pop("c")
+    with refused(model, optimizer, here("Loss `d` was never declared", "1 of 2 ranks refused")):
+        optimizer.backward(losses)
+
+
+def test_names_that_were_tried_but_never_committed_bind_nobody():
+    model = DDP(Net(), find_unused_parameters=True)
+    optimizer = BalancedOptimizer(adam(model), Sum())
+    optimizer.backward(losses_of(model, share(0), "ab"))
+    optimizer.zero_grad()
+    train(model, optimizer, range(2))
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+
+@over_kinds
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_nan_on_one_rank(method, steps):
+    model, optimizer = started(method, steps)
+    losses = losses_of(model, share(2))
+    losses["b"] = losses["b"] * here(math.nan, 1.0)
+    with refused(model, optimizer, "Loss `b` should be finite", NonFiniteError):
+        optimizer.backward(losses)
+
+
+@over_kinds
+def test_a_nan_on_one_rank_is_skipped_by_all(method):
+    model, optimizer = started(method, nonfinite="skip")
+    before = whole_state(model, optimizer)["optimizer"]
+    losses = losses_of(model, share(2))
+    losses["b"] = losses["b"] * here(math.nan, 1.0)
+    optimizer.zero_grad()
+    optimizer.backward(losses)
+    optimizer.step()
+    assert whole_state(model, optimizer)["optimizer"] == {
+        **before,
+        "balance": {**before["balance"], "skipped": 1},
+    }
+    train(model, optimizer, range(5, 7), by_backward)
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+
+@over_some("AnalyticQP", "MGDA-none")
+def test_a_gradient_that_is_nan_on_one_rank(method):
+    """The loss is finite: what is wrong shows in the averaged row only."""
+    model, optimizer = started(method)
+    losses = losses_of(model, share(2))
+    if dist.get_rank() == 1:
+        losses["b"] = losses["b"] + (losses["b"] * 0.0).sqrt()
+    with refused(model, optimizer, "gradient of loss `b` should be finite", NonFiniteError):
+        optimizer.backward(losses)
+
+
+@over_kinds
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_detached_loss_on_one_rank(method, steps):
+    model, optimizer = started(method, steps)
+    losses = losses_of(model, share(2))
+    losses["b"] = here(losses["b"].detach(), losses["b"])
+    others = "1 of 2 ranks refused" if steps else "Rank 1 refused its losses: Loss `b`"
+    with refused(model, optimizer, here("Loss `b` should be attached", others)):
+        optimizer.backward(losses)
+
+
+@over_kinds
+def test_something_that_is_no_loss_on_one_rank(method):
+    model, optimizer = started(method)
+    losses = losses_of(model, share(2))
+    with refused(model, optimizer, here("should be a mapping", "1 of 2 ranks refused")):
+        optimizer.backward(here(losses["a"], losses))
+
+
+def test_another_method_on_one_rank():
+    model = DDP(Net())
+    optimizer = BalancedOptimizer(adam(model), here(MGDA(), Sum()))
+    with pytest.raises(BalanceError, match=r"Found MGDA\(.*at step 0 on rank 1 and Sum\(\)"):
+        optimizer.backward(losses_of(model, share(0)))
+
+
+def test_a_checkpoint_that_only_one_rank_loads_at_the_start():
+    state = started()[1].state_dict()
+    model = DDP(Net())
+    optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
+    if dist.get_rank() == 1:
+        optimizer.load_state_dict(state)
+    with pytest.raises(BalanceError, match=r"at step 2 on rank 1 and .* at step 0 on rank 0"):
+        optimizer.backward(losses_of(model, share(0)))
+
+
+def test_a_checkpoint_that_only_one_rank_loads_later():
+    model, optimizer = started()
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, [2], by_backward)
+    if dist.get_rank() == 1:
+        optimizer.load_state_dict(state)
+    with pytest.raises(BalanceError, match="at different steps"):
+        optimizer.backward(losses_of(model, share(3)))
+
+
+@over_kinds
+def test_one_rank_gathers_while_the_other_steps(method):
+    model, optimizer = started(method)
+    losses = losses_of(model, share(2))
+    with refused(model, optimizer, "in different calls"):
+        if dist.get_rank() == 1:
+            with optimizer.accumulate():
+                optimizer.backward(losses)
+        else:
+            optimizer.backward(losses)
+
+
+def test_one_rank_observes_while_the_other_goes_on():
+    model = DDP(Net())
+    optimizer = BalancedOptimizer(adam(model), FAMO())
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model, share(2)))
+    optimizer.step()
+    with torch.no_grad():
+        losses = losses_of(model, share(2))
+    # Only a rank that lost count can come here without having observed.
+    if dist.get_rank() == 1:
+        optimizer._balancer.ledger.awaiting = None
+        losses = losses_of(model, share(3))
+    with pytest.raises(BalanceError, match=r"in different calls|at different steps"):
+        here(optimizer.backward, optimizer.observe)(losses)
+
+
+def test_an_observation_that_is_bad_on_one_rank():
+    model = DDP(Net())
+    optimizer = BalancedOptimizer(adam(model), FAMO())
+    optimizer.backward(losses_of(model, share(0)))
+    optimizer.step()
+    with torch.no_grad():
+        losses = losses_of(model, share(0))
+    losses["c"] = losses["c"] * here(math.nan, 1.0)
+    with pytest.raises(NonFiniteError, match="Loss `c` should be finite"):
+        optimizer.observe(losses)
+    train(model, optimizer, range(1, 3))
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+
+# ---------------------------------------------------------------------- process groups
+
+
+@over_kinds
+def test_a_process_group_that_is_gone(method):
+    model, optimizer = started(method)
+    losses = losses_of(model, share(2))
+    dist.destroy_process_group()
+    before = whole_state(model, optimizer)
+    with pytest.raises(BalanceError, match="process group that this run began with"):
+        optimizer.backward(losses)
+    assert whole_state(model, optimizer) == before
+
+
+def test_an_explicit_group_that_is_gone():
+    model, optimizer = started(process_group=dist.new_group())
+    losses = losses_of(model, share(2))
+    dist.destroy_process_group()
+    with pytest.raises(BalanceError, match="process group that this run began with"):
+        optimizer.backward(losses)
+
+
+@pytest.mark.capability("each rank a model of its own")
+def test_without_a_group_each_rank_trains_a_model_of_its_own():
+    model, twin = Net(), Net()
+    optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=None)
+    lonely = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    own = BalancedOptimizer(adam(twin), MGDA(), process_group=lonely)
+    for net, run in ((model, optimizer), (twin, own)):
+        for step in range(here(3, 5)):  # nobody waits for anybody
+            run.step(lambda: losses_of(net, share(step)))  # noqa: B023
+    assert whole_state(model, optimizer) == whole_state(twin, own)
+
+
+def test_a_group_that_is_none_is_refused():
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match=r"`process_group` should be .*this rank belongs to"):
+            BalancedOptimizer(adam(Net()), Sum(), process_group=group)
+    with pytest.raises(ValueError, match=r"`process_group` should be .* Found 'gloo'"):
+        BalancedOptimizer(adam(Net()), Sum(), process_group="gloo")
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_copy_belongs_to_the_same_ranks(explicit):
+    model = Net()
+    group = dist.new_group() if explicit else "auto"
+    optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=group)
+    train(model, optimizer, range(2))
+    twin, other = copy.deepcopy((model, optimizer))
+    train(model, optimizer, range(2, 5))
+    train(twin, other, range(2, 5))
+    assert whole_state(twin, other) == whole_state(model, optimizer)

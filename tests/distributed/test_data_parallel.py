@@ -1,0 +1,138 @@
+"""DistributedDataParallel: the ranks take the step that one process takes on their joined batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
+
+from moo_balance import BalancedOptimizer, BalanceError
+from tests.distributed.twins import (
+    Net,
+    adam,
+    assert_equals_reference,
+    by_backward,
+    by_closure,
+    by_combine,
+    losses_of,
+    share,
+    train,
+)
+from tests.problems import snapshot
+from tests.registry import NAMES, over_methods, over_some
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+}
+
+# One of each kind: known beforehand, by losses, watching the step, lagging, by gradients.
+over_kinds_of_method = over_some(
+    "Sum", "SumLog", "FAMO-adam", "FAMO-lagged", "AnalyticQP", "MGDA-none", "MGDA-every"
+)
+
+
+def refuses_static_graph(method, step=by_closure):
+    """It records its hooks in the first step, which Gramians bypass and later steps may not."""
+    return method.gramian and (step is by_combine or method.make(NAMES).every > 1)
+
+
+def check(method, kind, dtype, step=None):
+    model = DDP(Net(dtype), **KINDS[kind])
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+    train(model, optimizer, **({} if step is None else {"step": step}))
+    assert_equals_reference(model, optimizer, method, dtype)
+
+
+@pytest.mark.capability("DistributedDataParallel")
+@over_methods
+def test_every_method_in_double_precision(method):
+    check(method, "default", torch.float64)
+
+
+@pytest.mark.capability("DistributedDataParallel")
+@over_methods
+def test_every_method_in_single_precision(method):
+    check(method, "find_unused_parameters", torch.float32)
+
+
+@pytest.mark.capability("DDP with static_graph or gradient_as_bucket_view")
+@over_kinds_of_method
+@pytest.mark.parametrize("kind", ["static_graph", "gradient_as_bucket_view"])
+@pytest.mark.parametrize("step", [by_backward, by_combine], ids=lambda step: step.__name__)
+def test_every_kind_of_wrapper(method, kind, step):
+    if kind == "static_graph" and refuses_static_graph(method, step):
+        model = DDP(Net(), static_graph=True)
+        optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+        with pytest.raises(BalanceError, match="static_graph"):
+            train(model, optimizer, range(1), step)
+    else:
+        check(method, kind, torch.float64, step)
+
+
+@pytest.mark.slow
+@over_methods
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_everything(method, kind, dtype):
+    if not (kind == "static_graph" and refuses_static_graph(method)):
+        check(method, kind, dtype)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, batch):
+        inputs = batch[:, :5].requires_grad_(self.reentrant)
+        features = checkpoint(self.trunk, inputs, use_reentrant=self.reentrant)
+        return [head(features) for head in self.heads]
+
+
+@pytest.mark.capability("activation checkpointing under DDP")
+@over_kinds_of_method
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(method, reentrant):
+    net = Checkpointed()
+    net.reentrant = reentrant
+    model = DDP(net)
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+    if reentrant and method.gramian:
+        with pytest.raises(BalanceError, match="should be `use_reentrant=False`"):
+            train(model, optimizer, range(1))
+    else:
+        train(model, optimizer)
+        assert_equals_reference(model, optimizer, method, torch.float64)
+
+
+class Normalized(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
+
+    def forward(self, batch):
+        features = self.norm(self.trunk(batch[:, :5]))
+        return [head(features) for head in self.heads]
+
+
+@over_some("FAMO-adam", "BalancedTrajectory-defaults")
+def test_running_statistics_are_updated_once_a_step(method):
+    """DDP spreads rank 0's buffers before a forward pass, and must not forget to after a look."""
+    model = DDP(Normalized())
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+    twin = DDP(Normalized())
+    for step in range(3):
+        twin.load_state_dict({**model.state_dict(), **buffers(twin)})
+        losses_of(twin, share(step))
+        train(model, optimizer, [step])
+        assert snapshot(buffers(model)) == snapshot(buffers(twin))
+    assert int(model.module.norm.num_batches_tracked) == 3
+
+
+def buffers(model):
+    return {f"module.{name}": buffer for name, buffer in model.module.named_buffers()}

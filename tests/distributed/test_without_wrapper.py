@@ -1,0 +1,190 @@
+"""Ranks with different data and a bare model: methods with a Gramian average; others are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
+from tests.distributed.twins import (
+    Net,
+    adam,
+    assert_equals_reference,
+    assert_same_on_all_ranks,
+    by_backward,
+    by_combine,
+    losses_of,
+    parameters,
+    share,
+    train,
+)
+from tests.problems import whole_state
+from tests.registry import NAMES, over
+
+
+@pytest.mark.capability("data parallel without a wrapper")
+@over(lambda method: method.gramian and method.make(NAMES).every == 1)
+def test_rows_are_averaged_without_a_wrapper(method):
+    for step in (by_backward, by_combine):
+        model = Net()
+        optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+        train(model, optimizer, step=step)
+        assert_equals_reference(model, optimizer, method, torch.float64)
+
+
+@pytest.mark.capability("drift over the ranks is found")
+@over(lambda method: not method.gramian)
+def test_gradients_that_nobody_averages_are_found_in_the_first_step(method):
+    model = Net()
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+    with pytest.raises(BalanceError, match=r"Found a parameter on rank 1 .* DistributedDataParall"):
+        train(model, optimizer, range(1))
+
+
+def test_models_that_started_differently_are_found():
+    model = Net()
+    with torch.no_grad():
+        model.heads[0].bias += float(dist.get_rank())
+    optimizer = BalancedOptimizer(adam(model), MGDA())
+    with pytest.raises(BalanceError, match="Found a parameter on rank 1"):
+        train(model, optimizer, range(1))
+
+
+def test_parameters_whose_sum_agrees_are_found():
+    """Equal sums are no equal tensors: gradients of a softmax always sum to zero."""
+    model = Net()
+    with torch.no_grad():
+        model.trunk[0].bias[:2] += torch.tensor([1.0, -1.0]) * dist.get_rank()
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA())
+    with pytest.raises(BalanceError, match="Found a parameter on rank 1"):
+        train(model, optimizer, range(1))
+
+
+def test_a_balance_that_drifted_is_found():
+    """The parameters still agree: the step that will part them has not been taken."""
+    model = Net()
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), FAMO(lagged=True))
+    train(model, optimizer, range(1), by_backward)
+    optimizer._balancer.ledger.state["logits"] += float(dist.get_rank())
+    with pytest.raises(BalanceError, match="Found the balance on rank 1"):
+        train(model, optimizer, [1], by_backward)
+
+
+@pytest.mark.parametrize(("every", "found"), [(1, True), (4, True), (5, False), (0, False)])
+def test_how_often_drift_is_looked_for(every, found):
+    """After each of the first three steps, and every so many."""
+    model = Net()
+    optimizer = BalancedOptimizer(adam(model), MGDA(), drift_every=every)
+    train(model, optimizer, range(3))
+    with torch.no_grad():
+        model.heads[0].bias += float(dist.get_rank())
+    if found:
+        with pytest.raises(BalanceError, match="rank 1"):
+            train(model, optimizer, [3])
+    else:
+        train(model, optimizer, [3])
+
+
+class Branching(Net):
+    """Uses its second head from a certain step on; before, that loss is the trunk's alone."""
+
+    def losses(self, step, batch, reached):
+        found = losses_of(self, batch)
+        if not reached(step):
+            found["b"] = self.trunk(batch[:, :5]).square().mean()
+        return found
+
+
+def branching(reached, steps=6, alone=False):
+    model = Branching()
+    optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=None if alone else "auto")
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = share(step, alone=alone)
+        optimizer.backward(model.losses(step, batch, reached))
+        optimizer.step()
+    return model, optimizer
+
+
+def test_a_parameter_that_is_reached_on_one_rank_only_and_later():
+    """The branch that a rank takes may depend on its data; the average counts it as zero there."""
+    model, optimizer = branching(lambda step: step >= 3 and dist.get_rank() == 1)
+    assert_same_on_all_ranks(whole_state(model, optimizer))
+
+    # The slow obvious twin: both halves of each batch in one process.
+    twin = Branching()
+    other = BalancedOptimizer(adam(twin), MGDA(), process_group=None)
+    for step in range(6):
+        first, second = share(step, alone=True).chunk(2)
+        halves = [
+            twin.losses(step, first, lambda step: False),
+            twin.losses(step, second, lambda step: step >= 3),
+        ]
+        other.zero_grad()
+        other.backward({name: (halves[0][name] + halves[1][name]) / 2 for name in NAMES})
+        other.step()
+    torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_that_no_rank_reaches_any_more_is_left_alone():
+    """No gradient is not a gradient of zero: Adam would go on by its momentum."""
+    model, _ = branching(lambda step: step < 3)
+    twin, _ = branching(lambda step: step < 3, alone=True)
+    torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_that_are_frozen_and_released_on_the_way():
+    """As many as before, but others: what was learned of the graph no longer holds."""
+
+    def run(alone):
+        model = Net()
+        optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=None if alone else "auto")
+        for step in range(6):
+            model.heads[0].requires_grad_(step % 2 == 0)
+            model.heads[2].requires_grad_(step % 2 == 1)
+            optimizer.zero_grad()
+            optimizer.backward(losses_of(model, share(step, alone=alone)))
+            optimizer.step()
+        return model
+
+    torch.testing.assert_close(
+        parameters(run(False)), parameters(run(True)), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_parameters_of_several_kinds():
+    """Buckets are made by dtype."""
+
+    def run(alone):
+        model = Net()
+        model.heads[1].float()
+        narrow = model.heads[1].forward
+        model.heads[1].forward = lambda features: narrow(features.float()).double()
+        optimizer = BalancedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            MGDA(),
+            process_group=None if alone else "auto",
+        )
+        train(model, optimizer, range(5), by_backward, alone)
+        return model
+
+    torch.testing.assert_close(parameters(run(False)), parameters(run(True)), rtol=1e-6, atol=1e-6)
+
+
+def test_sparse_gradients_are_refused():
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = BalancedOptimizer(torch.optim.SGD(table.parameters(), lr=0.1), MGDA())
+    found = table(torch.tensor([0, 1]))
+    with pytest.raises(BalanceError, match="Sparse gradients cannot be averaged"):
+        optimizer.backward({"a": found.sum(), "b": found.square().sum()})
+
+
+def test_the_balance_speaks_of_the_mean_over_the_ranks():
+    model = Net()
+    optimizer = BalancedOptimizer(adam(model), MGDA())
+    optimizer.backward(losses_of(model, share(0)))
+    alone = BalancedOptimizer(adam(model), MGDA(), process_group=None)
+    alone.backward(losses_of(model, share(0, alone=True)))
+    assert_same_on_all_ranks(optimizer.balance.as_floats())
+    assert optimizer.log_dict() == pytest.approx(alone.log_dict(), rel=1e-6)
