@@ -29,7 +29,7 @@ from moo_balance.engine import (
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
-from moo_balance.screening import faulty_gradients, faulty_losses
+from moo_balance.screening import faulty_gradients, faulty_losses, is_finite
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses = Mapping[str, Tensor]
@@ -182,6 +182,25 @@ class Balancer:
         self, losses: Losses, check: Callable[[dict[str, Tensor]], None], call: Call
     ) -> tuple[dict[str, Tensor], Statistics]:
         """Losses in declared order, and their values averaged over the ranks."""
+    def is_spoiled(self, staged: Staged) -> bool:
+        """Is a gradient not finite, and the step to be skipped for it?
+
+        On the host only, where it costs a sum; and not of a shard, which one rank alone sees.
+        """
+        if staged.scaler is not None:
+            return False  # it has looked
+        gradients = (param.grad for param in self.params if is_whole(param))
+        if all(is_finite(gradient) for gradient in gradients if gradient is not None):
+            return False
+        if self.nonfinite == "raise":
+            names = " or ".join(f"`{name}`" for name in staged.present)
+            raise NonFiniteError(
+                f"The gradient of {names} should be finite. Found NaN or infinity in `.grad`. "
+                "Look for a square root or a division at zero, lower the learning rate, or pass "
+                'nonfinite="skip" to skip such steps.'
+            )
+        return True
+
         parallel = self._parallel()
         present: dict[str, Tensor] = {}
         fault = None

@@ -20,7 +20,7 @@ from moo_balance.ledger import Ledger
 from moo_balance.monitor import Balance
 from moo_balance.proxy import OptimizerProxy
 from moo_balance.reevaluation import Replay, evaluated, summed
-from moo_balance.scaler import check_ready_to_scale, check_unscaled, loss_scale
+from moo_balance.scaler import check_ready_to_scale, check_scaled, check_unscaled, loss_scale
 from moo_balance.weighting.base import Weighting
 
 Losses = Mapping[str, Tensor]
@@ -249,6 +249,7 @@ class BalancedOptimizer(OptimizerProxy):
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.
 
+            NonFiniteError: A gradient is not finite. Looked at on the host only, not of shards.
         Raises:
             BalanceValueError: Other losses than those of the last ``backward``, or bad values.
             BalanceError: Called before ``step``.
@@ -259,6 +260,9 @@ class BalancedOptimizer(OptimizerProxy):
 
     @property
     def balance(self) -> Balance:
+        if self._balancer.is_spoiled(staged):
+            ledger.drop()
+            return result
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
         return self._balancer.ledger.balance
 
@@ -356,6 +360,12 @@ class BalancedOptimizer(OptimizerProxy):
             return self._wrapped.step()  # how torch.distributed.checkpoint makes up a fresh state
         raise BalanceError(
             "`step` should follow `backward` or `combine`. Found neither since the last step. Call "
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """No, it does not. Only ``GradScaler.step`` asks: here it shows that a scale is missing."""
+        check_scaled(self._balancer.ledger.staged)
+        return False
+
             "`optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
             "of a window outside of `accumulate()`."
         )

@@ -8,6 +8,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from moo_balance.errors import BalanceError
+from moo_balance.ledger import Staged
 
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:
@@ -23,6 +24,16 @@ def check_ready_to_scale(scaler: GradScaler | None, optimizer: Optimizer) -> Non
         raise BalanceError(
             "`backward` should come before `scaler.unscale_`. Found gradients that are unscaled "
             "already. Call `scaler.step(optimizer)` and `scaler.update()` first."
+        )
+
+
+def check_scaled(staged: Staged | None) -> None:
+    """Refuse to have a scaler divide gradients by a scale they never had."""
+    if staged is not None and staged.scaler is None and not staged.combined:
+        raise BalanceError(
+            "A step by `scaler.step` should follow `backward(losses, grad_scaler=scaler)`. Found "
+            "gradients that carry no scale, which the scaler would divide by it. Give the scaler "
+            "to `backward`."
         )
 
 

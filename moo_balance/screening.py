@@ -6,6 +6,7 @@ wait, so there the answer stays on the device as a flag, and masks the step.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,6 +63,17 @@ def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
         "square root or a division at zero, train under a GradScaler if this is float16, or pass "
         'nonfinite="skip" to skip such steps.'
     )
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Are all entries finite, as far as the host can tell?
+
+    One pass over the memory, a second one only where their sum is not finite.
+    """
+    if not on_host(gradient):
+        return True
+    values = gradient._values() if gradient.is_sparse else gradient
+    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def sanitized(statistics: Statistics, bounds: Sequence[float], valid: Tensor | None) -> Statistics:
