@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -94,22 +95,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.lic",
         description="Train a small image codec, standard and balanced, and compare.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--images", type=Path, metavar="DIR", help="train on this folder, not on bundled images")
-    add("--eval-images", type=Path, metavar="DIR", help="held-out images; without it the last "
-        "fifth of --images by name")  # fmt: skip
-    add("--output", type=Path, metavar="DIR", default=Path("runs/lic"), help="for the figures")
-    add("--lambdas", type=_positive(float), nargs="+", default=[0.0035, 0.013, 0.05], metavar="λ",
-        help="rungs of the ladder")  # fmt: skip
-    add("--steps", type=_positive(int), default=1500, help="standard steps on each rung")
-    add("--finetune-steps", type=_positive(int), default=400, help="further steps of each method")
-    add("--batch", type=_positive(int), default=2, help="crops in a step")
-    add("--crop", type=_crop, default=128, help="side of the crops, a multiple of 64")
-    add("--seed", type=int, default=0, help="of weights, crops and noise")
-    add("--threads", type=_positive(int), default=1, help="more pay off on idle cores alone")
-    add("--quick", action="store_true", help="a few steps, to see that everything works")
+
+    def add(flag: str, text: str, **kwargs: Any) -> None:
+        shown = kwargs.get("default") is not None
+        parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
+
+    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
+    add("--eval-images", "held out; if not given, the last fifth of --images by name", type=Path,
+        metavar="DIR")  # fmt: skip
+    add("--output", "for figures and results", type=Path, metavar="DIR", default=Path("runs/lic"))
+    add("--lambdas", "rungs of the ladder", type=_positive(float), nargs="+", metavar="λ",
+        default=[0.0035, 0.013, 0.05])  # fmt: skip
+    add("--steps", "standard steps on each rung", type=_positive(int), metavar="N", default=1500)
+    add("--finetune-steps", "further steps of each method", type=_positive(int), metavar="N",
+        default=400)  # fmt: skip
+    add("--batch", "crops in a step", type=_positive(int), metavar="N", default=2)
+    add("--crop", "side of the crops, a multiple of 64", type=_crop, metavar="N", default=128)
+    add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
+    add("--threads", "2 help on idle cores, and harm on busy ones", type=_positive(int),
+        metavar="N", default=1)  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     options = parser.parse_args(arguments)
     if options.eval_images is not None and options.images is None:
         parser.error("--eval-images needs --images")
