@@ -171,17 +171,6 @@ class Balancer:
             if self.nonfinite == "raise" or not isinstance(error, NonFiniteError):
                 raise
 
-    def check_drift(self, every: int) -> None:
-        """After the first steps, and now and then: do all ranks still hold the same?"""
-        parallel, steps = self.ledger.parallel, self.ledger.steps
-        if parallel is not None and every and (steps <= 3 or steps % every == 0):
-            whole = [param for param in self.params if is_whole(param)]
-            parallel.check_drift(whole, self.ledger.state or {}, self.device)
-
-    def _values(
-        self, losses: Losses, check: Callable[[dict[str, Tensor]], None], call: Call
-    ) -> tuple[dict[str, Tensor], Statistics]:
-        """Losses in declared order, and their values averaged over the ranks."""
     def is_spoiled(self, staged: Staged) -> bool:
         """Is a gradient not finite, and the step to be skipped for it?
 
@@ -201,6 +190,17 @@ class Balancer:
             )
         return True
 
+    def check_drift(self, every: int) -> None:
+        """After the first steps, and now and then: do all ranks still hold the same?"""
+        parallel, steps = self.ledger.parallel, self.ledger.steps
+        if parallel is not None and every and (steps <= 3 or steps % every == 0):
+            whole = [param for param in self.params if is_whole(param)]
+            parallel.check_drift(whole, self.ledger.state or {}, self.device)
+
+    def _values(
+        self, losses: Losses, check: Callable[[dict[str, Tensor]], None], call: Call
+    ) -> tuple[dict[str, Tensor], Statistics]:
+        """Losses in declared order, and their values averaged over the ranks."""
         parallel = self._parallel()
         present: dict[str, Tensor] = {}
         fault = None

@@ -223,6 +223,7 @@ class BalancedOptimizer(OptimizerProxy):
         Raises:
             BalanceError: Nothing was staged: ``backward`` or ``combine`` comes first. Or ranks
                 have drifted apart.
+            NonFiniteError: A gradient is not finite. Looked at on the host only, not of shards.
         """
         result = None if closure is None else self._run(closure)
         ledger = self._balancer.ledger
@@ -233,6 +234,9 @@ class BalancedOptimizer(OptimizerProxy):
             ledger.drop()
             return result
         check_unscaled(staged.scaler, self, self._wrapped)
+        if self._balancer.is_spoiled(staged):
+            ledger.drop()
+            return result
         output = self._wrapped.step()
         ledger.commit()
         if staged.replays and ledger.awaiting is not None:
@@ -249,7 +253,6 @@ class BalancedOptimizer(OptimizerProxy):
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.
 
-            NonFiniteError: A gradient is not finite. Looked at on the host only, not of shards.
         Raises:
             BalanceValueError: Other losses than those of the last ``backward``, or bad values.
             BalanceError: Called before ``step``.
@@ -260,9 +263,6 @@ class BalancedOptimizer(OptimizerProxy):
 
     @property
     def balance(self) -> Balance:
-        if self._balancer.is_spoiled(staged):
-            ledger.drop()
-            return result
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
         return self._balancer.ledger.balance
 
@@ -334,6 +334,12 @@ class BalancedOptimizer(OptimizerProxy):
 
     # ------------------------------------------------------------------ the inside
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """No, it does not. Only ``GradScaler.step`` asks: here it shows that a scale is missing."""
+        check_scaled(self._balancer.ledger.staged)
+        return False
+
     def _run(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
         replays = self._replays(closure)
@@ -360,12 +366,6 @@ class BalancedOptimizer(OptimizerProxy):
             return self._wrapped.step()  # how torch.distributed.checkpoint makes up a fresh state
         raise BalanceError(
             "`step` should follow `backward` or `combine`. Found neither since the last step. Call "
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """No, it does not. Only ``GradScaler.step`` asks: here it shows that a scale is missing."""
-        check_scaled(self._balancer.ledger.staged)
-        return False
-
             "`optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
             "of a window outside of `accumulate()`."
         )
