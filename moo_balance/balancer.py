@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from moo_balance.door import check_attached, check_losses, check_same, loss_vector
+from moo_balance.door import check_attached, check_features, check_losses, check_same, loss_vector
 from moo_balance.engine import (
     DataParallel,
     Engine,
@@ -33,6 +33,7 @@ from moo_balance.screening import faulty_gradients, faulty_losses, is_finite
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses = Mapping[str, Tensor]
+Features = Tensor | Sequence[Tensor] | None
 
 
 class Batch(NamedTuple):
@@ -88,10 +89,18 @@ class Balancer:
         return next((p.device for p in params), torch.device("cpu"))
 
     def admit(
-        self, losses: Losses, scale: Tensor | None = None, retain_graph: bool = False
+        self,
+        losses: Losses,
+        scale: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        features: Features = None,
+        exact: bool = False,
     ) -> Batch:
         """Losses at the door; nothing is differentiated yet."""
         self.ledger.check_observed()
+        measures = self.measured is not None and not exact
+        shared = check_features(features, measures, self.ledger.in_window)
         call = Call.GATHER if self.ledger.accumulating else Call.BALANCE
         present, statistics = self._values(losses, check_attached, call)
         measured = None if self.measured is None else frozenset(map(id, self.measured))
@@ -103,6 +112,8 @@ class Balancer:
             scale=scale,
             retain_graph=retain_graph,
             parallel=self._parallel(),
+            features=shared,
+            exact=exact,
         )
         return Batch(problem, statistics)
 
@@ -142,7 +153,7 @@ class Balancer:
 
     def combine(self, batch: Batch) -> Tensor:
         """Stage a step whose backward pass somebody else will run."""
-        if self.ledger.accumulating or self.ledger.accumulation is not None:
+        if self.ledger.in_window:
             raise BalanceError(
                 "`combine` balances each batch by itself. Found a window of micro-batches. Use "
                 "`backward` within `accumulate`, or `combine` outside of it."

@@ -29,7 +29,7 @@ def check_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Te
         check_declared(losses, declared)
         losses = {name: losses[name] for name in declared if name in losses}
     with torch.enable_grad():  # `backward` works under no_grad, as a plain one does
-        return {name: loss.reshape(()) for name, loss in losses.items()}
+        return {name: _scalar(loss) for name, loss in losses.items()}
 
 
 def check_declared(names: Mapping[str, object] | Sequence[str], declared: Sequence[str]) -> None:
@@ -60,6 +60,34 @@ def check_attached(losses: Mapping[str, Tensor]) -> None:
                 f"Loss `{name}` should be attached to a graph. Found a tensor that requires no "
                 "gradient. Was it detached, turned into a number, or computed under no_grad?"
             )
+
+
+def check_features(
+    features: Tensor | Sequence[Tensor] | None, measured: bool, in_window: bool
+) -> tuple[Tensor, ...]:
+    """The features as a tuple, empty for None, or an error that says what is wrong with them."""
+    if features is None:
+        return ()
+    found = (features,) if isinstance(features, Tensor) else tuple(features)
+    odd = [f for f in found if not isinstance(f, Tensor) or not f.requires_grad]
+    if odd or not found:
+        seen = _described(odd[0]) if odd else "none"
+        raise BalanceValueError(
+            "Parameter `features` should be a tensor that the losses are computed from, with a "
+            f"graph, or several. Found {seen}. Pass what the shared part of the model put out."
+        )
+    if in_window:
+        raise BalanceValueError(
+            "Parameter `features` should be left out where micro-batches are gathered: their "
+            "features are gone before the weights are known. Found it within `accumulate()`."
+        )
+    if measured:
+        raise BalanceValueError(
+            "Parameter `features` should not come together with `params=` of BalancedOptimizer: "
+            "inner products are taken over the one or the other. Found both. Leave out `params=`, "
+            "or pass `exact=True`."
+        )
+    return found
 
 
 def loss_vector(losses: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -96,6 +124,12 @@ def _check_tensor(name: str, loss: object) -> None:
         raise BalanceValueError(
             f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
         )
+
+
+def _described(feature: object) -> str:
+    if isinstance(feature, Tensor):
+        return f"one of shape {tuple(feature.shape)} that requires no gradient"
+    return f"{type(feature).__name__}"
 
 
 def _listed(names: Sequence[str]) -> str:

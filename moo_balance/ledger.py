@@ -124,6 +124,11 @@ class Ledger:
         return self.steps % self.weighting.every == 0
 
     @property
+    def in_window(self) -> bool:
+        """Is this micro-batch one of several?"""
+        return self.accumulating or self.accumulation is not None
+
+    @property
     def watches(self) -> bool:
         """Does the method want to see the losses after this step?"""
         return self.weighting.observes_step and self.due

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from moo_balance.arguments import check_arguments, measured_params
-from moo_balance.balancer import Balancer
+from moo_balance.balancer import Balancer, Features
 from moo_balance.checkpoint import BalanceState
 from moo_balance.engine import Engine, PerLoss
 from moo_balance.errors import BalanceError
@@ -120,6 +120,8 @@ class BalancedOptimizer(OptimizerProxy):
         *,
         grad_scaler: GradScaler | None = None,
         retain_graph: bool = False,
+        features: Features | Callable[[], Features] = None,
+        exact: bool = False,
     ) -> Losses:
         """Add the balanced gradient to ``.grad``, in place of ``sum(losses.values()).backward()``.
 
@@ -130,6 +132,15 @@ class BalancedOptimizer(OptimizerProxy):
             grad_scaler: The scaler of mixed-precision training. Gradients are written scaled, as
                 ``scaler.scale(loss).backward()`` would; weights come from unscaled figures.
             retain_graph: Keep the graph for another backward pass.
+            features: What all losses are computed from: the output of the shared part of the
+                model, one tensor or several, or a function that returns them, called after
+                `losses`. A Gramian is then taken of the gradients with respect to them, which
+                costs one pass through each head and a single one through the shared part. It is
+                a different quantity: its min-norm point minimises an upper bound of the one over
+                parameters (Sener & Koltun's MGDA-UB), and is Pareto-stationary where that is as
+                long as the shared part can move its features in every direction.
+            exact: With `features`, take the Gramian over the parameters all the same: one pass
+                through each head, and K through the shared part.
 
         Returns:
             The losses.
@@ -145,7 +156,13 @@ class BalancedOptimizer(OptimizerProxy):
         if callable(losses):
             replays = self._replays(losses)
             losses = cast(Losses, evaluated(losses))
-        batch = self._balancer.admit(losses, loss_scale(grad_scaler), retain_graph)
+        batch = self._balancer.admit(
+            losses,
+            loss_scale(grad_scaler),
+            retain_graph=retain_graph,
+            features=features() if callable(features) else features,
+            exact=exact,
+        )
         if self._balancer.ledger.accumulating:
             self._balancer.gather(batch, replays)
         else:
@@ -179,7 +196,14 @@ class BalancedOptimizer(OptimizerProxy):
         finally:
             ledger.accumulating = outer
 
-    def combine(self, losses: Losses, *, grad_scaler: GradScaler | None = None) -> Tensor:
+    def combine(
+        self,
+        losses: Losses,
+        *,
+        grad_scaler: GradScaler | None = None,
+        features: Features = None,
+        exact: bool = False,
+    ) -> Tensor:
         """One differentiable scalar whose gradient is the balanced gradient.
 
         For trainers that call ``backward`` themselves. A method with a Gramian differentiates each
@@ -196,7 +220,9 @@ class BalancedOptimizer(OptimizerProxy):
             >>> round(float(w.grad), 4)
             2.0
         """
-        batch = self._balancer.admit(losses, loss_scale(grad_scaler))
+        batch = self._balancer.admit(
+            losses, loss_scale(grad_scaler), features=features, exact=exact
+        )
         return self._balancer.combine(batch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

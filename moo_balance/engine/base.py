@@ -28,6 +28,8 @@ class Problem:
             written to ``.grad`` carry it.
         retain_graph: Keep the graph for another pass.
         parallel: The ranks whose gradients are averaged; None for one process.
+        features: Tensors through which all losses are computed; empty if none were named.
+        exact: With features, take the Gramian over parameters all the same.
     """
 
     names: Sequence[str]
@@ -37,6 +39,8 @@ class Problem:
     scale: Tensor | None = None
     retain_graph: bool = False
     parallel: DataParallel | None = None
+    features: Sequence[Tensor] = ()
+    exact: bool = False
 
     def seeds(self, coefficients: Tensor | None = None) -> list[Tensor]:
         """What the backward pass starts from at each loss: coefficient times scale."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
+from moo_balance.engine.bottleneck import AtFeatures, ExactAtFeatures
 from moo_balance.engine.kept_rows import KeptRows, RowWindow
 
 
@@ -32,7 +33,9 @@ class PerLoss(Engine):
     dtype: torch.dtype = torch.float32
 
     def linearize(self, problem: Problem) -> Linearization:
-        return KeptRows(problem, self.dtype)
+        if not problem.features:
+            return KeptRows(problem, self.dtype)
+        return (ExactAtFeatures if problem.exact else AtFeatures)(problem, self.dtype)
 
     def window(self) -> Window:
         return RowWindow(self.dtype)

@@ -1,0 +1,185 @@
+"""Losses that share features: their Gramian there, and one pass through what lies below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moo_balance.engine.base import Linearization, Problem, weighted_backward, weighted_sum
+from moo_balance.engine.delivery import delivered
+from moo_balance.engine.differentiation import by_backward, by_grad, is_hooked
+from moo_balance.engine.graph import checkpoints_reentrantly, edge_of, leaves_among, nodes_above
+from moo_balance.engine.kept_rows import KeptRows, averaged, unscaled
+from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from moo_balance.engine.sharded import is_flattened, is_sharded
+from moo_balance.errors import BalanceError, BalanceValueError
+
+Rows = list[list[Tensor | None]]
+
+
+class Heads(NamedTuple):
+    """The losses differentiated down to the features.
+
+    ``cotangents`` [K][F] are their gradients with respect to the features, ``rows`` [K][P] with
+    respect to parameters, along the ways that do not lead through a feature.
+    """
+
+    cotangents: Rows
+    rows: Rows
+
+
+class AtFeatures(Linearization):
+    """The Gramian of gradients at the features, and a single pass through the encoder."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self.problem = problem
+        self.dtype = dtype
+        self.heads: Heads | None = None
+
+    def gramian(self) -> Tensor:
+        self.heads = differentiated_heads(self.problem)
+        columns = range(len(self.problem.features))
+        gramian = inner_products(self.heads.cotangents, columns, self.dtype)
+        if self.problem.parallel is not None:
+            # Of the mean loss, each rank holds the gradient at its own samples' features.
+            gramian = gramian / self.problem.parallel.size**2
+            dist.all_reduce(gramian, group=self.problem.parallel.group)
+        return unscaled(gramian, self.problem)
+
+    def accumulate(self, coefficients: Tensor) -> None:
+        if self.heads is None:
+            weighted_backward(self.problem, coefficients)
+        elif self.problem.parallel is not None:
+            total = self._total(self.heads, coefficients)
+            combine([list(total)], coefficients.new_ones(1), self.problem.params)
+        else:
+            roots, seeds = self._seeds(self.heads, coefficients)
+            torch.autograd.backward(roots, seeds, retain_graph=self.problem.retain_graph)
+            combine(self.heads.rows, coefficients, self.problem.params)
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        problem = self.problem
+        if self.heads is None or is_hooked(problem.params):
+            return weighted_sum(problem, coefficients)
+        free = coefficients if problem.scale is None else coefficients / problem.scale
+        total = self._total(self.heads, free)
+        return delivered(weighted_sum(problem, coefficients).detach(), total, problem.params)
+
+    def _total(self, heads: Heads, coefficients: Tensor) -> Row:
+        """The balanced gradient of all parameters."""
+        roots, seeds = self._seeds(heads, coefficients)
+        row = _below(self.problem, roots, seeds, _keeps_graph(self.problem))
+        row = add_rows(combination(heads.rows, coefficients), row)
+        (total,) = averaged([("all of them", row)], self.problem)
+        return total
+
+    def _seeds(self, heads: Heads, coefficients: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return _reached(self.problem.features, combination(heads.cotangents, coefficients))
+
+
+class ExactAtFeatures(KeptRows):
+    """Whole rows, of which the part above the features is found once and for all."""
+
+    def differentiate(self) -> Iterable[Row]:
+        problem, heads = self.problem, differentiated_heads(self.problem)
+        last = len(problem.losses) - 1
+        for k, (cotangents, row) in enumerate(zip(*heads, strict=True)):
+            keep = k < last or _keeps_graph(problem)
+            roots, seeds = _reached(problem.features, cotangents)
+            yield add_rows(row, _below(problem, roots, seeds, keep))
+
+
+def differentiated_heads(problem: Problem) -> Heads:
+    """One pass for each loss, which ends at the features."""
+    above = nodes_above(problem.losses, cut=problem.features)
+    below = nodes_above(problem.features)
+    _check_surroundings(problem, checkpoints_reentrantly(above), checkpoints_reentrantly(below))
+    columns = leaves_among(above, problem.params)
+    inputs = [*problem.features, *(problem.params[column] for column in columns)]
+    # A way around the features passes nodes below, which the second pass still needs.
+    keep = _keeps_graph(problem) or bool(above & below) or _is_nested(problem.features, below)
+    heads = Heads([], [])
+    last = len(problem.losses) - 1
+    with _closed(problem.features):
+        for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
+            found = list(by_grad([loss], [seed], inputs, keep or k < last))
+            cotangents = found[: len(problem.features)]
+            if all(cotangent is None for cotangent in cotangents):
+                raise _not_between(problem.names[k])
+            row: list[Tensor | None] = [None] * len(problem.params)
+            for column, gradient in zip(columns, found[len(cotangents) :], strict=True):
+                row[column] = gradient
+            heads.cotangents.append(cotangents)
+            heads.rows.append(row)
+    return heads
+
+
+@contextmanager
+def _closed(features: Sequence[Tensor]) -> Iterator[None]:
+    """Let no gradient through the features, whatever leads on from there.
+
+    Usually nothing that is asked for lies behind them. But a parameter may be used on both sides,
+    and one feature may be computed from another.
+    """
+    handles = [node.register_prehook(_stop(output)) for node, output in map(edge_of, features)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(output: int) -> Any:
+    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if k == output else g for k, g in enumerate(gradients))
+
+    return hook
+
+
+def _is_nested(features: Sequence[Tensor], below: Iterable[Any]) -> bool:
+    """Is one of the features computed from another?"""
+    followers = {node for parent in below for node, _ in parent.next_functions}
+    return any(edge_of(feature)[0] in followers for feature in features)
+
+
+def _below(problem: Problem, roots: Sequence[Tensor], seeds: Sequence[Tensor], keep: bool) -> Row:
+    """A row from the features down."""
+    reentrant = checkpoints_reentrantly(nodes_above(roots))
+    return (by_backward if reentrant else by_grad)(roots, seeds, problem.params, keep)
+
+
+def _reached(features: Sequence[Tensor], cotangents: Row) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [(f, c) for f, c in zip(features, cotangents, strict=True) if c is not None]
+    return [f for f, _ in pairs], [c for _, c in pairs]
+
+
+def _keeps_graph(problem: Problem) -> bool:
+    return problem.retain_graph or is_hooked(problem.params)
+
+
+def _not_between(name: str) -> BalanceError:
+    return BalanceValueError(
+        "Parameter `features` should be what every loss is computed from. Found none that loss "
+        f"`{name}` depends on. Pass the very tensors that went into the heads, not copies or "
+        "detached ones."
+    )
+
+
+def _check_surroundings(problem: Problem, above: bool, below: bool) -> None:
+    """Refuse what a pass in two halves cannot get right."""
+    found = None
+    if is_sharded(problem.params) or is_flattened(problem.params):
+        found = "sharded parameters, which are gathered for whole backward passes"
+    elif above:
+        found = "a reentrant checkpoint between features and losses (pass `use_reentrant=False`)"
+    elif below and problem.parallel is not None:
+        found = "a reentrant checkpoint in a data-parallel model (pass `use_reentrant=False`)"
+    elif any(feature._backward_hooks for feature in problem.features):
+        found = "a hook on a feature, which would see its gradient in parts"
+    if found is not None:
+        raise BalanceError(f"Parameter `features` should be left out here. Found {found}.")
