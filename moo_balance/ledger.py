@@ -115,8 +115,9 @@ class Ledger:
     accumulation: Accumulation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Process groups cannot be copied; they are found again in the next step.
-        return {**self.__dict__, "parallel": None}
+        # Process groups cannot be copied; they are found again in the next step. Gradients are not
+        # copied with a parameter, so a copy has no use for what was staged on them.
+        return {**self.__dict__, "parallel": None, "staged": None, "accumulation": None}
 
     @property
     def due(self) -> bool:

@@ -63,6 +63,8 @@ def by_grad(
     retain_graph: bool,
 ) -> Row:
     """A row from ``autograd.grad``, which disturbs neither ``.grad`` nor its hooks."""
+    if not inputs:  # all parameters are frozen
+        return ()
     try:
         return torch.autograd.grad(
             roots, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True
