@@ -121,6 +121,10 @@ def test_a_state_dict_is_a_copy_not_a_window(method):
     before = snapshot(balance)
     train(model, optimizer, range(2, 4))
     assert snapshot(balance) == before
+    after = whole_state(model, optimizer)
+    for value in balance["state"].values():
+        value.zero_()
+    assert whole_state(model, optimizer) == after
 
 
 @over_methods

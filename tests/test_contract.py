@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moo_balance
-from moo_balance import BalancedOptimizer, BalanceValueError
+from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
 from tests.problems import (
     Scene,
@@ -27,7 +27,7 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import METHODS, NAMES, REFUSALS, over, over_methods
+from tests.registry import METHODS, NAMES, REFUSALS, over, over_methods, over_some
 
 
 def weightings() -> set[type[Weighting]]:
@@ -375,12 +375,15 @@ def test_zero_grad_discards_what_was_staged(method):
 # ---------------------------------------------------------------------- copies
 
 
-@over_methods
-@pytest.mark.parametrize(
+copied = pytest.mark.parametrize(
     "duplicate",
     [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
     ids=["deepcopy", "pickle"],
 )
+
+
+@copied
+@over_methods
 def test_a_copy_trains_on_identically_and_alone(method, duplicate):
     pair = setup(method)
     train(*pair, range(3))
@@ -391,3 +394,22 @@ def test_a_copy_trains_on_identically_and_alone(method, duplicate):
     train(*pair, range(3, 6))
     assert whole_state(model, optimizer) == whole_state(*pair)
     assert repr(optimizer) == repr(pair[1])
+
+
+@copied
+@over_some("Sum", "FAMO-adam", "MGDA-none")
+def test_a_copy_made_within_a_step_begins_a_new_one(method, duplicate):
+    """Gradients are not copied, so what was staged on them must not be either."""
+    pair = setup(method)
+    train(*pair, range(2))
+    before = whole_state(*pair)
+    pair[1].zero_grad()
+    pair[1].backward(lambda: pair[0].losses(2))
+    model, optimizer = duplicate(pair)
+    with pytest.raises(BalanceError, match="should follow `backward`"):
+        optimizer.step()
+    assert whole_state(model, optimizer) == before
+    train(model, optimizer, range(2, 4))
+    pair[1].step()
+    train(*pair, [3])
+    assert whole_state(model, optimizer) == whole_state(*pair)

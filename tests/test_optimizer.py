@@ -346,6 +346,17 @@ def test_a_loss_that_reaches_no_trained_parameter_counts_as_zero(method):
         optimizer.step()
 
 
+@over_methods
+def test_with_all_parameters_frozen_a_step_does_nothing(method):
+    model, optimizer = setup(method)
+    before = snapshot(model.state_dict())
+    model.requires_grad_(False)
+    elsewhere = nn.Parameter(torch.ones((), dtype=torch.float64))
+    for _ in range(3):
+        optimizer.step(lambda: {name: loss + elsewhere for name, loss in model.losses().items()})
+    assert snapshot(model.state_dict()) == before
+
+
 @over_some("Sum", "MGDA-none", "FAMO-lagged")
 def test_a_parameter_shared_by_two_modules_counts_once(method):
     model = Toy()
