@@ -117,9 +117,11 @@ class Balancer:
         )
         return Batch(problem, statistics)
 
-    def gather(self, batch: Batch, replays: Sequence[Replay]) -> None:
+    def gather(
+        self, batch: Batch, replays: Sequence[Replay], scaler: GradScaler | None = None
+    ) -> None:
         """One more micro-batch of a window."""
-        window = self.ledger.accumulation or Accumulation()
+        window = self.ledger.accumulation or Accumulation(scaler=scaler)
         statistics = window.with_losses(batch.statistics)
         unbounded = [-math.inf] * len(statistics.names)  # bounds hold for the window as a whole
         try:

@@ -54,6 +54,7 @@ class Accumulation:
     replays: list[Replay] = field(default_factory=list)
     gradients: Window | None = None
     coefficients: Tensor | None = None
+    scaler: GradScaler | None = None
 
     def with_losses(self, statistics: Statistics) -> Statistics:
         """Statistics of the window so far together with one more micro-batch."""
@@ -226,9 +227,18 @@ class Ledger:
                 "`backward`. Call `step` first."
             )
 
+    def check_closed(self) -> None:
+        """Refuse a step that would leave gathered micro-batches behind."""
+        if self.accumulation is not None:
+            raise BalanceError(
+                "`step` should follow the `backward` that closes a window of micro-batches. Found "
+                "it open. Call the last `backward` outside of `accumulate()`, or `zero_grad` to "
+                "drop the window."
+            )
+
     def check_untouched(self) -> None:
         """Refuse a closure that is to be balanced on top of gradients that already are."""
-        if self.staged is not None:
+        if self.staged is not None or self.accumulation is not None:
             raise BalanceError(
                 "A closure given to `step` should only compute the losses. Found gradients that "
                 "`backward` or `combine` has made already. Give the closure to `backward` and "

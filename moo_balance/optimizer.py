@@ -20,7 +20,13 @@ from moo_balance.ledger import Ledger
 from moo_balance.monitor import Balance
 from moo_balance.proxy import OptimizerProxy
 from moo_balance.reevaluation import Replay, evaluated, summed
-from moo_balance.scaler import check_ready_to_scale, check_scaled, check_unscaled, loss_scale
+from moo_balance.scaler import (
+    check_one_scale,
+    check_ready_to_scale,
+    check_scaled,
+    check_unscaled,
+    loss_scale,
+)
 from moo_balance.weighting.base import Weighting
 
 Losses = Mapping[str, Tensor]
@@ -151,7 +157,9 @@ class BalancedOptimizer(OptimizerProxy):
             BalanceError: The method should have seen the losses after the last step and did not;
                 or ranks disagree about their losses.
         """
+        ledger = self._balancer.ledger
         check_ready_to_scale(grad_scaler, self)
+        check_one_scale(grad_scaler, ledger.accumulation or ledger.staged)
         replays: list[Replay] = []
         if callable(losses):
             replays = self._replays(losses)
@@ -163,8 +171,8 @@ class BalancedOptimizer(OptimizerProxy):
             features=features() if callable(features) else features,
             exact=exact,
         )
-        if self._balancer.ledger.accumulating:
-            self._balancer.gather(batch, replays)
+        if ledger.accumulating:
+            self._balancer.gather(batch, replays, grad_scaler)
         else:
             self._balancer.balance(batch, replays, grad_scaler)
         return losses
@@ -253,6 +261,7 @@ class BalancedOptimizer(OptimizerProxy):
         """
         result = None if closure is None else self._run(closure)
         ledger = self._balancer.ledger
+        ledger.check_closed()
         staged = ledger.staged
         if staged is None:
             return self._unbalanced_step(closure, result)

@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from moo_balance.errors import BalanceError
-from moo_balance.ledger import Staged
+from moo_balance.ledger import Accumulation, Staged
 
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:
@@ -24,6 +24,18 @@ def check_ready_to_scale(scaler: GradScaler | None, optimizer: Optimizer) -> Non
         raise BalanceError(
             "`backward` should come before `scaler.unscale_`. Found gradients that are unscaled "
             "already. Call `scaler.step(optimizer)` and `scaler.update()` first."
+        )
+
+
+def check_one_scale(scaler: GradScaler | None, before: Staged | Accumulation | None) -> None:
+    """Refuse to add gradients of one scale to those of another."""
+    if before is None or (isinstance(before, Staged) and before.combined):
+        return
+    if _enabled(scaler) is not _enabled(before.scaler):
+        raise BalanceError(
+            "Gradients that are added up should be of one scale. Found a `backward` with another "
+            "`grad_scaler` than the one before. Give the same one to each `backward` of a step, "
+            "and call `zero_grad` between steps."
         )
 
 
@@ -59,6 +71,10 @@ def _stage(scaler: GradScaler | None, optimizer: Optimizer) -> str | None:
         return None
     state = scaler._per_optimizer_states
     return state[id(optimizer)]["stage"].name if id(optimizer) in state else None
+
+
+def _enabled(scaler: GradScaler | None) -> GradScaler | None:
+    return None if scaler is None or not scaler.is_enabled() else scaler
 
 
 def _device(scaler: GradScaler) -> str:
