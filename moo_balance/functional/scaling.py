@@ -15,15 +15,15 @@ _NEEDS_LOSSES = ("loss", "loss+", "log")
 def gradient_scales(losses: Tensor, gramian: Tensor | None, normalize: str | None) -> Tensor:
     r"""The divisors :math:`n_i` of the gradients :math:`g_i` under a named normalisation.
 
-    ==========  =======================================  ==========================================
-    normalize   :math:`n_i`                              what is solved on
-    ==========  =======================================  ==========================================
-    ``None``    :math:`1`                                the gradients themselves
-    ``"l2"``    :math:`\lVert g_i \rVert`                directions
-    ``"loss"``  :math:`L_i`                              relative rates of change
-    ``"loss+"`` :math:`L_i \lVert g_i \rVert`            directions over losses
-    ``"log"``   :math:`L_i`                              :math:`\nabla \log L_i = g_i / L_i`
-    ==========  =======================================  ==========================================
+    ===========  =======================================  ==========================================
+    normalize    :math:`n_i`                              what is solved on
+    ===========  =======================================  ==========================================
+    ``None``     :math:`1`                                the gradients themselves
+    ``"l2"``     :math:`\lVert g_i \rVert`                directions
+    ``"loss"``   :math:`L_i`                              relative rates of change
+    ``"loss+"``  :math:`L_i \lVert g_i \rVert`            directions over losses
+    ``"log"``    :math:`L_i`                              :math:`\nabla \log L_i = g_i / L_i`
+    ===========  =======================================  ==========================================
 
     Args:
         losses: :math:`L`, shape ``[K]``; shifted beforehand where the method uses a shift.
