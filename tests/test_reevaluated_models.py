@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from moo_balance import FAMO, BalancedOptimizer
+from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
 from tests.problems import snapshot
 
 INPUTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 STEPS = 4
+
+over_watching = pytest.mark.parametrize(
+    "weighting", [FAMO(), BalancedTrajectory()], ids=["FAMO", "BalancedTrajectory"]
+)
 
 
 class Noisy(nn.Module):
@@ -27,12 +32,12 @@ class Noisy(nn.Module):
         return {"size": outputs.square().mean(), "error": 10 * (outputs - inputs).square().mean()}
 
 
-def trained(prepare=lambda model: model, around=lambda: torch.autocast("cpu", enabled=False)):
+def trained(weighting, prepare=lambda model: model, around=contextlib.nullcontext):
     """Everything after a few steps: `prepare` the model, and stay in the region `around` it."""
     torch.manual_seed(0)
     model = Noisy()
     prepared = prepare(model)
-    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO())
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), weighting)
     for _ in range(STEPS):
         optimizer.zero_grad()
         with around():
@@ -47,12 +52,13 @@ def in_place(model, backend):
 
 
 @pytest.mark.capability("torch.compile")
+@over_watching
 @pytest.mark.parametrize(
     "compiled",
     [torch.compile, partial(torch.compile, fullgraph=True), in_place],
     ids=["whole", "fullgraph", "in place"],
 )
-def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiled):
+def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiled, weighting):
     graphs = []
 
     def backend(graph, _):
@@ -60,18 +66,19 @@ def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiled):
         return graph.forward
 
     torch.compiler.reset()
-    assert trained(partial(compiled, backend=backend)) == trained()
+    assert trained(weighting, partial(compiled, backend=backend)) == trained(weighting)
     assert len(graphs) == 2
 
 
 def test_calls_are_as_before():
     call = nn.Module.__call__
-    trained()
+    trained(FAMO())
     assert nn.Module.__call__ is call
 
 
 @pytest.mark.capability("mixed precision with autocast")
-def test_an_open_autocast_region_does_not_hide_the_step():
+@over_watching
+def test_an_open_autocast_region_does_not_hide_the_step(weighting):
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
-    state = trained(around=bfloat16)
-    assert state == trained(around=partial(bfloat16, cache_enabled=False))
+    fresh = partial(bfloat16, cache_enabled=False)
+    assert trained(weighting, around=bfloat16) == trained(weighting, around=fresh)
