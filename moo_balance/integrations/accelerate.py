@@ -10,13 +10,7 @@ from moo_balance.integrations import balanced
 from moo_balance.optimizer import Closure, Losses
 
 
-def backward(
-    accelerator: Any,
-    optimizer: Any,
-    losses: Losses | Closure,
-    *,
-    retain_graph: bool = False,
-) -> Losses:
+def backward(accelerator: Any, optimizer: Any, losses: Losses | Closure, **options: Any) -> Losses:
     """Balanced gradients, in place of ``accelerator.backward(sum(losses.values()))``.
 
     Like ``accelerator.backward`` it divides by ``gradient_accumulation_steps`` and minds the loss
@@ -29,7 +23,7 @@ def backward(
         losses: Scalar tensors by name, or a closure that computes them, for a method that watches
             the step. Bind its batch (``partial(model, batch)``): it may be called again when the
             loop is already at another.
-        retain_graph: Keep the graph for another backward pass.
+        options: Those of ``BalancedOptimizer.backward``, such as ``features``.
 
     Returns:
         The losses, divided as said.
@@ -60,5 +54,5 @@ def backward(
         return inner.backward(
             (lambda: shares(losses())) if callable(losses) else shares(losses),
             grad_scaler=accelerator.scaler,
-            retain_graph=retain_graph,
+            **options,
         )

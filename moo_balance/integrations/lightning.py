@@ -12,7 +12,9 @@ from moo_balance.integrations import balanced
 from moo_balance.optimizer import Closure, Losses
 
 
-def backward(module: Any, losses: Losses | Closure, optimizer: Any = None) -> Losses:
+def backward(
+    module: Any, losses: Losses | Closure, optimizer: Any = None, **options: Any
+) -> Losses:
     """Balanced gradients, in place of ``self.manual_backward(sum(losses.values()))``.
 
     For manual optimisation. It hands over the loss scaler of ``precision="16-mixed"``, and wakes
@@ -25,6 +27,7 @@ def backward(module: Any, losses: Losses | Closure, optimizer: Any = None) -> Lo
         losses: Scalar tensors by name, or a closure that computes them, for a method that watches
             the step.
         optimizer: Which of ``self.optimizers()``. Default: the only one.
+        options: Those of ``BalancedOptimizer.backward``, such as ``features``.
 
     Returns:
         The losses.
@@ -52,12 +55,13 @@ def backward(module: Any, losses: Losses | Closure, optimizer: Any = None) -> Lo
     found = inner.backward(
         (lambda: awake(losses())) if callable(losses) else awake(losses),
         grad_scaler=_scaler(module),
+        **options,
     )
     strategy.post_backward(next(iter(found.values())))
     return found
 
 
-def combine(module: Any, losses: Losses, optimizer: Any = None) -> Tensor:
+def combine(module: Any, losses: Losses, optimizer: Any = None, **options: Any) -> Tensor:
     """One scalar to return from ``training_step``, whose gradient is the balanced gradient.
 
     For automatic optimisation: ``BalancedOptimizer.combine`` with the trainer's loss scaler.
@@ -65,7 +69,8 @@ def combine(module: Any, losses: Losses, optimizer: Any = None) -> Tensor:
     Args:
         module: The ``LightningModule``: ``self``, in ``training_step``.
         losses: Scalar tensors by name.
-        optimizer: Default: the only one of ``self.optimizers()``.
+        optimizer: Which of ``self.optimizers()``. Default: the only one.
+        options: Those of ``BalancedOptimizer.combine``, such as ``features``.
 
     Raises:
         BalanceError: As ``BalancedOptimizer.combine``.
@@ -78,7 +83,7 @@ def combine(module: Any, losses: Losses, optimizer: Any = None) -> Tensor:
             return combined
     """
     inner = balanced(module.optimizers() if optimizer is None else optimizer)
-    return inner.combine(losses, grad_scaler=_scaler(module))
+    return inner.combine(losses, grad_scaler=_scaler(module), **options)
 
 
 def _scaler(module: Any) -> Any:

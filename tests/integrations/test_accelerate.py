@@ -147,3 +147,12 @@ def test_bad_losses_are_refused_as_ever(method):
     model, optimizer = prepared(method, accelerator)
     with pytest.raises(BalanceError, match="should be a mapping"):
         backward(accelerator, optimizer, list(model(0).values()))
+
+
+@over_some("AnalyticQP")
+def test_options_are_handed_on(method):
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepared(method, accelerator)
+    losses = model(0)
+    backward(accelerator, optimizer, losses, retain_graph=True)
+    backward(accelerator, optimizer, losses)

@@ -196,6 +196,20 @@ class TestManual:
         logged = fit(module).callback_metrics
         assert {key: value.item() for key, value in logged.items()} == module.optimizer.log_dict()
 
+    @over_some("AnalyticQP")
+    def test_options_are_handed_on(self, fit, method):
+        def twice(module, optimizer, batch):
+            optimizer.zero_grad()
+            losses = module.model(batch)
+            backward(module, losses, retain_graph=True)
+            optimizer.zero_grad()
+            backward(module, losses)
+            optimizer.step()
+
+        module = Manual(method, twice)
+        fit(module)
+        assert module.state() == plain_run(method)
+
     @over_some("Sum")
     def test_bad_losses_are_refused_as_ever(self, fit, method):
         def bad(module, optimizer, batch):
