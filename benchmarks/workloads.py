@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Outcome(NamedTuple):
     """Losses by name, and the features that all of them share."""
 
     losses: Losses
-    features: Tensor
+    features: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def heads_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
         f"task {k}": (k + 1.0) * nn.functional.mse_loss(head(features), target)
         for k, (head, target) in enumerate(zip(model.heads, targets, strict=True))
     }
-    return Outcome(losses, features)
+    return Outcome(losses, [features])
 
 
 def mlp(count: int, width: int = 512, depth: int = 3, batch: int = 128) -> Workload:
@@ -167,7 +167,7 @@ def _pinn_outcome(model: nn.Module, interior: Tensor, boundary: Tensor, start: T
         "boundary": model(boundary).square().mean(),
         "start": (model(start) - wanted).square().mean(),
     }
-    return Outcome(losses, value)
+    return Outcome(losses, [value])
 
 
 def pinn(batch: int = 512) -> Workload:
@@ -183,16 +183,20 @@ def pinn(batch: int = 512) -> Workload:
 
 def codec_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
     (images,) = batch
+    shared = (model.analysis, model.hyper_analysis, model.hyper_synthesis)
     features: list[Tensor] = []
-    hook = model.analysis.register_forward_hook(lambda _m, _i, latent: features.append(latent))
+    hooks = [
+        part.register_forward_hook(lambda _m, _i, out: features.append(out)) for part in shared
+    ]
     output = model(images)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     distortion = 0.0067 * 255**2 * nn.functional.mse_loss(output.images, images)
-    return Outcome({"rate": output.bpp(), "distortion": distortion}, features[0])
+    return Outcome({"rate": output.bpp(), "distortion": distortion}, features)
 
 
 def codec(batch: int = 8, side: int = 64) -> Workload:
-    """The learned image codec of the examples; its latent is what both losses share."""
+    """The learned image codec of the examples; its losses share latents and their prediction."""
 
     def draw() -> tuple[Tensor, ...]:
         return (torch.rand(batch, 3, side, side),)

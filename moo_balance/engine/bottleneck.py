@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from moo_balance.engine.base import Linearization, Problem, weighted_backward, weighted_sum
 from moo_balance.engine.delivery import delivered
@@ -96,18 +97,18 @@ class ExactAtFeatures(KeptRows):
 
 def differentiated_heads(problem: Problem) -> Heads:
     """One pass for each loss, which ends at the features."""
-    above = nodes_above(problem.losses, cut=problem.features)
-    below = nodes_above(problem.features)
+    parts = [nodes_above([loss], cut=problem.features) for loss in problem.losses]
+    above, below = set().union(*parts), nodes_above(problem.features)
     _check_surroundings(problem, checkpoints_reentrantly(above), checkpoints_reentrantly(below))
     columns = leaves_among(above, problem.params)
     inputs = [*problem.features, *(problem.params[column] for column in columns)]
-    # A way around the features passes nodes below, which the second pass still needs.
-    keep = _keeps_graph(problem) or bool(above & below) or _is_nested(problem.features, below)
+    # A way around the features leads every pass through nodes below, which are needed once more.
+    around = bool(above & below) or _is_nested(problem.features, below)
+    keeps = _later_used(parts, around or _keeps_graph(problem))
     heads = Heads([], [])
-    last = len(problem.losses) - 1
     with _closed(problem.features):
         for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
-            found = list(by_grad([loss], [seed], inputs, keep or k < last))
+            found = list(by_grad([loss], [seed], inputs, keeps[k]))
             cotangents = found[: len(problem.features)]
             if all(cotangent is None for cotangent in cotangents):
                 raise _not_between(problem.names[k])
@@ -117,6 +118,19 @@ def differentiated_heads(problem: Problem) -> Heads:
             heads.cotangents.append(cotangents)
             heads.rows.append(row)
     return heads
+
+
+def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:
+    """Does a later pass go through nodes of this one?
+
+    Where each loss has a head to itself none does: each is freed as soon as it has been passed,
+    and the next works in its memory.
+    """
+    keeps, later = [], set[Node]()
+    for part in reversed(parts):
+        keeps.append(always or not part.isdisjoint(later))
+        later |= part
+    return keeps[::-1]
 
 
 @contextmanager
@@ -141,7 +155,7 @@ def _stop(output: int) -> Any:
     return hook
 
 
-def _is_nested(features: Sequence[Tensor], below: Iterable[Any]) -> bool:
+def _is_nested(features: Sequence[Tensor], below: Iterable[Node]) -> bool:
     """Is one of the features computed from another?"""
     followers = {node for parent in below for node, _ in parent.next_functions}
     return any(edge_of(feature)[0] in followers for feature in features)
