@@ -57,21 +57,26 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
     """
     count = len(rows)
     device = next((g.device for row in rows for g in row if g is not None), torch.device("cpu"))
-    gramian = torch.zeros(count, count, dtype=dtype, device=device)
-    for family in families(rows, columns):
+    gramian: Tensor | None = None
+    for family in sorted(families(rows, columns), key=lambda family: -len(family.reached)):
         products = _family_products(rows, family, dtype).to(device)
-        gramian = placed(gramian, products, family.reached)
-    return gramian
+        if gramian is None and len(family.reached) == count:
+            gramian = products
+            continue
+        if gramian is None:
+            gramian = products.new_zeros(count, count)
+        gramian = _added(gramian, products, family.reached)
+    return torch.zeros(count, count, dtype=dtype, device=device) if gramian is None else gramian
 
 
-def placed(gramian: Tensor, products: Tensor, reached: Sequence[int]) -> Tensor:
+def _added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
     """Add products of the losses in `reached` at their places, in the wider precision."""
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
-    first, last = reached[0], reached[-1]
-    if last - first + 1 == len(reached):
-        gramian[first : last + 1, first : last + 1] += products
+    first, last = reached[0], reached[-1] + 1
+    if last - first == len(reached):
+        gramian[first:last, first:last].add_(products)
         return gramian
-    places = _places(tuple(reached), gramian.device)
+    places = _places(reached, gramian.device)
     return gramian.index_put((places[:, None], places), products.to(gramian), accumulate=True)
 
 

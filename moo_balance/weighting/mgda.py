@@ -71,6 +71,8 @@ class MGDA(GramianWeighting):
         return [bound] * len(names)
 
     def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
+        if self.normalize is None:
+            return min_norm_weights(gramian)
         # In the Gramian's own dtype, which tells the solver how far to trust its entries.
         scales = gradient_scales(statistics.losses.to(gramian), gramian, self.normalize)
         return min_norm_weights(scale_gramian(gramian, scales))
