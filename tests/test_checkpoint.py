@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from functools import partial
 
@@ -226,7 +227,7 @@ def mismatched():
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, edit, message):
     model, optimizer = begin(method)
     train(model, optimizer, range(3))
-    checkpoint = optimizer.state_dict()
+    checkpoint = copy.deepcopy(optimizer.state_dict())  # torch's own part is no copy
     edit(checkpoint["balance"])
     train(model, optimizer, range(3, 5))
     before = whole_state(model, optimizer)
@@ -258,7 +259,7 @@ def test_a_wrapped_checkpoint_that_does_not_fit_leaves_the_balance_alone():
     model = Toy()
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     train(model, optimizer, range(3))
-    checkpoint = optimizer.state_dict()
+    checkpoint = copy.deepcopy(optimizer.state_dict())
     checkpoint["param_groups"] = []
     train(model, optimizer, range(3, 5))
     before = whole_state(model, optimizer)

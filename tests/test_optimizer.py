@@ -123,14 +123,18 @@ def test_hooks_are_called_once_on_the_wrapper():
 
 def test_hooks_may_replace_what_is_saved_and_loaded():
     optimizer = BalancedOptimizer(adam(Toy()), Sum())
-    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": "kept"})
-    optimizer.register_load_state_dict_pre_hook(
-        lambda _, state: {key: value for key, value in state.items() if key != "note"}
-    )
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "rate": 0.5})
+
+    def with_rate(_, state):
+        groups = [{**group, "lr": state["rate"]} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(with_rate)
     saved = optimizer.state_dict()
-    assert saved["note"] == "kept"
+    assert saved["rate"] == 0.5
     optimizer.load_state_dict(saved)
-    assert saved["note"] == "kept"
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    assert [group["lr"] for group in saved["param_groups"]] == [0.01]
 
 
 def test_hooks_of_the_wrapped_optimizer_still_run():
