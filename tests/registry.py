@@ -21,6 +21,7 @@ from moo_balance import (
     FixedWeights,
     OnlineTchebycheff,
     RandomWeights,
+    Smoothed,
     SmoothTchebycheff,
     Sum,
     SumLog,
@@ -299,6 +300,27 @@ METHODS = [
         lambda names: OnlineTchebycheff(preference=preference(names)),
         total=None,
     ),
+    Method("Smoothed-MGDA", lambda names: Smoothed(MGDA()), gramian=True),
+    Method(
+        "Smoothed-adaptive",
+        lambda names: Smoothed(MGDA(normalize="l2"), beta="adaptive"),
+        gramian=True,
+        scaling="unchanged",
+    ),
+    Method(
+        "Smoothed-every",
+        lambda names: Smoothed(AnalyticQP(every=3), beta=0.5),
+        gramian=True,
+        bounds=above_minus_one,
+    ),
+    Method("Smoothed-FAMO", lambda names: Smoothed(FAMO()), observes=True, bounds=positive),
+    Method(
+        "Smoothed-adversarial",
+        lambda names: Smoothed(FixedWeights(adversarial(names))),
+        total=lambda names, losses: sum(adversarial(names).values()),
+        negative=True,
+        scaling="unchanged",
+    ),
 ]
 
 
@@ -402,4 +424,7 @@ REFUSALS = [
     _unfit(SmoothTchebycheff, nadir={"a": 1.0}),
     _refused(OnlineTchebycheff, lr=0.0),
     _refused(OnlineTchebycheff, update="newton"),
+    _refused(Smoothed, weighting="MGDA"),
+    _refused(Smoothed, weighting=MGDA(), beta=1.0),
+    _refused(Smoothed, weighting=MGDA(), beta="fast"),
 ]

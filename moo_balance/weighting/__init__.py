@@ -12,6 +12,7 @@ from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.random_weights import RandomWeights
+from moo_balance.weighting.smoothed import Smoothed
 from moo_balance.weighting.tchebycheff import (
     OnlineTchebycheff,
     SmoothTchebycheff,
@@ -28,6 +29,7 @@ __all__ = [
     "OnlineTchebycheff",
     "RandomWeights",
     "SmoothTchebycheff",
+    "Smoothed",
     "State",
     "Statistics",
     "Sum",

@@ -1,0 +1,122 @@
+"""Smoothed: a moving average around any weighting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+from moo_balance.weighting.base import State, Statistics, Weighted, Weighting, check_range, filled
+
+_INNER = "of it/"
+
+
+@dataclass(frozen=True)
+class Smoothed(Weighting):
+    r"""Momentum on the weights of any method, which mini-batches make noisy.
+
+    With :math:`\hat c` what the method asks for and :math:`\hat\lambda = \hat c / \lVert \hat c
+    \rVert_1` its shares,
+
+    .. math::
+        \lambda_k = \beta_k\,\lambda_{k-1} + (1 - \beta_k)\,\hat\lambda_k, \qquad
+        d = \lVert \hat c_k \rVert_1 \sum_i \lambda_{k,i}\, g_i
+
+    from :math:`\lambda_1 = \hat\lambda_1`. Averaged weights bring a stochastic method to a
+    Pareto-stationary point, where the raw ones, correlated with the gradients that they were
+    computed from, need not. ``"adaptive"`` averages the more, the less the weights move:
+
+    .. math:: \beta_k = \max(0,\ 1 - k\,\lVert \hat\lambda_k - \lambda_{k-1} \rVert_1)
+
+    Whatever the method needs is gathered as for itself. An absent loss keeps its share; the others
+    divide the whole among themselves.
+
+    Coefficients: sum to what those of the method sum to, as long as none is negative. The weights
+    on show are :math:`\lambda`.
+
+    Args:
+        weighting: The method, such as ``MGDA()``.
+        beta: :math:`\beta \in [0, 1)`, or ``"adaptive"``. Default 0.9 (TorchJD's CR-MOGM).
+
+    Raises:
+        BalanceValueError: `beta` is out of range or `weighting` is no weighting.
+
+    Source: Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
+    Beyond* (NeurIPS 2022), "CR-MOGM"; the adaptive rule as in the code of AdaOMD-TCH, which counts
+    :math:`k` from 1. The published rule averages coefficients that sum to 1, and is this one.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import MGDA, Smoothed
+        >>> from moo_balance.weighting import Statistics
+        >>> weighting = Smoothed(MGDA(), beta=0.5)
+        >>> state = weighting.init(("a", "b"), torch.device("cpu"))
+        >>> for norms in (1.0, 1.0), (3.0, 1.0):
+        ...     gramian = torch.diag(torch.tensor(norms))
+        ...     statistics = Statistics(("a", "b"), torch.ones(2), gramian)
+        ...     _, coefficients, state = weighting.weights(statistics, state)
+        >>> coefficients
+        tensor([0.3750, 0.6250])
+    """
+
+    weighting: Weighting
+    beta: float | Literal["adaptive"] = 0.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weighting, Weighting):
+            raise BalanceValueError(
+                "Parameter `weighting` of Smoothed should be an instance of a method such as "
+                f"`MGDA()`. Found {self.weighting!r}."
+            )
+        if self.beta != "adaptive":
+            check_range(self, "beta", 0.0, math.nextafter(1.0, 0.0))
+        for needs in ("uses_gramian", "uses_losses", "every"):
+            object.__setattr__(self, needs, getattr(self.weighting, needs))
+
+    @property
+    def observes_step(self) -> bool:
+        return self.weighting.observes_step
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        return self.weighting.lower_bounds(names)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        return _joined(filled(math.nan, len(names), device), self.weighting.init(names, device))
+
+    def weights(self, statistics: Statistics, state: State) -> Weighted:
+        _, coefficients, inner = self.weighting.weights(statistics, _inner(state))
+        shares, size = _normalized(coefficients.to(state["shares"]))
+        before = torch.where(state["shares"].isnan(), shares, state["shares"])
+        before, _ = _normalized(before)
+        shares = before.lerp(shares, 1.0 - self._momentum(shares, before, statistics.step + 1))
+        return Weighted(shares, (size * shares).to(coefficients), _joined(shares, inner))
+
+    def observe(self, statistics: Statistics, state: State) -> State:
+        inner = self.weighting.observe(statistics, _inner(state))
+        return _joined(state["shares"], inner)
+
+    def _momentum(self, shares: Tensor, before: Tensor, count: int) -> Tensor | float:
+        if isinstance(self.beta, str):
+            return (1.0 - count * (shares - before).abs().sum()).clamp(min=0.0)
+        return self.beta
+
+
+def _normalized(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """A vector of absolute sum 1, and what its own was; zeros stay zeros."""
+    size = vector.abs().sum()
+    return torch.where(size > 0, vector / size, vector), size
+
+
+def _inner(state: State) -> State:
+    return {
+        key.removeprefix(_INNER): value for key, value in state.items() if key.startswith(_INNER)
+    }
+
+
+def _joined(shares: Tensor, inner: State) -> State:
+    return {"shares": shares, **{_INNER + key: value for key, value in inner.items()}}
