@@ -178,17 +178,35 @@ class MeanScaleHyperprior(nn.Module):
         scale_bias = self.hyper_synthesis[-1].bias.chunk(2)[1]
         nn.init.ones_(scale_bias)
 
-    def forward(self, images: Tensor) -> Reconstruction:
+    def analyze(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent ``y`` and hyper-latent ``z`` of images ``[B, 3, H, W]`` in [0, 1], unrounded."""
         y = self.analysis(images - 0.5)
-        z = self.hyper_analysis(y) - self.z_median
+        return y, self.hyper_analysis(y)
+
+    def predict(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of ``y`` given the ``z`` that was sent; the scale is not yet floored."""
+        mean, scale = self.hyper_synthesis(z).chunk(2, dim=1)
+        return mean, scale
+
+    def synthesize(self, y: Tensor) -> Tensor:
+        """Images of the ``y`` that was sent; not clamped."""
+        return self.synthesis(y) + 0.5
+
+    def bits(self, centered_y: Tensor, scale: Tensor, centered_z: Tensor) -> dict[str, Tensor]:
+        """Estimated bits of both latents, each given as its distance from mean or median."""
+        likelihoods = {
+            "y": gaussian_likelihood(centered_y, scale),
+            "z": logistic_likelihood(centered_z, self.z_log_scale.exp()),
+        }
+        return {name: -likelihood.log2().sum() for name, likelihood in likelihoods.items()}
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        y, z = self.analyze(images)
+        z = z - self.z_median
         z = _noisy(z) if self.training else z.round()
-        mean, scale = self.hyper_synthesis(z + self.z_median).chunk(2, dim=1)
+        mean, scale = self.predict(z + self.z_median)
 
         centered = _round_straight_through(y - mean)
-        decoded = self.synthesis(mean + centered) + 0.5
+        decoded = self.synthesize(mean + centered)
         symbols = _noisy(y - mean) if self.training else centered
-        likelihoods = {
-            "y": gaussian_likelihood(symbols, scale),
-            "z": logistic_likelihood(z, self.z_log_scale.exp()),
-        }
-        return Reconstruction(decoded, {k: -p.log2().sum() for k, p in likelihoods.items()})
+        return Reconstruction(decoded, self.bits(symbols, scale, z))
