@@ -67,12 +67,12 @@ def made_up(**shifts):
             "crop": 64, "widths": [8, 8], "batch": 2,
         },
         "seconds per step": {"standard": 1.0, "Solution 1": 1.25, "Solution 2": 1.5},
-        "tuning": {"fine-tuned": dict.fromkeys(("standard", *SOLUTIONS), [cell, cell])},
+        "tuning": {"fine-tuned": {side: [cell, cell] for side in ("standard", *SOLUTIONS)}},
         "experiments": {
             "fine-tuned": {
                 "name": "fine-tuned", "steps": 4, "lambdas": dict.fromkeys(SOLUTIONS, PRICES),
-                "prices": PRICES, "rivals": list(RIVALS), "start": (0.01, 2), "batch": 2,
-                "shape": {}, "planned seeds": [0, 1, 2], "seeds": seeds,
+                "prices": dict.fromkeys(SOLUTIONS, PRICES), "rivals": list(RIVALS),
+                "start": (0.01, 2), "batch": 2, "shape": {}, "planned seeds": [0, 1, 2], "seeds": seeds,
             },
         },
         "parts": {},

@@ -25,8 +25,9 @@ class Experiment:
     steps: int
     lambdas: Mapping[str, Sequence[float]]
     """The λ along which each solution draws its curve."""
-    prices: Sequence[float]
-    """The λ of plain sums: where balanced runs land is far below their own λ."""
+    prices: Mapping[str, Sequence[float]]
+    """The λ of plain sums held against each solution: those that cover the rates where it lands,
+    which is far below its own λ."""
     seeds: Sequence[int]
     rivals: Sequence[str]
     start: tuple[float, int] | None = None
@@ -94,7 +95,7 @@ def balanced(unit: Unit, solution: str) -> list[Run]:
 def static(unit: Unit, solution: str) -> list[Run]:
     """Constant weights, swept: all else, the learning rate too, as in the balanced runs."""
     lr = unit.tuned.lr[solution]
-    return [unit.run(SUM, price, lr) for price in unit.experiment.prices]
+    return [unit.run(SUM, price, lr) for price in unit.experiment.prices[solution]]
 
 
 def own_weights(unit: Unit, solution: str) -> list[Run]:
@@ -107,7 +108,7 @@ def own_weights(unit: Unit, solution: str) -> list[Run]:
 def standard(unit: Unit, solution: str) -> list[Run]:
     """The plain sum with its own learning rate and clipping."""
     options = {"lr": unit.tuned.lr["standard"], "clip": unit.tuned.clip}
-    return [unit.run(SUM, price, **options) for price in unit.experiment.prices]
+    return [unit.run(SUM, price, **options) for price in unit.experiment.prices[solution]]
 
 
 def standard_in_equal_time(unit: Unit, solution: str) -> list[Run]:
@@ -117,7 +118,7 @@ def standard_in_equal_time(unit: Unit, solution: str) -> list[Run]:
     """
     steps = round(unit.experiment.steps * unit.tuned.cost)
     options = {"lr": unit.tuned.lr["standard"], "clip": unit.tuned.clip, "steps": steps}
-    return [unit.run(SUM, price, **options) for price in unit.experiment.prices]
+    return [unit.run(SUM, price, **options) for price in unit.experiment.prices[solution]]
 
 
 RIVALS: dict[str, Callable[[Unit, str], list[Run]]] = {
