@@ -72,7 +72,8 @@ def made_up(**shifts):
             "fine-tuned": {
                 "name": "fine-tuned", "steps": 4, "lambdas": dict.fromkeys(SOLUTIONS, PRICES),
                 "prices": dict.fromkeys(SOLUTIONS, PRICES), "rivals": list(RIVALS),
-                "start": (0.01, 2), "batch": 2, "shape": {}, "planned seeds": [0, 1, 2], "seeds": seeds,
+                "start": (0.01, 2), "batch": 2, "shape": {}, "planned seeds": [0, 1, 2],
+                "seeds": seeds,
             },
         },
         "parts": {},

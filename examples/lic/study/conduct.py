@@ -23,9 +23,13 @@ from examples.lic.study.laboratory import SUM, Laboratory, Run
 from examples.lic.study.scales import Family, Scale
 from examples.lic.study.tuning import Tuned, step_costs, tune_balanced, tune_standard
 
-PARTS: dict[str, str] = {}
-"""The example's other parts with evidence to show: module by title. Each has ``run``,
-``section`` and ``figures``."""
+PARTS = {
+    "Ablations": "examples.lic.ablations.study",
+    "Variable rate": "examples.lic.variable_rate.study",
+    "Latent refinement": "examples.lic.refinement.study",
+}
+"""The example's other parts with evidence to show. Each module has ``run``, ``section`` and
+``figures``."""
 
 T = TypeVar("T")
 Results = dict[str, Any]
@@ -63,9 +67,9 @@ class Conduct:
             results["experiments"][experiment]["seeds"][str(seed)] = curves
             self.on_progress(results)
         results["parts"] = {}
-        for title, module in PARTS.items():
-            run = import_module(module).run
-            results["parts"][title] = run(self.scale.parts, self.folder / "parts")
+        for title, module in PARTS.items() if self.scale.parts else ():
+            folder = self.folder / module.split(".")[-2]
+            results["parts"][title] = import_module(module).run(self.scale.parts, folder)
             self.on_progress(results)
         return results
 

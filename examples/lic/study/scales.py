@@ -25,7 +25,8 @@ class Scale:
 
     families: Mapping[str, Family]
     cost_rounds: int
-    parts: Literal["short", "full"] = "full"
+    parts: Literal["short", "full"] | None = "full"
+    """Of the example's other parts; None leaves them out."""
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,5 +89,6 @@ def tiny() -> Scale:
     return Scale(
         {"fine-tuned": Family(Grid((1e-3,), (None,), 0.001, 0.02), [experiment])},
         cost_rounds=1,
+        parts=None,
         shape=TINY,
     )
