@@ -55,8 +55,8 @@ def full() -> Scale:
     clips = (None, 1.0, 5.0)
     return Scale(
         {
-            "fine-tuned": Family(Grid((2.5e-4, 5e-4, 1e-3, 2e-3), clips, 0.0012, 0.02), fine_tuned),
-            "from scratch": Family(Grid((1e-3, 2e-3), clips, 0.0006, 0.02), from_scratch),
+            "fine-tuned": Family(Grid((2.5e-4, 5e-4, 1e-3, 2e-3), clips, 0.0012), fine_tuned),
+            "from scratch": Family(Grid((1e-3, 2e-3), clips, 0.0006), from_scratch),
         },
         cost_rounds=40,
     )
@@ -72,8 +72,8 @@ def short() -> Scale:
     from_scratch = Experiment("from scratch", 30, lambdas, prices, range(1), EVERY_RIVAL)
     return Scale(
         {
-            "fine-tuned": Family(Grid((5e-4, 1e-3), (None, 1.0), 0.0012, 0.02), [fine_tuned]),
-            "from scratch": Family(Grid((2e-3,), (None,), 0.0006, 0.02), [from_scratch]),
+            "fine-tuned": Family(Grid((5e-4, 1e-3), (None, 1.0), 0.0012), [fine_tuned]),
+            "from scratch": Family(Grid((2e-3,), (None,), 0.0006), [from_scratch]),
         },
         cost_rounds=5,
         parts="short",
@@ -87,7 +87,7 @@ def tiny() -> Scale:
         "fine-tuned", 2, lambdas, lambdas, range(1), EVERY_RIVAL, (0.01, 2), shape=TINY
     )
     return Scale(
-        {"fine-tuned": Family(Grid((1e-3,), (None,), 0.001, 0.02), [experiment])},
+        {"fine-tuned": Family(Grid((1e-3,), (None,), 0.001), [experiment])},
         cost_rounds=1,
         parts=None,
         shape=TINY,
