@@ -188,21 +188,30 @@ def test_findings_recover_a_known_shift(shift, rate):
         assert not found.refusals
 
 
-def test_seeds_without_curves_are_left_out_and_said():
-    curves = {0: unit()["Solution 1"], 1: unit(against_rest=99.0)["Solution 1"]}
-    found = finding("x", "Solution 1", STATIC, curves)
-    assert len(found.rate.by_seed) == 1
-    assert len(found.refusals) == 2
+def test_curves_apart_have_no_rate_and_it_is_said_why():
+    apart = unit(against_rest=99.0)["Solution 1"]
+    found = finding("x", "Solution 1", STATIC, {0: apart, 1: apart})
+    assert (found.rate, found.overlap) == (None, 0.0)
     assert "should overlap in PSNR" in found.refusals[0]
 
 
 def test_short_curves_are_judged_by_psnr():
     short = {name: runs[1:3] if name in ("balanced", OWN) else runs
              for name, runs in unit(against_rest=0.5)["Solution 1"].items()}  # fmt: skip
-    found = finding("x", "Solution 1", STATIC, {0: short, 1: short})
+    found = finding("x", "Solution 1", STATIC, dict.fromkeys(range(3), short))
     assert found.rate is None
     assert found.gap.mean == pytest.approx(0.5)
     assert found.sign() == -1
+    assert finding("x", "Solution 1", STATIC, dict.fromkeys(range(2), short)).sign() == 0
+
+
+def test_a_seed_that_disagrees_takes_the_verdict_away():
+    units = {
+        seed: unit(against_rest=shift)["Solution 1"] for seed, shift in enumerate((2, 2, 2, -0.1))
+    }
+    found = finding("x", "Solution 1", STATIC, units)
+    assert found.rate.high < 0
+    assert found.sign() == 0
 
 
 def test_above_a_curve():
@@ -247,7 +256,7 @@ def test_a_page_holds_every_comparison_and_section():
     assert "## Another part\n\nWhat it showed." in text
     assert "Solution 1 takes 1.25 standard ones" in text
     assert "| fine-tuned | 2 | 0.001 | norm 1 | 25.0 % |" in text
-    assert "| Solution 2 | standard, equal time | −10.9 % [−10.9, −10.9] | 3 of 3 |" in text
+    assert "| Solution 2 | standard, equal time | −10.9 % [−10.9, −10.9] |" in text
     assert set(figures.figures(made)) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
 
 

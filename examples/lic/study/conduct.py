@@ -62,11 +62,11 @@ class Conduct:
         )  # fmt: skip
         results["tuning"] = dict(self._each(self._tuning_jobs(laboratory)))
         results["experiments"] = {e.name: plan(e) for f in self._families() for e in f.experiments}
+        results["parts"] = {}
         units = self._unit_jobs(laboratory, results)
         for (experiment, seed), curves in self._each(units):
             results["experiments"][experiment]["seeds"][str(seed)] = curves
             self.on_progress(results)
-        results["parts"] = {}
         for title, module in PARTS.items() if self.scale.parts else ():
             folder = self.folder / module.split(".")[-2]
             results["parts"][title] = import_module(module).run(self.scale.parts, folder)
@@ -97,10 +97,9 @@ class Conduct:
             tuned = Tuned(best["lr"], best["clip"], slower)
             for e in family.experiments:
                 units |= {(e.name, s): Unit(laboratory, e, tuned, s) for s in e.seeds}
-        # What matters most first, and that seed by seed: a study that is stopped early shows it.
+        # What matters most first: a study that is stopped early has it.
         first = [family.experiments[0].name for family in self._families()]
-        main = {key: unit for key, unit in units.items() if key[0] in first}
-        return dict(sorted(main.items(), key=lambda item: item[0][1])) | units
+        return {key: unit for key, unit in units.items() if key[0] in first} | units
 
     def _each(self, jobs: Mapping[Any, Callable[[], T]]) -> Iterator[tuple[Any, T]]:
         if self.workers == 1:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.lic.evaluation import Score
-from examples.lic.study.analysis import OWN, Curve, Finding, findings, mean_points
+from examples.lic.study.analysis import OWN, Curve, Finding, findings, mean_curve
 
 STYLES = {
     "static weights": {"color": "0.35", "linestyle": "-", "marker": "."},
@@ -46,11 +44,11 @@ def rate_distortion(experiment: Mapping[str, Any]) -> Figure:
         units = [unit[solution] for unit in experiment["seeds"].values()]
         for name in [*experiment["rivals"], "balanced"]:
             style = STYLES[name]
-            curves = [mean_points(unit[name]) for unit in units]
+            curves = [mean_curve([unit[name]]) for unit in units]
             for curve in curves:
                 ax.plot(*zip(*curve, strict=True), **style, alpha=0.25, linewidth=0.7)
             label = solution if name == "balanced" else name
-            mean = _mean_curve(curves)
+            mean = mean_curve([unit[name] for unit in units])
             ax.plot(*zip(*mean, strict=True), **style, linewidth=1.5, label=label)
         ax.set_xscale("log")
         ax.set_xlabel("rate (bits per pixel)")
@@ -125,13 +123,6 @@ def _share(series: Mapping[str, Sequence[float]]) -> np.ndarray:
 def _plot(ax: Axes, values: Sequence[float], steps: int, **style: Any) -> None:
     at = (np.arange(len(values)) + 0.5) * steps / len(values)
     ax.plot(at, smoothed(np.asarray(values)), **style)
-
-
-def _mean_curve(curves: Sequence[Sequence[Score]]) -> list[Score]:
-    return [
-        Score(*(fmean(axis) for axis in zip(*scores, strict=True)))
-        for scores in zip(*curves, strict=True)
-    ]
 
 
 def _with_series(experiment: Mapping[str, Any], solution: str, name: str) -> Iterator[Any]:

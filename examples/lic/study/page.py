@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.lic.bd import OVERLAP, POINTS
-from examples.lic.study.analysis import Finding, findings, mean_points
+from examples.lic.study.analysis import SEEDS, Finding, findings, mean_curve
 from examples.lic.study.figures import figures
 from examples.lic.study.sentences import WORDS, agreement, listed, reading, summary, with_interval
 
@@ -74,7 +74,8 @@ def _by_chance(found: Sequence[Finding]) -> str:
     return (
         f"Of {len(told)} comparisons, {better} came out better, {worse} worse, and "
         f"{len(told) - better - worse} not distinguishable. Better or worse means that the 95 % "
-        "interval leaves out zero and that every seed agrees. Where no rival differed at all, "
+        f"interval leaves out zero and that each of at least {SEEDS} seeds agrees. Where nothing "
+        "differed at all, "
         f"about {0.05 * len(told):.1f} of {len(told)} intervals would leave out zero by chance."
     )
 
@@ -168,11 +169,11 @@ def _experiment(
     experiment = results["experiments"][name]
     mine = [f for f in found if f.experiment == name]
     rows = [
-        (f.solution, f.rival, with_interval(f.rate, 1, "%"), agreement(f.rate),
-         f"{f.overlap:.0%}", with_interval(f.gap, 2, "dB"))
+        (f.solution, f.rival, with_interval(f.rate, 1, "%"),
+         _overlap(f), with_interval(f.gap, 2, "dB"), agreement(f.gap))
         for f in mine
     ]  # fmt: skip
-    head = ("", "against", "BD-rate [95 %]", "seeds that agree", "overlap", "PSNR at its rates")
+    head = ("", "against", "BD-rate [95 %]", "overlap", "PSNR at its rates", "seeds that agree")
     slug = name.replace(" ", "-")
     return "\n\n".join(
         [
@@ -201,12 +202,18 @@ CAPTIONS = {
 }  # fmt: skip
 
 
+def _overlap(finding: Finding) -> str:
+    return f"{finding.overlap:.0%}" if finding.rate else "–"
+
+
 def _refused(found: Sequence[Finding]) -> list[str]:
-    reasons = sorted({reason for f in found for reason in f.refusals})
-    if not reasons:
+    refused = [f for f in found if f.rate is None and f.refusals]
+    if not refused:
         return []
-    count = sum(len(f.refusals) for f in found)
-    return [f"{count} pairs of curves were not compared, for reasons such as: *{reasons[0]}*"]
+    return [
+        f"{len(refused)} pairs have no BD-rate, since their mean curves or more than a tenth of "
+        f"the bootstrap's cannot be compared. An example: *{refused[0].refusals[0]}*"
+    ]
 
 
 def _landings(experiment: Mapping[str, Any]) -> list[Sequence[object]]:
@@ -215,7 +222,7 @@ def _landings(experiment: Mapping[str, Any]) -> list[Sequence[object]]:
         curves = [unit[solution]["balanced"] for unit in experiment["seeds"].values()]
         for index, lmbda in enumerate(lambdas):
             effective = fmean(curve[index]["effective_lambda"] for curve in curves)
-            bpp, psnr = (fmean(mean_points(c)[index][axis] for c in curves) for axis in (0, 1))
+            bpp, psnr = mean_curve(curves)[index]
             rows.append((solution, f"{lmbda:g}", f"{effective:.2g}", f"{bpp:.3f}", f"{psnr:.2f}"))
     return rows
 
@@ -227,4 +234,6 @@ def _figure(stem: str, caption: str) -> str:
 def _method(found: Sequence[Finding]) -> str:
     seeds = sorted({len(f.gap.by_seed) for f in found if f.gap is not None})
     with_seeds = f"With {' or '.join(map(str, seeds))} seeds they" if seeds else "They"
-    return METHOD.format(points=POINTS, overlap=f"{OVERLAP:.0%}", with_seeds=with_seeds)
+    return METHOD.format(
+        points=POINTS, overlap=f"{OVERLAP:.0%}", with_seeds=with_seeds, least=SEEDS
+    )

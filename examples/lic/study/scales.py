@@ -49,7 +49,7 @@ def full() -> Scale:
         Experiment("longer", 800, few, PRICES, seeds, rivals, START),
         Experiment("larger batch", 200, few, PRICES, seeds, rivals, START, batch=8),
     ]
-    lambdas = {"Solution 1": (0.0018, 0.05, 1.5), "Solution 2": (0.0018, 0.02, 0.2)}
+    lambdas = {"Solution 1": (0.0018, 0.5), "Solution 2": (0.0018, 0.02, 0.2)}
     prices = dict.fromkeys(lambdas, (5e-5, 2e-4, 6e-4, 2e-3))
     from_scratch = [Experiment("from scratch", 600, lambdas, prices, seeds, EVERY_RIVAL)]
     clips = (None, 1.0, 5.0)
