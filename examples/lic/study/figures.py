@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from examples.lic.study.analysis import OWN, Curve, Finding, findings, mean_curve
 
@@ -51,6 +53,7 @@ def rate_distortion(experiment: Mapping[str, Any]) -> Figure:
             mean = mean_curve([unit[name] for unit in units])
             ax.plot(*zip(*mean, strict=True), **style, linewidth=1.5, label=label)
         ax.set_xscale("log")
+        _plain_ticks(ax.xaxis)
         ax.set_xlabel("rate (bits per pixel)")
         ax.legend(frameon=False, fontsize="small")
     axes[0].set_ylabel("PSNR (dB)")
@@ -98,6 +101,7 @@ def course(experiment: Mapping[str, Any]) -> Figure:
                 ax.set_ylabel(label, fontsize="small")
             if row < 2:
                 ax.set_yscale("log")
+                _plain_ticks(ax.yaxis)
         axes[column].legend(frameon=False, fontsize="small")
         ax.set_xlabel("step")
     return figure
@@ -113,6 +117,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     """Centred running mean; the window shrinks at both ends."""
     kernel = np.ones(min(SMOOTHING, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers without powers of ten on a logarithmic axis of little more than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _share(series: Mapping[str, Sequence[float]]) -> np.ndarray:
