@@ -81,15 +81,14 @@ def measure(
         BitstreamError: An image cannot be coded.
     """
     coder = CODERS[type(model)](model)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name, load in images.items():
-        file = folder / f"{name.replace('/', '_')}.bin"
-        found[name] = _measure(model, coder, load(), file)
-    return found
+    return {
+        name: _measure(model, coder, load(), folder / f"{name}.bin")
+        for name, load in images.items()
+    }
 
 
 def _measure(model: nn.Module, coder: ImageCoder, image: Tensor, file: Path) -> Measurement:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(coder.encode(image))
     data = file.read_bytes()
     decoded = coder.decode_exactly(data)
