@@ -97,7 +97,9 @@ def _pictures(folder: Path | None) -> dict[str, Callable[[], Tensor]]:
     if folder is None:
         return {name: partial(_same, image) for name, image in images.bundled().held_out.items()}
     paths = images.list_images(folder)
-    note = images.conversions({h.path: h.mode for h in images.read_headers(paths)})
+    modes, faults = images.read_modes(paths)
+    images.check(faults, len(paths))
+    note = images.conversions(modes)
     if note is not None:
         print(note)
     return {str(path.relative_to(folder)): partial(images.read_pixels, path) for path in paths}

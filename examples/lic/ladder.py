@@ -66,7 +66,8 @@ class Rung:
 
         Raises:
             CheckpointError: A checkpoint does not fit, or the last one could not be saved.
-            ImageError: An image cannot be read. What was trained so far has been saved.
+            ImageError: An image cannot be read. A single process has saved what it trained so
+                far.
         """
         run = Run(self, world)
         run.resume()

@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _crops(chosen: argparse.Namespace) -> tuple[Crops, list[str]]:
     if chosen.images is None:
         return bundled_crops(crop=chosen.crop, seed=chosen.seed)
-    return folder_crops(chosen.images, crop=chosen.crop, seed=chosen.seed)
+    return folder_crops(
+        chosen.images, crop=chosen.crop, seed=chosen.seed, skip=chosen.skip_unusable
+    )
 
 
 def _plan(chosen: argparse.Namespace, crops: Crops) -> list[Rung]:
@@ -139,6 +141,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
     add("--threads", "2 help on idle cores, and harm on busy ones", type=whole, metavar="N",
         default=1)  # fmt: skip
+    parser.add_argument(
+        "--skip-unusable",
+        action="store_true",
+        help="leave out images that are too small or broken, and say how many",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     chosen = parser.parse_args(arguments)
     if chosen.rate_weight is not None and chosen.weighting != "fixed":
