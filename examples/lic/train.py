@@ -108,8 +108,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
 
     whole, real = options.positive(int), options.positive(float)
-    add("--weighting", "how the two losses are balanced", choices=WEIGHTINGS, metavar="NAME",
-        default="standard")  # fmt: skip
+    add("--weighting", f"of rate against distortion: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS,
+        metavar="NAME", default="standard")  # fmt: skip
     add("--rate-weight", "of --weighting fixed; the distortion has the rest of 1", metavar="W",
         type=options.between_0_and_1)  # fmt: skip
     add("--lambdas", "one λ, or a ladder climbed from the lowest", type=real, nargs="+",
