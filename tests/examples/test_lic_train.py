@@ -189,6 +189,24 @@ def test_converted_images_are_said(folder, tmp_path, capsys):
     assert "Converted to 8-bit RGB: deep.png (I;16)." in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path, "--device", "cuda")
+    assert "cuda cannot be used, PyTorch finds none here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["resume", "start"])
+def test_a_checkpoint_of_another_architecture_is_refused(how, folder, tmp_path, capsys):
+    assert run(folder, tmp_path, "--steps", "1") == 0
+    where = {"resume": [], "start": ["--from", str(tmp_path / file_name(0.01))]}[how]
+    output = {"resume": tmp_path, "start": tmp_path / "other"}[how]
+    assert run(folder, output, "--steps", "1", "--arch", "base", *where) == 2
+    message = {"resume": "architecture small. Found architecture base", "start": "--arch small"}
+    assert message[how] in capsys.readouterr().err
+    assert load(tmp_path / file_name(0.01))["arch"] == "small"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -203,7 +221,7 @@ def test_converted_images_are_said(folder, tmp_path, capsys):
         (["--rate-weight", "2", "--weighting", "fixed"], "should be between 0 and 1, found 2"),
         (["--clip", "0"], "argument --clip: should be positive, found 0"),
         (["--workers", "-1"], "argument --workers: should not be negative, found -1"),
-        (["--device", "warp"], "argument --device: warp cannot be used here"),
+        (["--device", "warp"], "argument --device: warp cannot be used (Expected one of cpu"),
         (["--crop", "100"], "should be a multiple of 64, found 100"),
         (["--ema", "1"], "argument --ema: should be between 0 and 1, found 1"),
         (["--crop", "128"], "0.png should be at least 128 pixels high and wide"),
