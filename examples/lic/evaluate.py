@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         points = _evaluated(chosen)
         _report(points, chosen)
     except FAULTS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {options.sentence(error)}", file=sys.stderr)
         return 2
     return _exactness(points)
 

@@ -48,3 +48,13 @@ def device(text: str) -> torch.device:
     if not available:
         raise argparse.ArgumentTypeError(f"{text} cannot be used, PyTorch finds none here")
     return found
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user: errors of this example are sentences, those of the system are not."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return (
+        f"{error.filename or 'A file'} cannot be written ({error.strerror}). Free some space, or "
+        "choose another --output."
+    )

@@ -62,22 +62,14 @@ class Objective(nn.Module):
         return rate_distortion(self.model, images, self.lmbda)
 
 
-class Auxiliary:
+def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """CompressAI's second optimizer: fits the quantiles of its entropy bottleneck to the data.
 
     They get no gradient from rate or distortion; ``model.aux_loss()`` is theirs alone.
     """
-
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], lr: float) -> None:
-        self._model = model
-        self._optimizer = torch.optim.Adam(parameters, lr=lr)
-        self.state_dict = self._optimizer.state_dict
-        self.load_state_dict = self._optimizer.load_state_dict
-
-    def step(self) -> None:
-        self._optimizer.zero_grad()
-        self._model.aux_loss().backward()
-        self._optimizer.step()
+    optimizer.zero_grad()
+    model.aux_loss().backward()
+    optimizer.step()
 
 
 class Observer:
@@ -120,8 +112,8 @@ class Session:
         self._parts.update(model=model, optimizer=self.optimizer, schedule=self._schedule)
         self._followers: list[Callable[[], object]] = []
         if quantiles:
-            auxiliary = Auxiliary(model, quantiles, recipe.auxiliary_lr)
-            self._follow("auxiliary", auxiliary, auxiliary.step)
+            auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
+            self._follow("auxiliary", auxiliary, partial(fit_quantiles, model, auxiliary))
         if recipe.ema is not None:
             ema = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True

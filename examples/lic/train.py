@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rung in _plan(chosen, crops):
                 rung.train(world)
         except FAULTS as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {options.sentence(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             world.say("Stopped. The same command goes on from the last checkpoint.")

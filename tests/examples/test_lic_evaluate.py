@@ -105,6 +105,15 @@ def test_an_unreadable_image_is_named_before_anything_is_coded(runs, capsys):
     assert not (runs / "out").exists()
 
 
+def test_an_output_that_is_a_file_is_named(runs, capsys):
+    (runs / "out").touch()
+    assert run(runs, "--quick") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert f"{runs}/out" in printed
+    assert "cannot be written (Not a directory). Free some space, or choose another" in printed
+
+
 def test_a_decoder_that_differs_is_reported(runs, capsys, monkeypatch):
     decode = measurement.Coder.decode_exactly
     monkeypatch.setattr(measurement.Coder, "decode_exactly", lambda *a: decode(*a) + 1e-6)

@@ -162,6 +162,31 @@ def test_a_full_disk_in_between_does_not_end_the_run(folder, tmp_path, capsys):
     assert load(tmp_path / file_name(0.01))["taken"] == 4
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run(folder, tmp_path, capfd):
+    """It is written by a thread of TensorBoard's, whose traceback says nothing more."""
+    original = train.ladder.Run.save
+
+    def attempt(self):
+        with full_disk(10**9):
+            original(self)
+
+    with pytest.MonkeyPatch.context() as patch, full_disk(300):
+        patch.setattr(train.ladder.Run, "save", attempt)
+        code = run(folder, tmp_path, "--steps", "9", "--log-every", "1")
+    printed = capfd.readouterr().err
+    assert code == 0
+    assert printed.startswith(f"warning: The log in {tmp_path}/logs/lambda-0.01 cannot be written")
+    assert "Traceback" not in printed
+    assert load(tmp_path / file_name(0.01))["taken"] == 9
+
+
+def test_an_output_that_is_a_file_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(folder, tmp_path / "file", "--steps", "1") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/file/logs cannot be written (Not")
+
+
 def test_an_image_that_breaks_off_is_named_and_nothing_lost(folder, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
