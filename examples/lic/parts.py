@@ -1,0 +1,116 @@
+"""The command line that the parts of this example share: run a study, show it, keep it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from matplotlib.figure import Figure
+
+from examples.lic import images, store
+
+CROP = 128
+"""Side of the training crops, and so the least side of a photograph to train on."""
+
+
+class Study(Protocol):
+    """A module that makes evidence; see ``refinement/study.py`` for one."""
+
+    def run(
+        self,
+        scale: Literal["short", "full"],
+        folder: Path,
+        *,
+        photographs: images.Photographs | None,
+        seed: int,
+        say: Callable[[str], object],
+    ) -> dict[str, Any]: ...
+
+    def section(self, results: dict[str, Any]) -> str: ...
+
+    def figures(self, results: dict[str, Any]) -> dict[str, Figure]: ...
+
+
+def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `study` as ``python -m examples.lic.<name>``; returns the exit code."""
+    options = _parse(name, about, arguments)
+    torch.set_num_threads(options.threads)
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    try:
+        results = study.run(
+            "short" if options.quick else "full",
+            options.output / "finished",
+            photographs=_photographs(options, say),
+            seed=options.seed,
+            say=say,
+        )
+        text = study.section(results)
+        print(text)
+        for path in _write(study, results, text, options.output):
+            print(path)
+    except (images.ImageError, store.StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _photographs(
+    options: argparse.Namespace, say: Callable[[str], None]
+) -> images.Photographs | None:
+    if options.images is None:
+        return None
+    photographs = images.from_folders(options.images, options.eval_images, crop=CROP)
+    for note in photographs.notes:
+        say(note)
+    return photographs
+
+
+def _write(study: Study, results: dict[str, Any], text: str, folder: Path) -> list[Path]:
+    figures = {folder / f"{stem}.png": figure for stem, figure in study.figures(results).items()}
+    for path, figure in figures.items():
+        figure.savefig(path)
+    written = {"results.json": json.dumps(results, indent=1), "section.md": text + "\n"}
+    for file, content in written.items():
+        (folder / file).write_text(content, encoding="utf-8")
+    return [*figures, *(folder / file for file in written)]
+
+
+def _parse(name: str, about: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m examples.lic.{name}",
+        description=f"{about} A run that was stopped goes on where it was.",
+    )
+    add = parser.add_argument
+    add("--images", help="use this folder, not bundled images", type=Path, metavar="DIR")
+    add("--eval-images", help="held out; if not given, the last fifth of --images by name",
+        type=Path, metavar="DIR")  # fmt: skip
+    add("--output", help="for figures and results (%(default)s)", type=Path, metavar="DIR",
+        default=Path("runs/lic") / name)  # fmt: skip
+    add("--seed", help="of weights, crops and noise (%(default)s)", type=int, metavar="N",
+        default=0)  # fmt: skip
+    add("--threads", help="2 help on idle cores, and harm on busy ones (%(default)s)",
+        type=_count, metavar="N", default=1)  # fmt: skip
+    add("--quick", action="store_true", help="few steps, to see that it works")
+    options = parser.parse_args(arguments)
+    if options.eval_images is not None and options.images is None:
+        parser.error("--eval-images needs --images")
+    return options
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"should be positive, found {text}")
+    return value
+
+
+_count.__name__ = "int"  # what argparse calls it when the text is no number
