@@ -1,4 +1,4 @@
-"""The command line that the parts of this example share: run a study, show it, keep it."""
+"""What the parts of this example share: a command line that runs a study, shows it, keeps it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from examples.lic import images, store
 
@@ -35,6 +36,13 @@ class Study(Protocol):
     def section(self, results: dict[str, Any]) -> str: ...
 
     def figures(self, results: dict[str, Any]) -> dict[str, Figure]: ...
+
+
+def middle(image: Tensor, side: int) -> Tensor:
+    """The middle square of ``[C, H, W]``, or as much of it as there is."""
+    height, width = image.shape[-2:]
+    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
+    return image[:, top : top + side, left : left + side]
 
 
 def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = None) -> int:

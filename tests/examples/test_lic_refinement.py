@@ -13,7 +13,7 @@ from examples.lic import evaluation, parts
 from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.images import Photographs
 from examples.lic.refinement import study
-from examples.lic.refinement.experiment import loss, middle
+from examples.lic.refinement.experiment import loss
 from examples.lic.refinement.refine import Latents, Refinement, encode, quantize, refine, score
 from examples.lic.refinement.rounding import TWO_CLASS, Gumbel, StraightThrough
 from moo_balance import AnalyticQP, BalancedTrajectory
@@ -131,8 +131,8 @@ def test_loss_and_middle():
     assert loss((0.5, math.inf), 0.01) == 0.5
     assert loss((0.5, 20.0), 0.01) == pytest.approx(0.5 + 0.01 * 650.25)
     image = torch.arange(3 * 5 * 6).reshape(3, 5, 6)
-    assert torch.equal(middle(image, 2), image[:, 1:3, 2:4])
-    assert torch.equal(middle(image, 9), image)
+    assert torch.equal(parts.middle(image, 2), image[:, 1:3, 2:4])
+    assert torch.equal(parts.middle(image, 9), image)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.lic import store
+from examples.lic import parts, store
 from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.comparison import BALANCED, EQUAL
 from examples.lic.evaluation import Score
@@ -55,7 +55,7 @@ class Plan:
     others: Sequence[float] = (0.001,)
     balanced: Sequence[float] = (0.0067, 0.05)
     maxima: Sequence[float] = (0.2, 0.6)
-    training: Recipe = Recipe(1000, lr=1e-3)  # noqa: RUF009  frozen
+    training: Recipe = field(default=Recipe(1000, lr=1e-3))
     steps: int = 300
     crop: int = 192
     seed: int = 0
@@ -154,7 +154,7 @@ class Experiment:
             yield following
 
     def _train(self, model: MeanScaleHyperprior, lmbda: float, seed: int) -> None:
-        crops = RandomCrops(self.photographs.train, crop=128, batch=2, seed=seed)
+        crops = RandomCrops(self.photographs.train, crop=parts.CROP, batch=2, seed=seed)
         train(model, crops, EQUAL, self.plan.training, lmbda=lmbda, seed=seed)
 
     def _key(self, lambdas: Sequence[float]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Experiment:
         self.say(f"refine: {task.group}, {task.name}, λ = {task.lmbda:g}")
         return {
             "images": {
-                name: refined(model, middle(image, self.plan.crop), task, self.plan.seed)
+                name: refined(model, parts.middle(image, self.plan.crop), task, self.plan.seed)
                 for name, image in self.photographs.held_out.items()
             }
         }
@@ -218,13 +218,6 @@ def _save(model: MeanScaleHyperprior, path: Path) -> None:
 def _fingerprints(images: Mapping[str, Tensor]) -> dict[str, int]:
     """Tell images of one name apart, so that a changed folder is not answered from the store."""
     return {name: zlib.crc32(image.numpy().tobytes()) for name, image in images.items()}
-
-
-def middle(image: Tensor, side: int) -> Tensor:
-    """The middle square of ``[C, H, W]``, or as much of it as there is."""
-    height, width = image.shape[-2:]
-    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
-    return image[:, top : top + side, left : left + side]
 
 
 def loss(point: Mapping[str, Any] | Score, lmbda: float) -> float:
