@@ -24,10 +24,14 @@ SETTLED = 0.7
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many steps, and Adam's learning rate: it falls twice to 0.3 of itself near the end."""
+    """How many steps, and Adam's learning rate: it falls twice to 0.3 of itself near the end.
+
+    `clip` bounds the norm of the gradient; by default it is brought to 1 instead.
+    """
 
     steps: int
     lr: float
+    clip: float | None = None
 
     @property
     def milestones(self) -> list[int]:
@@ -100,7 +104,10 @@ def train(
         optimizer.zero_grad()
         # A closure, so that a method that watches the step can evaluate the losses after it.
         optimizer.backward(partial(rate_distortion, model, images, lmbda))
-        normalize_gradient(model.parameters())
+        if recipe.clip is None:
+            normalize_gradient(model.parameters())
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         trace.seconds.append(time.perf_counter() - start)
         scheduler.step()
