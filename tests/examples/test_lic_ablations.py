@@ -93,9 +93,9 @@ def photographs():
 def results(tmp_path_factory, photographs):
     folder = tmp_path_factory.mktemp("ablations")
     found = study.run("short", folder, photographs=photographs)
-    files = set(folder.iterdir())
+    files = set(folder.rglob("*"))
     assert study.run("short", folder, photographs=photographs) == found
-    assert set(folder.iterdir()) == files
+    assert set(folder.rglob("*")) == files
     return json.loads(json.dumps(found))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from examples.lic import bd, images, parts
+from examples.lic import bd, images, parts, store
 from examples.lic.ablations.variations import SUMS, VARIATIONS, Variation
 from examples.lic.evaluation import Score
 from examples.lic.study.laboratory import SUM, Laboratory, Run
@@ -74,7 +74,7 @@ def run(
     """
     plan = PLANS[scale]
     plan = replace(plan, seeds=[seed + s for s in plan.seeds])
-    laboratory = Laboratory(_looked_at(photographs or images.bundled(), plan.look), folder)
+    laboratory = _laboratory(photographs or images.bundled(), plan, folder)
     records = []
     for s in plan.seeds:
         for title, variation in VARIATIONS.items():
@@ -94,11 +94,15 @@ def runs(variation: Variation, plan: Plan, seed: int) -> Iterator[Run]:
         yield run if variation.scratch else replace(run, start=start, steps=plan.steps, lr=5e-4)
 
 
-def _looked_at(photographs: images.Photographs, side: int | None) -> images.Photographs:
-    if side is None:
-        return photographs
-    middles = {name: parts.middle(image, side) for name, image in photographs.held_out.items()}
-    return replace(photographs, held_out=middles)
+def _laboratory(photographs: images.Photographs, plan: Plan, folder: Path) -> Laboratory:
+    """Where the runs take place, apart from those on other photographs."""
+    if plan.look is not None:
+        pictures = photographs.held_out.items()
+        middles = {name: parts.middle(image, plan.look) for name, image in pictures}
+        photographs = replace(photographs, held_out=middles)
+    every = {**photographs.train, **photographs.held_out}
+    key = {"what": "ablations", "photographs": parts.fingerprints(every)}
+    return Laboratory(photographs, folder / store.file_name(key, suffix=""))
 
 
 def _record(laboratory: Laboratory, run: Run) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -163,7 +162,7 @@ class Experiment:
             "lambdas": list(lambdas),
             "training": asdict(self.plan.training),
             "seed": self.plan.seed,
-            "images": _fingerprints(self.photographs.train),
+            "images": parts.fingerprints(self.photographs.train),
         }
 
     def _record(self, task: Task, model: MeanScaleHyperprior) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class Experiment:
             "how": repr(task.how),
             "lambda": task.lmbda,
             "crop": self.plan.crop,
-            "images": _fingerprints(self.photographs.held_out),
+            "images": parts.fingerprints(self.photographs.held_out),
             "codec": self._key(rungs),
         }
         result = store.cached(self.folder, key, partial(self._refine_all, task, model))
@@ -213,11 +212,6 @@ def refined(model: MeanScaleHyperprior, image: Tensor, task: Task, seed: int) ->
 def _save(model: MeanScaleHyperprior, path: Path) -> None:
     with path.open("wb") as file:  # by itself torch.save refuses names that begin with a dot
         torch.save(model.state_dict(), file)
-
-
-def _fingerprints(images: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tell images of one name apart, so that a changed folder is not answered from the store."""
-    return {name: zlib.crc32(image.numpy().tobytes()) for name, image in images.items()}
 
 
 def loss(point: Mapping[str, Any] | Score, lmbda: float) -> float:
