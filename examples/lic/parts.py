@@ -51,6 +51,11 @@ def fingerprints(pictures: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: zlib.crc32(image.numpy().tobytes()) for name, image in pictures.items()}
 
 
+def signed(value: float, form: str) -> str:
+    """A number with its sign, as text has it."""
+    return f"{value:+{form}}".replace("-", "−")
+
+
 def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = None) -> int:
     """Run `study` as ``python -m examples.lic.<name>``; returns the exit code."""
     options = _parse(name, about, arguments)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 from torch import nn
 
 from examples.lic import parts
-from examples.lic.ablations import study
+from examples.lic.ablations import report, study
 from examples.lic.ablations.variations import (
     GAMMAS,
     SOLUTION_1,
@@ -131,9 +131,9 @@ def made_up(part, seeds=(0, 1)):
 
 def test_bd_rate_is_against_the_counterpart():
     records = made_up({SOLUTION_1: 0.9, "γ = 0": 0.99})
-    assert study.compare(records, "γ = 0", SOLUTION_1) == pytest.approx({0: 10.0, 1: 10.0})
-    assert study.compare(records, SOLUTION_1, SOLUTION_2) == pytest.approx({0: -10.0, 1: -10.0})
-    text = study.section({"plan": study.asdict(study.Plan()), "records": records})
+    assert report.compare(records, "γ = 0", SOLUTION_1) == pytest.approx({0: 10.0, 1: 10.0})
+    assert report.compare(records, SOLUTION_1, SOLUTION_2) == pytest.approx({0: -10.0, 1: -10.0})
+    text = study.section({"plan": asdict(study.Plan()), "records": records})
     assert "| Solution 1 | +10.0 % (+10.0, +10.0) |" in text
 
 
@@ -142,7 +142,7 @@ def test_collapse_is_reported_as_such_and_not_as_a_curve():
     for record in records:
         if record["title"] == "Solution 2, exact":
             record["scores"] = {"image": [0.006, 11.0]}
-    text = study.section({"plan": study.asdict(study.Plan()), "records": records})
+    text = study.section({"plan": asdict(study.Plan()), "records": records})
     (row,) = [line for line in text.splitlines() if line.startswith("| Solution 2, exact")]
     assert "| 6 of 6 |" in row
     assert "no curve to compare in 2 of 2 seeds" in row

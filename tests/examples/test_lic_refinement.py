@@ -12,7 +12,7 @@ from PIL import Image
 from examples.lic import evaluation, parts
 from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.images import Photographs
-from examples.lic.refinement import study
+from examples.lic.refinement import report, study
 from examples.lic.refinement.experiment import loss
 from examples.lic.refinement.refine import Latents, Refinement, encode, quantize, refine, score
 from examples.lic.refinement.rounding import TWO_CLASS, Gumbel, StraightThrough
@@ -163,11 +163,11 @@ def test_study_computes_gains_from_its_records(results):
     """A refinement that saves a tenth of the rate everywhere has a BD-rate of −10 %."""
     points = {0.0025: (0.1, 25.0), 0.0067: (0.2, 28.0), 0.018: (0.4, 31.0)}
     part = {"none": 1.0, "straight-through": 1.0, "SGA+": 0.9}
-    for record in study.select(results["records"], group="curve"):
+    for record in report.select(results["records"], group="curve"):
         bpp, psnr = points[record["lambda"]]
         record["images"]["held out"]["score"] = [part[record["name"]] * bpp, psnr]
-    curves = {name: study.select(results["records"], group="curve", name=name) for name in part}
-    (delta,) = study.deltas(curves["SGA+"], curves["none"]).values()
+    curves = {name: report.select(results["records"], group="curve", name=name) for name in part}
+    (delta,) = report.deltas(curves["SGA+"], curves["none"]).values()
     assert delta.rate == pytest.approx(-10)
     assert "| SGA+, SSL | no refinement | −10.0 % [−10.0, −10.0] |" in study.section(results)
 

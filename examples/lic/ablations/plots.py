@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.lic.ablations.study import curve
+from examples.lic.ablations.report import curve
 from examples.lic.ablations.variations import (
     CLIPPED_1,
     CLIPPED_2,

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.lic.evaluation import mean_score
-from examples.lic.refinement import study
 from examples.lic.refinement.experiment import loss
+from examples.lic.refinement.report import scores, select
 
 STYLES = {
     ("curve", "none"): ("0.45", "s-", "no refinement"),
@@ -27,8 +27,8 @@ def rate_distortion_figure(results: Mapping[str, Any]) -> Figure:
     """Means over the held-out photographs; lines join what differs in λ alone."""
     figure, ax = _figure()
     for (group, name), (colour, style, label) in STYLES.items():
-        records = study.select(results["records"], group=group, name=name)
-        points = sorted(mean_score(study.scores(record)) for record in records)
+        records = select(results["records"], group=group, name=name)
+        points = sorted(mean_score(scores(record)) for record in records)
         ax.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=7)
     ax.set_xlabel("rate (bits per pixel)")
     ax.set_ylabel("PSNR (dB)")
@@ -41,8 +41,8 @@ def course_figure(results: Mapping[str, Any]) -> Figure:
     base = results["plan"]["base"]
     figure, ax = _figure()
     chosen = [
-        *study.select(results["records"], group="curve", name="straight-through", trained=base),
-        *study.select(results["records"], group="probability"),
+        *select(results["records"], group="curve", name="straight-through", trained=base),
+        *select(results["records"], group="probability"),
     ]
     for record in chosen:
         if not record["name"].endswith("integers"):
