@@ -18,7 +18,7 @@ from examples.lic.study.conduct import Conduct
 from examples.lic.study.experiments import RIVALS, SOLUTIONS, Unit
 from examples.lic.study.laboratory import SUM, Laboratory, Run
 from examples.lic.study.sentences import reading, summary
-from examples.lic.study.tuning import Grid, Tuned, loss, tune_balanced
+from examples.lic.study.tuning import Grid, Tuned, loss, tune_standard
 
 DOCS = Path(__file__).parents[2] / "docs"
 PRICES = (0.0005, 0.001, 0.002, 0.004)
@@ -59,7 +59,7 @@ def unit(against_own=0.0, against_rest=0.0, series=False):
 
 def made_up(**shifts):
     seeds = {str(seed): unit(series=seed == 0, **shifts) for seed in range(3)}
-    cell = {"lr": 1e-3, "clip": None, "price": 1e-3, "loss": 1.0}
+    cell = {"lr": 1e-3, "clip": None, "loss": 1.0}
     return {
         "about": {
             "date": "2000-01-01", "processor": "a processor", "cores": 2, "workers": 2,
@@ -67,12 +67,13 @@ def made_up(**shifts):
             "crop": 64, "widths": [8, 8], "batch": 2,
         },
         "seconds per step": {"standard": 1.0, "Solution 1": 1.25, "Solution 2": 1.5},
-        "tuning": {"fine-tuned": dict.fromkeys(("standard", *SOLUTIONS), [cell, cell])},
+        "tuning": {"fine-tuned": [cell, {**cell, "loss": 1.25}]},
         "experiments": {
             "fine-tuned": {
                 "name": "fine-tuned", "steps": 4, "lambdas": dict.fromkeys(SOLUTIONS, PRICES),
-                "prices": PRICES, "rivals": list(RIVALS), "start": (0.01, 2), "batch": 2,
-                "shape": {}, "planned seeds": [0, 1, 2], "seeds": seeds,
+                "prices": dict.fromkeys(SOLUTIONS, PRICES), "rivals": list(RIVALS),
+                "start": (0.01, 2), "batch": 2, "shape": {}, "planned seeds": [0, 1, 2],
+                "seeds": seeds,
             },
         },
         "parts": {},
@@ -135,22 +136,21 @@ def test_the_page_in_the_docs_is_that_of_its_results(tmp_path):
 
 def test_runs_of_a_unit_are_paired_and_each_rival_has_what_it_needs():
     experiment = scales.tiny().families["fine-tuned"].experiments[0]
-    lrs = {"standard": 1e-3, "Solution 1": 2e-3, "Solution 2": 3e-3}
     settled = {"rate": 0.75, "distortion": 0.25}
 
     class Measured:
         def __call__(self, run):
             return type("Result", (), {"settled": settled})
 
-    unit = Unit(Measured(), experiment, Tuned(lrs, 5.0, 1.4), seed=3)
+    unit = Unit(Measured(), experiment, Tuned(2e-3, 5.0, 1.4), seed=3)
     runs = {name: rival(unit, "Solution 2") for name, rival in RIVALS.items()}
     for run in (run for curve in runs.values() for run in curve):
         assert (run.seed, run.start.seed, run.start.steps) == (3, 3, 2)
-    assert {(run.lr, run.clip) for run in runs["static weights"]} == {(3e-3, None)}
-    assert {(run.lr, run.clip, run.steps) for run in runs["standard, equal time"]} == {
-        (1e-3, 5.0, 3)
-    }
-    assert {(run.weighting.values["rate"], run.lr) for run in runs[OWN]} == {(0.75, 3e-3)}
+        assert run.lr == 2e-3
+    assert {run.clip for run in runs[STATIC]} == {None}
+    assert {(run.clip, run.steps) for run in runs["standard, equal steps"]} == {(5.0, 2)}
+    assert {(run.clip, run.steps) for run in runs["standard, equal time"]} == {(5.0, 3)}
+    assert {(run.weighting.values["rate"], run.clip) for run in runs[OWN]} == {(0.75, None)}
     assert [run.lmbda for run in runs[OWN]] == list(experiment.lambdas["Solution 2"])
 
 
@@ -164,22 +164,17 @@ def test_keys_differ_with_weighting_start_and_everything_else():
     assert len(keys) == 5
 
 
-def test_a_balanced_run_is_judged_by_the_price_it_settled_on(tmp_path):
-    made = {1e-3: (0.2, 30.0), 2e-3: (0.1, 30.0)}
+def test_tuning_ranks_by_the_loss(tmp_path):
+    rates = {(1e-3, None): 0.3, (1e-3, 1.0): 0.2, (2e-3, None): 0.1, (2e-3, 1.0): 0.4}
 
     class Measured(Laboratory):
         def __call__(self, run):
-            scores = {"a": Score(*made[run.lr])}
-            return type("R", (), {"scores": scores, "settled": {"rate": 0.8, "distortion": 0.2}})
+            return type("R", (), {"scores": {"a": Score(rates[run.lr, run.clip], 30.0)}})
 
-    laboratory = Measured(None, tmp_path)
-    best, worst = tune_balanced(
-        laboratory, Run(SUM, 0.0, 1, 0.0), SOLUTIONS["Solution 1"],
-        Grid((1e-3, 2e-3), (None,), 0.1, 0.04),
-    )  # fmt: skip
-    assert (best["lr"], worst["lr"]) == (2e-3, 1e-3)
-    assert best["price"] == pytest.approx(0.01)
-    assert best["loss"] == pytest.approx(0.1 + 0.01 * 255**2 * 1e-3)
+    grid = Grid((1e-3, 2e-3), (None, 1.0), price=0.01)
+    cells = tune_standard(Measured(None, tmp_path), Run(SUM, 0.0, 1, 0.0), grid)
+    assert [(cell["lr"], cell["clip"]) for cell in cells] == sorted(rates, key=rates.get)
+    assert cells[0]["loss"] == pytest.approx(0.1 + 0.01 * 255**2 * 1e-3)
 
 
 @pytest.mark.parametrize(("shift", "rate"), [(0.5, -10.91), (-0.5, 12.25)])
@@ -251,6 +246,7 @@ def test_a_page_holds_every_comparison_and_section():
     assert "Of 8 comparisons, 6 came out better, 0 worse, and 2 not distinguishable." in text
     assert "## Another part\n\nWhat it showed." in text
     assert "Solution 1 takes 1.25 standard ones" in text
+    assert "| fine-tuned | 2 | 0.001 | norm 1 | 25.0 % |" in text
     assert "| Solution 2 | standard, equal time | −10.9 % [−10.9, −10.9] | 3 of 3 |" in text
     assert set(figures.figures(made)) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
 

@@ -21,11 +21,15 @@ from examples.lic.store import cached
 from examples.lic.study.experiments import SOLUTIONS, Experiment, Unit
 from examples.lic.study.laboratory import SUM, Laboratory, Run
 from examples.lic.study.scales import Family, Scale
-from examples.lic.study.tuning import Tuned, step_costs, tune_balanced, tune_standard
+from examples.lic.study.tuning import Tuned, step_costs, tune_standard
 
-PARTS: dict[str, str] = {}
-"""The example's other parts with evidence to show: module by title. Each has ``run``,
-``section`` and ``figures``."""
+PARTS = {
+    "Ablations": "examples.lic.ablations.study",
+    "Variable rate": "examples.lic.variable_rate.study",
+    "Latent refinement": "examples.lic.refinement.study",
+}
+"""The example's other parts with evidence to show. Each module has ``run``, ``section`` and
+``figures``."""
 
 T = TypeVar("T")
 Results = dict[str, Any]
@@ -63,9 +67,9 @@ class Conduct:
             results["experiments"][experiment]["seeds"][str(seed)] = curves
             self.on_progress(results)
         results["parts"] = {}
-        for title, module in PARTS.items():
-            run = import_module(module).run
-            results["parts"][title] = run(self.scale.parts, self.folder / "parts")
+        for title, module in PARTS.items() if self.scale.parts else ():
+            folder = self.folder / module.split(".")[-2]
+            results["parts"][title] = import_module(module).run(self.scale.parts, folder)
             self.on_progress(results)
         return results
 
@@ -89,9 +93,8 @@ class Conduct:
         slower = max(costs[name] for name in SOLUTIONS) / costs["standard"]
         units = {}
         for name, family in self.scale.families.items():
-            best = {side: cells[0] for side, cells in results["tuning"][name].items()}
-            lrs = {side: cell["lr"] for side, cell in best.items()}
-            tuned = Tuned(lrs, best["standard"]["clip"], slower)
+            best = results["tuning"][name][0]
+            tuned = Tuned(best["lr"], best["clip"], slower)
             for e in family.experiments:
                 units |= {(e.name, s): Unit(laboratory, e, tuned, s) for s in e.seeds}
         # What matters most first, and that seed by seed: a study that is stopped early shows it.
@@ -112,16 +115,11 @@ class Conduct:
             pool.shutdown(cancel_futures=True)
 
 
-def tune(laboratory: Laboratory, family: Family) -> dict[str, list[dict[str, Any]]]:
-    """The cells tried for each side, the best first."""
+def tune(laboratory: Laboratory, family: Family) -> list[dict[str, Any]]:
+    """The cells that were tried, the best first."""
     experiment, grid = family.experiments[0], family.grid
-    unit = Unit(laboratory, experiment, Tuned({}, None, 1.0), grid.seed)
-    template = unit.run(SUM, grid.price, grid.lrs[0], scored_on="train")
-    balanced = {
-        name: tune_balanced(laboratory, template, weighting, grid)
-        for name, weighting in SOLUTIONS.items()
-    }
-    return {"standard": tune_standard(laboratory, template, grid), **balanced}
+    unit = Unit(laboratory, experiment, Tuned(grid.lrs[0], None, 1.0), grid.seed)
+    return tune_standard(laboratory, unit.run(SUM, grid.price, scored_on="train"), grid)
 
 
 def plan(experiment: Experiment) -> Results:

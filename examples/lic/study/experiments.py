@@ -25,8 +25,9 @@ class Experiment:
     steps: int
     lambdas: Mapping[str, Sequence[float]]
     """The λ along which each solution draws its curve."""
-    prices: Sequence[float]
-    """The λ of plain sums: where balanced runs land is far below their own λ."""
+    prices: Mapping[str, Sequence[float]]
+    """The λ of plain sums held against each solution: those that cover the rates where it lands,
+    which is far below its own λ."""
     seeds: Sequence[int]
     rivals: Sequence[str]
     start: tuple[float, int] | None = None
@@ -55,11 +56,11 @@ class Unit:
             for solution in SOLUTIONS
         }
 
-    def run(self, weighting: Weighting, lmbda: float, lr: float, **changes: Any) -> Run:
+    def run(self, weighting: Weighting, lmbda: float, **changes: Any) -> Run:
         experiment = self.experiment
         common = {"batch": experiment.batch, "seed": self.seed, **experiment.shape}
         options = {"steps": experiment.steps, "start": self._start(common), **common, **changes}
-        return Run(weighting, lmbda, lr=lr, **options)
+        return Run(weighting, lmbda, lr=self.tuned.lr, **options)
 
     def _start(self, common: Mapping[str, Any]) -> Run | None:
         if self.experiment.start is None:
@@ -87,27 +88,27 @@ def as_json(result: Result, run: Run) -> dict[str, Any]:
 
 
 def balanced(unit: Unit, solution: str) -> list[Run]:
-    weighting, lr = SOLUTIONS[solution], unit.tuned.lr[solution]
-    return [unit.run(weighting, lmbda, lr) for lmbda in unit.experiment.lambdas[solution]]
+    weighting = SOLUTIONS[solution]
+    return [unit.run(weighting, lmbda) for lmbda in unit.experiment.lambdas[solution]]
 
 
 def static(unit: Unit, solution: str) -> list[Run]:
-    """Constant weights, swept: all else, the learning rate too, as in the balanced runs."""
-    lr = unit.tuned.lr[solution]
-    return [unit.run(SUM, price, lr) for price in unit.experiment.prices]
+    """Constant weights, swept; all else as in the balanced runs."""
+    return [unit.run(SUM, price) for price in unit.experiment.prices[solution]]
 
 
 def own_weights(unit: Unit, solution: str) -> list[Run]:
     """For each balanced run its own settled weights, held constant from the first step."""
     runs = balanced(unit, solution)
     weights = [FixedWeights(unit.laboratory(run).settled) for run in runs]
-    return [unit.run(w, run.lmbda, run.lr) for w, run in zip(weights, runs, strict=True)]
+    return [unit.run(w, run.lmbda) for w, run in zip(weights, runs, strict=True)]
 
 
 def standard(unit: Unit, solution: str) -> list[Run]:
-    """The plain sum with its own learning rate and clipping."""
-    options = {"lr": unit.tuned.lr["standard"], "clip": unit.tuned.clip}
-    return [unit.run(SUM, price, **options) for price in unit.experiment.prices]
+    """The plain sum with the clipping that suits it best."""
+    return [
+        unit.run(SUM, price, clip=unit.tuned.clip) for price in unit.experiment.prices[solution]
+    ]
 
 
 def standard_in_equal_time(unit: Unit, solution: str) -> list[Run]:
@@ -116,8 +117,8 @@ def standard_in_equal_time(unit: Unit, solution: str) -> list[Run]:
     The two cost nearly the same, and one curve serves both.
     """
     steps = round(unit.experiment.steps * unit.tuned.cost)
-    options = {"lr": unit.tuned.lr["standard"], "clip": unit.tuned.clip, "steps": steps}
-    return [unit.run(SUM, price, **options) for price in unit.experiment.prices]
+    options = {"clip": unit.tuned.clip, "steps": steps}
+    return [unit.run(SUM, price, **options) for price in unit.experiment.prices[solution]]
 
 
 RIVALS: dict[str, Callable[[Unit, str], list[Run]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean, median
@@ -21,11 +21,12 @@ from moo_balance.weighting import Weighting
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found; each side has its own."""
+    """What was found before anything is compared."""
 
-    lr: Mapping[str, float]
+    lr: float
+    """The standard run's; the balanced ones take what suits it best."""
     clip: float | None
-    """Of the standard run; balanced runs and static weights keep gradients of norm 1."""
+    """The standard run's; balanced runs and static weights keep gradients of norm 1."""
     cost: float
     """Time of a step of the slower solution, in steps of the standard run."""
 
@@ -38,39 +39,15 @@ class Grid:
     clips: Sequence[float | None]
     price: float
     """The λ of the standard run."""
-    lmbda: float
-    """The λ of the balanced runs."""
     seed: int = 100
 
 
 def tune_standard(laboratory: Laboratory, template: Run, grid: Grid) -> list[dict[str, Any]]:
-    """All cells of the grid, the best first."""
-    runs = [
-        replace(template, weighting=SUM, lmbda=grid.price, lr=lr, clip=clip)
-        for lr, clip in product(grid.lrs, grid.clips)
-    ]
-    return _ranked(laboratory, runs, grid.price)
-
-
-def tune_balanced(
-    laboratory: Laboratory, template: Run, weighting: Weighting, grid: Grid
-) -> list[dict[str, Any]]:
-    """All learning rates, the best first.
-
-    A balanced run has no λ of its own to be judged by. It is judged by the plain sum that it in
-    effect minimises: with the λ that the middle one of the learning rates settled on, so that
-    all are held against the same straight line in the rate-distortion plane.
-    """
-    runs = [replace(template, weighting=weighting, lmbda=grid.lmbda, lr=lr) for lr in grid.lrs]
-    settled = laboratory(runs[len(runs) // 2]).settled
-    return _ranked(laboratory, runs, grid.lmbda * settled["distortion"] / settled["rate"])
-
-
-def _ranked(laboratory: Laboratory, runs: Iterable[Run], price: float) -> list[dict[str, Any]]:
-    cells = [
-        {"lr": run.lr, "clip": run.clip, "price": price, "loss": loss(laboratory(run), price)}
-        for run in runs
-    ]
+    """All cells of the grid by R + λD, the best first."""
+    cells = []
+    for lr, clip in product(grid.lrs, grid.clips):
+        run = replace(template, weighting=SUM, lmbda=grid.price, lr=lr, clip=clip)
+        cells.append({"lr": lr, "clip": clip, "loss": loss(laboratory(run), grid.price)})
     return sorted(cells, key=lambda cell: cell["loss"])
 
 
