@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.lic import images, store
+from examples.lic import images, options, store
 
 CROP = 128
 """Side of the training crops, and so the least side of a photograph to train on."""
@@ -58,8 +58,8 @@ def signed(value: float, form: str) -> str:
 
 def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = None) -> int:
     """Run `study` as ``python -m examples.lic.<name>``; returns the exit code."""
-    options = _parse(name, about, arguments)
-    torch.set_num_threads(options.threads)
+    chosen = _parse(name, about, arguments)
+    torch.set_num_threads(chosen.threads)
     start = time.monotonic()
 
     def say(text: str) -> None:
@@ -67,15 +67,15 @@ def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = 
 
     try:
         results = study.run(
-            "short" if options.quick else "full",
-            options.output / "finished",
-            photographs=_photographs(options, say),
-            seed=options.seed,
+            "short" if chosen.quick else "full",
+            chosen.output / "finished",
+            photographs=_photographs(chosen, say),
+            seed=chosen.seed,
             say=say,
         )
         text = study.section(results)
         print(text)
-        for path in _write(study, results, text, options.output):
+        for path in _write(study, results, text, chosen.output):
             print(path)
     except (images.ImageError, store.StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,11 +84,11 @@ def main(study: Study, name: str, about: str, arguments: Sequence[str] | None = 
 
 
 def _photographs(
-    options: argparse.Namespace, say: Callable[[str], None]
+    chosen: argparse.Namespace, say: Callable[[str], None]
 ) -> images.Photographs | None:
-    if options.images is None:
+    if chosen.images is None:
         return None
-    photographs = images.from_folders(options.images, options.eval_images, crop=CROP)
+    photographs = images.from_folders(chosen.images, chosen.eval_images, crop=CROP)
     for note in photographs.notes:
         say(note)
     return photographs
@@ -118,18 +118,9 @@ def _parse(name: str, about: str, arguments: Sequence[str] | None) -> argparse.N
     add("--seed", help="of weights, crops and noise (%(default)s)", type=int, metavar="N",
         default=0)  # fmt: skip
     add("--threads", help="2 help on idle cores, and harm on busy ones (%(default)s)",
-        type=_count, metavar="N", default=1)  # fmt: skip
+        type=options.positive(int), metavar="N", default=1)  # fmt: skip
     add("--quick", action="store_true", help="few steps, to see that it works")
-    options = parser.parse_args(arguments)
-    if options.eval_images is not None and options.images is None:
+    chosen = parser.parse_args(arguments)
+    if chosen.eval_images is not None and chosen.images is None:
         parser.error("--eval-images needs --images")
-    return options
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"should be positive, found {text}")
-    return value
-
-
-_count.__name__ = "int"  # what argparse calls it when the text is no number
+    return chosen

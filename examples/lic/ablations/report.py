@@ -139,7 +139,9 @@ def _conclusion(records: Sequence[Mapping[str, Any]]) -> str:
         if all(rate < 0 for rate in rates) or all(rate > 0 for rate in rates):
             apart.append(title)
     fallen = f"Collapsed at some λ: {', '.join(titles)}." if titles else "No run collapsed."
+    seeds = len({record["seed"] for record in records})
     return (
         f"{fallen} Of {alike} variations whose curves can be compared, {len(apart)} lie on one "
-        f"side of their counterpart in every seed{': ' if apart else ''}{', '.join(apart)}."
+        f"side of their counterpart in every seed, where chance would put {2 ** (1 - seeds):.0%} "
+        f"of them{': ' if apart else ''}{', '.join(apart)}."
     )
