@@ -33,18 +33,15 @@ def curves_figure(results: Mapping[str, Any]) -> Figure:
     """A panel for each question, one line for each variation and seed."""
     # A figure of its own, not pyplot's: nothing global, no display, no backend to choose.
     figure = Figure(figsize=(11, 9), dpi=150, layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True, sharey=True)
+    grid = figure.subplots(2, 2)
     for ax, (panel, titles) in zip(grid.flat, PANELS.items(), strict=True):
         for index, title in enumerate(titles):
             _plot(ax, results, title, f"C{index}")
         ax.set_title(panel)
-        ax.set_xscale("log")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small", loc="lower right")
-    for ax in grid[1]:
+        ax.legend(frameon=False, fontsize="small", loc="best")
         ax.set_xlabel("rate (bits per pixel)")
-    for ax in grid[:, 0]:
         ax.set_ylabel("PSNR (dB)")
     return figure
 
