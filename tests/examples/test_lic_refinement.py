@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from examples.lic import evaluation, parts
+from examples.lic.bitstream import Coder
 from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.images import Photographs
 from examples.lic.refinement import report, study
@@ -55,6 +56,16 @@ def test_the_code_is_made_of_integers(model, image, centered):
     symbols = {"z": sent.z - model.z_median, "y": sent.y - mean if centered else sent.y}
     for latent in symbols.values():
         torch.testing.assert_close(latent, latent.round(), rtol=0, atol=1e-4)
+
+
+def test_a_refined_code_goes_through_the_bitstream(model, image):
+    sent = refine(model, image, refinement(), lmbda=LAMBDA)
+    refined = score(model, sent, image)
+    plain = Coder(model).encode(image)
+    model.analyze = lambda images: (sent.y, sent.z)
+    data = Coder(model).encode(image)
+    assert data != plain
+    assert evaluation.psnr(Coder(model).decode(data), image) == pytest.approx(refined.psnr)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.lic.codec import MeanScaleHyperprior
-from examples.lic.evaluation import Score, pad_to_multiple, psnr
+from examples.lic.evaluation import Score, pad_to_multiple, psnr, to_pixels
 from examples.lic.refinement.rounding import PUBLISHED_STEPS, TWO_CLASS, Gumbel
 from moo_balance import BalancedOptimizer, Sum
 from moo_balance.weighting import Weighting
@@ -82,8 +82,8 @@ def encode(model: MeanScaleHyperprior, image: Tensor) -> Latents:
 @torch.no_grad()
 def score(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Score:
     """Rate and PSNR as :func:`examples.lic.evaluation.score` has them, of latents as sent."""
-    decoded = _decode(model, sent, image)[0].clamp(0, 1) * 255
-    return Score(sent.bits.item() / image[0].numel(), psnr(decoded.round().to(torch.uint8), image))
+    decoded = to_pixels(_decode(model, sent, image)[0])
+    return Score(sent.bits.item() / image[0].numel(), psnr(decoded, image))
 
 
 def refine(
