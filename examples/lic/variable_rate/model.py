@@ -169,10 +169,8 @@ class VariableRateCodec(nn.Module):
         """Mean and scale that the decoder knows from z, and the bits z took."""
         width = self.hyper_step(step)
         centered = z - self.base.z_median
-        if self.training:
-            centered = _noisy(centered, width)
-        else:
-            centered = width * (centered / width).round()
+        rounded = width * (centered / width).round()
+        centered = _noisy(centered, width) if self.training else rounded
         mean, scale = self.base.predict(centered + self.base.z_median)
         # In units of the step, an interval of its width is a unit interval.
         likelihood = logistic_likelihood(centered / width, self.base.z_log_scale.exp() / width)

@@ -16,6 +16,9 @@ from examples.lic.variable_rate.model import VariableRateCodec, step_for
 from moo_balance import Balance, BalancedOptimizer
 from moo_balance.weighting import Weighting
 
+Choice = Callable[[Sequence[float], random.Random], Sequence[float]]
+"""Which of the levels a step takes."""
+
 NOISY_SHARE = 0.5
 """The part of post-training in which the decoder sees noise; after it, rounded symbols."""
 
@@ -39,27 +42,25 @@ def level_losses(
     return losses
 
 
-def every_level(lambdas: Sequence[float]) -> Iterator[Sequence[float]]:
+def every_level(lambdas: Sequence[float], draw: random.Random) -> Sequence[float]:
     """All λ in each step."""
-    while True:
-        yield lambdas
+    return lambdas
 
 
-def random_level(lambdas: Sequence[float], seed: int) -> Iterator[Sequence[float]]:
+def random_level(lambdas: Sequence[float], draw: random.Random) -> Sequence[float]:
     """One λ in each step, drawn afresh."""
-    draw = random.Random(seed)
-    while True:
-        yield [draw.choice(lambdas)]
+    return [draw.choice(lambdas)]
 
 
 def post_train(
     model: VariableRateCodec,
     crops: Iterator[Tensor],
-    levels: Iterator[Sequence[float]],
+    lambdas: Sequence[float],
     weighting: Weighting,
     recipe: Recipe,
     *,
     seed: int,
+    choose: Choice = every_level,
     on_step: Callable[[Balance], object] = lambda balance: None,
 ) -> Trace:
     """Train a codec that has learned its highest λ for the others too, in place.
@@ -67,26 +68,28 @@ def post_train(
     Args:
         model: The codec.
         crops: Batches of images, one of which each step takes.
-        levels: The λ of each step: :func:`every_level` or :func:`random_level`.
-        weighting: How the losses of a step's levels are put together; all levels share all
-            parameters, so that each pulls at every one of them.
+        lambdas: The levels. All share all parameters: each pulls at every one of them.
+        weighting: How the losses of a step's levels are put together.
         recipe: Steps and learning rate. Noise for the decoder in the first half (the second
             stage of three), rounded symbols in the other (the third).
-        seed: For the quantisation noise.
+        seed: For the quantisation noise, and for what is chosen.
+        choose: The levels of each step: :func:`every_level` or :func:`random_level`.
         on_step: Called after each step with its losses and weights.
     """
     torch.manual_seed(seed)
     model.train()
     trace = Trace()
-    optimizer = BalancedOptimizer(torch.optim.Adam(model.parameters(), lr=recipe.lr), weighting)
+    draw = random.Random(seed)
+    adam = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    optimizer = BalancedOptimizer(adam, weighting, names=[name_of(lmbda) for lmbda in lambdas])
     scheduler = MultiStepLR(optimizer, recipe.milestones, gamma=0.3)
 
     for index in range(recipe.steps):
-        images, lambdas = next(crops), next(levels)
+        images, chosen = next(crops), choose(lambdas, draw)
         noisy = index < NOISY_SHARE * recipe.steps
         start = time.perf_counter()
         optimizer.zero_grad()
-        optimizer.backward(level_losses(model, images, lambdas, noisy_decoder=noisy))
+        optimizer.backward(level_losses(model, images, chosen, noisy_decoder=noisy))
         normalize_gradient(model.parameters())
         optimizer.step()
         trace.seconds.append(time.perf_counter() - start)
