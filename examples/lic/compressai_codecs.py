@@ -1,0 +1,83 @@
+"""CompressAI's codecs behind the interface of this folder's own.
+
+CompressAI is a library of its own with heavy requirements (``pip install compressai``), and nothing
+here imports it before one of its codecs is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from examples.lic.codec import Reconstruction
+
+PREFIX = "compressai:"
+
+FROM_ZOO = ("bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor")
+"""Names after the prefix; an optional ``@1`` to ``@8`` chooses the widths of a quality."""
+
+CLASSES = {"elic2022-official": "Elic2022Official"}
+"""More of them, which CompressAI offers in one size and as a class alone."""
+
+
+class ArchitectureError(Exception):
+    """A codec that cannot be built; the message says why and what to do."""
+
+
+class CompressAICodec(nn.Module):
+    """One of CompressAI's codecs that returns a :class:`Reconstruction`."""
+
+    stride = 64
+
+    def __init__(self, codec: nn.Module) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        output = self.codec(images)
+        bits = {name: -p.log2().sum() for name, p in output["likelihoods"].items()}
+        return Reconstruction(output["x_hat"], bits)
+
+    def aux_loss(self) -> Tensor:
+        """The loss of the entropy bottleneck's quantiles."""
+        return self.codec.aux_loss()
+
+    @torch.no_grad()
+    def compress(self, images: Tensor) -> tuple[list[bytes], Sequence[int]]:
+        """Strings of one image, and the shape of its hyper-latent."""
+        self.codec.update()
+        output = self.codec.compress(images)
+        return [strings[0] for strings in output["strings"]], output["shape"]
+
+    @torch.no_grad()
+    def decompress(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
+        """The image that :meth:`compress` took."""
+        self.codec.update()
+        return self.codec.decompress([[string] for string in strings], shape)["x_hat"]
+
+
+def build(name: str) -> CompressAICodec:
+    """A fresh codec from ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``.
+
+    Raises:
+        ArchitectureError: CompressAI cannot be imported, or does not know the model.
+    """
+    model, _, quality = name.removeprefix(PREFIX).partition("@")
+    if model not in (*FROM_ZOO, *CLASSES) or (quality or "1") not in "12345678":
+        raise ArchitectureError(
+            f"--arch {PREFIX}MODEL should name one of {', '.join((*FROM_ZOO, *CLASSES))}, with @1 "
+            f"to @8 for the widths of a quality. Found {name}. Choose one of these."
+        )
+    try:
+        from compressai import models
+        from compressai.zoo import image_models
+    except ImportError as error:
+        raise ArchitectureError(
+            f"--arch {name} needs CompressAI, which cannot be imported ({error}). Install it with "
+            "`pip install compressai`, or choose one of the example's own architectures."
+        ) from error
+    if model in CLASSES:
+        return CompressAICodec(getattr(models, CLASSES[model])())
+    return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
