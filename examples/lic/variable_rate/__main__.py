@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from examples.lic import images, store
 from examples.lic.images import Photographs
+from examples.lic.options import positive
 from examples.lic.training import Recipe
 from examples.lic.variable_rate import study
 from examples.lic.variable_rate.experiment import Plan
@@ -96,14 +97,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR")  # fmt: skip
     add("--output", "for figures and results; finished runs found there are not run again",
         type=Path, metavar="DIR", default=Path("runs/lic-variable-rate"))  # fmt: skip
-    add("--lambdas", "levels, three or more", type=_positive(float), nargs="+", metavar="λ",
+    add("--lambdas", "levels, three or more", type=positive(float), nargs="+", metavar="λ",
         default=list(Plan().lambdas))  # fmt: skip
-    add("--start-steps", "at the highest λ alone", type=_positive(int), metavar="N",
+    add("--start-steps", "at the highest λ alone", type=positive(int), metavar="N",
         default=Plan().start.steps)  # fmt: skip
-    add("--steps", "on all levels", type=_positive(int), metavar="N", default=Plan().post.steps)
+    add("--steps", "on all levels", type=positive(int), metavar="N", default=Plan().post.steps)
     add("--seed", "the first", type=int, metavar="N", default=0)
-    add("--seeds", "how many", type=_positive(int), metavar="N", default=2)
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=_positive(int),
+    add("--seeds", "how many", type=positive(int), metavar="N", default=2)
+    add("--threads", "2 help on idle cores, and harm on busy ones", type=positive(int),
         metavar="N", default=1)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     options = parser.parse_args(arguments)
@@ -114,16 +115,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.seeds = 1
     return options
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"should be positive, found {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it when `text` is no number
-    return parse
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.lr_scheduler import MultiStepLR
 
 from examples.lic.training import Recipe, Trace, normalize_gradient
 from examples.lic.variable_rate.model import VariableRateCodec, step_for
@@ -70,8 +69,8 @@ def post_train(
         crops: Batches of images, one of which each step takes.
         lambdas: The levels. All share all parameters: each pulls at every one of them.
         weighting: How the losses of a step's levels are put together.
-        recipe: Steps and learning rate. Noise for the decoder in the first half (the second
-            stage of three), rounded symbols in the other (the third).
+        recipe: Steps, learning rate and when it falls. The decoder sees noise in the first half
+            (the second stage of three) and rounded symbols in the other (the third).
         seed: For the quantisation noise, and for what is chosen.
         choose: The levels of each step: :func:`every_level` or :func:`random_level`.
         on_step: Called after each step with its losses and weights.
@@ -82,7 +81,7 @@ def post_train(
     draw = random.Random(seed)
     adam = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     optimizer = BalancedOptimizer(adam, weighting, names=[name_of(lmbda) for lmbda in lambdas])
-    scheduler = MultiStepLR(optimizer, recipe.milestones, gamma=0.3)
+    schedule = recipe.schedule.begin(optimizer, recipe.steps)
 
     for index in range(recipe.steps):
         images, chosen = next(crops), choose(lambdas, draw)
@@ -93,7 +92,7 @@ def post_train(
         normalize_gradient(model.parameters())
         optimizer.step()
         trace.seconds.append(time.perf_counter() - start)
-        scheduler.step()
+        schedule.step(sum(optimizer.balance.losses.values()) / len(chosen))
         trace.history.append(optimizer.balance)
         on_step(optimizer.balance)
     return trace
