@@ -131,16 +131,34 @@ def test_at_step_one_it_starts_as_the_fixed_rate_codec(base, images, training):
     torch.testing.assert_close(output.bits, expected.bits)
 
 
-def test_rounding_at_a_step_is_rounding_on_a_grid_of_that_step(base, images):
-    output = VariableRateCodec(base, 0.05).eval()(images, 0.25)
+def test_a_pass_at_a_step_is_the_papers_formula(codec, images):
+    step, base = 0.25, codec.base
+    codec.eval()
+    output = codec(images, step)
     y, z = base.analyze(images)
-    z = (z - base.z_median).round()
-    mean, scale = base.predict(z + base.z_median)
-    symbols = ((y - mean) / 0.25).round()
-    torch.testing.assert_close(output.images, base.synthesize(mean + 0.25 * symbols))
-    normal = torch.distributions.Normal(0.0, (scale / 0.25).clamp(min=0.11))
+    width = codec.hyper_step(step)
+    mean, scale = base.predict(base.z_median + width * ((z - base.z_median) / width).round())
+    symbols, scale = ((y - mean) / step).round(), (scale / step).clamp(min=0.11)
+    moved = symbols + symbols.sign() * codec.offset(scale, 1 / step)
+    torch.testing.assert_close(output.images, base.synthesize(mean + moved * step))
+    normal = torch.distributions.Normal(0.0, scale)
     mass = normal.cdf(symbols + 0.5) - normal.cdf(symbols - 0.5)
     torch.testing.assert_close(output.bits["y"], -mass.log2().sum(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("step", [0.5, 3.0])
+def test_what_the_decoder_sees_in_each_stage(base, images, step, monkeypatch):
+    codec = VariableRateCodec(base, 0.05)
+    y, z = base.analyze(images)
+    seen = []
+    monkeypatch.setattr(base, "predict", lambda z: (torch.zeros_like(y), torch.ones_like(y)))
+    monkeypatch.setattr(base, "synthesize", lambda y: seen.append(y) or images)
+    codec.code(y, z, step, noisy_decoder=True)
+    codec.code(y, z, step, noisy_decoder=False)
+    noise = (seen[0] - y) / step
+    assert noise.abs().max() <= 0.5001
+    assert noise.std().item() == pytest.approx(12**-0.5, rel=0.1)
+    torch.testing.assert_close(seen[1], step * (y / step).round())
 
 
 def test_offset_of_a_codec_that_sends_zeros_alone_changes_nothing(codec, images):

@@ -28,7 +28,7 @@ from examples.lic.variable_rate.experiment import (
 )
 from moo_balance import Balance
 
-SHORT = Plan((0.005, 0.016, 0.05), Recipe(6, 1e-3), Recipe(4, 5e-4), 64, 1, 8, 8)
+SHORT = Plan((0.005, 0.016, 0.05), Recipe(200, lr=4e-3), Recipe(20, lr=1e-3), 64, 2, 8, 8)
 FULL = Plan(post=Recipe(700, lr=5e-4))
 STUDIES: dict[str, tuple[Plan, Sequence[int]]] = {"short": (SHORT, (0,)), "full": (FULL, (0, 1, 2))}
 """Plan and seeds of each scale: seconds, and a quarter of an hour on one idle thread."""
