@@ -14,7 +14,7 @@ from examples.lic.images import Photographs
 from examples.lic.training import Recipe, Trace
 from examples.lic.variable_rate import __main__ as cli
 from examples.lic.variable_rate import experiment, study
-from examples.lic.variable_rate.experiment import BEFORE, PLAIN, SINGLE, Plan, fingerprint, shares
+from examples.lic.variable_rate.experiment import BEFORE, PLAIN, SINGLE, Plan, fingerprint
 from moo_balance import Balance
 from moo_balance.weighting import Statistics
 
@@ -38,8 +38,8 @@ def made_up(**more_bits):
             for lmbda, rate, psnr in zip(lambdas, RATES, PSNRS, strict=True)
         ]
         between = {"lambda": 0.03, "trained": False, "images": {"a": [0.5, 28.3]}}
-        ones = {f"{lmbda:g}": [1.0, 1.0] for lmbda in lambdas}
-        return {"points": [*points, between], "ms_per_step": 5.0, "seconds": 6.0, "shares": ones}
+        learned = {"weights": [[0.5, 0.3], [0, 0.1], [0.5, 0.5], [0, 0.1]], "hyper_steps": RATES}
+        return {"points": [*points, between], "ms_per_step": 5.0, "seconds": 6.0, **learned}
 
     names = (BEFORE, SINGLE, *study.STEPS)
     runs = {name: made_up_run(more_bits.get(name, 0.0)) for name in names}
@@ -83,16 +83,16 @@ def test_levels_in_between_are_geometric_means():
     assert Plan((0.04, 0.01, 0.16)).between == pytest.approx([0.02, 0.08])
 
 
-def test_shares_are_means_over_tenths_of_a_run():
+def test_weights_are_means_over_tenths_of_a_run():
     trace, balance = Trace(), Balance()
     for step in range(20):
         ones = torch.ones(2)
         coefficients = torch.tensor([step / 19, 1 - step / 19])
         balance.record(Statistics(("λ=0.1", "λ=0.2"), ones, None), ones, coefficients)
         trace.history.append(balance)
-    found = shares(trace, [0.1, 0.2])
-    assert found["0.1"] == pytest.approx([(4 * part + 1) / 38 for part in range(10)])
-    assert found["0.2"] == pytest.approx([1 - share for share in found["0.1"]])
+    found = experiment.weights_in_parts(trace, [0.1, 0.2])
+    assert found[0] == pytest.approx([(4 * part + 1) / 38 for part in range(10)])
+    assert found[1] == pytest.approx([1 - weight for weight in found[0]])
 
 
 def test_fingerprint_tells_names_and_pixels_apart():
@@ -130,6 +130,9 @@ def test_section_says_what_intervals_allow():
     assert "*+ offsets* against *gains alone*: no difference that can be told from noise" in said
     assert "3 steps on all 4 levels" in said
     assert "Training took 1.6 minutes." in said  # 2 seeds, 8 runs, 6 seconds
+    weights = "mean weights: 0.40 at λ = 0.0035, 0.05 at λ = 0.0085, 0.50 at λ = 0.0205, 0.05 at"
+    assert weights in said
+    assert "learned steps: 0.10 at λ = 0.0035, 0.20 at λ = 0.0085" in said
     assert said.count("\n| ") == 2 + 1 + len(study.STEPS) + 2 + len(study.STEPS)
 
 
@@ -144,9 +147,9 @@ def test_curves_that_cannot_be_compared_are_said_and_do_no_harm():
 
 
 def test_figures_show_every_seed_and_both_kinds_of_mgda():
-    curves, shares_figure = study.figures(made_up()).values()
+    curves, weights = study.figures(made_up()).values()
     assert [ax.get_title() for ax in curves.axes] == ["seed 0", "seed 1"]
-    assert [ax.get_title() for ax in shares_figure.axes] == ["+ MGDA", "MGDA, unit gradients"]
+    assert [ax.get_title() for ax in weights.axes] == ["+ MGDA", "MGDA, unit gradients"]
 
 
 # ------------------------------------------------------------------ the command

@@ -177,7 +177,7 @@ class Experiment:
             "points": self._points(codec, between, lambdas),
             "ms_per_step": trace.milliseconds,
             "seconds": time.perf_counter() - begin,
-            "shares": shares(trace, lambdas),
+            "weights": weights_in_parts(trace, lambdas),
             "hyper_steps": [
                 codec.hyper_step(step_for(lmbda, self.plan.highest)).item() for lmbda in lambdas
             ],
@@ -223,18 +223,14 @@ class Experiment:
         return 1000 * self.seed + stage
 
 
-def shares(trace: Trace, lambdas: Sequence[float]) -> dict[str, list[float]]:
-    """Each level's coefficient as a mean over tenths of the run, where all levels were there."""
-    series = {lmbda: trace.history.series(f"coefficient/{name_of(lmbda)}")[1] for lmbda in lambdas}
+def weights_in_parts(trace: Trace, lambdas: Sequence[float]) -> list[list[float]]:
+    """Each level's coefficient as a mean over tenths of the run; nothing if levels took turns."""
     steps = len(trace.history)
-    if any(len(values) < steps for values in series.values()):
-        return {}
-    parts = min(PARTS_OF_A_RUN, steps)
-    edges = [steps * part // parts for part in range(parts + 1)]
-    return {
-        f"{lmbda:g}": [fmean(values[a:b]) for a, b in pairwise(edges)]
-        for lmbda, values in series.items()
-    }
+    edges = [steps * part // PARTS_OF_A_RUN for part in range(PARTS_OF_A_RUN + 1)]
+    levels = [trace.history.series(f"coefficient/{name_of(lmbda)}")[1] for lmbda in lambdas]
+    if any(len(values) < steps for values in levels):
+        return []
+    return [[fmean(values[a:b]) for a, b in pairwise(edges) if a < b] for values in levels]
 
 
 def fingerprint(images: Mapping[str, Tensor]) -> int:

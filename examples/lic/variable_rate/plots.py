@@ -18,6 +18,8 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 COLOURS = dict(zip((*INCREMENTS, *RIVALS), colormaps["tab10"].colors, strict=False))
 
+MGDAS = [name for name in COLOURS if "MGDA" in name]
+
 
 def curves_figure(runs: Runs) -> Figure:
     """The rate-distortion plane, a panel for each seed: rings are steps in between."""
@@ -35,22 +37,22 @@ def curves_figure(runs: Runs) -> Figure:
     return figure
 
 
-def shares_figure(runs: Runs) -> Figure:
-    """The share of each level in the gradient under MGDA, mean over seeds and tenths of a run."""
-    names = [name for name in (*INCREMENTS, *RIVALS) if "MGDA" in name]
-    figure, axes = _figure(len(names))
-    for ax, name in zip(axes, names, strict=True):
-        series = [by_name[name]["shares"] for by_name in runs.values()]
-        bottom = np.zeros(len(next(iter(series[0].values()))))
-        colours = colormaps["viridis"](np.linspace(0.1, 0.9, len(series[0])))
-        for lmbda, colour in zip(series[0], colours, strict=True):
-            share = np.mean([shares[lmbda] for shares in series], axis=0)
-            position = (np.arange(len(share)) + 0.5) / len(share)
-            ax.bar(position, share, 0.9 / len(share), bottom, color=colour, label=f"λ = {lmbda}")
-            bottom += share
+def weights_figure(runs: Runs) -> Figure:
+    """The weight of each level's loss under MGDA, as a mean over seeds and tenths of a run."""
+    figure, axes = _figure(len(MGDAS))
+    for ax, name in zip(axes, MGDAS, strict=True):
+        weights = np.mean([by_name[name]["weights"] for by_name in runs.values()], axis=0)
+        levels = [p["lambda"] for p in next(iter(runs.values()))[name]["points"] if p["trained"]]
+        position = (np.arange(weights.shape[1]) + 0.5) / weights.shape[1]
+        bottoms = np.cumsum(weights, axis=0) - weights
+        colours = colormaps["viridis"](np.linspace(0.1, 0.9, len(levels)))
+        for lmbda, weight, bottom, colour in zip(levels, weights, bottoms, colours, strict=True):
+            width = 0.9 / len(position)
+            ax.bar(position, weight, width, bottom, color=colour, label=f"λ = {lmbda:g}")
         ax.set_title(name, fontsize="medium")
         ax.set_xlabel("part of post-training")
-    axes[0].set_ylabel("share of the level in the gradient")
+        ax.set_ylim(0, 1)
+    axes[0].set_ylabel("weight of the level's loss")
     axes[-1].legend(loc="lower right", fontsize="small")
     return figure
 

@@ -68,10 +68,10 @@ def section(results: Results) -> str:
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """The curves of each seed, and the shares of the levels under MGDA."""
+    """The curves of each seed, and the weights of the levels under MGDA."""
     return {
         "variable-rate-curves": plots.curves_figure(results["runs"]),
-        "variable-rate-shares": plots.shares_figure(results["runs"]),
+        "variable-rate-weights": plots.weights_figure(results["runs"]),
     }
 
 
@@ -192,12 +192,26 @@ def _verdicts(results: Results) -> str:
         f"- *{name}* against *{above}*: {verdict(gap(results, name, above))}."
         for name, above in STEPS.items()
     ]
+    lines += [
+        f"- *{name}*, mean weights: "
+        f"{_by_level(results, name, lambda run: [fmean(part) for part in run['weights']])}."
+        for name in plots.MGDAS
+    ]
+    steps = _by_level(results, PLAIN, lambda run: run["hyper_steps"])
+    lines.append(f"- *{PLAIN}*, learned steps: {steps}.")
     seeds = len(results["runs"])
     lines.append(
         f"- All from {seeds} seed{'s' * (seeds != 1)} and {len(results['held_out'])} held-out "
         "images: intervals from so few are too narrow rather than too wide."
     )
     return "\n".join(lines)
+
+
+def _by_level(results: Results, name: str, measure: Callable[[Run], Sequence[float]]) -> str:
+    """What a run has for each level, as a mean over the seeds."""
+    levels = zip(*(measure(runs[name]) for runs in results["runs"].values()), strict=True)
+    named = zip(results["plan"]["lambdas"], levels, strict=True)
+    return ", ".join(f"{fmean(values):.2f} at λ = {lmbda:g}" for lmbda, values in named)
 
 
 def verdict(interval: Interval | None) -> str:
