@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from moo_balance import MGDA, Balance, Sum
 from moo_balance.weighting import Weighting
 
 SINGLE = "single-rate models"
+LONG = "single-rate models, whole budget each"
 BEFORE = "before post-training"
 PARTS_OF_A_RUN = 10
 
@@ -103,7 +104,7 @@ class Plan:
         """Of all runs of one seed."""
         runs = [*INCREMENTS.values(), *RIVALS.values()]
         levels = len(self.lambdas)
-        post = levels + sum(levels if design.one_level else 1 for design in runs)
+        post = levels + levels**2 + sum(levels if design.one_level else 1 for design in runs)
         return self.start.steps + post * self.post.steps
 
 
@@ -119,7 +120,11 @@ class Experiment:
 
     def __call__(self) -> dict[str, dict[str, Any]]:
         """Every run by its name, as JSON."""
-        runs = {BEFORE: self._cached(BEFORE, self._before), SINGLE: self._single()}
+        runs = {
+            BEFORE: self._cached(BEFORE, self._before),
+            SINGLE: self._single(SINGLE, 1),
+            LONG: self._single(LONG, len(self.plan.lambdas)),
+        }
         for name, design in {**INCREMENTS, **RIVALS}.items():
             runs[name] = self._cached(
                 name, lambda design=design: self._variable(design), repr(design)
@@ -141,17 +146,19 @@ class Experiment:
         begin = time.perf_counter()
         codec = Design().build(self.checkpoint, self.plan.highest)
         seconds = time.perf_counter() - begin
-        return {"points": self._points(codec, self.plan.between), "seconds": seconds}
+        points = self._points(codec, self.plan.lambdas, self.plan.between)
+        return {"points": points, "seconds": seconds}
 
-    def _single(self) -> dict[str, Any]:
-        """A model for each λ, with as many passes together as one model takes for all.
+    def _single(self, name: str, times: int) -> dict[str, Any]:
+        """A model for each λ, trained `times` as many steps as a variable-rate one.
 
         It codes with the gain of its λ from the start: without it, it would spend its few steps
         on shrinking the latent of the highest.
         """
         runs = [
             self._cached(
-                f"{SINGLE} {lmbda:g}", lambda lmbda=lmbda: self._variable(Design(), (lmbda,))
+                f"{name} {lmbda:g}",
+                lambda lmbda=lmbda: self._post_train(Design(), [lmbda], [], times),
             )
             for lmbda in self.plan.lambdas
         ]
@@ -161,20 +168,25 @@ class Experiment:
             "seconds": sum(run["seconds"] for run in runs),
         }
 
-    def _variable(self, design: Design, lambdas: Sequence[float] = ()) -> dict[str, Any]:
-        """Post-train for some λ, by default all of the plan and to be scored in between too."""
-        between, lambdas = ([], lambdas) if lambdas else (self.plan.between, self.plan.lambdas)
+    def _variable(self, design: Design) -> dict[str, Any]:
+        """One model for all λ, scored in between too."""
+        lambdas = self.plan.lambdas
+        times = len(lambdas) if design.one_level else 1
+        return self._post_train(design, lambdas, self.plan.between, times)
+
+    def _post_train(
+        self, design: Design, lambdas: Sequence[float], between: Sequence[float], times: int
+    ) -> dict[str, Any]:
         torch.manual_seed(self.seed)  # the small networks start alike
         codec = design.build(self.checkpoint, self.plan.highest)
-        steps = self.plan.post.steps * (len(lambdas) if design.one_level else 1)
         begin = time.perf_counter()
         trace = post_train(
-            codec, self._crops(1), lambdas, design.weighting, Recipe(steps, self.plan.post.lr),
-            seed=self._stream(1), choose=random_level if design.one_level else every_level,
-            on_step=self.on_step,
+            codec, self._crops(1), lambdas, design.weighting,
+            replace(self.plan.post, steps=times * self.plan.post.steps), seed=self._stream(1),
+            choose=random_level if design.one_level else every_level, on_step=self.on_step,
         )  # fmt: skip
         return {
-            "points": self._points(codec, between, lambdas),
+            "points": self._points(codec, lambdas, between),
             "ms_per_step": trace.milliseconds,
             "seconds": time.perf_counter() - begin,
             "weights": weights_in_parts(trace, lambdas),
@@ -184,11 +196,10 @@ class Experiment:
         }
 
     def _points(
-        self, codec: VariableRateCodec, between: Sequence[float], trained: Sequence[float] = ()
+        self, codec: VariableRateCodec, trained: Sequence[float], between: Sequence[float]
     ) -> list[dict[str, Any]]:
         """Scores at trained λ and between them, on every held-out photograph."""
-        levels = [(lmbda, True) for lmbda in trained or self.plan.lambdas]
-        levels += [(lmbda, False) for lmbda in between]
+        levels = [(lmbda, True) for lmbda in trained] + [(lmbda, False) for lmbda in between]
         return [
             {
                 "lambda": lmbda,

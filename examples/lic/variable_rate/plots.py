@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.lic.variable_rate.experiment import BEFORE, INCREMENTS, RIVALS, SINGLE
+from examples.lic.variable_rate.experiment import BEFORE, INCREMENTS, LONG, RIVALS, SINGLE
 
 Runs = Mapping[str, Mapping[str, Any]]
 """The runs of each seed, by seed and name."""
@@ -28,8 +28,9 @@ def curves_figure(runs: Runs) -> Figure:
         _plot_curve(ax, by_name[BEFORE], BEFORE, "0.7")
         for name, colour in COLOURS.items():
             _plot_curve(ax, by_name[name], name, colour)
-        singles = np.array([_mean(point) for point in by_name[SINGLE]["points"]])
-        ax.plot(*singles.T, "s", color="black", markersize=6, label=SINGLE, zorder=4)
+        for name, marker in {SINGLE: "s", LONG: "^"}.items():
+            points = np.array([_mean(point) for point in by_name[name]["points"]])
+            ax.plot(*points.T, marker, color="black", markersize=5, label=name, zorder=4)
         ax.set_title(f"seed {seed}", fontsize="medium")
         ax.set_xlabel("rate (bits per pixel)")
     axes[0].set_ylabel("PSNR (dB), mean of the held-out photographs")
