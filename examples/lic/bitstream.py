@@ -100,16 +100,10 @@ class Coder:
                 f"{height} x {width} and a symbol of {max(largest_z, largest_y)}. Code smaller "
                 "images, or train the codec until its latents settle."
             )
-        encoder = RangeEncoder()
-        for symbols, table in zip(z, self._z_tables(largest_z), strict=True):
-            encoder.encode((symbols + largest_z).ravel(), table)
-        gaussian = QuantizedGaussian(-largest_y - 1, largest_y + 1)
-        scales = self._scales(z)
-        encoder.encode(y.ravel(), gaussian, np.zeros_like(scales), scales)
         header = _Header(
             _MAGIC, self._fingerprint, height, width, largest_z, largest_y, _checksum(z, y)
         )
-        return _LAYOUT.pack(*header) + encoder.get_compressed().astype("<u4").tobytes()
+        return _LAYOUT.pack(*header) + self._encode_symbols(header, z, y)
 
     def decode(self, data: bytes) -> Tensor:
         """The uint8 image ``[3, H, W]`` that was encoded, as the codec reconstructs it.
@@ -146,6 +140,15 @@ class Coder:
         mean, _ = self._model.predict(z_symbols + self._model.z_median)
         return _to_integers(z_symbols), _to_integers((y - mean).round())
 
+    def _encode_symbols(self, header: _Header, z: np.ndarray, y: np.ndarray) -> bytes:
+        encoder = RangeEncoder()
+        for symbols, table in zip(z, self._z_tables(header.largest_z), strict=True):
+            encoder.encode((symbols + header.largest_z).ravel(), table)
+        scales = self._scales(z)
+        gaussian = _gaussian(header.largest_y)
+        encoder.encode(y.ravel(), gaussian, np.zeros_like(scales), scales)
+        return encoder.get_compressed().astype("<u4").tobytes()
+
     def _decode_symbols(
         self, header: _Header, decoder: RangeDecoder
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +158,7 @@ class Coder:
         z = np.stack([decoder.decode(table, shape[0] * shape[1]) for table in tables])
         z = (z - header.largest_z).reshape(-1, *shape).astype(np.int32)
         scales = self._scales(z)
-        gaussian = QuantizedGaussian(-header.largest_y - 1, header.largest_y + 1)
+        gaussian = _gaussian(header.largest_y)
         y = decoder.decode(gaussian, np.zeros_like(scales), scales)
         return z, y.reshape(-1, 4 * shape[0], 4 * shape[1])
 
@@ -200,6 +203,11 @@ class Coder:
                 "that it was encoded with."
             )
         return header
+
+
+def _gaussian(largest: int) -> QuantizedGaussian:
+    """The family over −largest … largest; with one to spare, since it needs two symbols."""
+    return QuantizedGaussian(-largest - 1, largest + 1)
 
 
 def _to_integers(symbols: Tensor) -> np.ndarray:

@@ -6,12 +6,15 @@ here imports it before one of its codecs is asked for.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from examples.lic.bitstream import BitstreamError
 from examples.lic.codec import Reconstruction
+from examples.lic.evaluation import pad_to_multiple
 
 PREFIX = "compressai:"
 
@@ -81,3 +84,35 @@ def build(name: str) -> CompressAICodec:
     if model in CLASSES:
         return CompressAICodec(getattr(models, CLASSES[model])())
     return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
+
+
+class CompressAICoder:
+    """Puts the strings of CompressAI's own coder into one file, with their lengths."""
+
+    _head = struct.Struct(">2sHHHHB")
+    _magic = b"mC"
+
+    def __init__(self, model: CompressAICodec) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+
+    def encode(self, image: Tensor) -> bytes:
+        """The bytes of a uint8 image ``[3, H, W]``."""
+        images = image[None].to(self._device, torch.float32) / 255
+        padded = pad_to_multiple(images, self._model.stride)
+        strings, shape = self._model.compress(padded)
+        head = self._head.pack(self._magic, *image.shape[-2:], *shape, len(strings))
+        return head + b"".join(struct.pack(">I", len(s)) + s for s in strings)
+
+    def decode_exactly(self, data: bytes) -> Tensor:
+        """The image ``[3, H, W]`` before it is rounded to 8 bits."""
+        magic, height, width, *shape, count = self._head.unpack_from(data)
+        if magic != self._magic:
+            raise BitstreamError("This should be an image coded by a codec of CompressAI.")
+        strings, offset = [], self._head.size
+        for _ in range(count):
+            (length,) = struct.unpack_from(">I", data, offset)
+            strings.append(data[offset + 4 : offset + 4 + length])
+            offset += 4 + length
+        decoded = self._model.decompress(strings, shape)
+        return decoded[0, :, :height, :width]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from examples.lic.training import Observer, Session, random_state, set_random_state
+from examples.lic.session import Observer, Session, random_state, set_random_state
 from moo_balance.functional import cosine_similarity
 
 

@@ -18,8 +18,8 @@ from examples.lic.checkpoint import CheckpointError
 from examples.lic.diagnostics import Probe
 from examples.lic.images import ImageError
 from examples.lic.parallel import World
+from examples.lic.session import Observer, Recipe, Session
 from examples.lic.streams import Crops, CropStream
-from examples.lic.training import Observer, Recipe, Session
 from moo_balance.integrations.tensorboard import add_balance
 from moo_balance.weighting import Weighting
 

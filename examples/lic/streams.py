@@ -11,55 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from examples.lic.images import ImageError, bundled, list_images, read_image
-
-
-def check_sizes(paths: Sequence[Path], crop: int) -> None:
-    """Look at the header of every file, so that a bad one is found now and not in three days.
-
-    Raises:
-        ImageError: Some cannot be opened or are smaller than the crops; names the first of them.
-    """
-    faults = [fault for path in paths if (fault := _fault(path, crop))]
-    if faults:
-        more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
-        raise ImageError(f"{faults[0]}{more}")
-
-
-def _fault(path: Path, crop: int) -> str | None:
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f"{path} cannot be read (not an image that Pillow knows). Repair or remove it."
-    if min(width, height) >= crop:
-        return None
-    return (
-        f"{path} should be at least {crop} pixels high and wide, the side of the training crops. "
-        f"Found {height} x {width}. Remove it, or choose a smaller --crop."
-    )
-
-
-def conversions(paths: Sequence[Path]) -> str | None:
-    """A sentence on the images that are not 8-bit RGB, as which all are read; None without any."""
-    names = []
-    for path in paths:
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                names.append(f"{path.name} ({image.mode})")
-    if not names:
-        return None
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."
+from examples.lic.images import (
+    ImageError,
+    bundled,
+    conversions,
+    list_images,
+    read_headers,
+    read_pixels,
+)
 
 
 def _pixels(source: Path | Tensor) -> Tensor:
     """An image as uint8 ``[3, H, W]``, from its file or from memory."""
-    return source if isinstance(source, Tensor) else read_image(source)[0]
+    return source if isinstance(source, Tensor) else read_pixels(source)
 
 
 class Crops(Dataset[Tensor | ImageError]):
@@ -104,6 +71,15 @@ def _collate(crops: list[Tensor | ImageError]) -> Tensor | ImageError:
     return errors[0] if errors else torch.stack(crops)
 
 
+def _blocks(first: int, length: int, stride: int) -> Iterator[range]:
+    """Numbers of the crops of batch after batch.
+
+    Not a method: a reader that refers to its stream would be collected as a cycle, late and in the
+    wrong order, and its workers would linger.
+    """
+    return (range(start, start + length) for start in itertools.count(first, stride))
+
+
 class CropStream(Iterator[Tensor]):
     """An endless stream of batches ``[B, 3, crop, crop]`` in [0, 1] that knows where it is.
 
@@ -127,6 +103,7 @@ class CropStream(Iterator[Tensor]):
             self._batches = iter(self._loader())
         batch = next(self._batches)
         if isinstance(batch, ImageError):
+            self._batches = None  # which ends the workers
             raise batch
         self._taken += 1
         pixels = batch.to(torch.float32).div_(255)
@@ -137,9 +114,7 @@ class CropStream(Iterator[Tensor]):
         stride = self._world * self._batch
         return DataLoader(
             self._crops,
-            batch_sampler=(
-                range(start, start + self._batch) for start in itertools.count(first, stride)
-            ),
+            batch_sampler=_blocks(first, self._batch, stride),
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -162,8 +137,7 @@ def folder_crops(folder: Path, *, crop: int, seed: int) -> tuple[Crops, list[str
         ImageError: The folder is missing or empty, or an image is broken or too small.
     """
     paths = list_images(folder)
-    check_sizes(paths, crop)
-    note = conversions(paths)
+    note = conversions({h.path: h.mode for h in read_headers(paths, min_side=crop)})
     notes = [f"{len(paths)} images in {folder}."] + ([note] if note else [])
     return Crops(paths, crop=crop, seed=seed), notes
 

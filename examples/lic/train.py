@@ -29,8 +29,8 @@ from examples.lic.checkpoint import CheckpointError
 from examples.lic.compressai_codecs import PREFIX, ArchitectureError
 from examples.lic.ladder import Rung
 from examples.lic.schedules import Milestones, Plateau
+from examples.lic.session import Recipe
 from examples.lic.streams import Crops, bundled_crops, folder_crops
-from examples.lic.training import Recipe
 from examples.lic.weightings import WEIGHTINGS, fixed
 from moo_balance import BalanceError
 from moo_balance.weighting import Weighting
