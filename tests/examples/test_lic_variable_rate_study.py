@@ -132,7 +132,8 @@ def test_loss_ratio_golden_value():
 
 
 def test_section_says_what_intervals_allow():
-    said = study.section(made_up(**{PLAIN: 10.0}))
+    said = study.section(made_up(**{PLAIN: 10.0, LONG: -20.0}))
+    assert f"*a random level a step* against *{LONG}*: more bits, in every seed (+25.0" in said
     assert f"*{PLAIN}* against *+ offsets*: more bits, in every seed (+10.0 [+10.0, +10.0])" in said
     assert f"*+ MGDA* against *{PLAIN}*: fewer bits, in every seed (−9.1 [−9.1, −9.1])" in said
     assert "*+ offsets* against *gains alone*: no difference that can be told from noise" in said

@@ -195,6 +195,11 @@ def _verdicts(results: Results) -> str:
         for name, above in STEPS.items()
     ]
     lines += [
+        f"- *{name}* against *{LONG}*: {verdict(gap(results, name, LONG))}."
+        for name, design in RIVALS.items()
+        if design.one_level  # as many steps in all, shared instead of spent on one level
+    ]
+    lines += [
         f"- *{name}*, mean weights: "
         f"{_by_level(results, name, lambda run: [fmean(part) for part in run['weights']])}."
         for name in plots.MGDAS
