@@ -64,7 +64,7 @@ def test_runs_have_equal_passes_and_one_start_and_are_not_done_again(
     results = study.run_plan(
         PLAN, [0], photographs, tmp_path, lambda balance: balances.append(balance.as_floats())
     )
-    assert len(balances) == PLAN.steps == 2 + 3 * 2 + 9 * 2 + 5 * 2 + 3 * 2
+    assert len(balances) == PLAN.steps == 2 + 3 * 2 + 9 * 2 + 5 * 2 + 3 * 2 + 2 * 2
     runs = results["runs"]["0"]
     assert list(runs) == [BEFORE, SINGLE, LONG, *study.STEPS]
     for name in (SINGLE, LONG):
@@ -75,6 +75,11 @@ def test_runs_have_equal_passes_and_one_start_and_are_not_done_again(
     # First steps from one checkpoint on equal crops and noise: of both single-rate models of the
     # lowest level, and of all that begin each step with it.
     assert len({balances[step]["loss/λ=0.005"] for step in (2, 8, *range(26, 36, 2))}) == 1
+
+    # Fixed weights are the mean of the balanced run's.
+    for static, balanced in experiment.STATIC.items():
+        means = [[sum(parts) / len(parts)] * 2 for parts in runs[balanced]["weights"]]
+        torch.testing.assert_close(torch.tensor(runs[static]["weights"]), torch.tensor(means))
 
     def fail(*args, **kwargs):
         raise AssertionError("was done before")
@@ -138,7 +143,7 @@ def test_section_says_what_intervals_allow():
     assert f"*+ MGDA* against *{PLAIN}*: fewer bits, in every seed (−9.1 [−9.1, −9.1])" in said
     assert "*+ offsets* against *gains alone*: no difference that can be told from noise" in said
     assert "3 steps on all 4 levels" in said
-    assert "Training took 1.8 minutes." in said  # 2 seeds, 9 runs, 6 seconds
+    assert "Training took 2.2 minutes." in said  # 2 seeds, 11 runs, 6 seconds
     weights = "mean weights: 0.40 at λ = 0.0035, 0.05 at λ = 0.0085, 0.50 at λ = 0.0205, 0.05 at"
     assert weights in said
     assert "learned steps: 0.10 at λ = 0.0035, 0.20 at λ = 0.0085" in said

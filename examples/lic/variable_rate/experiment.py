@@ -32,7 +32,7 @@ from examples.lic.variable_rate.model import (
     unit_step,
 )
 from examples.lic.variable_rate.training import every_level, name_of, post_train, random_level
-from moo_balance import MGDA, Balance, Sum
+from moo_balance import MGDA, Balance, FixedWeights, Sum
 from moo_balance.weighting import Weighting
 
 SINGLE = "single-rate models"
@@ -77,6 +77,9 @@ RIVALS = {
     "a random level a step": Design(True, True, one_level=True),
 }
 
+STATIC = {"fixed as MGDA": "+ MGDA", "fixed as MGDA, unit": "MGDA, unit gradients"}
+"""Fixed weights, by the run whose mean weights they are: what of a method is not adaptivity."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -104,7 +107,12 @@ class Plan:
         """Of all runs of one seed."""
         runs = [*INCREMENTS.values(), *RIVALS.values()]
         levels = len(self.lambdas)
-        post = levels + levels**2 + sum(levels if design.one_level else 1 for design in runs)
+        post = (
+            levels
+            + levels**2
+            + len(STATIC)
+            + sum(levels if design.one_level else 1 for design in runs)
+        )
         return self.start.steps + post * self.post.steps
 
 
@@ -126,9 +134,12 @@ class Experiment:
             LONG: self._single(LONG, len(self.plan.lambdas)),
         }
         for name, design in {**INCREMENTS, **RIVALS}.items():
-            runs[name] = self._cached(
-                name, lambda design=design: self._variable(design), repr(design)
-            )
+            runs[name] = self._variable(name, design)
+        for name, balanced in STATIC.items():
+            weights = [fmean(parts) for parts in runs[balanced]["weights"]]
+            names = [name_of(lmbda) for lmbda in self.plan.lambdas]
+            static = FixedWeights(dict(zip(names, weights, strict=True)))
+            runs[name] = self._variable(name, replace(INCREMENTS[PLAIN], weighting=static))
         return runs
 
     @cached_property
@@ -168,11 +179,13 @@ class Experiment:
             "seconds": sum(run["seconds"] for run in runs),
         }
 
-    def _variable(self, design: Design) -> dict[str, Any]:
+    def _variable(self, name: str, design: Design) -> dict[str, Any]:
         """One model for all λ, scored in between too."""
-        lambdas = self.plan.lambdas
+        lambdas, between = self.plan.lambdas, self.plan.between
         times = len(lambdas) if design.one_level else 1
-        return self._post_train(design, lambdas, self.plan.between, times)
+        return self._cached(
+            name, lambda: self._post_train(design, lambdas, between, times), repr(design)
+        )
 
     def _post_train(
         self, design: Design, lambdas: Sequence[float], between: Sequence[float], times: int

@@ -11,14 +11,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.lic.variable_rate.experiment import BEFORE, INCREMENTS, LONG, RIVALS, SINGLE
+from examples.lic.variable_rate.experiment import BEFORE, INCREMENTS, LONG, RIVALS, SINGLE, STATIC
 
 Runs = Mapping[str, Mapping[str, Any]]
 """The runs of each seed, by seed and name."""
 
-COLOURS = dict(zip((*INCREMENTS, *RIVALS), colormaps["tab10"].colors, strict=False))
-
-MGDAS = [name for name in COLOURS if "MGDA" in name]
+COLOURS = dict(zip((*INCREMENTS, *RIVALS, *STATIC), colormaps["tab10"].colors, strict=False))
 
 
 def curves_figure(runs: Runs) -> Figure:
@@ -40,8 +38,8 @@ def curves_figure(runs: Runs) -> Figure:
 
 def weights_figure(runs: Runs) -> Figure:
     """The weight of each level's loss under MGDA, as a mean over seeds and tenths of a run."""
-    figure, axes = _figure(len(MGDAS))
-    for ax, name in zip(axes, MGDAS, strict=True):
+    figure, axes = _figure(len(STATIC))
+    for ax, name in zip(axes, STATIC.values(), strict=True):
         weights = np.mean([by_name[name]["weights"] for by_name in runs.values()], axis=0)
         levels = [p["lambda"] for p in next(iter(runs.values()))[name]["points"] if p["trained"]]
         position = (np.arange(weights.shape[1]) + 0.5) / weights.shape[1]
