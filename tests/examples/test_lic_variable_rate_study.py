@@ -14,14 +14,9 @@ from examples.lic.images import Photographs
 from examples.lic.training import Recipe, Trace
 from examples.lic.variable_rate import __main__ as cli
 from examples.lic.variable_rate import experiment, study
-from examples.lic.variable_rate.experiment import (
-    BEFORE,
-    LONG,
-    PLAIN,
-    SINGLE,
-    Plan,
-    fingerprint,
-)
+from examples.lic.variable_rate.comparing import gap, loss_ratio
+from examples.lic.variable_rate.design import BEFORE, LONG, PLAIN, SINGLE, STATIC, Plan
+from examples.lic.variable_rate.experiment import fingerprint
 from moo_balance import Balance
 from moo_balance.weighting import Statistics
 
@@ -77,7 +72,7 @@ def test_runs_have_equal_passes_and_one_start_and_are_not_done_again(
     assert len({balances[step]["loss/λ=0.005"] for step in (2, 8, *range(26, 36, 2))}) == 1
 
     # Fixed weights are the mean of the balanced run's.
-    for static, balanced in experiment.STATIC.items():
+    for static, balanced in STATIC.items():
         means = [[sum(parts) / len(parts)] * 2 for parts in runs[balanced]["weights"]]
         torch.testing.assert_close(torch.tensor(runs[static]["weights"]), torch.tensor(means))
 
@@ -123,17 +118,17 @@ def test_fingerprint_tells_names_and_pixels_apart():
 
 def test_gap_is_the_bd_rate_paired_by_seed_and_photograph():
     results = made_up(**{PLAIN: 10.0})
-    assert study.gap(results, PLAIN, SINGLE).mean == pytest.approx(10)
-    assert study.gap(results, "+ MGDA", PLAIN).mean == pytest.approx(100 * (1 / 1.1 - 1))
-    assert study.gap(results, "+ MGDA", SINGLE).mean == pytest.approx(0)
-    assert study.gap(results, "+ MGDA", SINGLE, between=True).mean < -1  # a better point
+    assert gap(results, PLAIN, SINGLE).mean == pytest.approx(10)
+    assert gap(results, "+ MGDA", PLAIN).mean == pytest.approx(100 * (1 / 1.1 - 1))
+    assert gap(results, "+ MGDA", SINGLE).mean == pytest.approx(0)
+    assert gap(results, "+ MGDA", SINGLE, between=True).mean < -1  # a better point
 
 
 def test_loss_ratio_golden_value():
     results = made_up(**{PLAIN: 50.0})
     distortion = 0.05 * 255**2 * 10**-2.85
     expected = 100 * ((1.2 + distortion) / (0.8 + distortion) - 1)
-    assert study.loss_ratio(results, PLAIN, SINGLE, 0.05).mean == pytest.approx(expected)
+    assert loss_ratio(results, PLAIN, SINGLE, 0.05).mean == pytest.approx(expected)
 
 
 def test_section_says_what_intervals_allow():

@@ -25,7 +25,8 @@ from examples.lic.images import Photographs
 from examples.lic.options import positive
 from examples.lic.training import Recipe
 from examples.lic.variable_rate import study
-from examples.lic.variable_rate.experiment import Plan
+from examples.lic.variable_rate.comparing import Results
+from examples.lic.variable_rate.design import Plan
 from moo_balance import Balance
 
 
@@ -63,7 +64,7 @@ def _photographs(options: argparse.Namespace, crop: int) -> Photographs:
     return images.from_folders(options.images, options.eval_images, crop=crop)
 
 
-def _run(plan: Plan, options: argparse.Namespace, photographs: Photographs) -> study.Results:
+def _run(plan: Plan, options: argparse.Namespace, photographs: Photographs) -> Results:
     seeds = range(options.seed, options.seed + options.seeds)
     with tqdm(total=len(seeds) * plan.steps, unit="step", mininterval=0.5) as bar:
 
@@ -73,7 +74,7 @@ def _run(plan: Plan, options: argparse.Namespace, photographs: Photographs) -> s
         return study.run_plan(plan, seeds, photographs, options.output / "runs", on_step)
 
 
-def _write(results: study.Results, folder: Path) -> list[Path]:
+def _write(results: Results, folder: Path) -> list[Path]:
     paths = [folder / "results.json"]
     paths[0].write_text(json.dumps(results, indent=1), encoding="utf-8")
     for stem, figure in study.figures(results).items():

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.lic.variable_rate.experiment import BEFORE, INCREMENTS, LONG, RIVALS, SINGLE, STATIC
+from examples.lic.variable_rate.design import BEFORE, INCREMENTS, LONG, RIVALS, SINGLE, STATIC
 
 Runs = Mapping[str, Mapping[str, Any]]
 """The runs of each seed, by seed and name."""

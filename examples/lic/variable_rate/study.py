@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.figure import Figure
 
 from examples.lic import images
-from examples.lic.bd import CurveError, Interval, bootstrap, compare
-from examples.lic.evaluation import Score
+from examples.lic.bd import Interval
 from examples.lic.images import Photographs
 from examples.lic.training import Recipe
 from examples.lic.variable_rate import plots
-from examples.lic.variable_rate.experiment import (
+from examples.lic.variable_rate.comparing import Results, Run, gap, loss_ratio
+from examples.lic.variable_rate.design import (
     BEFORE,
     INCREMENTS,
     LONG,
@@ -25,9 +25,9 @@ from examples.lic.variable_rate.experiment import (
     RIVALS,
     SINGLE,
     STATIC,
-    Experiment,
     Plan,
 )
+from examples.lic.variable_rate.experiment import Experiment
 from moo_balance import Balance
 
 SHORT = Plan((0.005, 0.016, 0.05), Recipe(200, lr=4e-3), Recipe(20, lr=1e-3), 64, 2, 8, 8)
@@ -40,9 +40,6 @@ STEPS = {
     **dict.fromkeys([*RIVALS, *STATIC], PLAIN),
 }
 """What each codec is compared with, besides the single-rate models."""
-
-Results = dict[str, Any]
-Run = Mapping[str, Any]
 
 
 def run(scale: Literal["short", "full"], folder: Path) -> Results:
@@ -75,60 +72,6 @@ def figures(results: Results) -> dict[str, Figure]:
         "variable-rate-curves": plots.curves_figure(results["runs"]),
         "variable-rate-weights": plots.weights_figure(results["runs"]),
     }
-
-
-# ------------------------------------------------------------------ comparing
-
-
-def curve(run: Run, image: str, *, between: bool = False) -> list[Score]:
-    """Points of one photograph at the trained levels, with `between` at those in between too."""
-    return [Score(*p["images"][image]) for p in run["points"] if p["trained"] or between]
-
-
-def gap(results: Results, test: str, anchor: str, *, between: bool = False) -> Interval | None:
-    """BD-rate of `test` over `anchor` in per cent, paired by seed and photograph.
-
-    None where some pair of curves cannot be compared, as after a training of seconds.
-    """
-    return _bootstrap(
-        results,
-        lambda runs, image: (
-            compare(curve(runs[test], image, between=between), curve(runs[anchor], image)).rate
-        ),
-    )
-
-
-def loss_ratio(results: Results, test: str, anchor: str, lmbda: float) -> Interval | None:
-    """By how many per cent R + λD of `test` lies above that of `anchor`."""
-
-    def ratio(runs: Mapping[str, Run], image: str) -> float:
-        own, other = (rate_distortion_loss(runs[name], image, lmbda) for name in (test, anchor))
-        return 100 * (own / other - 1)
-
-    return _bootstrap(results, ratio)
-
-
-def rate_distortion_loss(run: Run, image: str, lmbda: float) -> float:
-    """R + λ · 255² · MSE on one photograph, at the step of λ."""
-    (score,) = (Score(*p["images"][image]) for p in run["points"] if p["lambda"] == lmbda)
-    return score.bpp + lmbda * 255**2 * 10 ** (-score.psnr / 10)
-
-
-def _bootstrap(
-    results: Results, measure: Callable[[Mapping[str, Run], str], float]
-) -> Interval | None:
-    try:
-        return bootstrap(
-            {
-                int(seed): {image: measure(runs, image) for image in results["held_out"]}
-                for seed, runs in results["runs"].items()
-            }
-        )
-    except CurveError:
-        return None
-
-
-# ------------------------------------------------------------------ telling
 
 
 def _setup(results: Results) -> str:
@@ -191,40 +134,37 @@ def _losses(results: Results) -> str:
 
 
 def _verdicts(results: Results) -> str:
-    lines = [
-        f"- *{name}* against *{above}*: {verdict(gap(results, name, above))}."
-        for name, above in STEPS.items()
-    ]
-    lines += [
-        f"- *{name}* against *{LONG}*: {verdict(gap(results, name, LONG))}."
-        for name, design in RIVALS.items()
-        if design.one_level  # as many steps in all, shared instead of spent on one level
-    ]
-    lines += [
-        f"- *{name}*, mean weights: "
-        f"{_by_level(results, name, lambda run: [fmean(part) for part in run['weights']])}."
-        for name in STATIC.values()
-    ]
-    for balanced, static in [(name, fixed) for fixed, name in STATIC.items()]:
-        lines.append(
-            f"- *{balanced}* against *{static}*: {verdict(gap(results, balanced, static))}."
-        )
-        lines += [_loss_ratios(results, balanced, other) for other in (PLAIN, static)]
-    steps = _by_level(results, PLAIN, lambda run: run["hyper_steps"])
-    lines.append(f"- *{PLAIN}*, learned steps: {steps}.")
+    pairs = list(STEPS.items())
+    # As many steps in all, shared among the levels instead of spent on one.
+    pairs += [(name, LONG) for name, design in RIVALS.items() if design.one_level]
+    pairs += [(balanced, static) for static, balanced in STATIC.items()]
     seeds = len(results["runs"])
-    lines.append(
-        f"- All from {seeds} seed{'s' * (seeds != 1)} and {len(results['held_out'])} held-out "
-        "images: intervals from so few are too narrow rather than too wide."
-    )
-    return "\n".join(lines)
+    lines = [
+        *(
+            f"*{name}* against *{other}*: {verdict(gap(results, name, other))}."
+            for name, other in pairs
+        ),
+        *_learned(results),
+        f"All from {seeds} seed{'s' * (seeds != 1)} and {len(results['held_out'])} held-out "
+        "images: intervals from so few are too narrow rather than too wide.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _learned(results: Results) -> Iterator[str]:
+    """What the methods chose, and what came of it at each level."""
+    for static, name in STATIC.items():
+        weights = _by_level(results, name, lambda run: [fmean(part) for part in run["weights"]])
+        yield f"*{name}*, mean weights: {weights}."
+        yield from (_loss_ratios(results, name, other) for other in (PLAIN, static))
+    yield f"*{PLAIN}*, learned steps: {_by_level(results, PLAIN, lambda run: run['hyper_steps'])}."
 
 
 def _loss_ratios(results: Results, name: str, anchor: str) -> str:
     lambdas = results["plan"]["lambdas"]
     ratios = {lmbda: loss_ratio(results, name, anchor, lmbda) for lmbda in lambdas}
     shares = ", ".join(f"{shown(ratio)} at λ = {lmbda:g}" for lmbda, ratio in ratios.items())
-    return f"- *{name}*, R + λD over *{anchor}* in per cent: {shares}."
+    return f"*{name}*, R + λD over *{anchor}* in per cent: {shares}."
 
 
 def _by_level(results: Results, name: str, measure: Callable[[Run], Sequence[float]]) -> str:
