@@ -60,6 +60,9 @@ def _evaluated(chosen: argparse.Namespace) -> list[Point]:
             f"the checkpoints. Found {chosen.anchor}. Choose one of these."
         )
     codecs = {path: load_codec(path) for path in paths}
+    for path, (_, content) in codecs.items():
+        if content["taken"] < content["settings"]["steps"]:
+            print(f"{path} is at step {content['taken']} of {content['settings']['steps']}.")
     pictures = _quick(_pictures(chosen.images)) if chosen.quick else _pictures(chosen.images)
     points = []
     for path, (model, content) in tqdm(codecs.items(), unit="checkpoint", disable=None):

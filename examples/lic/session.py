@@ -115,9 +115,7 @@ class Session:
             auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
             self._follow("auxiliary", auxiliary, partial(fit_quantiles, model, auxiliary))
         if recipe.ema is not None:
-            ema = AveragedModel(
-                model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-            )
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
             self._follow("ema", ema, partial(ema.update_parameters, model))
         self.bare_objective = Objective(model, lmbda)
         self._objective = _parallel(self.bare_objective, unused=bool(quantiles))

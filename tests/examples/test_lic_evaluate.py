@@ -23,8 +23,8 @@ def runs(tmp_path):
         for seed, lmbda in enumerate((0.01, 0.02)):
             torch.manual_seed(seed)
             model = build("small").state_dict()
-            content = {"arch": "small", "lmbda": lmbda, "settings": {"λ": lmbda}, "model": model}
-            save(tmp_path / curve / f"lambda-{lmbda:g}.pt", content)
+            content = {"arch": "small", "lmbda": lmbda, "settings": {"steps": 9}, "taken": 9 - seed}
+            save(tmp_path / curve / f"lambda-{lmbda:g}.pt", {**content, "model": model})
     return tmp_path
 
 
@@ -64,6 +64,8 @@ def test_quick_run_on_a_bundled_photograph(runs, capsys):
     assert run(runs, "--quick", "--anchor", "standard") == 0
     printed = capsys.readouterr().out
     assert "4 of 4" in printed
+    assert f"{runs}/standard/lambda-0.02.pt is at step 8 of 9." in printed
+    assert "lambda-0.01.pt is" not in printed
     # Two points make no curve; that is said and not hidden.
     assert "solution1 against standard: no BD-rate. The test should have at least 3" in printed
 
