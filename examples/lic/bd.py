@@ -15,8 +15,8 @@ from examples.lic.evaluation import Score
 POINTS = 3
 """Fewest points a curve needs: with two, every interpolation is a straight line."""
 
-OVERLAP = 0.1
-"""Least part of the range of both curves that they have to share."""
+OVERLAP = 0.25
+"""Least part of the shorter curve's PSNR range that the other one has to cover."""
 
 Interpolation = Literal["pchip", "akima"]
 
@@ -52,19 +52,20 @@ def compare(
         test: Points of a curve, in any order.
         anchor: Points of the curve that it is held against.
         method: How the log-rate is interpolated between points.
-        least_overlap: Refuse to speak about curves that share less of their PSNR range.
+        least_overlap: Refuse to speak about curves that share less of the shorter one's PSNR
+            range. A long anchor is no fault; two curves that meet at their ends alone are one.
 
     Raises:
         CurveError: When a curve has fewer than three points that increase, or the two hardly
             overlap.
     """
     test, anchor = front(test, "test"), front(anchor, "anchor")
-    psnr_overlap = _overlap([s.psnr for s in test], [s.psnr for s in anchor], "PSNR", "dB")
-    rate_overlap = _overlap([s.bpp for s in test], [s.bpp for s in anchor], "rate", "bpp")
-    if psnr_overlap < least_overlap:
+    psnr_overlap, covered = _overlap([s.psnr for s in test], [s.psnr for s in anchor], "PSNR", "dB")
+    rate_overlap, _ = _overlap([s.bpp for s in test], [s.bpp for s in anchor], "rate", "bpp")
+    if covered < least_overlap:
         raise CurveError(
-            f"The curves should share at least {least_overlap:.0%} of their PSNR range. Found "
-            f"{psnr_overlap:.0%}. Choose λ so that they cover the same rates."
+            f"The curves should share at least {least_overlap:.0%} of the shorter one's PSNR "
+            f"range. Found {covered:.0%}. Choose λ so that they cover the same rates."
         )
     points = [list(axis) for curve in (anchor, test) for axis in zip(*curve, strict=True)]
     # The package warns below an overlap of its own choice; here the overlap is part of the answer.
@@ -104,22 +105,21 @@ def front(points: Sequence[Score], name: str = "curve") -> list[Score]:
     return kept
 
 
-def _overlap(test: Sequence[float], anchor: Sequence[float], axis: str, unit: str) -> float:
-    """Part of the range of both that they share, for rates in the logarithm."""
+def _overlap(
+    test: Sequence[float], anchor: Sequence[float], axis: str, unit: str
+) -> tuple[float, float]:
+    """What both share, as part of their joint range and of the shorter one's; rates as log."""
     scale = math.log if axis == "rate" else float
-    low, left, right, high = (
-        scale(end) for end in (
-            min(*test, *anchor), max(test[0], anchor[0]), min(test[-1], anchor[-1]),
-            max(*test, *anchor),
-        )
-    )  # fmt: skip
+    ranges = [(scale(curve[0]), scale(curve[-1])) for curve in (test, anchor)]
+    (low, left), (right, high) = (sorted(ends) for ends in zip(*ranges, strict=True))
     if left >= right:
         raise CurveError(
             f"The curves should overlap in {axis}. Found {test[0]:.3g} to {test[-1]:.3g} {unit} "
             f"against {anchor[0]:.3g} to {anchor[-1]:.3g} {unit}. Choose λ so that they cover "
             "the same rates."
         )
-    return (right - left) / (high - low)
+    shorter = min(end - start for start, end in ranges)
+    return (right - left) / (high - low), (right - left) / shorter
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ here imports it before one of its codecs is asked for.
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +47,6 @@ class CompressAICodec(nn.Module):
         """The loss of the entropy bottleneck's quantiles."""
         return self.codec.aux_loss()
 
-    @torch.no_grad()
-    def compress(self, images: Tensor) -> tuple[list[bytes], Sequence[int]]:
-        """Strings of one image, and the shape of its hyper-latent."""
-        self.codec.update()
-        output = self.codec.compress(images)
-        return [strings[0] for strings in output["strings"]], output["shape"]
-
-    @torch.no_grad()
-    def decompress(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
-        """The image that :meth:`compress` took."""
-        self.codec.update()
-        return self.codec.decompress([[string] for string in strings], shape)["x_hat"]
-
 
 def build(name: str) -> CompressAICodec:
     """A fresh codec from ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``.
@@ -87,32 +74,45 @@ def build(name: str) -> CompressAICodec:
 
 
 class CompressAICoder:
-    """Puts the strings of CompressAI's own coder into one file, with their lengths."""
+    """Puts the strings of CompressAI's own coder into one file, with their shapes and lengths."""
 
-    _head = struct.Struct(">2sHHHHB")
+    _head = struct.Struct(">2sHHHH")
     _magic = b"mC"
 
     def __init__(self, model: CompressAICodec) -> None:
-        self._model = model
+        self._codec, self._stride = model.codec, model.stride
         self._device = next(model.parameters()).device
+        self._codec.update(force=True)  # tables of the distributions as trained
 
+    @torch.no_grad()
     def encode(self, image: Tensor) -> bytes:
         """The bytes of a uint8 image ``[3, H, W]``."""
         images = image[None].to(self._device, torch.float32) / 255
-        padded = pad_to_multiple(images, self._model.stride)
-        strings, shape = self._model.compress(padded)
-        head = self._head.pack(self._magic, *image.shape[-2:], *shape, len(strings))
-        return head + b"".join(struct.pack(">I", len(s)) + s for s in strings)
+        output = self._codec.compress(pad_to_multiple(images, self._stride))
+        strings = [string for (string,) in output["strings"]]
+        shape = json.dumps(output["shape"], separators=(",", ":")).encode()
+        head = self._head.pack(self._magic, *image.shape[-2:], len(shape), len(strings))
+        lengths = struct.pack(f">{len(strings)}I", *map(len, strings))
+        return head + shape + lengths + b"".join(strings)
 
+    @torch.no_grad()
     def decode_exactly(self, data: bytes) -> Tensor:
-        """The image ``[3, H, W]`` before it is rounded to 8 bits."""
-        magic, height, width, *shape, count = self._head.unpack_from(data)
-        if magic != self._magic:
-            raise BitstreamError("This should be an image coded by a codec of CompressAI.")
-        strings, offset = [], self._head.size
-        for _ in range(count):
-            (length,) = struct.unpack_from(">I", data, offset)
-            strings.append(data[offset + 4 : offset + 4 + length])
-            offset += 4 + length
-        decoded = self._model.decompress(strings, shape)
+        """The image ``[3, H, W]`` before it is rounded to 8 bits.
+
+        Raises:
+            BitstreamError: The bytes are something else.
+        """
+        if data[:2] != self._magic:
+            raise BitstreamError(
+                "This should be an image that was encoded by a codec of CompressAI. Found "
+                f"{len(data)} bytes of something else. Encode the image again."
+            )
+        _, height, width, size, count = self._head.unpack_from(data)
+        offset = self._head.size + size
+        shape = json.loads(data[self._head.size : offset])
+        strings, ends = [], offset + 4 * count
+        for length in struct.unpack_from(f">{count}I", data, offset):
+            strings.append([data[ends : ends + length]])
+            ends += length
+        decoded = self._codec.decompress(strings, shape)["x_hat"]
         return decoded[0, :, :height, :width]

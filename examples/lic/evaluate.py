@@ -42,24 +42,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(chosen.threads)
     torch.backends.cudnn.deterministic = True  # or a decoder on a GPU need not agree with itself
     try:
-        paths = _checkpoints(chosen.checkpoints)
-        names = _curve_names(paths)
-        if chosen.anchor is not None and chosen.anchor not in names.values():
-            raise CheckpointError(
-                f"--anchor should be one of {', '.join(sorted(set(names.values())))}, the folders "
-                f"of the checkpoints. Found {chosen.anchor}. Choose one of these."
-            )
-        pictures = _quick(_pictures(chosen.images)) if chosen.quick else _pictures(chosen.images)
-        chosen.output.mkdir(parents=True, exist_ok=True)
-        points = [
-            _point(path, names[path], pictures, chosen)
-            for path in tqdm(paths, unit="checkpoint", disable=None)
-        ]
+        points = _evaluated(chosen)
         _report(points, chosen)
     except FAULTS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {options.sentence(error)}", file=sys.stderr)
         return 2
     return _exactness(points)
+
+
+def _evaluated(chosen: argparse.Namespace) -> list[Point]:
+    """Every checkpoint on every image; all checkpoints are read before the first is used."""
+    paths = _checkpoints(chosen.checkpoints)
+    names = _curve_names(paths)
+    if chosen.anchor is not None and chosen.anchor not in names.values():
+        raise CheckpointError(
+            f"--anchor should be one of {', '.join(sorted(set(names.values())))}, the folders of "
+            f"the checkpoints. Found {chosen.anchor}. Choose one of these."
+        )
+    codecs = {path: load_codec(path) for path in paths}
+    pictures = _quick(_pictures(chosen.images)) if chosen.quick else _pictures(chosen.images)
+    points = []
+    for path, (model, content) in tqdm(codecs.items(), unit="checkpoint", disable=None):
+        folder = chosen.output / "files" / names[path].strip("/").replace("/", "_") / path.stem
+        found = measure(model.to(chosen.device), pictures, folder)
+        points.append(Point(path, names[path], content["lmbda"], content["settings"], found))
+    return points
 
 
 def _checkpoints(arguments: Sequence[Path]) -> list[Path]:
@@ -90,7 +97,9 @@ def _pictures(folder: Path | None) -> dict[str, Callable[[], Tensor]]:
     if folder is None:
         return {name: partial(_same, image) for name, image in images.bundled().held_out.items()}
     paths = images.list_images(folder)
-    note = images.conversions({h.path: h.mode for h in images.read_headers(paths)})
+    modes, faults = images.read_modes(paths)
+    images.check(faults, len(paths))
+    note = images.conversions(modes)
     if note is not None:
         print(note)
     return {str(path.relative_to(folder)): partial(images.read_pixels, path) for path in paths}
@@ -105,22 +114,11 @@ def _quick(pictures: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[
     return {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
 
 
-def _point(
-    path: Path, curve: str, pictures: Mapping[str, Callable[[], Tensor]], chosen: argparse.Namespace
-) -> Point:
-    model, content = load_codec(path)
-    folder = chosen.output / "files" / curve.replace("/", "_") / path.stem
-    measurements = measure(model.to(chosen.device), pictures, folder)
-    return Point(path, curve, content["lmbda"], content["settings"], measurements)
-
-
 def _report(points: Sequence[Point], chosen: argparse.Namespace) -> None:
     print(curves.table(points))
-    small = {n for p in points for n, m in p.measurements.items() if m.ms_ssim is None}
+    small = sorted(n for n, m in points[0].measurements.items() if m.ms_ssim is None)
     if small:
-        print(
-            f"MS-SSIM needs sides of {MS_SSIM_SIDE} pixels; without it: {', '.join(sorted(small))}."
-        )
+        print(f"MS-SSIM needs sides of {MS_SSIM_SIDE} pixels; without it: {', '.join(small)}.")
     comparisons = [] if chosen.anchor is None else curves.comparisons(points, chosen.anchor)
     for comparison in comparisons:
         print(comparison.sentence())
@@ -134,11 +132,9 @@ def _report(points: Sequence[Point], chosen: argparse.Namespace) -> None:
 
 
 def _exactness(points: Sequence[Point]) -> int:
-    all_exact = [m.exact for point in points for m in point.measurements.values()]
-    print(
-        f"Decoded as the codec reconstructs it, bit by bit: {sum(all_exact)} of {len(all_exact)}."
-    )
-    return 0 if all(all_exact) else 1
+    exact = [m.exact for point in points for m in point.measurements.values()]
+    print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
+    return 0 if all(exact) else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

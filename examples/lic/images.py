@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -125,41 +124,39 @@ def read_pixels(path: Path) -> Tensor:
     return read_image(path)[0]
 
 
-class Header(NamedTuple):
-    """What a file says about its image before any pixel is read."""
+def read_modes(
+    paths: Sequence[Path], *, min_side: int = 1
+) -> tuple[dict[Path, str], list[ImageError]]:
+    """Look at every file's header, so that a bad one is found now and not after days of training.
 
-    path: Path
-    mode: str
-    width: int
-    height: int
-
-
-def read_headers(paths: Sequence[Path], *, min_side: int = 1) -> list[Header]:
-    """Look into every file, so that a bad one is found now and not after days of training.
-
-    Raises:
-        ImageError: A file is no image, or smaller than `min_side`; names the first, counts all.
+    Returns:
+        The modes of the images that can be used, and what is wrong with the others.
     """
-    headers, faults = [], []
+    modes, faults = {}, []
     for path in paths:
         try:
-            headers.append(_read_header(path, min_side))
+            modes[path] = _read_mode(path, min_side)
         except ImageError as error:
             faults.append(error)
+    return modes, faults
+
+
+def check(faults: Sequence[ImageError], count: int) -> None:
+    """Raise the first fault among `count` images, if there is one, and say how many there are."""
     if faults:
-        more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
+        more = f" {len(faults)} of {count} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
-    return headers
 
 
-def _read_header(path: Path, min_side: int) -> Header:
+def _read_mode(path: Path, min_side: int) -> str:
     try:
         with Image.open(path) as image:
-            header = Header(path, image.mode, *image.size)
+            _check_range(image)
+            mode, (width, height) = image.mode, image.size
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
-    _check_side(path, header.height, header.width, min_side)
-    return header
+    _check_side(path, height, width, min_side)
+    return mode
 
 
 def _unreadable(path: Path, error: Exception) -> ImageError:
@@ -185,12 +182,16 @@ def conversions(modes: Mapping[Path, str]) -> str | None:
     return f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."
 
 
+def _check_range(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip and not scale
         gray = np.asarray(image).astype(np.float64) / 257
         return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
+    _check_range(image)
     if image.has_transparency_data:
         # Whatever colour hides behind transparent pixels is not part of the picture.
         image = image.convert("RGBA")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from examples.lic import architectures, checkpoint
 from examples.lic.checkpoint import CheckpointError
-from examples.lic.diagnostics import Probe
 from examples.lic.images import ImageError
+from examples.lic.log import Log
 from examples.lic.parallel import World
 from examples.lic.session import Observer, Recipe, Session
 from examples.lic.streams import Crops, CropStream
-from moo_balance.integrations.tensorboard import add_balance
 from moo_balance.weighting import Weighting
 
 
@@ -66,7 +63,8 @@ class Rung:
 
         Raises:
             CheckpointError: A checkpoint does not fit, or the last one could not be saved.
-            ImageError: An image cannot be read. What was trained so far has been saved.
+            ImageError: An image cannot be read. A single process has saved what it trained so
+                far.
         """
         run = Run(self, world)
         run.resume()
@@ -76,7 +74,9 @@ class Rung:
         with ExitStack() as stack:
             observers: list[Observer] = [_Saver(run)]
             if world.first:
-                observers += [_Log(stack, run), _Progress(stack, run)]
+                folder = self.path.parent / "logs" / self.path.stem
+                log = Log(folder, every=self.log_every, first=run.session.taken + 1)
+                observers += [stack.enter_context(closing(log)), _Progress(stack, run)]
             try:
                 run.session.run(run.stream, observers)
             except ImageError:
@@ -181,29 +181,6 @@ class _Saver(Observer):
         except CheckpointError as error:
             print(f"warning: {error} Training goes on; the next attempt is "
                   f"{rung.save_every} steps away.", file=sys.stderr)  # fmt: skip
-
-
-class _Log(Observer):
-    """TensorBoard: losses, weights, coefficients, and what the steps did to the losses."""
-
-    def __init__(self, stack: ExitStack, run: Run) -> None:
-        self._probe = Probe(run.rung.log_every)
-        folder = run.rung.path.parent / "logs" / run.rung.path.stem
-        # Steps that a killed run took after its last checkpoint are taken again.
-        writer = SummaryWriter(folder, purge_step=run.session.taken + 1)
-        self._writer = stack.enter_context(writer)
-
-    def before(self, session: Session, images: Tensor) -> None:
-        self._probe.before(session, images)
-
-    def after(self, session: Session) -> None:
-        self._probe.after(session)
-        if session.taken % self._probe.every:
-            return
-        add_balance(self._writer, session.optimizer, session.taken, prefix="")
-        figures = {**self._probe.figures, "lr": session.optimizer.param_groups[0]["lr"]}
-        for name, value in figures.items():
-            self._writer.add_scalar(f"step/{name}", value, session.taken)
 
 
 class _Progress(Observer):

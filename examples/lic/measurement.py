@@ -48,7 +48,8 @@ class Measurement:
     ms_ssim: float | None
     """None for an image too small for it."""
     exact: bool
-    """Is what was decoded bit by bit what the codec itself reconstructs, in floating point?"""
+    """Is what was decoded bit by bit what the codec itself reconstructs, before it is rounded to
+    8 bits? CompressAI's autoregressive codecs decode symbol by symbol and need not."""
 
     @property
     def bpp(self) -> float:
@@ -80,15 +81,14 @@ def measure(
         BitstreamError: An image cannot be coded.
     """
     coder = CODERS[type(model)](model)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name, load in images.items():
-        file = folder / f"{name.replace('/', '_')}.bin"
-        found[name] = _measure(model, coder, load(), file)
-    return found
+    return {
+        name: _measure(model, coder, load(), folder / f"{name}.bin")
+        for name, load in images.items()
+    }
 
 
 def _measure(model: nn.Module, coder: ImageCoder, image: Tensor, file: Path) -> Measurement:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(coder.encode(image))
     data = file.read_bytes()
     decoded = coder.decode_exactly(data)
@@ -100,7 +100,7 @@ def _measure(model: nn.Module, coder: ImageCoder, image: Tensor, file: Path) -> 
         estimated_bits=bits,
         psnr=psnr(pixels, image),
         ms_ssim=structural_similarity(pixels, image),
-        exact=torch.equal(decoded, own),
+        exact=torch.equal(decoded.clamp(0, 1), own.clamp(0, 1)),
     )
 
 

@@ -41,8 +41,20 @@ def device(text: str) -> torch.device:
     """A parser of devices that are there."""
     try:
         found = torch.device(text)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
+        available = torch.get_device_module(found).is_available()
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({reason})") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason})") from None
+    if not available:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used, PyTorch finds none here")
     return found
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user: errors of this example are sentences, those of the system are not."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return (
+        f"{error.filename or 'A file'} cannot be written ({error.strerror}). Free some space, or "
+        "choose another --output."
+    )

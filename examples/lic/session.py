@@ -62,22 +62,14 @@ class Objective(nn.Module):
         return rate_distortion(self.model, images, self.lmbda)
 
 
-class Auxiliary:
+def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """CompressAI's second optimizer: fits the quantiles of its entropy bottleneck to the data.
 
     They get no gradient from rate or distortion; ``model.aux_loss()`` is theirs alone.
     """
-
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], lr: float) -> None:
-        self._model = model
-        self._optimizer = torch.optim.Adam(parameters, lr=lr)
-        self.state_dict = self._optimizer.state_dict
-        self.load_state_dict = self._optimizer.load_state_dict
-
-    def step(self) -> None:
-        self._optimizer.zero_grad()
-        self._model.aux_loss().backward()
-        self._optimizer.step()
+    optimizer.zero_grad()
+    model.aux_loss().backward()
+    optimizer.step()
 
 
 class Observer:
@@ -93,8 +85,15 @@ class Observer:
 class Session:
     """A training run that can be stopped between any two steps, saved, and resumed exactly.
 
-    Arguments as for :func:`train`. Under ``torch.distributed`` every rank makes one, with a model
-    of equal weights and crops of its own.
+    Under ``torch.distributed`` every rank makes one, with a model of equal weights and crops of
+    its own.
+
+    Args:
+        model: The codec, on the device to train on.
+        weighting: Any weighting of ``moo_balance``.
+        recipe: Steps, learning rate, and what is done to gradients.
+        lmbda: λ, the price of distortion.
+        seed: For the quantisation noise.
     """
 
     def __init__(
@@ -103,32 +102,30 @@ class Session:
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(seed + rank)  # ranks that share noise would see half of it
         model.train()
-        self.model, self.recipe = model, recipe
-        self.taken = 0
+        self.model, self.recipe, self.taken = model, recipe, 0
         self.device = next(model.parameters()).device
         self.parameters, quantiles = _split(model)
         adam = torch.optim.Adam(self.parameters, lr=recipe.lr)
         self.optimizer = BalancedOptimizer(adam, weighting)
-        self.schedule = recipe.schedule.begin(self.optimizer, recipe.steps)
+        self._schedule = recipe.schedule.begin(self.optimizer, recipe.steps)
+        self._parts: dict[str, Any] = {}
+        self._parts.update(model=model, optimizer=self.optimizer, schedule=self._schedule)
         self._followers: list[Callable[[], object]] = []
-        self._parts: dict[str, Any] = {
-            "model": model, "optimizer": self.optimizer, "schedule": self.schedule
-        }  # fmt: skip
         if quantiles:
-            auxiliary = Auxiliary(model, quantiles, recipe.auxiliary_lr)
-            self._parts["auxiliary"] = auxiliary
-            self._followers.append(auxiliary.step)
+            auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
+            self._follow("auxiliary", auxiliary, partial(fit_quantiles, model, auxiliary))
         if recipe.ema is not None:
-            average = get_ema_multi_avg_fn(recipe.ema)
-            ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-            self._parts["ema"] = ema
-            self._followers.append(partial(ema.update_parameters, model))
-        self.bare_objective = Objective(model, lmbda)
-        self._objective: nn.Module = self.bare_objective
-        if dist.is_initialized():
-            self._objective = DistributedDataParallel(
-                self.bare_objective, find_unused_parameters=bool(quantiles)
+            ema = AveragedModel(
+                model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
             )
+            self._follow("ema", ema, partial(ema.update_parameters, model))
+        self.bare_objective = Objective(model, lmbda)
+        self._objective = _parallel(self.bare_objective, unused=bool(quantiles))
+
+    def _follow(self, name: str, part: Any, step: Callable[[], object]) -> None:
+        """Do `step` after each step, and save `part` with the rest."""
+        self._parts[name] = part
+        self._followers.append(step)
 
     def run(self, crops: Iterator[Tensor], observers: Sequence[Observer] = ()) -> None:
         """Take the steps that are left."""
@@ -149,7 +146,7 @@ class Session:
         else:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
-        self.schedule.step(sum(self.optimizer.balance.losses.values()))
+        self._schedule.step(sum(self.optimizer.balance.losses.values()))
         for follow in self._followers:
             follow()
         self.taken += 1
@@ -164,6 +161,13 @@ class Session:
             part.load_state_dict(state[name])
         self.taken = state["taken"]
         set_random_state(state["random"], self.device)
+
+
+def _parallel(objective: nn.Module, *, unused: bool) -> nn.Module:
+    """What averages gradients over the ranks, where there are any."""
+    if not dist.is_initialized():
+        return objective
+    return DistributedDataParallel(objective, find_unused_parameters=unused)
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -57,12 +57,9 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StoreError: When that fails, on a full disk say; what was at `path` before is untouched.
     """
-    part = None
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        os.close(handle)
-        part = Path(name)
         write(part)
         part.replace(path)
     except OSError as error:
@@ -71,7 +68,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
             "folder, and start again: what was finished before is kept."
         ) from error
     finally:
-        if part is not None:
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 

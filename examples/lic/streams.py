@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from examples.lic.images import (
     ImageError,
     bundled,
+    check,
     conversions,
     list_images,
-    read_headers,
+    read_modes,
     read_pixels,
 )
 
@@ -130,16 +131,30 @@ class CropStream(Iterator[Tensor]):
         self._taken, self._batches = state["taken"], None
 
 
-def folder_crops(folder: Path, *, crop: int, seed: int) -> tuple[Crops, list[str]]:
+def folder_crops(
+    folder: Path, *, crop: int, seed: int, skip: bool = False
+) -> tuple[Crops, list[str]]:
     """Crops of the images below `folder`, and what the user should know about them.
+
+    Args:
+        folder: Of images, subfolders included.
+        crop: Side of the crops.
+        seed: Of their order and places.
+        skip: Leave out what is too small or broken, where it is an error else.
 
     Raises:
         ImageError: The folder is missing or empty, or an image is broken or too small.
     """
     paths = list_images(folder)
-    note = conversions({h.path: h.mode for h in read_headers(paths, min_side=crop)})
-    notes = [f"{len(paths)} images in {folder}."] + ([note] if note else [])
-    return Crops(paths, crop=crop, seed=seed), notes
+    modes, faults = read_modes(paths, min_side=crop)
+    if not (skip and modes):
+        check(faults, len(paths))
+    notes = [f"{len(modes)} images in {folder}."]
+    if faults:
+        notes.append(f"Left out {len(faults)}, the first because: {faults[0]}")
+    note = conversions(modes)
+    notes += [] if note is None else [note]
+    return Crops(list(modes), crop=crop, seed=seed), notes
 
 
 def bundled_crops(*, crop: int, seed: int) -> tuple[Crops, list[str]]:

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rung in _plan(chosen, crops):
                 rung.train(world)
         except FAULTS as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {options.sentence(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             world.say("Stopped. The same command goes on from the last checkpoint.")
@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _crops(chosen: argparse.Namespace) -> tuple[Crops, list[str]]:
     if chosen.images is None:
         return bundled_crops(crop=chosen.crop, seed=chosen.seed)
-    return folder_crops(chosen.images, crop=chosen.crop, seed=chosen.seed)
+    return folder_crops(
+        chosen.images, crop=chosen.crop, seed=chosen.seed, skip=chosen.skip_unusable
+    )
 
 
 def _plan(chosen: argparse.Namespace, crops: Crops) -> list[Rung]:
@@ -106,8 +108,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
 
     whole, real = options.positive(int), options.positive(float)
-    add("--weighting", "how the two losses are balanced", choices=WEIGHTINGS, metavar="NAME",
-        default="standard")  # fmt: skip
+    add("--weighting", f"of rate against distortion: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS,
+        metavar="NAME", default="standard")  # fmt: skip
     add("--rate-weight", "of --weighting fixed; the distortion has the rest of 1", metavar="W",
         type=options.between_0_and_1)  # fmt: skip
     add("--lambdas", "one λ, or a ladder climbed from the lowest", type=real, nargs="+",
@@ -139,6 +141,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
     add("--threads", "2 help on idle cores, and harm on busy ones", type=whole, metavar="N",
         default=1)  # fmt: skip
+    parser.add_argument(
+        "--skip-unusable",
+        action="store_true",
+        help="leave out images that are too small or broken, and say how many",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     chosen = parser.parse_args(arguments)
     if chosen.rate_weight is not None and chosen.weighting != "fixed":

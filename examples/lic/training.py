@@ -14,7 +14,7 @@ from examples.lic.session import Observer, Recipe, Session, normalize_gradient, 
 from moo_balance import Balance, History
 from moo_balance.weighting import Weighting
 
-__all__ = ["NAMES", "Recipe", "Trace", "normalize_gradient", "rate_distortion", "train"]
+__all__ = ["NAMES", "SETTLED", "Recipe", "Trace", "normalize_gradient", "rate_distortion", "train"]
 
 NAMES = ("rate", "distortion")
 

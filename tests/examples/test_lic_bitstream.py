@@ -59,6 +59,20 @@ def test_what_is_decoded_is_what_the_codec_reconstructs(height, width, spread):
     assert torch.equal(Coder(model).decode(data), to_pixels(own))
 
 
+@given(st.integers(0, 2**31), st.sampled_from([0, 1, 100, bitstream.LARGEST]))
+def test_any_symbols_come_back(seed, largest):
+    """However unlikely the codec finds them."""
+    random = np.random.default_rng(seed)
+    z = random.integers(-largest, largest + 1, (8, 2, 3), dtype=np.int32)
+    y = random.integers(-largest, largest + 1, (12, 8, 12), dtype=np.int32)
+    header = bitstream._Header(b"", 0, 128, 192, largest, largest, 0)
+    data = Coder(make_model(seed % 3))._encode_symbols(header, z, y)
+    decoder = bitstream.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    decoded = Coder(make_model(seed % 3))._decode_symbols(header, decoder)
+    assert np.array_equal(decoded[0], z)
+    assert np.array_equal(decoded[1], y)
+
+
 def test_symbols_are_rounded_distances_from_mean_and_median():
     z, y = Coder(constant_model())._symbols(noise(64, 70))
     assert z.shape == (2, 1, 2)

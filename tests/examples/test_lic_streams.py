@@ -118,6 +118,17 @@ def test_a_broken_image_does_not_count_as_taken(folder):
     assert broken.state_dict() == {"taken": len(taken)}
 
 
+def test_unusable_images_are_left_out_on_request(folder):
+    Image.new("RGB", (100, 63)).save(folder / "1.png")
+    Image.new("F", (100, 100)).save(folder / "5.tiff")
+    crops, notes = folder_crops(folder, crop=64, seed=0, skip=True)
+    assert crops.identity.startswith("4 images")
+    assert notes[0] == f"4 images in {folder}."
+    assert notes[1].startswith(f"Left out 2, the first because: {folder}/1.png should be at least")
+    with pytest.raises(ImageError, match="6 of 6 images"):
+        folder_crops(folder, crop=128, seed=0, skip=True)
+
+
 def test_other_images_are_another_identity(folder):
     first = folder_crops(folder, crop=64, seed=0)[0].identity
     (folder / "4.png").rename(folder / "5.png")
