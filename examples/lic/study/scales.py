@@ -31,7 +31,7 @@ class Scale:
 
 
 EVERY_RIVAL = tuple(RIVALS)
-FINETUNED = {"Solution 1": (0.005, 0.06, 0.7), "Solution 2": (0.0035, 0.025, 0.2)}
+FINETUNED = {"Solution 1": (0.0009, 0.005, 0.06, 0.7), "Solution 2": (0.0009, 0.0035, 0.025, 0.2)}
 # Ladders with common rungs, since runs that two curves share are made once.
 PRICES = {"Solution 1": (6e-5, 2e-4, 6e-4, 2e-3), "Solution 2": (2e-4, 6e-4, 2e-3, 6e-3)}
 START = (0.013, 1500)
@@ -68,7 +68,7 @@ def short() -> Scale:
     fine_tuned = Experiment(
         "fine-tuned", 20, FINETUNED, prices, range(2), EVERY_RIVAL, (0.013, 100)
     )
-    lambdas = {name: lambdas[:2] for name, lambdas in FINETUNED.items()}
+    lambdas = {name: lambdas[1:3] for name, lambdas in FINETUNED.items()}
     from_scratch = Experiment("from scratch", 30, lambdas, prices, range(1), EVERY_RIVAL)
     return Scale(
         {
