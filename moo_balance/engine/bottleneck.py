@@ -16,7 +16,7 @@ from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import by_backward, by_grad, is_hooked
 from moo_balance.engine.graph import checkpoints_reentrantly, edge_of, leaves_among, nodes_above
 from moo_balance.engine.kept_rows import KeptRows, averaged, unscaled
-from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from moo_balance.engine.rows import Row, add_rows, add_to_grads, combination, inner_products
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
 
@@ -56,12 +56,11 @@ class AtFeatures(Linearization):
         if self.heads is None:
             weighted_backward(self.problem, coefficients)
         elif self.problem.parallel is not None:
-            total = self._total(self.heads, coefficients)
-            combine([list(total)], coefficients.new_ones(1), self.problem.params)
+            add_to_grads(self._total(self.heads, coefficients), self.problem.params)
         else:
             roots, seeds = self._seeds(self.heads, coefficients)
             torch.autograd.backward(roots, seeds, retain_graph=self.problem.retain_graph)
-            combine(self.heads.rows, coefficients, self.problem.params)
+            add_to_grads(combination(self.heads.rows, coefficients), self.problem.params)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem

@@ -23,6 +23,11 @@ _FEW = 4
 """Up to here single dot products are faster than a matrix product, and need no copy."""
 
 
+def cache_size(tensor: Tensor) -> int:
+    """How many numbers to handle at once where this tensor lies."""
+    return _ON_HOST if tensor.device.type == "cpu" else _ON_DEVICE
+
+
 class Family(NamedTuple):
     """Parameters that the same losses reach, with gradients of one kind."""
 
@@ -65,11 +70,11 @@ def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dty
             continue
         if gramian is None:
             gramian = products.new_zeros(count, count)
-        gramian = _added(gramian, products, family.reached)
+        gramian = added(gramian, products, family.reached)
     return torch.zeros(count, count, dtype=dtype, device=device) if gramian is None else gramian
 
 
-def _added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
+def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
     """Add products of the losses in `reached` at their places, in the wider precision."""
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
     first, last = reached[0], reached[-1] + 1
@@ -104,13 +109,17 @@ def products_of(vectors: Sequence[Tensor]) -> Tensor:
         entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
         return torch.stack(entries).reshape(len(vectors), len(vectors))
     matrix = torch.stack(list(vectors))
-    if not _multiplies_exactly(matrix):
+    if not multiplies_exactly(matrix):
         matrix = matrix.double()
-    products = matrix @ matrix.T
+    return symmetric(matrix @ matrix.T)
+
+
+def symmetric(products: Tensor) -> Tensor:
+    """Symmetric to the bit, which a matrix product is not."""
     return products.tril() + products.tril(-1).T
 
 
-def _multiplies_exactly(matrix: Tensor) -> bool:
+def multiplies_exactly(matrix: Tensor) -> bool:
     """Does a matrix product keep float32? TF32 and its like would leave three digits."""
     if matrix.device.type == "mps" or matrix.dtype == torch.float64:
         return True
@@ -135,7 +144,7 @@ def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[li
             yield portion
             portion = []
         if not portion:
-            room = _ON_HOST if gradient.device.type == "cpu" else _ON_DEVICE
+            room = cache_size(gradient)
         portion.append(column)
         room -= size
     if portion:
@@ -144,8 +153,7 @@ def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[li
 
 def _pieces(vectors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
     """Long vectors cut up, so that what is read twice is still in the cache."""
-    limit = _ON_HOST if vectors[0].device.type == "cpu" else _ON_DEVICE
-    length = max(limit // len(vectors), 1)
+    length = max(cache_size(vectors[0]) // len(vectors), 1)
     if any(vector.is_sparse for vector in vectors) or vectors[0].numel() <= length:
         return [vectors]
     return zip(*(torch.split(vector, length) for vector in vectors), strict=True)
@@ -181,14 +189,14 @@ def add_rows(left: Row, right: Row) -> Row:
     ]
 
 
-def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
+def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> list[Tensor | None]:
     """The gradient that is the weighted sum of `rows`, in memory of its own; uses the rows up.
 
     Nothing is written into a row: autograd may hand out the same memory for two parameters, or
     memory that still belongs to somebody else. But each piece is let go as soon as it has been
     added, so that its memory, still in the cache, serves for the next.
     """
-    factors = _factors(coefficients)
+    factors = numbers(coefficients)
     totals: list[Tensor | None] = [None] * len(rows[0])
     for family in families(rows, range(len(totals))):
         for batch in _small_together(rows[family.reached[0]], family.columns, 1):
@@ -199,13 +207,11 @@ def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Ro
     return totals
 
 
-def combine(
-    rows: Sequence[list[Tensor | None]], coefficients: Tensor, params: Sequence[Tensor]
-) -> None:
-    """Add the weighted sum of `rows` to ``.grad`` of `params`; uses the rows up."""
-    for param, total in zip(params, combination(rows, coefficients), strict=True):
-        if total is not None:
-            param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
+def add_to_grads(total: Row, params: Sequence[Tensor]) -> None:
+    """Add a gradient to ``.grad`` of `params`; it is the caller's to give away."""
+    for param, gradient in zip(params, total, strict=True):
+        if gradient is not None:
+            param.grad = gradient if param.grad is None else _add(param.grad, gradient, 1.0)
 
 
 def _taken(row: list[Tensor | None], column: int) -> Tensor:
@@ -217,7 +223,7 @@ def _taken(row: list[Tensor | None], column: int) -> Tensor:
 def _weighted(parts: list[list[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
     """Weighted sums over the losses, parameter by parameter."""
     if len(parts[0]) == 1:
-        return [_weighted_one([part[0] for part in parts], factors)]
+        return [weighted_tensor([part[0] for part in parts], factors)]
     totals = list(torch._foreach_mul(parts[0], factors[0]))
     for part, factor in zip(parts[1:], factors[1:], strict=True):
         if isinstance(factor, Tensor):
@@ -227,7 +233,8 @@ def _weighted(parts: list[list[Tensor]], factors: Sequence[float | Tensor]) -> l
     return totals
 
 
-def _weighted_one(gradients: list[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+def weighted_tensor(gradients: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    """A weighted sum, in memory of its own."""
     total = gradients[0] * factors[0]
     for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
         total = _add(total, gradient, factor)
@@ -247,9 +254,8 @@ def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
     return total.add_(gradient * factor)
 
 
-def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
+def numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
     """Plain numbers where reading them is free, 0-d tensors where it would synchronise."""
     if coefficients.device.type != "cpu":
         return coefficients.float().unbind()
-    numbers: list[float] = coefficients.tolist()
-    return numbers
+    return coefficients.tolist()
