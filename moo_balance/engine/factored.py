@@ -65,7 +65,8 @@ class Factored:
     def _pieces(self, like: Tensor) -> Iterator[Tensor]:
         """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache."""
         found = [cotangent for cotangent in self.cotangents if cotangent is not None]
-        width = max(cache_size(like) // (len(found) * len(like)), 1)
+        # Four times what is read more than once: the products are many per number here.
+        width = max(4 * cache_size(like) // (len(found) * len(like)), 1)
         for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
             yield torch.stack(parts).to(like.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import is_hooked, local_rows
 from moo_balance.engine.factored import Factored
 from moo_balance.engine.rows import (
+    Family,
     Row,
     add_rows,
     add_to_grads,
     added,
     combination,
+    families,
     inner_products,
 )
 from moo_balance.engine.sharded import is_sharded, sharded_inner_products
@@ -35,11 +37,20 @@ class KeptRows(Linearization):
         self.problem = problem
         self.dtype = dtype
         self.rows: list[list[Tensor | None]] | None = None
+        self.families: list[Family] = []
         self.layers: list[Factored] = []
 
     def gramian(self) -> Tensor:
-        self.rows = self.take()
-        return gramian_of(self.rows, self.problem, self.dtype, self.layers)
+        self.rows, problem = self.take(), self.problem
+        columns = measured_columns(problem)
+        if is_sharded(problem.params):
+            return unscaled(sharded_inner_products(self.rows, columns, self.dtype), problem)
+        self.families = families(self.rows)
+        gramian = inner_products(self.rows, columns, self.dtype, self.families)
+        for layer in self.layers:
+            if layer.reached and layer.column in columns:
+                gramian = added(gramian, layer.products(self.dtype), layer.reached)
+        return unscaled(gramian, problem)
 
     def take(self) -> list[list[Tensor | None]]:
         """The rows; averaged if there are ranks to average over."""
@@ -57,7 +68,7 @@ class KeptRows(Linearization):
 
     def total(self, rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
         """The weighted gradient; uses the rows up."""
-        total = combination(rows, coefficients)
+        total = combination(rows, coefficients, self.families)
         for layer in self.layers:
             total[layer.column] = layer.combination(coefficients)
         return total
@@ -118,24 +129,11 @@ def averaged(named: Iterable[tuple[str, Row]], problem: Problem) -> list[list[Te
     return [list(row) for row in parallel.finish(pending, params)]
 
 
-def gramian_of(
-    rows: Sequence[Row],
-    problem: Problem,
-    dtype: torch.dtype,
-    layers: Sequence[Factored] = (),
-) -> Tensor:
-    """Inner products over the measured parameters, free of the loss scale."""
-    columns = [
-        column
-        for column, param in enumerate(problem.params)
-        if problem.measured is None or id(param) in problem.measured
-    ]
-    products = sharded_inner_products if is_sharded(problem.params) else inner_products
-    gramian = products(rows, columns, dtype)
-    for layer in layers:
-        if layer.reached and layer.column in columns:
-            gramian = added(gramian, layer.products(dtype), layer.reached)
-    return unscaled(gramian, problem)
+def measured_columns(problem: Problem) -> Collection[int]:
+    """Positions of the parameters over which inner products are taken."""
+    if problem.measured is None:
+        return range(len(problem.params))
+    return {k for k, param in enumerate(problem.params) if id(param) in problem.measured}
 
 
 def unscaled(gramian: Tensor, problem: Problem) -> Tensor:
