@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from moo_balance.engine.base import Problem
+from moo_balance.engine.graph import reach
 from moo_balance.engine.rows import (
     Row,
     cache_size,
@@ -65,8 +66,7 @@ class Factored:
     def _pieces(self, like: Tensor) -> Iterator[Tensor]:
         """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache."""
         found = [cotangent for cotangent in self.cotangents if cotangent is not None]
-        # Four times what is read more than once: the products are many per number here.
-        width = max(4 * cache_size(like) // (len(found) * len(like)), 1)
+        width = max(cache_size(like) // (len(found) * len(like)), 1)
         for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
             yield torch.stack(parts).to(like.dtype)
 
@@ -91,13 +91,16 @@ def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
     columns = {id(param): k for k, param in enumerate(problem.params) if _is_plain(param)}
     candidates = [node for node in nodes if type(node).__name__ in _LINEAR]
     found = [layer for node in candidates for layer in _layers_at(node, columns)]
+    count = len(problem.losses)
+    found = [(layer, way) for layer, way in found if _pays(layer, problem, count)]
     if not found:
         return []
     uses = Counter(after for node in nodes for after, _ in node.next_functions)
+    reaching = reach(problem.losses, nodes)
     return [
         layer
         for layer, way in found
-        if all(uses[node] == 1 for node in way) and _pays(layer, problem)
+        if all(uses[node] == 1 for node in way) and _pays(layer, problem, reaching[layer.node])
     ]
 
 
@@ -129,9 +132,9 @@ def _is_plain(param: Tensor) -> bool:
     )
 
 
-def _pays(layer: Factored, problem: Problem) -> bool:
-    """Fewer multiplications with factors than with K gradients?"""
-    count, (samples, inputs) = len(problem.losses), layer.inputs.shape
+def _pays(layer: Factored, problem: Problem, count: int) -> bool:
+    """Fewer multiplications with factors than with gradients of so many losses?"""
+    samples, inputs = layer.inputs.shape
     weight = problem.params[layer.column].numel()
     outputs = weight // max(inputs, 1)
     with_factors = samples * (inputs + count * outputs) + count**2 * outputs + weight
@@ -141,17 +144,23 @@ def _pays(layer: Factored, problem: Problem) -> bool:
 class Inputs:
     """What to differentiate a loss with respect to: parameters, and layers in place of weights."""
 
-    def __init__(self, params: Sequence[Tensor], layers: Sequence[Factored]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        layers: Sequence[Factored],
+        columns: Sequence[int] | None = None,
+    ) -> None:
         held = {layer.column for layer in layers}
+        wanted = range(len(params)) if columns is None else columns
         self.layers, self.width = layers, len(params)
-        self.columns = [column for column in range(len(params)) if column not in held]
+        self.columns = [column for column in wanted if column not in held]
         self.inputs: list[Tensor | GradientEdge] = [params[column] for column in self.columns]
         self.inputs += [GradientEdge(layer.node, 0) for layer in layers]
 
-    def sorted(self, found: Row) -> Row:
+    def sorted(self, found: Row) -> list[Tensor | None]:
         """The row of what was found, once the layers have been handed their cotangents."""
-        if not self.layers:
-            return found
+        if len(found) == self.width and not self.layers:
+            return list(found)
         for layer, cotangent in zip(self.layers, found[len(self.columns) :], strict=True):
             layer.cotangents.append(cotangent)
         row: list[Tensor | None] = [None] * self.width

@@ -44,12 +44,10 @@ class KeptRows(Linearization):
         self.rows, problem = self.take(), self.problem
         columns = measured_columns(problem)
         if is_sharded(problem.params):
-            return unscaled(sharded_inner_products(self.rows, columns, self.dtype), problem)
-        self.families = families(self.rows)
-        gramian = inner_products(self.rows, columns, self.dtype, self.families)
-        for layer in self.layers:
-            if layer.reached and layer.column in columns:
-                gramian = added(gramian, layer.products(self.dtype), layer.reached)
+            gramian = sharded_inner_products(self.rows, columns, self.dtype)
+        else:
+            self.families = families(self.rows)
+            gramian = products(self.rows, columns, self.dtype, self.layers, self.families)
         return unscaled(gramian, problem)
 
     def take(self) -> list[list[Tensor | None]]:
@@ -127,6 +125,22 @@ def averaged(named: Iterable[tuple[str, Row]], problem: Problem) -> list[list[Te
         return [list(row) for _, row in named]
     pending = [parallel.start(name, row, params) for name, row in named]
     return [list(row) for row in parallel.finish(pending, params)]
+
+
+def products(
+    rows: Sequence[Row],
+    columns: Collection[int],
+    dtype: torch.dtype,
+    layers: Sequence[Factored],
+    found: Sequence[Family] | None = None,
+) -> Tensor:
+    """Inner products over the parameters at `columns`, some of whose gradients are factored."""
+    gramian = inner_products(rows, columns, dtype, found)
+    for layer in layers:
+        if layer.reached and layer.column in columns:
+            own = layer.products(dtype).to(gramian.device)
+            gramian = added(gramian, own, layer.reached)
+    return gramian
 
 
 def measured_columns(problem: Problem) -> Collection[int]:

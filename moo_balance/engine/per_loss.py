@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
-from moo_balance.engine.bottleneck import AtFeatures, ExactAtFeatures
+from moo_balance.engine.bottleneck import at_features
 from moo_balance.engine.kept_rows import KeptRows, RowWindow
 
 
@@ -33,9 +33,9 @@ class PerLoss(Engine):
     dtype: torch.dtype = torch.float32
 
     def linearize(self, problem: Problem) -> Linearization:
-        if not problem.features:
-            return KeptRows(problem, self.dtype)
-        return (ExactAtFeatures if problem.exact else AtFeatures)(problem, self.dtype)
+        if problem.features:
+            return at_features(problem, self.dtype)
+        return KeptRows(problem, self.dtype)
 
     def window(self) -> Window:
         return RowWindow(self.dtype)

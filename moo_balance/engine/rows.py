@@ -223,9 +223,14 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 def add_rows(left: Row, right: Row) -> Row:
     """Sum of two gradients, parameter by parameter."""
-    return [
-        b if a is None else a if b is None else _sum(a, b) for a, b in zip(left, right, strict=True)
-    ]
+    return [add(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of the gradients of one parameter."""
+    if left is None or right is None:
+        return right if left is None else left
+    return right + left if left.is_sparse else left + right
 
 
 def combination(
@@ -282,10 +287,6 @@ def weighted_tensor(gradients: Sequence[Tensor], factors: Sequence[float | Tenso
     for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
         total = _add(total, gradient, factor)
     return total
-
-
-def _sum(left: Tensor, right: Tensor) -> Tensor:
-    return right + left if left.is_sparse else left + right
 
 
 def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,12 +32,6 @@ GRAPHS: dict[str, Callable[[], Graph]] = {}
 def graph(build: Callable[[], Graph]) -> Callable[[], Graph]:
     GRAPHS[build.__name__] = build
     return build
-
-
-def over_graphs(*besides: str) -> pytest.MarkDecorator:
-    """Every graph, but for the named ones."""
-    chosen = [name for name in GRAPHS if name not in besides]
-    return pytest.mark.parametrize("build", [GRAPHS[name] for name in chosen], ids=chosen)
 
 
 def naive_jacobian(built: Graph) -> Tensor:
