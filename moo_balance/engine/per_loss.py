@@ -19,6 +19,10 @@ class PerLoss(Engine):
     gradients themselves, at most K·P numbers; a parameter that a loss does not reach takes none.
     A method that needs no Gramian costs one ordinary backward pass.
 
+    The weight of a linear layer has a gradient of two thin factors, the layer's input and the
+    gradient at its output. Where inner products and the weighted sum take fewer multiplications
+    from the factors, the K gradients of that weight are never formed.
+
     On several ranks each row is averaged over them while the next one is differentiated, so that
     the Gramian is that of the averaged gradients. Rows of sharded parameters (``fully_shard``)
     stay sharded, and their inner products are summed over the shards.

@@ -30,6 +30,7 @@ from moo_balance.engine.graph import (
     nodes_above,
 )
 from moo_balance.engine.kept_rows import averaged, measured_columns, products, unscaled
+from moo_balance.engine.parallel import in_static_graph
 from moo_balance.engine.portions import Portion, portions
 from moo_balance.engine.rows import Row, add
 from moo_balance.engine.sharded import is_flattened, is_sharded
@@ -174,6 +175,8 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
         found = "sharded parameters"
     elif reentrant:
         found = "a reentrant checkpoint (or pass `use_reentrant=False`)"
+    elif problem.parallel is not None and in_static_graph(problem.losses):
+        found = "DistributedDataParallel with `static_graph=True`"
     if found is not None:
         raise BalanceError(
             f"A model under Streaming() should be differentiable in portions. Found {found}. Leave "

@@ -42,6 +42,14 @@ def test_ranks_take_the_step_of_one_process(
     assert_equals_reference(model, optimizer, method, torch.float64)
 
 
+def test_static_graphs_are_refused() -> None:
+    """DDP records its hooks in a first backward pass, which portions are not."""
+    model = DDP(Net(), static_graph=True)
+    optimizer = BalancedOptimizer(adam(model), MGDA(), engine=Streaming())
+    with pytest.raises(BalanceError, match="static_graph"):
+        optimizer.backward(losses_of(model, share(0)))
+
+
 def test_graphs_that_differ_are_refused_on_all_ranks() -> None:
     model = Net()
     optimizer = BalancedOptimizer(adam(model), MGDA(), engine=Streaming())
