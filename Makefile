@@ -11,13 +11,16 @@ DEV      := $(VENV)/.dev
 INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types doctest docs bench clean
+.PHONY: help demo lic-report test check lint types doctest docs bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
 
 demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and compare (about five minutes)
 	$(BIN)/python -m examples.lic
+
+lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic_report.md (under two hours)
+	$(BIN)/python -m examples.lic.study --workers 2 --docs docs
 
 test: $(DEV)  ## run the test suite
 	$(BIN)/python -m pytest

@@ -46,7 +46,7 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
 def test_commands_exist(page):
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     text = page.read_text()
-    assert set(re.findall(r"^make (?:\w+=\S+ )?(\w+)", text, re.MULTILINE)) <= {*targets.split()}
+    assert set(re.findall(r"^make (?:\w+=\S+ )?([\w-]+)", text, re.MULTILINE)) <= {*targets.split()}
     for module in re.findall(r"python -m (examples[\w.]*|benchmarks[\w.]*)", text):
         assert importlib.util.find_spec(module), f"{page} runs {module}, which is not there"
 

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from examples.lic import images, plots, report
-from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.comparison import Comparison, Plan, Rung
+from examples.lic.options import crop_side, positive
 from examples.lic.training import Recipe
 from moo_balance import Balance
 
@@ -105,15 +105,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-images", "held out; if not given, the last fifth of --images by name", type=Path,
         metavar="DIR")  # fmt: skip
     add("--output", "for figures and results", type=Path, metavar="DIR", default=Path("runs/lic"))
-    add("--lambdas", "rungs of the ladder", type=_positive(float), nargs="+", metavar="λ",
+    add("--lambdas", "rungs of the ladder", type=positive(float), nargs="+", metavar="λ",
         default=[0.0035, 0.013, 0.05])  # fmt: skip
-    add("--steps", "standard steps on each rung", type=_positive(int), metavar="N", default=1500)
-    add("--finetune-steps", "further steps of each method", type=_positive(int), metavar="N",
+    add("--steps", "standard steps on each rung", type=positive(int), metavar="N", default=1500)
+    add("--finetune-steps", "further steps of each method", type=positive(int), metavar="N",
         default=400)  # fmt: skip
-    add("--batch", "crops in a step", type=_positive(int), metavar="N", default=2)
-    add("--crop", "side of the crops, a multiple of 64", type=_crop, metavar="N", default=128)
+    add("--batch", "crops in a step", type=positive(int), metavar="N", default=2)
+    add("--crop", "side of the crops, a multiple of 64", type=crop_side, metavar="N", default=128)
     add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=_positive(int),
+    add("--threads", "2 help on idle cores, and harm on busy ones", type=positive(int),
         metavar="N", default=1)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     options = parser.parse_args(arguments)
@@ -122,20 +122,3 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         vars(options).update(QUICK)
     return options
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"should be positive, found {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it when `text` is no number
-    return parse
-
-
-def _crop(text: str) -> int:
-    stride = MeanScaleHyperprior.stride
-    if (value := int(text)) < 1 or value % stride:
-        raise argparse.ArgumentTypeError(f"should be a multiple of {stride}, found {text}")
-    return value

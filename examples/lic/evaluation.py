@@ -8,10 +8,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-
-from examples.lic.codec import MeanScaleHyperprior
 
 
 class Score(NamedTuple):
@@ -35,17 +33,32 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
+def to_pixels(decoded: Tensor) -> Tensor:
+    """A decoded image as it is shown: uint8, on the CPU."""
+    return (decoded.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 @torch.no_grad()
-def score(model: MeanScaleHyperprior, image: Tensor) -> Score:
-    """Code one uint8 image ``[3, H, W]`` of any size; the padding is coded but not counted."""
+def reconstruct(model: nn.Module, image: Tensor) -> tuple[Tensor, float]:
+    """What a codec in evaluation mode makes of one uint8 image ``[3, H, W]`` of any size.
+
+    Returns:
+        The decoded image, float and not clamped, and the estimated bits; the padding is coded too.
+    """
     height, width = image.shape[-2:]
-    padded = pad_to_multiple(image[None].to(torch.float32) / 255, model.stride)
+    device = next(model.parameters()).device
+    padded = pad_to_multiple(image[None].to(device, torch.float32) / 255, model.stride)
     decoded, bits = model(padded)
-    decoded = (decoded[0, :, :height, :width].clamp(0, 1) * 255).round().to(torch.uint8)
-    return Score(sum(bits.values()).item() / (height * width), psnr(decoded, image))
+    return decoded[0, :, :height, :width], sum(bits.values()).item()
 
 
-def evaluate(model: MeanScaleHyperprior, images: Mapping[str, Tensor]) -> dict[str, Score]:
+def score(model: nn.Module, image: Tensor) -> Score:
+    """Code one uint8 image; the padding is coded, and its pixels are not counted."""
+    decoded, bits = reconstruct(model, image)
+    return Score(bits / image[0].numel(), psnr(to_pixels(decoded), image))
+
+
+def evaluate(model: nn.Module, images: Mapping[str, Tensor]) -> dict[str, Score]:
     """Score every image with rounded symbols, and leave the model in the mode it was in."""
     was_training = model.training
     model.eval()

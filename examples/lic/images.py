@@ -23,6 +23,10 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 """What counts as an image in a folder that may hold other files too."""
 
 
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""How Pillow says that a file is no image, or a broken one."""
+
+
 class ImageError(Exception):
     """Images that cannot be used; the message names the path and says what to do."""
 
@@ -109,27 +113,85 @@ def read_image(path: Path, *, min_side: int = 1) -> tuple[Tensor, str]:
     try:
         with Image.open(path) as image:
             pixels, mode = _to_rgb(ImageOps.exif_transpose(image)), image.mode
-    except UnidentifiedImageError:
-        reason = "not an image format that Pillow knows"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error)
-    else:
-        if min(pixels.shape[:2]) >= min_side:
-            return _to_tensor(pixels), mode
-        height, width = pixels.shape[:2]
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    _check_side(path, *pixels.shape[:2], min_side)
+    return _to_tensor(pixels), mode
+
+
+def read_pixels(path: Path) -> Tensor:
+    """The image at `path` as uint8 ``[3, H, W]``."""
+    return read_image(path)[0]
+
+
+def read_modes(
+    paths: Sequence[Path], *, min_side: int = 1
+) -> tuple[dict[Path, str], list[ImageError]]:
+    """Look at every file's header, so that a bad one is found now and not after days of training.
+
+    Returns:
+        The modes of the images that can be used, and what is wrong with the others.
+    """
+    modes, faults = {}, []
+    for path in paths:
+        try:
+            modes[path] = _read_mode(path, min_side)
+        except ImageError as error:
+            faults.append(error)
+    return modes, faults
+
+
+def check(faults: Sequence[ImageError], count: int) -> None:
+    """Raise the first fault among `count` images, if there is one, and say how many there are."""
+    if faults:
+        more = f" {len(faults)} of {count} images have such a fault." if faults[1:] else ""
+        raise ImageError(f"{faults[0]}{more}")
+
+
+def _read_mode(path: Path, min_side: int) -> str:
+    try:
+        with Image.open(path) as image:
+            _check_range(image)
+            mode, (width, height) = image.mode, image.size
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    _check_side(path, height, width, min_side)
+    return mode
+
+
+def _unreadable(path: Path, error: Exception) -> ImageError:
+    known = not isinstance(error, UnidentifiedImageError)
+    reason = str(error) if known else "not an image format that Pillow knows"
+    return ImageError(f"{path} cannot be read ({reason}). Repair or remove it.")
+
+
+def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
+    if min(height, width) < min_side:
         raise ImageError(
             f"{path} should be at least {min_side} pixels high and wide, the side of the training "
             f"crops. Found {height} x {width}. Remove it, or choose a smaller --crop."
         )
-    raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.")
+
+
+def conversions(modes: Mapping[Path, str]) -> str | None:
+    """A sentence on the images whose mode is not 8-bit RGB; None if there are none."""
+    names = [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
+    if not names:
+        return None
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."
+
+
+def _check_range(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip and not scale
         gray = np.asarray(image).astype(np.float64) / 257
         return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
+    _check_range(image)
     if image.has_transparency_data:
         # Whatever colour hides behind transparent pixels is not part of the picture.
         image = image.convert("RGBA")
@@ -145,20 +207,18 @@ def _read_all(
     paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
 ) -> dict[str, Tensor]:
     images: dict[str, Tensor] = {}
-    converted: list[str] = []
+    modes: dict[Path, str] = {}
     # In shuffled order, so that what fits into the budget is a fair sample of the folder.
     for path in random.Random(0).sample(paths, len(paths)):
         image, mode = read_image(path, min_side=min_side)
         images[str(path)] = image
-        if mode != "RGB":
-            converted.append(f"{path.name} ({mode})")
+        modes[path] = mode
         budget -= image.numel()
         if budget <= 0:
             notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
             break
-    if converted:
-        more = f" and {len(converted) - 3} more" if len(converted) > 3 else ""
-        notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
+    if (note := conversions(modes)) is not None:
+        notes.append(note)
     return images
 
 

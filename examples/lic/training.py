@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean, median
 
-import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
 
-from examples.lic.codec import MeanScaleHyperprior
-from moo_balance import Balance, BalancedOptimizer, History
+from examples.lic.schedules import SETTLED
+from examples.lic.session import Observer, Recipe, Session, normalize_gradient, rate_distortion
+from moo_balance import Balance, History
 from moo_balance.weighting import Weighting
 
+__all__ = ["NAMES", "SETTLED", "Recipe", "Trace", "normalize_gradient", "rate_distortion", "train"]
+
 NAMES = ("rate", "distortion")
-
-SETTLED = 0.7
-"""The fraction of a run after which the learning rate falls, and weights are taken for settled."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How many steps, and Adam's learning rate: it falls twice to 0.3 of itself near the end."""
-
-    steps: int
-    lr: float
-
-    @property
-    def milestones(self) -> list[int]:
-        return [int(SETTLED * self.steps), int(0.9 * self.steps)]
 
 
 @dataclass(frozen=True)
@@ -60,15 +45,25 @@ class Trace:
         return {name: fmean(self.history.series(f"{kind}/{name}")[1][first:]) for name in NAMES}
 
 
-def rate_distortion(model: MeanScaleHyperprior, images: Tensor, lmbda: float) -> dict[str, Tensor]:
-    """The two losses to be balanced: bits per pixel, and λ · 255² · MSE."""
-    output = model(images)
-    mse = nn.functional.mse_loss(output.images, images)
-    return {"rate": output.bpp(), "distortion": lmbda * 255**2 * mse}
+class _Recorder(Observer):
+    """Keeps a trace of all steps."""
+
+    def __init__(self, on_step: Callable[[Balance], object]) -> None:
+        self.trace = Trace()
+        self._on_step = on_step
+        self._start = 0.0
+
+    def before(self, session: Session, images: Tensor) -> None:
+        self._start = time.perf_counter()
+
+    def after(self, session: Session) -> None:
+        self.trace.seconds.append(time.perf_counter() - self._start)
+        self.trace.history.append(session.optimizer.balance)
+        self._on_step(session.optimizer.balance)
 
 
 def train(
-    model: MeanScaleHyperprior,
+    model: nn.Module,
     crops: Iterator[Tensor],
     weighting: Weighting,
     recipe: Recipe,
@@ -80,42 +75,14 @@ def train(
     """Train `model` in place.
 
     Args:
-        model: The codec.
+        model: The codec, on the device to train on.
         crops: Batches of images, one of which each step takes.
         weighting: Any weighting of ``moo_balance``.
-        recipe: Steps and learning rate.
+        recipe: Steps, learning rate, and what is done to gradients.
         lmbda: λ, the price of distortion: larger means more bits and a better picture.
         seed: For the quantisation noise: runs with equal seeds and crops meet equal noise.
         on_step: Called after each step with its losses and weights.
     """
-    torch.manual_seed(seed)
-    model.train()
-    trace = Trace()
-    optimizer = BalancedOptimizer(torch.optim.Adam(model.parameters(), lr=recipe.lr), weighting)
-    scheduler = MultiStepLR(optimizer, recipe.milestones, gamma=0.3)
-
-    for _ in range(recipe.steps):
-        images = next(crops)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        # A closure, so that a method that watches the step can evaluate the losses after it.
-        optimizer.backward(partial(rate_distortion, model, images, lmbda))
-        normalize_gradient(model.parameters())
-        optimizer.step()
-        trace.seconds.append(time.perf_counter() - start)
-        scheduler.step()
-        trace.history.append(optimizer.balance)
-        on_step(optimizer.balance)
-    return trace
-
-
-def normalize_gradient(parameters: Iterable[nn.Parameter]) -> None:
-    """Bring the gradient over all parameters to norm 1.
-
-    This stands where training loops clip. Clipping handicaps one side of a comparison: Adam does
-    not care about the scale of gradients, but a bound does, and the scale is what a weighting
-    changes. At norm 1 nobody has an advantage, and outliers are tamed all the same.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    torch._foreach_div_(gradients, norm)
+    recorder = _Recorder(on_step)
+    Session(model, weighting, recipe, lmbda=lmbda, seed=seed).run(crops, [recorder])
+    return recorder.trace

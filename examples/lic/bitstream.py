@@ -1,0 +1,218 @@
+"""From images to bytes and back: the codec's symbols through a range coder.
+
+The hyper-latent is coded first, with a table for each channel from its logistic distribution; what
+it predicts then tells the decoder how each symbol of the latent was coded. Both ends have to make
+the same prediction, and this is what is assumed about floating point:
+
+- Symbols are integers, differences from mean or median. The mean shifts them and takes no part in
+  their probabilities, so only the scale must be the same at both ends.
+- The scale chooses one of :data:`SCALES`. It is computed in float64, from integers that both ends
+  have: thread counts and machines may differ in the last digits, and the choices differ only if a
+  scale lies that close to the border between two entries. Then a checksum of the symbols tells.
+- The picture is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
+  device and PyTorch that evaluated it, and to some 1e-6 elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+import zlib
+from typing import NamedTuple
+
+import constriction
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.lic.codec import SCALE_FLOOR, MeanScaleHyperprior
+from examples.lic.evaluation import pad_to_multiple, to_pixels
+
+# Attributes, not modules: constriction is one compiled extension.
+Categorical = constriction.stream.model.Categorical
+QuantizedGaussian = constriction.stream.model.QuantizedGaussian
+RangeEncoder = constriction.stream.queue.RangeEncoder
+RangeDecoder = constriction.stream.queue.RangeDecoder
+
+SCALES = np.exp(np.linspace(np.log(SCALE_FLOOR), np.log(256.0), 128))
+"""Standard deviations that the coder knows; the nearest one is at most 3.1 % off."""
+
+_BORDERS = torch.from_numpy(np.sqrt(SCALES[1:] * SCALES[:-1]))
+
+LARGEST = 2**15 - 1
+"""Bound on symbols; a trained codec stays within some hundred."""
+
+
+class BitstreamError(Exception):
+    """Bytes that cannot be decoded, or an image that cannot be encoded; says why."""
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    fingerprint: int
+    height: int
+    width: int
+    largest_z: int
+    largest_y: int
+    checksum: int
+
+
+_LAYOUT = struct.Struct(">2sIHHHHI")
+_MAGIC = b"m\x01"  # format 1
+
+
+def fingerprint(model: torch.nn.Module) -> int:
+    """A checksum of all weights, by which a decoder knows that it is the encoder's model."""
+    total = 0
+    for name, value in sorted(model.state_dict().items()):
+        pixels = value.detach().cpu().contiguous().numpy()
+        total = zlib.crc32(pixels.tobytes(), zlib.crc32(name.encode(), total))
+    return total
+
+
+class Coder:
+    """Encodes and decodes images with one codec, in evaluation mode.
+
+    Example::
+
+        data = Coder(model).encode(image)     # bytes; image is uint8 [3, H, W]
+        image = Coder(model).decode(data)     # uint8, what the codec itself reconstructs
+    """
+
+    def __init__(self, model: MeanScaleHyperprior) -> None:
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._precise = copy.deepcopy(self._model).double()
+        self._fingerprint = fingerprint(model)
+        self._device = next(model.parameters()).device
+
+    def encode(self, image: Tensor) -> bytes:
+        """The bytes of a uint8 image ``[3, H, W]``.
+
+        Raises:
+            BitstreamError: The image is too large for the format, or the codec's symbols are.
+        """
+        z, y = self._symbols(image)
+        largest_z, largest_y = (int(np.abs(symbols).max()) for symbols in (z, y))
+        height, width = image.shape[-2:]
+        if max(largest_z, largest_y) > LARGEST or max(height, width) >= 2**16:
+            raise BitstreamError(
+                f"Sides should be below 65536 and symbols at most {LARGEST}. Found an image of "
+                f"{height} x {width} and a symbol of {max(largest_z, largest_y)}. Code smaller "
+                "images, or train the codec until its latents settle."
+            )
+        header = _Header(
+            _MAGIC, self._fingerprint, height, width, largest_z, largest_y, _checksum(z, y)
+        )
+        return _LAYOUT.pack(*header) + self._encode_symbols(header, z, y)
+
+    def decode(self, data: bytes) -> Tensor:
+        """The uint8 image ``[3, H, W]`` that was encoded, as the codec reconstructs it.
+
+        Raises:
+            BitstreamError: These are not the bytes of an image, those of another codec's, or
+                damaged; or the encoder's arithmetic was not this machine's.
+        """
+        return to_pixels(self.decode_exactly(data))
+
+    def decode_exactly(self, data: bytes) -> Tensor:
+        """The same before it is rounded to 8 bits: float32, not clamped."""
+        header = self._checked_header(data)
+        words = np.frombuffer(data[_LAYOUT.size :], dtype="<u4").astype(np.uint32)
+        try:
+            z, y = self._decode_symbols(header, RangeDecoder(words))
+        except AssertionError:  # how constriction speaks of data that it cannot have written
+            z = y = np.zeros(0, np.int32)
+        if _checksum(z, y) != header.checksum:
+            raise BitstreamError(
+                "The symbols should have the checksum that was sent. Found another: the bytes are "
+                "damaged, or this machine predicts other scales than the encoder's. Encode again, "
+                "or decode where it was encoded."
+            )
+        decoded = self._synthesize(z, y)
+        return decoded[0, :, : header.height, : header.width]
+
+    @torch.no_grad()
+    def _symbols(self, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Integers of hyper-latent ``[N, h, w]`` and latent ``[M, 4h, 4w]``."""
+        images = image[None].to(self._device, torch.float32) / 255
+        y, z = self._model.analyze(pad_to_multiple(images, self._model.stride))
+        z_symbols = (z - self._model.z_median).round()
+        mean, _ = self._model.predict(z_symbols + self._model.z_median)
+        return _to_integers(z_symbols), _to_integers((y - mean).round())
+
+    def _encode_symbols(self, header: _Header, z: np.ndarray, y: np.ndarray) -> bytes:
+        encoder = RangeEncoder()
+        for symbols, table in zip(z, self._z_tables(header.largest_z), strict=True):
+            encoder.encode((symbols + header.largest_z).ravel(), table)
+        scales = self._scales(z)
+        gaussian = _gaussian(header.largest_y)
+        encoder.encode(y.ravel(), gaussian, np.zeros_like(scales), scales)
+        return encoder.get_compressed().astype("<u4").tobytes()
+
+    def _decode_symbols(
+        self, header: _Header, decoder: RangeDecoder
+    ) -> tuple[np.ndarray, np.ndarray]:
+        stride = self._model.stride
+        shape = (-(-header.height // stride), -(-header.width // stride))
+        tables = self._z_tables(header.largest_z)
+        z = np.stack([decoder.decode(table, shape[0] * shape[1]) for table in tables])
+        z = (z - header.largest_z).reshape(-1, *shape).astype(np.int32)
+        scales = self._scales(z)
+        gaussian = _gaussian(header.largest_y)
+        y = decoder.decode(gaussian, np.zeros_like(scales), scales)
+        return z, y.reshape(-1, 4 * shape[0], 4 * shape[1])
+
+    def _z_tables(self, largest: int) -> list[Categorical]:
+        """For each channel the probabilities of −largest … largest, and one to spare."""
+        scale = self._precise.z_log_scale.exp().flatten().cpu().numpy()
+        distance = np.abs(np.arange(-largest, largest + 2))
+        ends = (np.array([[0.5], [-0.5]]) - distance)[:, None] / scale[:, None]
+        upper, lower = 1 / (1 + np.exp(-ends.clip(-700, 700)))
+        return [Categorical(row, perfect=False) for row in (upper - lower).clip(1e-12)]
+
+    @torch.no_grad()
+    def _scales(self, z: np.ndarray) -> np.ndarray:
+        """The scale in the table that comes nearest to the predicted one, for each symbol of y."""
+        sent = torch.from_numpy(z)[None].to(self._device, torch.float64)
+        _, scale = self._precise.predict(sent + self._precise.z_median)
+        return SCALES[torch.bucketize(scale.flatten().cpu(), _BORDERS).numpy()]
+
+    @torch.no_grad()
+    def _synthesize(self, z: np.ndarray, y: np.ndarray) -> Tensor:
+        """What the codec makes of its symbols, in the memory layout of its own pass."""
+        z_symbols, y_symbols = (
+            torch.from_numpy(symbols)[None]
+            .to(self._device, torch.float32)
+            .contiguous(memory_format=torch.channels_last)
+            for symbols in (z, y)
+        )
+        mean, _ = self._model.predict(z_symbols + self._model.z_median)
+        return self._model.synthesize(mean + y_symbols)
+
+    def _checked_header(self, data: bytes) -> _Header:
+        if len(data) < _LAYOUT.size or len(data) % 4 != _LAYOUT.size % 4 or data[:2] != _MAGIC:
+            raise BitstreamError(
+                "This should be an image that was encoded by this example, and all of it. Found "
+                f"{len(data)} bytes of something else. Encode the image again."
+            )
+        header = _Header(*_LAYOUT.unpack_from(data))
+        if header.fingerprint != self._fingerprint:
+            raise BitstreamError(
+                "The image should be decoded by the codec that encoded it, with the checksum "
+                f"{header.fingerprint:08x}. Found {self._fingerprint:08x}. Name the checkpoint "
+                "that it was encoded with."
+            )
+        return header
+
+
+def _gaussian(largest: int) -> QuantizedGaussian:
+    """The family over −largest … largest; with one to spare, since it needs two symbols."""
+    return QuantizedGaussian(-largest - 1, largest + 1)
+
+
+def _to_integers(symbols: Tensor) -> np.ndarray:
+    return symbols[0].clamp(-(2**24), 2**24).to(torch.int32).cpu().contiguous().numpy()
+
+
+def _checksum(z: np.ndarray, y: np.ndarray) -> int:
+    return zlib.crc32(y.astype("<i4").tobytes(), zlib.crc32(z.astype("<i4").tobytes()))

@@ -1,0 +1,121 @@
+"""Checkpoints: written whole or not at all, read with a word on what does not fit."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.lic import architectures
+
+FORMAT = 1
+"""Raised when what a checkpoint holds changes its meaning."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used or written; the message names it and says what to do."""
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Put `content` at `path`, so that whatever happens there is the old file or the new one.
+
+    Raises:
+        CheckpointError: The disk is full, or the folder cannot be written to. The old file is as
+            it was.
+    """
+    # Into memory first: given a file, torch reports a full disk as an error of its own format.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    try:
+        write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        old = "The one that was there is as it was. " if path.exists() else ""
+        advice = "Free some space" if error.errno in _FULL else "Make the folder writable"
+        raise CheckpointError(
+            f"The checkpoint {path} could not be saved ({error.strerror}). {old}{advice}."
+        ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file beside `path`, see it reach the disk, and only then give it the name."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return what was saved at `path`, on the CPU.
+
+    Raises:
+        CheckpointError: There is no such file, or it is no checkpoint of a codec.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"There is no checkpoint {path}. `python -m examples.lic.train` makes one."
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({reason}). Train it again, or remove it."
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} should be a checkpoint of `python -m examples.lic.train`, format {FORMAT}. "
+            "Found something else. Name another file."
+        )
+    return content
+
+
+def trained_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights to use: the moving average where the run kept one."""
+    if "ema" not in content:
+        return content["model"]
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in content["ema"].items()
+        if name.startswith(prefix)
+    }
+
+
+def load_weights(model: nn.Module, path: Path, arch: str) -> None:
+    """Start `model`, built as `arch`, from the trained weights at `path`.
+
+    Raises:
+        CheckpointError: The checkpoint holds another architecture.
+    """
+    content = load(path)
+    if content["arch"] != arch:
+        raise CheckpointError(
+            f"{path} should hold a codec of the architecture {arch}. Found {content['arch']}. "
+            f"Choose --arch {content['arch']}, or another checkpoint."
+        )
+    model.load_state_dict(trained_weights(content))
+
+
+def load_codec(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The codec at `path` as evaluation wants it, and all else that the checkpoint says."""
+    content = load(path)
+    model = architectures.build(content["arch"])
+    model.load_state_dict(trained_weights(content))
+    return model.eval(), content

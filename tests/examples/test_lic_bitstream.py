@@ -1,0 +1,187 @@
+"""Images to bytes and back: what is written, what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.lic import bitstream, checkpoint
+from examples.lic.bitstream import SCALES, BitstreamError, Coder, fingerprint
+from examples.lic.codec import MeanScaleHyperprior
+from examples.lic.evaluation import reconstruct, to_pixels
+
+ROOT = Path(__file__).parents[2]
+HEADER = 18
+
+
+def make_model(seed=0, spread=1.0):
+    """A codec with random weights whose latents are `spread` times as wide as a fresh one's."""
+    torch.manual_seed(seed)
+    model = MeanScaleHyperprior(8, 12).eval()
+    with torch.no_grad():
+        model.analysis[-1].weight *= spread
+        model.hyper_analysis[-1].weight *= spread
+        model.z_median.uniform_(-1, 1)
+    return model
+
+
+def constant_model():
+    """Every y is 2.6, every mean 0.25 and scale 0.9, every z 1.2 with a median of 0.1."""
+    model = MeanScaleHyperprior(2, 3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.analysis[-1].bias.fill_(2.6)
+        model.hyper_analysis[-1].bias.fill_(1.2)
+        model.hyper_synthesis[-1].bias.copy_(torch.tensor([0.25] * 3 + [0.9] * 3))
+        model.z_median.fill_(0.1)
+    return model
+
+
+def noise(height, width):
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+@given(st.integers(1, 130), st.integers(1, 130), st.sampled_from([0.1, 1.0, 30.0]))
+def test_what_is_decoded_is_what_the_codec_reconstructs(height, width, spread):
+    model = make_model(height, spread)
+    image = noise(height, width)
+    data = Coder(model).encode(image)
+    own, _ = reconstruct(model, image)
+    assert torch.equal(Coder(model).decode_exactly(data), own)
+    assert torch.equal(Coder(model).decode(data), to_pixels(own))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0, 1, 100, bitstream.LARGEST]))
+def test_any_symbols_come_back(seed, largest):
+    """However unlikely the codec finds them."""
+    random = np.random.default_rng(seed)
+    z = random.integers(-largest, largest + 1, (8, 2, 3), dtype=np.int32)
+    y = random.integers(-largest, largest + 1, (12, 8, 12), dtype=np.int32)
+    header = bitstream._Header(b"", 0, 128, 192, largest, largest, 0)
+    data = Coder(make_model(seed % 3))._encode_symbols(header, z, y)
+    decoder = bitstream.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    decoded = Coder(make_model(seed % 3))._decode_symbols(header, decoder)
+    assert np.array_equal(decoded[0], z)
+    assert np.array_equal(decoded[1], y)
+
+
+def test_symbols_are_rounded_distances_from_mean_and_median():
+    z, y = Coder(constant_model())._symbols(noise(64, 70))
+    assert z.shape == (2, 1, 2)
+    assert (z == 1).all()  # 1.2 − 0.1 = 1.1
+    assert y.shape == (3, 4, 8)
+    assert (y == 2).all()  # 2.6 − 0.25 = 2.35
+
+
+def test_the_format_stays_as_it_was():
+    """A file of format 1: decoders to come must read it, or the format gets another number."""
+    model = constant_model()
+    data = Coder(model).encode(noise(64, 70))
+    assert data.hex() == (
+        "6d0175c1c9af00400046000100025fbdb8eb"  # header
+        "3e5553cec2aa824f8220d459b97c561726799ae8f561acca0138207a14b301f559b4e89d6f724771703511"
+        "eb9ec11bfc53eb199486ed609c206603e6"
+    )
+    assert torch.equal(Coder(model).decode(data), torch.full((3, 64, 70), 128, dtype=torch.uint8))
+
+
+def test_scales_are_the_nearest_of_a_table_in_their_logarithm():
+    assert len(SCALES) == 128
+    assert SCALES[0] == pytest.approx(0.11)
+    assert SCALES[-1] == pytest.approx(256)
+    assert SCALES[64] == pytest.approx(5.4711, rel=1e-4)
+    model = constant_model()
+    for scale, entry in ((-1.0, 0), (0.1, 0), (5.6, 64), (5.65, 65), (1e9, 127)):
+        with torch.no_grad():
+            model.hyper_synthesis[-1].bias[3:] = scale
+        assert (Coder(model)._scales(np.ones((2, 1, 1), np.int32)) == SCALES[entry]).all()
+
+
+def test_true_size_is_the_information_content():
+    """Of symbols drawn from the codec's own distributions, within 1 % and a word of 4 bytes."""
+    model = make_model(spread=3.0)
+    shape = (6, 6)
+    scale = model.z_log_scale.exp().detach()
+    uniform = torch.rand(8, *shape).clamp(1e-6, 1 - 1e-6)
+    z = (scale * (uniform / (1 - uniform)).log()).round()
+    with torch.no_grad():
+        _, y_scale = model.predict(z[None] + model.z_median)
+        y = (torch.randn(y_scale.shape) * y_scale.clamp(min=0.11)).round()
+        bits = sum(model.bits(y, y_scale, z[None]).values()).item()
+    symbols = [x.to(torch.int32).numpy() for x in (z, y[0])]
+    largest = [int(np.abs(x).max()) for x in symbols]
+    header = bitstream._Header(b"", 0, 384, 384, *largest, 0)
+    payload = Coder(model)._encode_symbols(header, *symbols)
+    assert bits > 8000
+    assert abs(8 * len(payload) - bits) < 0.01 * bits + 32
+
+
+def test_another_process_decodes_the_same_picture(tmp_path):
+    torch.manual_seed(0)
+    model = MeanScaleHyperprior(24, 32).eval()
+    content = {"arch": "small", "model": model.state_dict()}
+    checkpoint.save(tmp_path / "codec.pt", content)
+    image = noise(100, 130)
+    (tmp_path / "image.bin").write_bytes(Coder(model).encode(image))
+    script = (
+        "import sys, pathlib, torch\n"
+        "from examples.lic import bitstream, checkpoint\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "torch.set_num_threads(2)\n"
+        "coder = bitstream.Coder(checkpoint.load_codec(folder / 'codec.pt')[0])\n"
+        "data = (folder / 'image.bin').read_bytes()\n"
+        "torch.save(coder.decode(data), folder / 'decoded.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
+    decoded = torch.load(tmp_path / "decoded.pt", weights_only=True)
+    assert torch.equal(decoded, to_pixels(reconstruct(model, image)[0]))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda data: b"", "Found 0 bytes of something else"),
+        (lambda data: data[:-1], "all of it. Found"),
+        (lambda data: b"\x89P" + data[2:], "of something else"),
+        (lambda data: data[: HEADER + 4], "checksum that was sent"),
+        (lambda data: data[:-3] + bytes([data[-3] ^ 64]) + data[-2:], "checksum that was sent"),
+        (lambda data: data[:6] + b"\x10\x00" + data[8:], "checksum that was sent"),
+        (lambda data: data[:3] + bytes([data[3] ^ 1]) + data[4:], "by the codec that encoded it"),
+    ],
+    ids=["empty", "cut", "other file", "truncated", "bit", "size", "other codec"],
+)
+def test_bytes_that_are_not_an_image_are_refused(harm, message):
+    coder = Coder(make_model(spread=3.0))
+    data = coder.encode(noise(64, 64))
+    with pytest.raises(BitstreamError, match=message):
+        coder.decode(harm(data))
+
+
+def test_symbols_beyond_the_format_are_refused():
+    model = constant_model()
+    with torch.no_grad():
+        model.analysis[-1].bias.fill_(1e6)
+    with pytest.raises(BitstreamError, match="a symbol of 1000000"):
+        Coder(model).encode(noise(64, 64))
+
+
+def test_an_image_beyond_the_format_is_refused():
+    with pytest.raises(BitstreamError, match="1 x 65536"):
+        Coder(constant_model()).encode(noise(1, 2**16))
+
+
+def test_a_fingerprint_tells_any_two_codecs_apart():
+    model = make_model()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.z_median[3] += 1e-6
+    assert before == fingerprint(make_model())
+    assert before != fingerprint(model)

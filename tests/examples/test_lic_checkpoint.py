@@ -1,0 +1,139 @@
+"""Checkpoints: whole or not at all, and a clear word on what does not fit."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from examples.lic import checkpoint
+from examples.lic.architectures import build
+from examples.lic.checkpoint import CheckpointError, load, load_codec, load_weights, save
+from examples.lic.compressai_codecs import ArchitectureError
+
+
+@contextmanager
+def full_disk(after=5000):
+    """No file may grow beyond so many bytes: the closest to a full disk without a disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def content(value, arch="small", **more):
+    return {"arch": arch, "model": {"weight": torch.full((9000,), value)}, **more}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "new folder" / "codec.pt"
+    save(path, content(1.0))
+    assert torch.equal(load(path)["model"]["weight"], torch.ones(9000))
+    assert [p.name for p in path.parent.iterdir()] == ["codec.pt"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "codec.pt"
+    save(path, content(1.0))
+    message = r"codec\.pt could not be saved \(File too large\)\. The one that was there is as it"
+    with full_disk(), pytest.raises(CheckpointError, match=message):
+        save(path, content(2.0))
+    assert torch.equal(load(path)["model"]["weight"], torch.ones(9000))
+    assert [p.name for p in tmp_path.iterdir()] == ["codec.pt"]
+
+
+def test_a_full_disk_without_an_old_checkpoint(tmp_path):
+    with full_disk(), pytest.raises(CheckpointError, match=r"large\)\. Free some space\.$"):
+        save(tmp_path / "codec.pt", content(1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/codec\.pt could not be saved"):
+        save(tmp_path / "file" / "codec.pt", content(1.0))
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_whenever_saving_fails_the_old_checkpoint_stays(tmp_path, monkeypatch, moment):
+    save(tmp_path / "codec.pt", content(1.0))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"examples.lic.checkpoint.{moment}", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(tmp_path / "codec.pt", content(2.0))
+    monkeypatch.undo()
+    assert torch.equal(load(tmp_path / "codec.pt")["model"]["weight"], torch.ones(9000))
+    assert [p.name for p in tmp_path.iterdir()] == ["codec.pt"]
+
+
+@pytest.mark.parametrize("harm", [lambda b: b"", lambda b: b[:300], lambda b: b"no checkpoint"])
+def test_a_broken_checkpoint_is_named(tmp_path, harm):
+    path = tmp_path / "codec.pt"
+    save(path, content(1.0))
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"codec\.pt cannot be read as a checkpoint \(.+\)"):
+        load(path)
+
+
+def test_something_else_that_torch_saved_is_refused(tmp_path):
+    torch.save({"model": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt should be a checkpoint of"):
+        load(tmp_path / "other.pt")
+
+
+def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*nowhere\.pt.*examples\.lic\.train"):
+        load(tmp_path / "nowhere.pt")
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    save(tmp_path / "codec.pt", {"arch": "base", "model": build("base").state_dict()})
+    with pytest.raises(CheckpointError, match=r"architecture small\. Found base\. .*--arch base"):
+        load_weights(build("small"), tmp_path / "codec.pt", "small")
+
+
+def test_averaged_weights_are_the_ones_to_use(tmp_path):
+    model, average = build("small").state_dict(), build("small").state_dict()
+    ema = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}}
+    save(tmp_path / "codec.pt", {"arch": "small", "model": model, "ema": ema})
+    codec, found = load_codec(tmp_path / "codec.pt")
+    assert not codec.training
+    assert found["arch"] == "small"
+    assert all(torch.equal(value, average[key]) for key, value in codec.state_dict().items())
+    fresh = build("small")
+    load_weights(fresh, tmp_path / "codec.pt", "small")
+    assert torch.equal(fresh.analysis[0].weight, average["analysis.0.weight"])
+
+
+@pytest.mark.parametrize(("arch", "widths"), [("small", (24, 32)), ("base", (32, 48))])
+def test_sizes(arch, widths):
+    model = build(arch)
+    assert (len(model.z_median), model.analysis[-1].out_channels) == widths
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny", "--arch should be small, base, large, full or compressai:MODEL. Found tiny"),
+        ("compressai:jpeg", "should name one of bmshj2018-hyperprior, .* Found compressai:jpeg"),
+        ("compressai:mbt2018@9", "with @1 to @8 for the widths"),
+    ],
+)
+def test_an_unknown_architecture_lists_those_there_are(name, message):
+    with pytest.raises(ArchitectureError, match=message):
+        build(name)
+
+
+def test_the_format_is_part_of_every_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    save(tmp_path / "codec.pt", content(1.0))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"codec\.pt should be a checkpoint .* format 1\."):
+        load(tmp_path / "codec.pt")

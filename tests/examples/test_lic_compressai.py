@@ -1,0 +1,119 @@
+"""CompressAI's codecs: the library where it imports, else a stand-in with its interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from examples.lic.architectures import build
+from examples.lic.bitstream import BitstreamError
+from examples.lic.compressai_codecs import ArchitectureError, CompressAICodec, CompressAICoder
+from examples.lic.measurement import measure
+from examples.lic.session import Recipe, Session
+from examples.lic.streams import Crops, CropStream
+from moo_balance import AnalyticQP
+
+INSTALLED = importlib.util.find_spec("compressai") is not None
+
+
+class StandIn(nn.Module):
+    """What CompressAI's codecs have in common, at a stride of 64 and with 8-bit latents."""
+
+    def __init__(self, quality=1):
+        super().__init__()
+        self.quality = quality
+        self.g_a = nn.Conv2d(3, 4, 64, stride=64)
+        self.g_s = nn.ConvTranspose2d(4, 3, 64, stride=64)
+        self.entropy_bottleneck = nn.Module()
+        self.entropy_bottleneck.quantiles = nn.Parameter(torch.ones(4, 1, 3))
+        self.updates = 0
+
+    def forward(self, x):
+        y = self.g_a(x)
+        y = y + torch.rand_like(y) - 0.5 if self.training else y.round()
+        likelihoods = {"y": torch.exp(-y.abs()) / 2, "z": torch.full((1, 4, 1, 1), 0.5)}
+        return {"x_hat": self.g_s(y), "likelihoods": likelihoods}
+
+    def aux_loss(self):
+        return self.entropy_bottleneck.quantiles.abs().sum()
+
+    def update(self, force):
+        self.updates += force
+
+    def compress(self, x):
+        y = self.g_a(x).round().to(torch.int8)
+        assert self.updates
+        return {"strings": [[y.numpy().tobytes()], [b"z"]], "shape": {"y": [y.shape[-2:]]}}
+
+    def decompress(self, strings, shape):
+        (y,), (z,) = strings
+        assert z == b"z"
+        symbols = torch.frombuffer(bytearray(y), dtype=torch.int8).view(1, 4, *shape["y"][0])
+        return {"x_hat": self.g_s(symbols.to(torch.float32)).clamp(0, 1)}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    compressai, models, zoo = (ModuleType(f"compressai{name}") for name in ("", ".models", ".zoo"))
+    models.Elic2022Official = StandIn
+    zoo.image_models = {"mbt2018-mean": lambda quality, pretrained: StandIn(quality)}
+    compressai.models, compressai.zoo = models, zoo
+    for module in (compressai, models, zoo):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.skipif(INSTALLED, reason="CompressAI is there")
+def test_without_compressai_a_sentence_says_what_to_do():
+    with pytest.raises(ArchitectureError, match=r"needs CompressAI.*pip install compressai"):
+        build("compressai:mbt2018-mean")
+
+
+@pytest.mark.parametrize("name", ["mbt2018-mean", "mbt2018-mean@6", "elic2022-official"])
+def test_names_and_qualities(stand_in, name):
+    codec = build(f"compressai:{name}")
+    assert isinstance(codec, CompressAICodec)
+    assert codec.codec.quality == (6 if name.endswith("@6") else 1)
+
+
+def test_both_optimizers_train_it(stand_in):
+    codec = build("compressai:mbt2018-mean")
+    session = Session(codec, AnalyticQP(), Recipe(3, 1e-3), lmbda=0.01, seed=0)
+    before = codec.codec.g_a.weight.detach().clone()
+    pictures = [torch.randint(0, 256, (3, 70, 70), dtype=torch.uint8)]
+    session.run(CropStream(Crops(pictures, crop=64, seed=0), batch=2))
+    assert not torch.equal(before, codec.codec.g_a.weight)
+    quantiles = codec.codec.entropy_bottleneck.quantiles
+    torch.testing.assert_close(quantiles, torch.full_like(quantiles, 1 - 3e-3))
+
+
+def test_its_own_coder_fills_the_files(stand_in, tmp_path):
+    codec = build("compressai:mbt2018-mean").eval()
+    picture = torch.randint(0, 256, (3, 70, 130), dtype=torch.uint8)
+    found = measure(codec, {"noise": lambda: picture}, tmp_path)["noise"]
+    header, shape, lengths, symbols = 10, len('{"y":[[2,3]]}'), 8, 4 * 2 * 3 + 1
+    data = (tmp_path / "noise.bin").read_bytes()
+    assert found.size == len(data) == header + shape + lengths + symbols
+    assert found.exact
+    assert CompressAICoder(codec).decode_exactly(data).shape == (3, 70, 130)
+
+
+def test_bytes_of_something_else_are_refused(stand_in):
+    with pytest.raises(BitstreamError, match="Found 9 bytes of something else"):
+        CompressAICoder(build("compressai:mbt2018-mean")).decode_exactly(b"a picture")
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs CompressAI")
+@pytest.mark.parametrize("name", ["mbt2018-mean", "mbt2018", "elic2022-official"])
+def test_the_real_codecs_train_and_code(name, tmp_path):
+    codec = build(f"compressai:{name}")
+    picture = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)
+    session = Session(codec, AnalyticQP(), Recipe(1, 1e-4), lmbda=0.01, seed=0)
+    session.run(CropStream(Crops([picture], crop=128, seed=0), batch=1))
+    found = measure(codec.eval(), {"noise": lambda: picture}, tmp_path)["noise"]
+    assert found.psnr > 3
+    assert 8 * found.size == pytest.approx(found.estimated_bits, rel=0.1)
