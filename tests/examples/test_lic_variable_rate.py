@@ -1,0 +1,276 @@
+"""Variable rate: the codec it starts as, golden offsets and bits, gradients, one step for all λ."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from examples.lic.codec import MeanScaleHyperprior
+from examples.lic.evaluation import evaluate
+from examples.lic.images import RandomCrops
+from examples.lic.training import Recipe, rate_distortion
+from examples.lic.variable_rate.model import (
+    HYPER_STEP_FLOOR,
+    HyperStep,
+    ReconstructionOffset,
+    VariableRateCodec,
+    reconstruct,
+    step_for,
+)
+from examples.lic.variable_rate.training import (
+    level_losses,
+    name_of,
+    post_train,
+    random_level,
+)
+from moo_balance import MGDA, BalancedOptimizer, Sum
+
+LAMBDAS = [0.0035, 0.0131, 0.05]
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return MeanScaleHyperprior(channels=8, latent_channels=8)
+
+
+@pytest.fixture
+def codec(base):
+    """A codec whose small networks have left their starting point."""
+    codec = VariableRateCodec(base, 0.05, offset=ReconstructionOffset(), hyper_step=HyperStep())
+    with torch.no_grad():
+        for layers in (codec.offset.layers, codec.hyper_step.layers):
+            layers[-1].weight.uniform_(-0.5, 0.5)
+    return codec
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.rand(2, 3, 64, 128)
+
+
+def hyper_step_of(bias):
+    """One whose network says `bias`, whatever it is asked."""
+    hyper_step = HyperStep()
+    with torch.no_grad():
+        hyper_step.layers[-1].bias.fill_(bias)
+    return hyper_step
+
+
+# ------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize(
+    ("lmbda", "gain"), [(0.0018, 0.1), (0.0035, 0.13944), (0.0483, 0.51801), (0.18, 1.0)]
+)
+def test_gains_are_the_published_ones(lmbda, gain):
+    assert 1 / step_for(lmbda, 0.18) == pytest.approx(gain, abs=5e-6)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, -1.0, math.inf, math.nan])
+def test_a_price_that_has_no_step_is_refused(lmbda):
+    with pytest.raises(ValueError, match=r"`lmbda` should be positive and finite\. Found "):
+        step_for(lmbda, 0.18)
+
+
+# ------------------------------------------------------------------ the small networks
+
+
+def test_sizes_are_the_published_ones():
+    count = {
+        type(m): sum(p.numel() for p in m.parameters())
+        for m in (ReconstructionOffset(), HyperStep())
+    }
+    assert count == {ReconstructionOffset: 205, HyperStep: 141}
+
+
+def test_offset_is_minus_the_network_of_scale_and_gain(codec):
+    scale = torch.rand(2, 3, 4, 5) + 0.11
+    offset = codec.offset(scale, 0.25)
+    assert offset.shape == scale.shape
+    inputs = torch.tensor([scale[1, 2, 3, 4], 0.25])
+    torch.testing.assert_close(offset[1, 2, 3, 4], -codec.offset.layers(inputs)[0])
+
+
+def test_reconstruction_golden_values():
+    symbols = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
+    offset = torch.tensor([-0.1, -0.2, -0.3, -0.4, 0.25])
+    expected = torch.tensor([-1.9, -0.8, 0.0, 0.6, 3.25])
+    torch.testing.assert_close(reconstruct(symbols, offset), expected)
+
+
+@pytest.mark.parametrize(
+    ("bias", "step"), [(math.log(math.e - 1), 1.0), (0.0, math.log(2)), (-9.0, 0.5), (3.0, 3.04859)]
+)
+def test_hyper_step_golden_values(bias, step):
+    assert hyper_step_of(bias)(2.5).item() == pytest.approx(step, abs=1e-5)
+
+
+def test_hyper_step_at_its_floor_can_grow_again():
+    hyper_step = hyper_step_of(-9.0)
+    (-hyper_step(1.0)).backward()
+    assert hyper_step(1.0) == HYPER_STEP_FLOOR
+    assert hyper_step.layers[-1].bias.grad < 0
+
+
+# ------------------------------------------------------------------ the codec
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_at_step_one_it_starts_as_the_fixed_rate_codec(base, images, training):
+    codec = VariableRateCodec(base, 0.05, offset=ReconstructionOffset(), hyper_step=HyperStep())
+    codec.train(training)
+    torch.manual_seed(2)
+    expected = base(images)
+    torch.manual_seed(2)
+    output = codec.at(0.05)(images)
+    torch.testing.assert_close(output.images, expected.images)
+    torch.testing.assert_close(output.bits, expected.bits)
+
+
+def test_a_pass_at_a_step_is_the_papers_formula(codec, images):
+    step, base = 0.25, codec.base
+    codec.eval()
+    output = codec(images, step)
+    y, z = base.analyze(images)
+    width = codec.hyper_step(step)
+    mean, scale = base.predict(base.z_median + width * ((z - base.z_median) / width).round())
+    symbols, scale = ((y - mean) / step).round(), (scale / step).clamp(min=0.11)
+    moved = symbols + symbols.sign() * codec.offset(scale, 1 / step)
+    torch.testing.assert_close(output.images, base.synthesize(mean + moved * step))
+    normal = torch.distributions.Normal(0.0, scale)
+    mass = normal.cdf(symbols + 0.5) - normal.cdf(symbols - 0.5)
+    torch.testing.assert_close(output.bits["y"], -mass.log2().sum(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("step", [0.5, 3.0])
+def test_what_the_decoder_sees_in_each_stage(base, images, step, monkeypatch):
+    codec = VariableRateCodec(base, 0.05)
+    y, z = base.analyze(images)
+    seen = []
+    monkeypatch.setattr(base, "predict", lambda z: (torch.zeros_like(y), torch.ones_like(y)))
+    monkeypatch.setattr(base, "synthesize", lambda y: seen.append(y) or images)
+    codec.code(y, z, step, noisy_decoder=True)
+    codec.code(y, z, step, noisy_decoder=False)
+    noise = (seen[0] - y) / step
+    assert noise.abs().max() <= 0.5001
+    assert noise.std().item() == pytest.approx(12**-0.5, rel=0.1)
+    torch.testing.assert_close(seen[1], step * (y / step).round())
+
+
+def test_offset_of_a_codec_that_sends_zeros_alone_changes_nothing(codec, images):
+    plain = VariableRateCodec(codec.base, codec.highest, hyper_step=codec.hyper_step).eval()
+    codec.eval()
+    torch.testing.assert_close(codec(images, 1e4).images, plain(images, 1e4).images)
+    assert not torch.equal(codec(images, 0.1).images, plain(images, 0.1).images)
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0, 2.7])
+def test_hyper_likelihood_sums_to_one_over_the_symbols_of_its_step(base, width):
+    codec = VariableRateCodec(base, 0.05, hyper_step=lambda step: torch.tensor(width))
+    codec.eval()
+    with torch.no_grad():
+        base.z_median.fill_(0.3)
+        base.z_log_scale.fill_(0.7)
+    symbols = torch.arange(-120, 121)
+    bits = torch.stack(
+        [
+            codec._code_hyper_latent(torch.full((1, 8, 1, 1), 0.3 + width * int(k)), 1.0)[2]
+            for k in symbols
+        ]
+    )
+    assert (2 ** (-bits / 8)).sum().item() == pytest.approx(1, abs=1e-5)
+    # The middle one in closed form: the logistic mass within half a step of the median.
+    expected = math.tanh(width / 2 / (2 * math.exp(0.7)))
+    assert 2 ** (-bits[120].item() / 8) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [0.5, 2.7])
+def test_hyper_noise_fills_an_interval_of_the_steps_width(base, width, monkeypatch):
+    codec = VariableRateCodec(base, 0.05, hyper_step=lambda step: torch.tensor(width))
+    seen = []
+    monkeypatch.setattr(base, "predict", lambda z: seen.append(z) or (z, z))
+    codec._code_hyper_latent(torch.zeros(64, 8, 8, 8), 1.0)
+    assert seen[0].abs().max().item() == pytest.approx(width / 2, rel=1e-3)
+    assert seen[0].std().item() == pytest.approx(width / 12**0.5, rel=2e-2)
+
+
+@pytest.mark.parametrize("noisy_decoder", [True, False])
+def test_gradient_reaches_every_part_that_is_in_use(codec, images, noisy_decoder):
+    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=noisy_decoder)
+    sum(losses.values()).backward()
+    reached = {
+        name
+        for name, p in codec.named_parameters()
+        if p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0
+    }
+    offset = {name for name, _ in codec.named_parameters() if name.startswith("offset.")}
+    every = {name for name, _ in codec.named_parameters()}
+    assert reached == (every - offset if noisy_decoder else every)
+
+
+def test_larger_steps_take_fewer_bits(codec, images):
+    codec.eval()
+    bits = [codec.at(lmbda)(images).bpp().item() for lmbda in (0.05, 0.02, 0.008, 0.003)]
+    assert bits == sorted(bits, reverse=True)
+    assert len(set(bits)) == 4
+
+
+def test_evaluation_takes_it_for_any_codec(codec):
+    image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+    score = evaluate(codec.at(0.01), {"image": image})["image"]
+    assert score == evaluate(codec.at(0.01), {"image": image})["image"]
+    assert score.bpp > 0
+    assert codec.training
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_losses_of_all_levels_are_named_and_are_those_of_each_alone(base, images):
+    base.eval()
+    codec = VariableRateCodec(base, 0.05).eval()
+    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=False)
+    assert list(losses) == ["λ=0.0035", "λ=0.0131", "λ=0.05"]
+    alone = rate_distortion(base, images, 0.05)
+    torch.testing.assert_close(losses["λ=0.05"], alone["rate"] + alone["distortion"])
+
+
+def crops(seed):
+    picture = torch.linspace(0, 255, 96 * 70).reshape(1, 96, 70).expand(3, -1, -1).to(torch.uint8)
+    return RandomCrops({"picture": picture}, crop=64, batch=1, seed=seed)
+
+
+@pytest.mark.parametrize("weighting", [Sum(), MGDA()])
+def test_post_training_lowers_every_loss(codec, weighting):
+    trace = post_train(codec, crops(0), LAMBDAS, weighting, Recipe(30, 5e-3), seed=0)
+    for lmbda in LAMBDAS:
+        _, losses = trace.history.series(f"loss/{name_of(lmbda)}")
+        assert len(losses) == 30
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_weights_of_mgda_are_the_min_norm_point_over_all_parameters(codec, images):
+    """What the optimizer wrote is no longer than any convex combination, nor at odds with one."""
+    optimizer = BalancedOptimizer(torch.optim.Adam(codec.parameters()), MGDA())
+    torch.manual_seed(3)
+    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=False)
+    rows = []
+    for loss in losses.values():
+        gradients = torch.autograd.grad(loss, list(codec.parameters()), retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    optimizer.backward(losses)
+    descent = torch.cat([p.grad.flatten() for p in codec.parameters()])
+    inner = torch.stack(rows) @ descent
+    assert (inner >= descent.square().sum() * (1 - 1e-3)).all()
+
+
+def test_random_levels_train_with_one_loss_a_step(codec):
+    recipe = Recipe(12, 1e-3)
+    trace = post_train(codec, crops(0), LAMBDAS, Sum(), recipe, seed=0, choose=random_level)
+    steps = [trace.history.series(f"loss/{name_of(lmbda)}")[0] for lmbda in LAMBDAS]
+    assert sorted(index for level in steps for index in level) == list(range(12))
+    assert all(steps)
