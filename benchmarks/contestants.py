@@ -97,6 +97,7 @@ def limit(stand: Stand) -> Step:
     params = stand.params
 
     def step() -> None:
+        stand.optimizer.zero_grad()
         losses = list(stand.outcome().losses.values())
         totals: list[Tensor | None] = [None] * len(params)
         own = [False] * len(params)

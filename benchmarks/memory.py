@@ -161,7 +161,7 @@ def section(results: dict[str, Any]) -> str:
     parts = [
         "Peak of two steps above the model at rest, each in a fresh process: resident memory "
         "in MiB (on an accelerator: its allocator's), and in brackets how far that lies above the "
-        "plain step, in multiples of the memory P of the parameters."
+        "plain step, in multiples of the memory P of the parameters, where that is a MiB or more."
     ]
     models = results["models"]
     sizes = [_mebibytes(model) for model in models]
@@ -195,7 +195,10 @@ def _cell(model: dict[str, Any], name: str) -> str:
     entry = model["contestants"][name]
     if "peak" not in entry:
         return "–"
-    return f"{entry['peak'] / MIB:.0f} ({above_plain(model, name):+.2f} P)"
+    peak = f"{entry['peak'] / MIB:.0f}"
+    if entry["bytes"] < MIB:  # too small beside all else to be a unit
+        return peak
+    return f"{peak} ({above_plain(model, name):+.2f} P)"
 
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
