@@ -36,9 +36,7 @@ class HostLooks(TorchDispatchMode):
         super().__init__()
         self.looks: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "meta"
         if on_meta and func in _LOOKS:

@@ -79,7 +79,9 @@ def _speedup(
             entries = workload["races"][ROWS]["contestants"]
             theirs = [entries[name]["x plain"][0] for name in rivals if name in entries]
             ours = [entries[name]["x plain"][0] for name in EXACT if name in entries]
-            fits = workload["name"].startswith(only) and (not counts or workload["losses"] in counts)
+            fits = workload["name"].startswith(only) and (
+                not counts or workload["losses"] in counts
+            )
             if fits and theirs and ours:
                 found[workload["name"]] = min(theirs) / min(ours)
         return found
@@ -146,7 +148,7 @@ def _import(results: Results) -> Readings:
 
 _CHECKS = (
     "What is above the plain step is spent on losses at the door, on coefficients and on the check "
-    "that gradients are finite; it is about the same for every model and so shows on small ones."
+    "that gradients are finite."
 )
 _LIMIT = (
     "Above the limit are the inner products, the combination and the solver, and rows that have "
@@ -242,7 +244,9 @@ def section(results: Results) -> str:
     for goal in GOALS:
         readings = goal.read(results)
         missed = {name: v for name, v in readings.items() if goal.excess(v) > 0}
-        rows.append([goal.path, goal.text, _worst(goal, readings), _verdict(goal, readings, missed)])
+        rows.append(
+            [goal.path, goal.text, _worst(goal, readings), _verdict(goal, readings, missed)]
+        )
         if missed:
             listed = "; ".join(f"{name}: {_figure(value)}" for name, value in missed.items())
             notes.append(f"- **{goal.path}** ({goal.text}): {listed}. {goal.why}")

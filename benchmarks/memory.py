@@ -142,7 +142,9 @@ def run(settings: Settings) -> dict[str, Any]:
 def _held(settings: Settings) -> dict[str, dict[str, float]]:
     """Numbers held when weights are chosen, in multiples of the parameters."""
     held: dict[str, dict[str, float]] = {}
-    for make in TINY[-1:] if settings.quick else (partial(mlp, k, width=64, batch=4) for k in (2, 8, 32)):
+    for make in (
+        TINY[-1:] if settings.quick else (partial(mlp, k, width=64, batch=4) for k in (2, 8, 32))
+    ):
         workload = make()
         stand = Stand.of(workload, torch.device("cpu"))
         size = sum(p.numel() for p in stand.params)

@@ -120,7 +120,9 @@ def _missing(library: str) -> str | None:
     return None if there else f"{library} is not installed"
 
 
-def _peer(name: str, library: str, build: Callable[[Stand], Step], heads: bool = False) -> Contestant:
+def _peer(
+    name: str, library: str, build: Callable[[Stand], Step], heads: bool = False
+) -> Contestant:
     def obstacle(workload: Workload) -> str | None:
         if heads and not workload.has_heads:
             return "its losses do not part into a trunk and one head each"

@@ -20,7 +20,11 @@ from moo_balance.engine import Engine, Linearization, PerLoss, Problem
 from moo_balance.weighting import State, Statistics, Weighted, Weighting
 
 TITLE = "Where the time goes"
-MAKES: tuple[Callable[[], Workload], ...] = (codec, *(partial(mlp, k) for k in (2, 8, 32)), partial(resnet, 8))
+MAKES: tuple[Callable[[], Workload], ...] = (
+    codec,
+    *(partial(mlp, k) for k in (2, 8, 32)),
+    partial(resnet, 8),
+)
 STEPS, MOST = 10, 8
 FORWARD, GRAMIAN, WEIGHTS, COMBINE = "forward", "rows and Gramian", "weights", "combination"
 _PASS = "autograd::engine::evaluate_function"

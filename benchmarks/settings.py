@@ -20,10 +20,12 @@ def _device() -> torch.device:
 
 @dataclass(frozen=True)
 class Settings:
-    """Args:
-    quick: Tiny models and a few rounds: does everything run?
-    threads: Of PyTorch, within operations.
-    device: The accelerator if there is one.
+    """What the user chose, and what there is.
+
+    Args:
+        quick: Tiny models and a few rounds: does everything run?
+        threads: Of PyTorch, within operations.
+        device: The accelerator if there is one.
     """
 
     quick: bool = False
@@ -45,7 +47,9 @@ def surroundings(settings: Settings) -> dict[str, object]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "accelerator": torch.cuda.get_device_name() if settings.on_gpu else None,
         "threads": settings.threads,
         "load": round(os.getloadavg()[0], 1),

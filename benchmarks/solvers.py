@@ -1,4 +1,4 @@
-"""Weights from a Gramian: how long it takes, how exact they are, whether the direction conflicts."""
+"""Weights from a Gramian: how long they take, how exact they are, does the direction conflict."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def slsqp(gramian: Tensor) -> Tensor:
-    """scipy's SLSQP on the simplex, tolerance 1e-12."""
+    """SLSQP of scipy on the simplex, tolerance 1e-12."""
     from scipy.optimize import minimize
 
     matrix = gramian.numpy()
@@ -191,13 +191,16 @@ def section(results: dict[str, Any]) -> str:
     parts = [
         "Median microseconds for a float64 Gramian on the host, over all kinds of Gramian; the "
         f"enumeration goes up to K = {MOST_ENUMERATED}:",
-        table(["K", *map(str, counts)], [[n, *(_time(entries, n, k) for k in counts)] for n in names]),
+        table(
+            ["K", *map(str, counts)], [[n, *(_time(entries, n, k) for k in counts)] for n in names]
+        ),
         "Largest duality gap over all K, relative to the lengths of the gradients and evaluated in "
         "extended precision, and how many directions conflict with a gradient, or had no answer "
         "at all. The gap is that of the min-norm problem; the analytic QP and UPGrad solve another "
         "one, so that for them it only says how different their answer is:",
         table(
-            ["", *KINDS], [[name, *(_exactness(entries, name, kind) for kind in KINDS)] for name in names]
+            ["", *KINDS],
+            [[name, *(_exactness(entries, name, kind) for kind in KINDS)] for name in names],
         ),
         "![Latency of the solvers](figures/benchmarks/solvers.svg)",
     ]

@@ -153,10 +153,10 @@ def _left_out(workloads: list[dict[str, Any]]) -> str:
             lines.setdefault((name, reason), []).append(workload["name"])
     if not lines:
         return ""
-    listed = [
-        f"- {name}, on {'all models' if len(where) == len(workloads) else '; '.join(where)}: {reason}"
-        for (name, reason), where in lines.items()
-    ]
+    listed = []
+    for (name, reason), where in lines.items():
+        models = "all models" if len(where) == len(workloads) else "; ".join(where)
+        listed.append(f"- {name}, on {models}: {reason}")
     return "Left out:\n\n" + "\n".join(listed)
 
 

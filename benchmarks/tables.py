@@ -27,9 +27,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def loglog(
-    curves: Mapping[str, Curve], x_label: str, y_label: str, base: int = 10
-) -> Figure:
+def loglog(curves: Mapping[str, Curve], x_label: str, y_label: str, base: int = 10) -> Figure:
     """One line per contestant."""
     from matplotlib.figure import Figure
 
