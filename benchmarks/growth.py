@@ -42,6 +42,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def _measured(make: Callable[[], Workload], settings: Settings) -> dict[str, Any]:
     names = NAMES[:4] if settings.quick else NAMES
     stand = Stand.of(make(), settings.device)
+    settings.tell(f"{stand.workload.name}, {sum(p.numel() for p in stand.params):,} parameters")
     size = sum(p.numel() * p.element_size() for p in stand.params)
     result: dict[str, Any] = {
         "losses": stand.workload.count,
@@ -97,7 +98,7 @@ def section(results: dict[str, Any]) -> str:
     parts = ["A trunk of linear layers with K heads; one step, as in the tables above."]
     for axis, label in AXES.items():
         parts.append(f"### Against the {label}")
-        parts.append(f"With {fixed[axis]}. Seconds per step, and peak memory in MiB above rest:")
+        parts.append(f"With {fixed[axis]}. Milliseconds per step; peak memory in MiB above rest:")
         parts.append(_table(results, axis))
         parts += [_left_out(point, axis) for point in results[axis] if "left out" in point]
         parts += [
@@ -121,7 +122,7 @@ def _table(results: dict[str, Any], axis: str) -> str:
 def _cell(seconds: float | None, peak: float | None) -> str:
     if seconds is None:
         return "–"
-    return f"{seconds:.3g} s" + ("" if peak is None else f", {peak / MIB:.0f}")
+    return f"{1000 * seconds:.3g}" + ("" if peak is None else f"; {peak / MIB:.0f}")
 
 
 def _left_out(point: dict[str, Any], axis: str) -> str:

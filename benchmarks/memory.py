@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import resource
 import sys
@@ -17,6 +16,7 @@ import torch
 from benchmarks import counts
 from benchmarks.contestants import LIMIT, PLAIN, Stand, Step
 from benchmarks.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
+from benchmarks.processes import fresh
 from benchmarks.settings import Settings
 from benchmarks.step_cost import CONTESTANTS, first_words
 from benchmarks.tables import table
@@ -51,11 +51,9 @@ class Job(NamedTuple):
 def measured(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Each job in a process of its own; on an accelerator one after the other in this one."""
     if jobs and jobs[0].settings.on_gpu:
-        return [_on_gpu(job) for job in jobs]
-    # The server has imported PyTorch and done nothing else; each job is a fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory"])
-    results = []
+        most = torch.cuda.max_memory_allocated
+        return [_measure(job, _at_rest_on_gpu, most) for job in jobs]
+    context, results = fresh(), []
     for job in jobs:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send, args=(sender, job))
@@ -64,23 +62,26 @@ def measured(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         try:
             results.append(receiver.recv())
         except EOFError:
-            results.append({"left out": "the process ended early, out of memory perhaps"})
+            results.append({"left out": "its process was ended, for want of memory perhaps"})
         process.join()
+        if process.exitcode == 1:  # an error of its own, not a signal
+            raise RuntimeError(f"Measuring `{job.name}` failed; its own message is above.")
     return results
 
 
 def _send(sender: Any, job: Job) -> None:
-    sender.send(_on_cpu(job))
-
-
-def _on_cpu(job: Job) -> dict[str, Any]:
     # Let freed memory go back at once: by default the library keeps ever larger pieces.
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(_M_MMAP_THRESHOLD, 2**19)
     torch.set_num_threads(job.settings.threads)
+    sender.send(_measure(job, _resident, _most_resident))
+
+
+def _measure(job: Job, now: Callable[[], int], most: Callable[[], int]) -> dict[str, Any]:
+    """Most memory in a few steps above what there is before them."""
     stand, step = _prepared(job)
     if isinstance(step, str):
         return {"left out": step}
-    at_rest = _resident()
+    at_rest = now()
     try:
         for _ in range(_STEPS):
             step()
@@ -88,22 +89,12 @@ def _on_cpu(job: Job) -> dict[str, Any]:
         if not BY_NAME[job.name].of_peer:
             raise
         return {"left out": first_words(error)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    return {**_sizes(stand), "peak": peak - at_rest}
-
-
-def _on_gpu(job: Job) -> dict[str, Any]:
-    stand, step = _prepared(job)
-    if isinstance(step, str):
-        return {"left out": step}
-    at_rest = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(_STEPS):
-        step()
-    peak = torch.cuda.max_memory_allocated() - at_rest
-    return {**_sizes(stand), "peak": peak}
+    sizes = [(p.numel(), p.element_size()) for p in stand.params]
+    return {
+        "parameters": sum(count for count, _ in sizes),
+        "bytes": sum(count * size for count, size in sizes),
+        "peak": most() - at_rest,
+    }
 
 
 def _prepared(job: Job) -> tuple[Stand, Step | str]:
@@ -114,19 +105,22 @@ def _prepared(job: Job) -> tuple[Stand, Step | str]:
     return stand, BY_NAME[job.name].build(stand) if obstacle is None else obstacle
 
 
-def _sizes(stand: Stand) -> dict[str, int]:
-    return {
-        "parameters": sum(p.numel() for p in stand.params),
-        "bytes": sum(p.numel() * p.element_size() for p in stand.params),
-    }
-
-
 def _resident() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return _most_resident()
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _most_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _at_rest_on_gpu() -> int:
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -134,6 +128,7 @@ def run(settings: Settings) -> dict[str, Any]:
     names = NAMES[:3] if settings.quick else NAMES
     models = []
     for make in makes:
+        settings.tell(make().name)
         found = measured([Job(make, name, settings) for name in names])
         models.append({"name": make().name, "contestants": dict(zip(names, found, strict=True))})
     return {"models": models, "held": _held(settings)}

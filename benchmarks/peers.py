@@ -105,7 +105,7 @@ def pcgrad(stand: Stand) -> Step:
     """PCGrad of pytorch_optimizer, a wrapper around the optimizer."""
     from pytorch_optimizer import PCGrad
 
-    optimizer = PCGrad(stand.optimizer)
+    optimizer = PCGrad(stand.optimizer, reduction="sum")
 
     def step() -> None:
         optimizer.zero_grad()

@@ -85,6 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _profiled(workload: Workload, settings: Settings, steps: int) -> dict[str, Any]:
+    settings.tell(workload.name)
     marked = replace(workload, forward=_marked_forward(workload))
     stand = Stand.of(marked, settings.device)
     step = balanced(_MarkedWeighting(MGDA()), engine=_MarkedEngine(PerLoss()))(stand)

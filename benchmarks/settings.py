@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,6 +36,11 @@ class Settings:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def tell(self, text: str) -> None:
+        """Say how far a long run has come."""
+        if not self.quick:
+            print(f"… {text}", file=sys.stderr, flush=True)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was told."""

@@ -59,6 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _measured(workload: Workload, settings: Settings) -> dict[str, Any]:
+    settings.tell(workload.name)
     stand = Stand.of(workload, settings.device)
     result: dict[str, Any] = {
         "name": workload.name,

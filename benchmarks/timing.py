@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -97,14 +97,15 @@ def _repeats(runner: Runner, synchronize: Callable[[], None]) -> int:
 
 
 @contextmanager
-def _undisturbed():
-    """No garbage collection inside a turn."""
-    gc.collect()
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection but when it is asked for, and then of nothing that was there before."""
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def ratios(seconds: Seconds, name: str, to: str) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contestants import PLAIN, Stand, Step, balanced, plain
+from benchmarks.processes import fresh
 from benchmarks.settings import Settings
 from benchmarks.tables import spread, table
 from benchmarks.timing import Patience, Runner, Spread, race
@@ -126,7 +126,7 @@ def _figures(seconds: dict[str, list[float]], stand: Stand) -> dict[str, Any]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
+    context = fresh()
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -13,6 +13,9 @@ from benchmarks.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.step_cost import CONTESTANTS, prepared
 from tests.problems import flat_gradient
 
+# That of TorchJD's vmap over attention.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
 MAKES = {
     "codec": partial(workloads.codec, 1, channels=4, latent_channels=4),
     "transformer": partial(workloads.transformer, 2, width=8, length=4, batch=2),

@@ -10,53 +10,41 @@ import torch
 from benchmarks import workloads
 from benchmarks.contestants import Stand
 from benchmarks.counts import WAYS, HostLooks, held_numbers
-from moo_balance import BalancedOptimizer
-from tests.registry import METHODS
+from moo_balance import MGDA, BalancedOptimizer
+from tests.registry import NAMES, over_methods
 
 META = torch.device("meta")
 
 
 def looks(weighting, count, **arguments):
-    """How often the host looks between the losses and the end of the step."""
+    """What the host looks at between the losses and the end of the step."""
     stand = Stand.of(workloads.mlp(count, width=8, depth=1, batch=2), META)
     optimizer = BalancedOptimizer(stand.optimizer, weighting)
     outcome = stand.outcome()
     if arguments.pop("at_features", False):
         arguments["features"] = outcome.features
     with HostLooks() as counted:
-        optimizer.backward(outcome.losses, **arguments)
+        optimizer.backward(named(outcome.losses), **arguments)
         optimizer.step()
         if weighting.observes_step:
-            optimizer.observe(stand.outcome().losses)
+            optimizer.observe(named(stand.outcome().losses))
     return counted.looks
 
 
-def names(count):
-    return [f"task {k}" for k in range(count)]
+def named(losses):
+    """By the names that the registry has arguments for; by their own where they are more."""
+    names = NAMES if len(losses) <= len(NAMES) else losses
+    return dict(zip(names, losses.values(), strict=False))
 
 
-def of_few(make, count):
-    """A method for these losses; None where the registry has arguments for its own names only."""
-    try:
-        return make(names(count))
-    except (ValueError, KeyError):
-        return None
-
-
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@over_methods
 def test_no_look_at_two_losses_and_at_most_one_at_more(method):
-    weighting = of_few(method.make, 2)
-    if weighting is None:
-        weighting = type(method.make(("a", "b", "c")))
-        pytest.skip(f"{weighting.__name__} is named for losses of its own")
-    assert looks(weighting, 2) == []
-    assert len(looks(method.make(names(8)), 8)) <= 1
+    assert looks(method.make(NAMES[:2]), 2) == []
+    assert len(looks(method.make(NAMES), 3)) <= 1
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_features_add_no_look(exact):
-    from moo_balance import MGDA
-
     assert looks(MGDA(), 2, at_features=True, exact=exact) == []
     assert len(looks(MGDA(), 8, at_features=True, exact=exact)) <= 1
 
