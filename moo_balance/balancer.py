@@ -29,7 +29,7 @@ from moo_balance.engine import (
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
-from moo_balance.screening import faulty_gradients, faulty_losses, is_finite
+from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses = Mapping[str, Tensor]
@@ -191,8 +191,10 @@ class Balancer:
         """
         if staged.scaler is not None:
             return False  # it has looked
-        gradients = (param.grad for param in self.params if is_whole(param))
-        if all(is_finite(gradient) for gradient in gradients if gradient is not None):
+        params = self.params
+        if dist.is_available() and dist.is_initialized():
+            params = [param for param in params if is_whole(param)]
+        if are_finite(param.grad for param in params):
             return False
         if self.nonfinite == "raise":
             names = " or ".join(f"`{name}`" for name in staged.present)

@@ -6,9 +6,8 @@ wait, so there the answer stays on the device as a flag, and masks the step.
 
 from __future__ import annotations
 
-import cmath
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -65,15 +64,20 @@ def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
     )
 
 
-def is_finite(gradient: Tensor) -> bool:
+def are_finite(gradients: Iterable[Tensor | None]) -> bool:
     """Are all entries finite, as far as the host can tell?
 
-    One pass over the memory, a second one only where their sum is not finite.
+    One pass over the memory, a second one only where the norms are not finite.
     """
-    if not on_host(gradient):
+    values = [
+        gradient._values() if gradient.is_sparse else gradient
+        for gradient in gradients
+        if gradient is not None and on_host(gradient)
+    ]
+    if not values:
         return True
-    values = gradient._values() if gradient.is_sparse else gradient
-    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())
+    norms = torch.stack(torch._foreach_norm(values))
+    return math.isfinite(norms.sum().item()) or all(bool(v.isfinite().all()) for v in values)
 
 
 def sanitized(statistics: Statistics, bounds: Sequence[float], valid: Tensor | None) -> Statistics:

@@ -4,6 +4,7 @@ from moo_balance.engine.base import Engine, Linearization, Problem, Window
 from moo_balance.engine.parallel import DataParallel, Moment, in_static_graph
 from moo_balance.engine.per_loss import PerLoss
 from moo_balance.engine.sharded import is_whole
+from moo_balance.engine.streaming import Streaming
 
 __all__ = [
     "DataParallel",
@@ -12,6 +13,7 @@ __all__ = [
     "Moment",
     "PerLoss",
     "Problem",
+    "Streaming",
     "Window",
     "in_static_graph",
     "is_whole",

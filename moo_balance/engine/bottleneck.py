@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,9 +13,15 @@ from torch.autograd.graph import Node
 from moo_balance.engine.base import Linearization, Problem, weighted_backward, weighted_sum
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import by_backward, by_grad, is_hooked
-from moo_balance.engine.graph import checkpoints_reentrantly, edge_of, leaves_among, nodes_above
+from moo_balance.engine.graph import (
+    checkpoints_reentrantly,
+    closed,
+    edge_of,
+    leaves_among,
+    nodes_above,
+)
 from moo_balance.engine.kept_rows import KeptRows, averaged, unscaled
-from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from moo_balance.engine.rows import Row, add_rows, add_to_grads, combination, inner_products
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
 
@@ -32,6 +37,11 @@ class Heads(NamedTuple):
 
     cotangents: Rows
     rows: Rows
+
+
+def at_features(problem: Problem, dtype: torch.dtype) -> Linearization:
+    """The Gramian at the features that were named, or beyond them."""
+    return (ExactAtFeatures if problem.exact else AtFeatures)(problem, dtype)
 
 
 class AtFeatures(Linearization):
@@ -56,12 +66,11 @@ class AtFeatures(Linearization):
         if self.heads is None:
             weighted_backward(self.problem, coefficients)
         elif self.problem.parallel is not None:
-            total = self._total(self.heads, coefficients)
-            combine([list(total)], coefficients.new_ones(1), self.problem.params)
+            add_to_grads(self._total(self.heads, coefficients), self.problem.params)
         else:
             roots, seeds = self._seeds(self.heads, coefficients)
             torch.autograd.backward(roots, seeds, retain_graph=self.problem.retain_graph)
-            combine(self.heads.rows, coefficients, self.problem.params)
+            add_to_grads(combination(self.heads.rows, coefficients), self.problem.params)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
@@ -106,7 +115,9 @@ def differentiated_heads(problem: Problem) -> Heads:
     around = bool(above & below) or _is_nested(problem.features, below)
     keeps = _later_used(parts, around or _keeps_graph(problem))
     heads = Heads([], [])
-    with _closed(problem.features):
+    # Usually nothing that is asked for lies behind the features. But a parameter may be used on
+    # both sides, and one feature may be computed from another.
+    with closed(map(edge_of, problem.features)):
         for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
             found = list(by_grad([loss], [seed], inputs, keeps[k]))
             cotangents = found[: len(problem.features)]
@@ -131,28 +142,6 @@ def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:
         keeps.append(always or not part.isdisjoint(later))
         later |= part
     return keeps[::-1]
-
-
-@contextmanager
-def _closed(features: Sequence[Tensor]) -> Iterator[None]:
-    """Let no gradient through the features, whatever leads on from there.
-
-    Usually nothing that is asked for lies behind them. But a parameter may be used on both sides,
-    and one feature may be computed from another.
-    """
-    handles = [node.register_prehook(_stop(output)) for node, output in map(edge_of, features)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _stop(output: int) -> Any:
-    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(None if k == output else g for k, g in enumerate(gradients))
-
-    return hook
 
 
 def _is_nested(features: Sequence[Tensor], below: Iterable[Node]) -> bool:

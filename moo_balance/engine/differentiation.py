@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from moo_balance.engine.base import Problem
+from moo_balance.engine.factored import Factored, Inputs, factorable
 from moo_balance.engine.graph import checkpoints_reentrantly, nodes_above
 from moo_balance.engine.rows import Row
 from moo_balance.engine.sharded import is_flattened, is_sharded
@@ -17,15 +18,28 @@ from moo_balance.errors import BalanceError
 Seeds = Sequence[Tensor]
 
 
-def local_rows(problem: Problem) -> Iterator[Row]:
-    """The K rows, one after the other. The graph is freed with the last unless it shall be kept."""
+def local_rows(problem: Problem, layers: list[Factored] | None = None) -> Iterator[Row]:
+    """The K rows, one after the other. The graph is freed with the last unless it shall be kept.
+
+    Args:
+        problem: What to differentiate.
+        layers: To be filled with the layers whose weights' gradients stay factored; their places
+            in the rows are None then. None for whole rows.
+    """
     last = len(problem.losses) if is_hooked(problem.params) else len(problem.losses) - 1
-    sharded = is_sharded(problem.params)
-    reentrant = checkpoints_reentrantly(nodes_above(problem.losses))
+    nodes = nodes_above(problem.losses)
+    sharded, reentrant = is_sharded(problem.params), checkpoints_reentrantly(nodes)
     _check_wrapper(problem, sharded, reentrant)
-    differentiate = by_backward if sharded or reentrant else by_grad
+    through_hooks = sharded or reentrant
+    if layers is not None and not through_hooks:
+        layers += factorable(problem, nodes)
+    plan = Inputs(problem.params, layers or [])
     for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
-        row = differentiate([loss], [seed], problem.params, problem.retain_graph or k < last)
+        keep = problem.retain_graph or k < last
+        if through_hooks:
+            row = by_backward([loss], [seed], problem.params, keep)
+        else:
+            row = plan.sorted(by_grad([loss], [seed], plan.inputs, keep))
         if sharded and all(gradient is None for gradient in row):
             raise BalanceError(
                 f"The gradient of loss `{problem.names[k]}` should reach a sharded parameter. "
@@ -57,12 +71,15 @@ def is_hooked(params: Sequence[Tensor]) -> bool:
 
 
 def by_grad(
-    roots: Sequence[Tensor],
+    roots: Sequence[Any],
     seeds: Seeds,
-    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Sequence[Any],
     retain_graph: bool,
 ) -> Row:
-    """A row from ``autograd.grad``, which disturbs neither ``.grad`` nor its hooks."""
+    """A row from ``autograd.grad``, which disturbs neither ``.grad`` nor its hooks.
+
+    Roots and inputs are tensors or ``GradientEdge``s.
+    """
     if not inputs:  # all parameters are frozen
         return ()
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -41,6 +42,28 @@ def nodes_above(losses: Iterable[Tensor], cut: Iterable[Tensor] = ()) -> set[Nod
     return seen
 
 
+@contextmanager
+def closed(edges: Iterable[Edge]) -> Iterator[None]:
+    """Let no gradient through these edges, whatever leads on from there.
+
+    What is asked for at the edges is found all the same; what lies behind is reached by other ways
+    alone.
+    """
+    handles = [node.register_prehook(_stop(output)) for node, output in edges]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(output: int) -> Any:
+    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if k == output else g for k, g in enumerate(gradients))
+
+    return hook
+
+
 def checkpoints_reentrantly(nodes: Iterable[Node]) -> bool:
     """Is there a reentrant checkpoint among these?
 
@@ -48,6 +71,23 @@ def checkpoints_reentrantly(nodes: Iterable[Node]) -> bool:
     on no other parameter's path, silently passes over them.
     """
     return any(isinstance(node, _REENTRANT) for node in nodes)
+
+
+def edges_of(node: Node) -> list[Edge]:
+    """Where a node hands gradients on."""
+    return [(after, output) for after, output in node.next_functions if after is not None]
+
+
+def reach(losses: Sequence[Tensor], nodes: Collection[Node]) -> dict[Node, int]:
+    """By how many losses each node is reached."""
+    masks = dict.fromkeys(nodes, 0)
+    for k, loss in enumerate(losses):
+        masks[edge_of(loss)[0]] |= 1 << k
+    # Autograd numbers nodes as they are recorded: each comes before those it was computed from.
+    for node in sorted(nodes, key=lambda node: -node._sequence_nr()):
+        for after, _ in edges_of(node):
+            masks[after] |= masks[node]
+    return {node: mask.bit_count() for node, mask in masks.items()}
 
 
 def leaves_among(nodes: Iterable[Node], params: Sequence[Tensor]) -> list[int]:

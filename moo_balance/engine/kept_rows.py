@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from moo_balance.engine.base import (
 )
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import is_hooked, local_rows
-from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from moo_balance.engine.factored import Factored
+from moo_balance.engine.rows import (
+    Family,
+    Row,
+    add_rows,
+    add_to_grads,
+    added,
+    combination,
+    families,
+    inner_products,
+)
 from moo_balance.engine.sharded import is_sharded, sharded_inner_products
 
 
@@ -27,10 +37,18 @@ class KeptRows(Linearization):
         self.problem = problem
         self.dtype = dtype
         self.rows: list[list[Tensor | None]] | None = None
+        self.families: list[Family] = []
+        self.layers: list[Factored] = []
 
     def gramian(self) -> Tensor:
-        self.rows = self.take()
-        return gramian_of(self.rows, self.problem, self.dtype)
+        self.rows, problem = self.take(), self.problem
+        columns = measured_columns(problem)
+        if is_sharded(problem.params):
+            gramian = sharded_inner_products(self.rows, columns, self.dtype)
+        else:
+            self.families = families(self.rows)
+            gramian = products(self.rows, columns, self.dtype, self.layers, self.families)
+        return unscaled(gramian, problem)
 
     def take(self) -> list[list[Tensor | None]]:
         """The rows; averaged if there are ranks to average over."""
@@ -38,20 +56,27 @@ class KeptRows(Linearization):
 
     def differentiate(self) -> Iterable[Row]:
         """This rank's own rows, one after the other."""
-        return local_rows(self.problem)
+        return local_rows(self.problem, self.layers)
 
     def accumulate(self, coefficients: Tensor) -> None:
         if self.rows is None:
             weighted_backward(self.problem, coefficients)
         else:
-            combine(self.rows, coefficients, self.problem.params)
+            add_to_grads(self.total(self.rows, coefficients), self.problem.params)
+
+    def total(self, rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
+        """The weighted gradient; uses the rows up."""
+        total = combination(rows, coefficients, self.families)
+        for layer in self.layers:
+            total[layer.column] = layer.combination(coefficients)
+        return total
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
         if self.rows is None or is_hooked(problem.params):
             return weighted_sum(problem, coefficients)
         free = coefficients if problem.scale is None else coefficients / problem.scale
-        gradients = combination(self.rows, free)
+        gradients = self.total(self.rows, free)
         value = weighted_sum(problem, coefficients).detach()
         return delivered(value, gradients, problem.params)
 
@@ -102,15 +127,27 @@ def averaged(named: Iterable[tuple[str, Row]], problem: Problem) -> list[list[Te
     return [list(row) for row in parallel.finish(pending, params)]
 
 
-def gramian_of(rows: Sequence[Row], problem: Problem, dtype: torch.dtype) -> Tensor:
-    """Inner products over the measured parameters, free of the loss scale."""
-    columns = [
-        column
-        for column, param in enumerate(problem.params)
-        if problem.measured is None or id(param) in problem.measured
-    ]
-    products = sharded_inner_products if is_sharded(problem.params) else inner_products
-    return unscaled(products(rows, columns, dtype), problem)
+def products(
+    rows: Sequence[Row],
+    columns: Collection[int],
+    dtype: torch.dtype,
+    layers: Sequence[Factored],
+    found: Sequence[Family] | None = None,
+) -> Tensor:
+    """Inner products over the parameters at `columns`, some of whose gradients are factored."""
+    gramian = inner_products(rows, columns, dtype, found)
+    for layer in layers:
+        if layer.reached and layer.column in columns:
+            own = layer.products(dtype).to(gramian.device)
+            gramian = added(gramian, own, layer.reached)
+    return gramian
+
+
+def measured_columns(problem: Problem) -> Collection[int]:
+    """Positions of the parameters over which inner products are taken."""
+    if problem.measured is None:
+        return range(len(problem.params))
+    return {k for k, param in enumerate(problem.params) if id(param) in problem.measured}
 
 
 def unscaled(gramian: Tensor, problem: Problem) -> Tensor:

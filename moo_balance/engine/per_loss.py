@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
-from moo_balance.engine.bottleneck import AtFeatures, ExactAtFeatures
+from moo_balance.engine.bottleneck import at_features
 from moo_balance.engine.kept_rows import KeptRows, RowWindow
 
 
@@ -18,6 +18,10 @@ class PerLoss(Engine):
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
     gradients themselves, at most K·P numbers; a parameter that a loss does not reach takes none.
     A method that needs no Gramian costs one ordinary backward pass.
+
+    The weight of a linear layer has a gradient of two thin factors, the layer's input and the
+    gradient at its output. Where inner products and the weighted sum take fewer multiplications
+    from the factors, the K gradients of that weight are never formed.
 
     On several ranks each row is averaged over them while the next one is differentiated, so that
     the Gramian is that of the averaged gradients. Rows of sharded parameters (``fully_shard``)
@@ -33,9 +37,9 @@ class PerLoss(Engine):
     dtype: torch.dtype = torch.float32
 
     def linearize(self, problem: Problem) -> Linearization:
-        if not problem.features:
-            return KeptRows(problem, self.dtype)
-        return (ExactAtFeatures if problem.exact else AtFeatures)(problem, self.dtype)
+        if problem.features:
+            return at_features(problem, self.dtype)
+        return KeptRows(problem, self.dtype)
 
     def window(self) -> Window:
         return RowWindow(self.dtype)

@@ -6,12 +6,13 @@ other product than those of its losses, and its small tensors are handled togeth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 Row: TypeAlias = Sequence[Tensor | None]
 """The gradient of one loss, parameter by parameter; None where the loss does not reach it."""
@@ -19,57 +20,84 @@ Row: TypeAlias = Sequence[Tensor | None]
 _ON_HOST, _ON_DEVICE = 2**19, 2**25
 """Numbers that are handled at once: on the host they shall stay in its cache."""
 
+_UNNOTICED = 2**12
+"""Up to here a copy in another order costs less than a look at the layout."""
+
 _FEW = 4
 """Up to here single dot products are faster than a matrix product, and need no copy."""
+
+
+def cache_size(tensor: Tensor) -> int:
+    """How many numbers to handle at once where this tensor lies."""
+    return _ON_HOST if tensor.device.type == "cpu" else _ON_DEVICE
 
 
 class Family(NamedTuple):
     """Parameters that the same losses reach, with gradients of one kind."""
 
     reached: tuple[int, ...]
-    kind: Any
     columns: list[int]
 
 
-def families(rows: Sequence[Row], columns: Iterable[int]) -> list[Family]:
+def families(rows: Sequence[Row]) -> list[Family]:
     """Sort parameters by the losses that reach them; one that none reaches is in no family."""
-    found: dict[tuple[tuple[int, ...], Any], Family] = {}
-    for column in columns:
-        reached = tuple(k for k, row in enumerate(rows) if row[column] is not None)
-        if reached:
-            kind = _kind([rows[k][column] for k in reached], column)
-            found.setdefault((reached, kind), Family(reached, kind, [])).columns.append(column)
+    found: dict[Any, Family] = {}
+    for column, gradients in enumerate(zip(*rows, strict=True)):
+        reaches = tuple([gradient is not None for gradient in gradients])
+        if True not in reaches:
+            continue
+        key = reaches, _kind(gradients, gradients[reaches.index(True)], column)
+        if key not in found:
+            found[key] = Family(tuple(k for k, there in enumerate(reaches) if there), [])
+        found[key].columns.append(column)
     return list(found.values())
 
 
-def _kind(gradients: Sequence[Tensor | None], column: int) -> Any:
+def _kind(gradients: Row, first: Tensor | None, column: int) -> Any:
     """What gradients must agree in to be handled together; sparse and sharded ones stay alone."""
-    first = gradients[0]
     assert first is not None
-    plain = type(first) is Tensor and not any(g is not None and g.is_sparse for g in gradients)
-    return (first.dtype, first.device) if plain else column
+    if type(first) is not Tensor or True in [g is not None and g.is_sparse for g in gradients]:
+        return column
+    return first.dtype, first.device
 
 
-def inner_products(rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+def inner_products(
+    rows: Sequence[Row],
+    columns: Collection[int],
+    dtype: torch.dtype,
+    found: Sequence[Family] | None = None,
+) -> Tensor:
     """Gramian [K, K] of `rows` over the parameters at `columns`, accumulated in `dtype` or wider.
 
-    A pair of losses costs nothing at a parameter that either does not reach.
+    A pair of losses costs nothing at a parameter that either does not reach. Whoever has sorted
+    the rows into families already passes them as `found`.
     """
     count = len(rows)
     device = next((g.device for row in rows for g in row if g is not None), torch.device("cpu"))
     gramian: Tensor | None = None
-    for family in sorted(families(rows, columns), key=lambda family: -len(family.reached)):
+    for family in sorted(_within(found or families(rows), columns), key=_fewer_losses):
         products = _family_products(rows, family, dtype).to(device)
         if gramian is None and len(family.reached) == count:
             gramian = products
             continue
         if gramian is None:
             gramian = products.new_zeros(count, count)
-        gramian = _added(gramian, products, family.reached)
+        gramian = added(gramian, products, family.reached)
     return torch.zeros(count, count, dtype=dtype, device=device) if gramian is None else gramian
 
 
-def _added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
+def _within(found: Sequence[Family], columns: Collection[int]) -> Iterator[Family]:
+    for family in found:
+        chosen = [column for column in family.columns if column in columns]
+        if chosen:
+            yield Family(family.reached, chosen)
+
+
+def _fewer_losses(family: Family) -> int:
+    return -len(family.reached)
+
+
+def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
     """Add products of the losses in `reached` at their places, in the wider precision."""
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
     first, last = reached[0], reached[-1] + 1
@@ -104,13 +132,17 @@ def products_of(vectors: Sequence[Tensor]) -> Tensor:
         entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
         return torch.stack(entries).reshape(len(vectors), len(vectors))
     matrix = torch.stack(list(vectors))
-    if not _multiplies_exactly(matrix):
+    if not multiplies_exactly(matrix):
         matrix = matrix.double()
-    products = matrix @ matrix.T
+    return symmetric(matrix @ matrix.T)
+
+
+def symmetric(products: Tensor) -> Tensor:
+    """Symmetric to the bit, which a matrix product is not."""
     return products.tril() + products.tril(-1).T
 
 
-def _multiplies_exactly(matrix: Tensor) -> bool:
+def multiplies_exactly(matrix: Tensor) -> bool:
     """Does a matrix product keep float32? TF32 and its like would leave three digits."""
     if matrix.device.type == "mps" or matrix.dtype == torch.float64:
         return True
@@ -120,7 +152,25 @@ def _multiplies_exactly(matrix: Tensor) -> bool:
 def _batches(rows: Sequence[Row], family: Family, dtype: torch.dtype) -> Iterator[list[Tensor]]:
     """One vector per loss, of one large gradient or of many small ones side by side."""
     for batch in _small_together(rows[family.reached[0]], family.columns, len(family.reached)):
-        yield [_vector([rows[k][column] for column in batch], dtype) for k in family.reached]
+        parts = [_chosen(rows[k], batch) for k in family.reached]
+        for place, first in enumerate(parts[0]):
+            if first.numel() > _UNNOTICED and first.ndim == 4:
+                _reorder(parts, place)
+        yield [_vector(part, dtype) for part in parts]
+
+
+def _chosen(row: Row, columns: Iterable[int]) -> list[Tensor]:
+    return [gradient for column in columns if (gradient := row[column]) is not None]
+
+
+def _reorder(parts: Sequence[list[Tensor]], place: int) -> None:
+    """Let gradients in the layout of images be read in the order of their memory.
+
+    Any order will do that is the same for all losses, and this one needs no copy.
+    """
+    if all(part[place].is_contiguous(memory_format=torch.channels_last) for part in parts):
+        for part in parts:
+            part[place] = part[place].permute(0, 2, 3, 1)
 
 
 def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[list[int]]:
@@ -135,7 +185,7 @@ def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[li
             yield portion
             portion = []
         if not portion:
-            room = _ON_HOST if gradient.device.type == "cpu" else _ON_DEVICE
+            room = cache_size(gradient)
         portion.append(column)
         room -= size
     if portion:
@@ -144,25 +194,22 @@ def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[li
 
 def _pieces(vectors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
     """Long vectors cut up, so that what is read twice is still in the cache."""
-    limit = _ON_HOST if vectors[0].device.type == "cpu" else _ON_DEVICE
-    length = max(limit // len(vectors), 1)
+    length = max(cache_size(vectors[0]) // len(vectors), 1)
     if any(vector.is_sparse for vector in vectors) or vectors[0].numel() <= length:
         return [vectors]
     return zip(*(torch.split(vector, length) for vector in vectors), strict=True)
 
 
-def _vector(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    """Gradients as one real vector of at least `dtype`."""
-    flat = [_flat(gradient) for gradient in gradients if gradient is not None]
-    whole = flat[0] if len(flat) == 1 else torch.cat(flat)
-    whole = whole.to(torch.promote_types(whole.dtype, dtype))
-    return whole.coalesce() if whole.is_sparse else whole
-
-
-def _flat(gradient: Tensor) -> Tensor:
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient.resolve_conj())
-    return gradient if gradient.is_sparse else gradient.reshape(-1)
+def _vector(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Gradients of one kind as a real vector of at least `dtype`."""
+    if parts[0].is_complex():
+        parts = [torch.view_as_real(part.resolve_conj()) for part in parts]
+    if parts[0].is_sparse:  # alone in its family
+        return parts[0].to(torch.promote_types(parts[0].dtype, dtype)).coalesce()
+    whole: Tensor = parts[0].reshape(-1)
+    if len(parts) > 1:
+        whole = _flatten_dense_tensors(parts)  # type: ignore[no-untyped-call]
+    return whole.to(torch.promote_types(whole.dtype, dtype))
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -176,21 +223,30 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 def add_rows(left: Row, right: Row) -> Row:
     """Sum of two gradients, parameter by parameter."""
-    return [
-        b if a is None else a if b is None else _sum(a, b) for a, b in zip(left, right, strict=True)
-    ]
+    return [add(a, b) for a, b in zip(left, right, strict=True)]
 
 
-def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
+def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of the gradients of one parameter."""
+    if left is None or right is None:
+        return right if left is None else left
+    return right + left if left.is_sparse else left + right
+
+
+def combination(
+    rows: Sequence[list[Tensor | None]],
+    coefficients: Tensor,
+    found: Sequence[Family] | None = None,
+) -> list[Tensor | None]:
     """The gradient that is the weighted sum of `rows`, in memory of its own; uses the rows up.
 
     Nothing is written into a row: autograd may hand out the same memory for two parameters, or
     memory that still belongs to somebody else. But each piece is let go as soon as it has been
     added, so that its memory, still in the cache, serves for the next.
     """
-    factors = _factors(coefficients)
+    factors = numbers(coefficients)
     totals: list[Tensor | None] = [None] * len(rows[0])
-    for family in families(rows, range(len(totals))):
+    for family in found or families(rows):
         for batch in _small_together(rows[family.reached[0]], family.columns, 1):
             parts = [[_taken(rows[k], column) for column in batch] for k in family.reached]
             scale = [factors[k] for k in family.reached]
@@ -199,13 +255,11 @@ def combination(rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Ro
     return totals
 
 
-def combine(
-    rows: Sequence[list[Tensor | None]], coefficients: Tensor, params: Sequence[Tensor]
-) -> None:
-    """Add the weighted sum of `rows` to ``.grad`` of `params`; uses the rows up."""
-    for param, total in zip(params, combination(rows, coefficients), strict=True):
-        if total is not None:
-            param.grad = total if param.grad is None else _add(param.grad, total, 1.0)
+def add_to_grads(total: Row, params: Sequence[Tensor]) -> None:
+    """Add a gradient to ``.grad`` of `params`; it is the caller's to give away."""
+    for param, gradient in zip(params, total, strict=True):
+        if gradient is not None:
+            param.grad = gradient if param.grad is None else _add(param.grad, gradient, 1.0)
 
 
 def _taken(row: list[Tensor | None], column: int) -> Tensor:
@@ -217,7 +271,7 @@ def _taken(row: list[Tensor | None], column: int) -> Tensor:
 def _weighted(parts: list[list[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
     """Weighted sums over the losses, parameter by parameter."""
     if len(parts[0]) == 1:
-        return [_weighted_one([part[0] for part in parts], factors)]
+        return [weighted_tensor([part[0] for part in parts], factors)]
     totals = list(torch._foreach_mul(parts[0], factors[0]))
     for part, factor in zip(parts[1:], factors[1:], strict=True):
         if isinstance(factor, Tensor):
@@ -227,15 +281,12 @@ def _weighted(parts: list[list[Tensor]], factors: Sequence[float | Tensor]) -> l
     return totals
 
 
-def _weighted_one(gradients: list[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+def weighted_tensor(gradients: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    """A weighted sum, in memory of its own."""
     total = gradients[0] * factors[0]
     for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
         total = _add(total, gradient, factor)
     return total
-
-
-def _sum(left: Tensor, right: Tensor) -> Tensor:
-    return right + left if left.is_sparse else left + right
 
 
 def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
@@ -247,9 +298,8 @@ def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
     return total.add_(gradient * factor)
 
 
-def _factors(coefficients: Tensor) -> Sequence[float | Tensor]:
+def numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
     """Plain numbers where reading them is free, 0-d tensors where it would synchronise."""
     if coefficients.device.type != "cpu":
         return coefficients.float().unbind()
-    numbers: list[float] = coefficients.tolist()
-    return numbers
+    return coefficients.tolist()

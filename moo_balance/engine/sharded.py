@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def is_whole(param: Tensor) -> bool:
 
 
 def sharded_inner_products(
-    rows: Sequence[Row], columns: Sequence[int], dtype: torch.dtype
+    rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype
 ) -> Tensor:
     """Gramian of rows whose tensors may be DTensors.
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,12 +32,6 @@ GRAPHS: dict[str, Callable[[], Graph]] = {}
 def graph(build: Callable[[], Graph]) -> Callable[[], Graph]:
     GRAPHS[build.__name__] = build
     return build
-
-
-def over_graphs(*besides: str) -> pytest.MarkDecorator:
-    """Every graph, but for the named ones."""
-    chosen = [name for name in GRAPHS if name not in besides]
-    return pytest.mark.parametrize("build", [GRAPHS[name] for name in chosen], ids=chosen)
 
 
 def naive_jacobian(built: Graph) -> Tensor:
@@ -324,3 +317,53 @@ def orthogonal() -> Graph:
     """Gradients that vanish somewhere, or everywhere."""
     weight = parameter(4)
     return Graph([weight[:2].sum(), weight[2:].sum(), (weight * 0).sum()], [weight])
+
+
+def _wide(*losses: Callable[[Tensor], Tensor]) -> Graph:
+    """Few samples and wide layers, where factors are cheaper than gradients."""
+    first, second = nn.Linear(9, 8, dtype=torch.float64), nn.Linear(8, 7, dtype=torch.float64)
+    heads = [parameter(7, 3, seed=k) for k in range(len(losses))]
+    with torch.no_grad():
+        for k, param in enumerate([*first.parameters(), *second.parameters()]):
+            param.copy_(drawn(*param.shape, seed=10 + k))
+    features = second(torch.tanh(first(drawn(2, 9, seed=3))))
+    values = [loss(features @ head) for loss, head in zip(losses, heads, strict=True)]
+    return Graph(values, [*first.parameters(), *second.parameters(), *heads])
+
+
+@graph
+def wide() -> Graph:
+    return _wide(Tensor.sum, lambda out: out.square().sum(), lambda out: out.exp().mean())
+
+
+@graph
+def wide_without_samples_for_one() -> Graph:
+    """A loss that reaches nothing but a head, and one whose gradient is zero."""
+    built = _wide(lambda out: out.square().sum(), lambda out: 0.0 * out.sum(), Tensor.sum)
+    return Graph([*built.losses, built.params[-1].square().sum()], built.params)
+
+
+@graph
+def wide_and_tied() -> Graph:
+    """A wide weight that a second product uses, and one that is used outside of any."""
+    weight, other = parameter(8, 9), parameter(9, 8, seed=1)
+    hidden = torch.tanh(drawn(2, 9, seed=3) @ weight.T)
+    out = torch.tanh(hidden @ weight) @ other
+    return Graph([out.sum(), out.square().sum(), hidden.sum() + other.sum()], [weight, other])
+
+
+@graph
+def wide_sequences() -> Graph:
+    """Linear layers on more than two dimensions, with and without bias."""
+    first, second = (
+        nn.Linear(12, 12, dtype=torch.float64),
+        nn.Linear(12, 12, False, dtype=torch.float64),
+    )
+    with torch.no_grad():
+        for k, param in enumerate([*first.parameters(), *second.parameters()]):
+            param.copy_(drawn(*param.shape, seed=k))
+    out = second(first(drawn(1, 3, 12, seed=5)).sin())
+    return Graph(
+        [out.sum(), out[:, 1:].square().sum(), out[..., 0].exp().sum()],
+        [*first.parameters(), *second.parameters()],
+    )

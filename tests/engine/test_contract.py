@@ -17,11 +17,10 @@ from tests.engine.graphs import (
     drawn,
     gradient,
     naive_jacobian,
-    over_graphs,
     parameter,
     shared,
 )
-from tests.engine.registry import ENGINES, over_engines
+from tests.engine.registry import ENGINES, over_engines, over_engines_and_graphs
 
 Build = Callable[[], Graph]
 
@@ -36,8 +35,7 @@ def coefficients(built: Graph) -> Tensor:
     return drawn(len(built.losses), seed=9)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 def test_gramian_is_that_of_the_naive_jacobian(engine: Engine, build: Build) -> None:
     jacobian, built = naive_jacobian(build()), build()
     gramian = engine.linearize(built.problem()).gramian()
@@ -48,8 +46,7 @@ def test_gramian_is_that_of_the_naive_jacobian(engine: Engine, build: Build) -> 
     assert all(param.grad is None for param in built.params)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 @pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
 def test_accumulate_writes_the_combination(engine: Engine, build: Build, asked: bool) -> None:
     jacobian, built = naive_jacobian(build()), build()
@@ -71,8 +68,7 @@ def reached(built: Graph) -> list[bool]:
     return [param.grad is not None for param in built.params]
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 @pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
 def test_accumulate_adds_to_what_is_there(engine: Engine, build: Build, asked: bool) -> None:
     jacobian, built = naive_jacobian(build()), summed(build())
@@ -83,8 +79,7 @@ def test_accumulate_adds_to_what_is_there(engine: Engine, build: Build, asked: b
     assert_same(gradient(built), (1 + coefficients(built)) @ jacobian)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 @pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
 def test_nobodys_memory_is_touched(engine: Engine, build: Build, asked: bool) -> None:
     built = build()
@@ -107,8 +102,7 @@ def test_nobodys_memory_is_touched(engine: Engine, build: Build, asked: bool) ->
         assert torch.equal(memory, copy)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 @pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
 def test_combined_has_the_combination_as_its_gradient(
     engine: Engine, build: Build, asked: bool
@@ -126,8 +120,7 @@ def test_combined_has_the_combination_as_its_gradient(
     assert_same(gradient(built), 3 * coefficients(built) @ jacobian)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 def test_a_loss_scale_is_in_the_gradient_and_not_in_the_gramian(
     engine: Engine, build: Build
 ) -> None:
@@ -141,8 +134,7 @@ def test_a_loss_scale_is_in_the_gradient_and_not_in_the_gramian(
     assert_same(gradient(other) / 2**16, coefficients(other) @ jacobian)
 
 
-@over_engines
-@over_graphs()
+@over_engines_and_graphs
 def test_a_kept_graph_can_be_used_again(engine: Engine, build: Build) -> None:
     jacobian, built = naive_jacobian(build()), build()
     linearization = engine.linearize(built.problem(retain_graph=True))

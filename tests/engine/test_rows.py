@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moo_balance.engine.rows import Row, add_rows, combination, combine, inner_products
+from moo_balance.engine.rows import Row, add_rows, add_to_grads, combination, inner_products
 from tests.engine.graphs import drawn
 
 DTYPES = [torch.float32, torch.float64]
@@ -70,7 +70,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
     on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:  # as on an accelerator, where reading a coefficient would wait
-        monkeypatch.setattr("moo_balance.engine.rows._factors", Tensor.unbind)
+        monkeypatch.setattr("moo_balance.engine.rows.numbers", Tensor.unbind)
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
@@ -87,7 +87,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 def test_coefficients_on_the_device_serve_gradients_of_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moo_balance.engine.rows._factors", lambda c: c.float().unbind())
+    monkeypatch.setattr("moo_balance.engine.rows.numbers", lambda c: c.float().unbind())
     rows = [[drawn(3, seed=k).to(dtype), drawn(2, seed=9 + k).to(dtype)] for k in range(3)]
     factors = drawn(3, seed=5)
     expected = factors @ torch.stack([torch.cat(row).double() for row in rows])
@@ -127,7 +127,7 @@ def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
     expected = combination([list(row) for row in rows], torch.ones(3))[0].to_dense()
     if first is not None:
         expected = expected + first.to_dense()
-    combine(rows, torch.ones(3), like)
+    add_to_grads(combination(rows, torch.ones(3)), like)
     torch.testing.assert_close(like[0].grad.to_dense(), expected)
 
 

@@ -1,0 +1,169 @@
+r"""Weight gradients of linear layers, kept as two thin factors and multiplied out once, weighted.
+
+The weight of :math:`Y = X W^T` has the gradient :math:`D_k^T X` under loss k, where :math:`D_k` is
+the gradient at Y. With :math:`M = X X^T` an inner product of two of them is
+:math:`\langle D_k, M D_l \rangle`, and a combination is :math:`(\sum_k c_k D_k)^T X`. So for few
+samples and wide layers neither needs the K gradients themselves (the ghost products of Li et al.
+2021 and Bu et al. 2022, between losses in place of within one).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from moo_balance.engine.base import Problem
+from moo_balance.engine.graph import reach
+from moo_balance.engine.rows import (
+    Row,
+    cache_size,
+    multiplies_exactly,
+    numbers,
+    symmetric,
+    weighted_tensor,
+)
+
+
+@dataclass
+class Factored:
+    """The K gradients of one linear layer's weight.
+
+    Args:
+        node: Where the layer's output was computed; its gradient there is ``D_k``.
+        column: Which of the problem's parameters the weight is.
+        inputs: The layer's input X, shape [N, inputs].
+        transposed: The weight is stored as [outputs, inputs], as ``torch.nn.Linear`` does.
+    """
+
+    node: Node
+    column: int
+    inputs: Tensor
+    transposed: bool
+    cotangents: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The losses that reach the layer."""
+        return tuple(k for k, cotangent in enumerate(self.cotangents) if cotangent is not None)
+
+    def products(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of the gradients that are reached, in `dtype` or wider."""
+        dtype = torch.promote_types(self.inputs.dtype, dtype)
+        inputs = self.inputs.to(dtype)
+        if not multiplies_exactly(inputs):
+            inputs = inputs.double()
+        matrix = inputs @ inputs.T
+        products = [
+            piece.flatten(1) @ (matrix @ piece).flatten(1).T for piece in self._pieces(matrix)
+        ]
+        return symmetric(products[0] if len(products) == 1 else torch.stack(products).sum(0))
+
+    def _pieces(self, like: Tensor) -> Iterator[Tensor]:
+        """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache."""
+        found = [cotangent for cotangent in self.cotangents if cotangent is not None]
+        width = max(cache_size(like) // (len(found) * len(like)), 1)
+        for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
+            yield torch.stack(parts).to(like.dtype)
+
+    def combination(self, coefficients: Tensor) -> Tensor | None:
+        """The weighted sum of the gradients; None where no loss reaches the layer."""
+        if not self.reached:
+            return None
+        factors = numbers(coefficients)
+        parts = [cotangent for cotangent in self.cotangents if cotangent is not None]
+        cotangent = weighted_tensor(parts, [factors[k] for k in self.reached])
+        return cotangent.T @ self.inputs if self.transposed else self.inputs.T @ cotangent
+
+
+def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
+    """The linear layers among these nodes for which factors are cheaper than gradients.
+
+    The weight must be used there and nowhere else, and no hook may want to see its gradient.
+    Averages over ranks are not products of factors: with several ranks there are none.
+    """
+    if problem.parallel is not None or len(problem.losses) < 2:
+        return []
+    columns = {id(param): k for k, param in enumerate(problem.params) if _is_plain(param)}
+    candidates = [node for node in nodes if type(node).__name__ in _LINEAR]
+    found = [layer for node in candidates for layer in _layers_at(node, columns)]
+    count = len(problem.losses)
+    found = [(layer, way) for layer, way in found if _pays(layer, problem, count)]
+    if not found:
+        return []
+    uses = Counter(after for node in nodes for after, _ in node.next_functions)
+    reaching = reach(problem.losses, nodes)
+    return [
+        layer
+        for layer, way in found
+        if all(uses[node] == 1 for node in way) and _pays(layer, problem, reaching[layer.node])
+    ]
+
+
+_LINEAR = {"AddmmBackward0": ("_saved_mat1", 2), "MmBackward0": ("_saved_self", 1)}
+"""Nodes of a product of two matrices: the name of the left one, and the edge to the right one."""
+
+
+def _layers_at(node: Node, columns: dict[int, int]) -> Iterator[tuple[Factored, list[Node]]]:
+    """The layer at a node, if it is one, with the nodes on the way to its weight."""
+    name, edge = _LINEAR[type(node).__name__]
+    after, _ = node.next_functions[edge]
+    if after is None or getattr(node, "_saved_alpha", 1) != 1:
+        return
+    way = [after]
+    transposed = type(after).__name__ == "TBackward0"
+    if transposed:
+        way.append(after.next_functions[0][0])  # type: ignore[arg-type]
+    column = columns.get(id(getattr(way[-1], "variable", None)))
+    if column is not None:
+        yield Factored(node, column, getattr(node, name).detach(), transposed), way
+
+
+def _is_plain(param: Tensor) -> bool:
+    """Can its gradient be multiplied out by us, unseen by anybody?"""
+    return (
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.is_floating_point()
+        and not param._backward_hooks
+    )
+
+
+def _pays(layer: Factored, problem: Problem, count: int) -> bool:
+    """Fewer multiplications with factors than with gradients of so many losses?"""
+    samples, inputs = layer.inputs.shape
+    weight = problem.params[layer.column].numel()
+    outputs = weight // max(inputs, 1)
+    with_factors = samples * (inputs + count * outputs) + count**2 * outputs + weight
+    return with_factors <= count * weight
+
+
+class Inputs:
+    """What to differentiate a loss with respect to: parameters, and layers in place of weights."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        layers: Sequence[Factored],
+        columns: Sequence[int] | None = None,
+    ) -> None:
+        held = {layer.column for layer in layers}
+        wanted = range(len(params)) if columns is None else columns
+        self.layers, self.width = layers, len(params)
+        self.columns = [column for column in wanted if column not in held]
+        self.inputs: list[Tensor | GradientEdge] = [params[column] for column in self.columns]
+        self.inputs += [GradientEdge(layer.node, 0) for layer in layers]
+
+    def sorted(self, found: Row) -> list[Tensor | None]:
+        """The row of what was found, once the layers have been handed their cotangents."""
+        if len(found) == self.width and not self.layers:
+            return list(found)
+        for layer, cotangent in zip(self.layers, found[len(self.columns) :], strict=True):
+            layer.cotangents.append(cotangent)
+        row: list[Tensor | None] = [None] * self.width
+        for column, gradient in zip(self.columns, found, strict=False):
+            row[column] = gradient
+        return row
