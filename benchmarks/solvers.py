@@ -49,8 +49,10 @@ def _dependent(count: int, seed: int) -> Tensor:
 
 
 def _almost_equal(count: int, seed: int) -> Tensor:
+    """One gradient, and small steps from its tip at right angles to it."""
     rows = _drawn(count, seed)
-    return rows[:1] + 1e-7 * rows
+    common = rows.mean(0, keepdim=True) / rows.mean(0).norm()
+    return common + 1e-4 * (rows - (rows @ common.T) * common)
 
 
 KINDS: dict[str, Callable[[int, int], Tensor]] = {
