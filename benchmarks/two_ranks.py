@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.contestants import PLAIN, Stand, Step, balanced, plain
 from benchmarks.processes import fresh
 from benchmarks.settings import Settings
-from benchmarks.tables import spread, table
+from benchmarks.tables import table
 from benchmarks.timing import Patience, Runner, Spread, race
 from benchmarks.workloads import TINY, Workload, codec, mlp
 from moo_balance import MGDA
@@ -152,7 +152,10 @@ def section(results: dict[str, Any]) -> str:
         [name, *(f"{model['ms'][name][0]:.2f}" for model in models)] for name in models[0]["ms"]
     ]
     exposed = [
-        [name, *(spread(model["exposed ms"][name]) for model in models)]
+        [
+            name,
+            *("{:.2f} ({:.2f} to {:.2f})".format(*model["exposed ms"][name]) for model in models),
+        ]
         for name in models[0]["exposed ms"]
     ]
     return "\n\n".join(
