@@ -44,6 +44,7 @@ PUBLIC_MODULES = (
     "moo_balance",
     "moo_balance.engine",
     "moo_balance.functional",
+    "moo_balance.integrations",
     "moo_balance.weighting",
 )
 
