@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contestants import STREAMING, balanced
+from benchmarks.contestants import balanced
+from moo_balance.engine import Streaming
 from moo_balance.weighting import State, Statistics, Weighted, Weighting
 
 _COPY = torch.ops.aten._to_copy.default
@@ -93,19 +94,13 @@ def held_numbers(optimizer_step: Callable[[Weighting], Callable[[], None]]) -> i
     return found[-1]
 
 
-def _ways() -> dict[str, Callable[[Weighting], Callable[[Any], Callable[[], None]]]]:
-    """Ways to take gradients, each from a weighting to a step."""
-    ways = {
-        "one gradient per loss": balanced,
-        "at features": partial(balanced, at_features=True),
-        "exact, behind features": partial(balanced, at_features=True, exact=True),
-    }
-    if STREAMING is not None:
-        ways["streaming"] = partial(balanced, engine=STREAMING())
-    return ways
-
-
-WAYS = _ways()
+WAYS: dict[str, Callable[[Weighting], Callable[[Any], Callable[[], None]]]] = {
+    "one gradient per loss": balanced,
+    "at features": partial(balanced, at_features=True),
+    "exact, behind features": partial(balanced, at_features=True, exact=True),
+    "streaming": partial(balanced, engine=Streaming()),
+}
+"""Ways to take gradients, each from a weighting to a step."""
 
 
 def _stores() -> dict[int, int]:

@@ -92,6 +92,5 @@ def test_rows_are_really_counted():
     assert held("one gradient per loss", batch=16 * WIDTH) >= HELD["one gradient per loss"]
 
 
-@pytest.mark.skipif("streaming" not in WAYS, reason="no streaming engine in this version")
 def test_streaming_holds_no_rows():
     assert held("streaming", 12) <= held("streaming", 3) + 9 * HEAD + SMALL * 4
