@@ -22,9 +22,9 @@ from moo_balance import (
 from moo_balance.engine import Streaming
 from moo_balance.weighting import Weighting
 
-PLAIN, LIMIT = "plain sum", "limit"
+FORWARD, PLAIN, LIMIT = "forward alone", "plain sum", "limit"
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @dataclass
@@ -77,6 +77,11 @@ class Contestant:
     period: int = 1
     obstacle: Callable[[Workload], str | None] = lambda workload: None
     of_peer: bool = False
+
+
+def forward(stand: Stand) -> Step:
+    """What every step begins with."""
+    return stand.outcome
 
 
 def plain(stand: Stand) -> Step:

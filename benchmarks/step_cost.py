@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import counts
-from benchmarks.contestants import LIMIT, OWN, PLAIN, Contestant, Stand, Step, limit, plain
+from benchmarks.contestants import (
+    FORWARD,
+    LIMIT,
+    OWN,
+    PLAIN,
+    Contestant,
+    Stand,
+    Step,
+    forward,
+    limit,
+    plain,
+)
 from benchmarks.peers import PEERS
 from benchmarks.settings import Settings
 from benchmarks.tables import spread, table
@@ -17,6 +28,7 @@ from benchmarks.workloads import ALL, TINY, Workload
 TITLE = "Step cost"
 CONTESTANTS = (
     Contestant(PLAIN, plain),
+    Contestant(FORWARD, forward, rows=True),
     Contestant(LIMIT, limit, rows=True),
     *OWN,
     *PEERS,
