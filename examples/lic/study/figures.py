@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +28,20 @@ SMOOTHING = 15
 def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """All figures by file stem."""
     found = {
-        f"rd-{name.replace(' ', '-')}": rate_distortion(experiment)
+        stem("rd", name): rate_distortion(experiment)
         for name, experiment in results["experiments"].items()
         if experiment["seeds"]
     }
     found["bd-rates"] = intervals(list(findings(results)))
     for name, experiment in results["experiments"].items():
         if any("series" in run for run in _runs(experiment)):
-            found[f"course-{name.replace(' ', '-')}"] = course(experiment)
+            found[stem("course", name)] = course(experiment)
     return found
+
+
+def stem(kind: str, experiment: str) -> str:
+    """Name of a figure's file, without its ending."""
+    return "-".join([kind, *re.findall(r"\w+", experiment)])
 
 
 def rate_distortion(experiment: Mapping[str, Any]) -> Figure:

@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.lic.bd import OVERLAP, POINTS
 from examples.lic.study.analysis import SEEDS, Finding, findings, mean_curve
-from examples.lic.study.figures import figures
+from examples.lic.study.figures import figures, stem
 from examples.lic.study.sentences import WORDS, agreement, listed, reading, summary, with_interval
 
 FIGURES = "figures/lic"
@@ -22,8 +22,8 @@ TEXTS = {
     "from scratch": "All runs of a seed begin with the same random weights.",
     "far from balance": "As fine-tuned, but the checkpoint was trained with a λ far above the "
         "trade-offs that the balanced runs then head for.",
-    "longer": "As fine-tuned, with more steps.",
-    "larger batch": "As fine-tuned, with less noise in the gradients.",
+    "from scratch, longer": "As from scratch, with more steps, and the learning rate that was "
+        "tuned for fewer.",
 }  # fmt: skip
 
 
@@ -174,7 +174,6 @@ def _experiment(
         for f in mine
     ]  # fmt: skip
     head = ("", "against", "BD-rate [95 %]", "overlap", "PSNR at its rates", "seeds that agree")
-    slug = name.replace(" ", "-")
     return "\n\n".join(
         [
             f"## {name.capitalize()}",
@@ -186,9 +185,9 @@ def _experiment(
             "coefficients that the run settled on. Means over seeds and photographs.",
             table(("", "λ", "λ′", "bpp", "PSNR/dB"), _landings(experiment)),
             *(
-                _figure(f"{kind}-{slug}", caption)
+                _figure(stem(kind, name), caption)
                 for kind, caption in CAPTIONS.items()
-                if f"{kind}-{slug}" in shown
+                if stem(kind, name) in shown
             ),
         ]
     )

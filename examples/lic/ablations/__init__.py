@@ -1,0 +1,1 @@
+"""Ablations of balanced training; ``python -m examples.lic.ablations`` measures each of them."""
