@@ -1,9 +1,11 @@
 # Everything runs from a fresh clone: Python 3.10 or newer, make, and a package registry.
 # Another interpreter: make PYTHON=python3.12 test
+# Measurements on more than one thread: make THREADS=2 bench
 
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+THREADS ?= 1
+VENV    := .venv
+BIN     := $(VENV)/bin
 
 # A stamp per set of extras, so that the demo does not wait for the developers' tools.
 EXAMPLES := $(VENV)/.examples
@@ -40,8 +42,8 @@ doctest: $(DEV)  ## run every docstring example
 docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumented public name fails
 	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
 
-bench: $(DEV)  ## measure the cost of a balanced step against a bare loop
-	$(BIN)/python -m benchmarks
+bench: $(DEV)  ## measure what balancing costs, and write docs/benchmarks.md
+	$(BIN)/python -m benchmarks --threads $(THREADS)
 
 clean:  ## remove caches and outputs (the environment in .venv stays)
 	rm -rf docs/_build runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,15 +28,21 @@ class Workload:
 
     Args:
         name: What the tables call it.
+        count: K.
         build: Makes the model.
         draw: Makes a batch.
         forward: Losses and shared features of a model on a batch.
+        has_features: Are there features that all losses are computed from?
+        has_heads: Do those features part the model into a trunk and one head for each loss?
     """
 
     name: str
+    count: int
     build: Callable[[], nn.Module]
     draw: Callable[[], tuple[Tensor, ...]]
     forward: Callable[[nn.Module, tuple[Tensor, ...]], Outcome]
+    has_features: bool = True
+    has_heads: bool = True
 
 
 class Heads(nn.Module):
@@ -66,7 +73,7 @@ def mlp(count: int, width: int = 512, depth: int = 3, batch: int = 128) -> Workl
     def draw() -> tuple[Tensor, ...]:
         return torch.randn(batch, width), *(torch.randn(batch, 8) for _ in range(count))
 
-    return Workload(f"MLP, K = {count}", build, draw, heads_forward)
+    return Workload(f"MLP, K = {count}", count, build, draw, heads_forward)
 
 
 class Residual(nn.Module):
@@ -104,7 +111,7 @@ def resnet(count: int, batch: int = 32) -> Workload:
     def draw() -> tuple[Tensor, ...]:
         return torch.rand(batch, 3, 32, 32), *(torch.randn(batch, 8) for _ in range(count))
 
-    return Workload(f"ResNet, K = {count}", build, draw, heads_forward)
+    return Workload(f"ResNet, K = {count}", count, build, draw, heads_forward)
 
 
 class Encoder(nn.Module):
@@ -133,7 +140,7 @@ def transformer(count: int = 4, width: int = 128, length: int = 32, batch: int =
         tokens = torch.randint(1000, (batch, length))
         return tokens, *(torch.randn(batch, length, 8) for _ in range(count))
 
-    return Workload(f"transformer, K = {count}", build, draw, heads_forward)
+    return Workload(f"transformer, K = {count}", count, build, draw, heads_forward)
 
 
 class Field(nn.Module):
@@ -167,7 +174,7 @@ def _pinn_outcome(model: nn.Module, interior: Tensor, boundary: Tensor, start: T
         "boundary": model(boundary).square().mean(),
         "start": (model(start) - wanted).square().mean(),
     }
-    return Outcome(losses, [value])
+    return Outcome(losses, [])
 
 
 def pinn(batch: int = 512) -> Workload:
@@ -178,7 +185,7 @@ def pinn(batch: int = 512) -> Workload:
         boundary[:, 1], start[:, 0] = boundary[:, 1].round(), 0.0
         return interior, boundary, start
 
-    return Workload("PINN, K = 3", Field, draw, pinn_forward)
+    return Workload("PINN, K = 3", 3, Field, draw, pinn_forward, False, False)
 
 
 def codec_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
@@ -195,10 +202,29 @@ def codec_forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Outcome:
     return Outcome({"rate": output.bpp(), "distortion": distortion}, features)
 
 
-def codec(batch: int = 8, side: int = 64) -> Workload:
+def codec(
+    batch: int = 8, side: int = 64, channels: int = 24, latent_channels: int = 32
+) -> Workload:
     """The learned image codec of the examples; its losses share latents and their prediction."""
 
     def draw() -> tuple[Tensor, ...]:
         return (torch.rand(batch, 3, side, side),)
 
-    return Workload("codec, K = 2", MeanScaleHyperprior, draw, codec_forward)
+    build = partial(MeanScaleHyperprior, channels, latent_channels)
+    return Workload("codec, K = 2", 2, build, draw, codec_forward, has_heads=False)
+
+
+ALL: tuple[Callable[[], Workload], ...] = (
+    codec,
+    transformer,
+    pinn,
+    *(partial(mlp, count) for count in (2, 8, 32)),
+    *(partial(resnet, count) for count in (2, 8, 32)),
+)
+
+TINY: tuple[Callable[[], Workload], ...] = (
+    partial(codec, 1, channels=4, latent_channels=4),
+    partial(pinn, 4),
+    partial(mlp, 3, width=16, depth=1, batch=4),
+)
+"""For a look whether everything runs."""

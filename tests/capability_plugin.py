@@ -1,5 +1,7 @@
 """Records which capabilities the passing tests show: ``@pytest.mark.capability("DDP")``.
 
+Methods are those that a test is parametrized with, and those that the mark names behind.
+
 Only a full run has a say: nothing selected, left out, skipped or failed. Then the record goes to
 pytest's cache, and the run fails if the README claims something else.
 """
@@ -21,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Properties travel with the report, from the worker processes of pytest-xdist too.
     for mark in item.iter_markers("capability"):
-        item.user_properties.append(("capability", (mark.args[0], _methods(item))))
+        name, *methods = mark.args
+        item.user_properties.append(("capability", (name, [*methods, *_methods(item)])))
 
 
 def _methods(item: pytest.Item) -> list[str]:

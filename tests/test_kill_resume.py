@@ -30,7 +30,7 @@ def run(folder: Path, method: str, kill_at: int | None, delay: float) -> None:
     assert process.returncode == (0 if kill_at is None else -9)
 
 
-@pytest.mark.capability("kill -9 and resume")
+@pytest.mark.capability("kill -9 and resume", "FAMO", "AnalyticQP")
 @pytest.mark.parametrize("method", ["FAMO-adam", "AnalyticQP"])
 def test_a_killed_run_resumes_to_the_last_bit(method, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

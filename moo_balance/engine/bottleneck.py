@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from moo_balance.engine.base import Linearization, Problem, weighted_backward, weighted_sum
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import by_backward, by_grad, is_hooked
+from moo_balance.engine.factored import Inputs, factorable
 from moo_balance.engine.graph import (
     checkpoints_reentrantly,
     closed,
@@ -96,12 +97,20 @@ class ExactAtFeatures(KeptRows):
     """Whole rows, of which the part above the features is found once and for all."""
 
     def differentiate(self) -> Iterable[Row]:
-        problem, heads = self.problem, differentiated_heads(self.problem)
+        problem = self.problem
+        nodes, below = nodes_above(problem.losses), nodes_above(problem.features)
+        reentrant = checkpoints_reentrantly(below)
+        if not reentrant:  # and before the heads are freed, which layers are looked for in, too
+            self.layers += [layer for layer in factorable(problem, nodes) if layer.node in below]
+        plan, heads = Inputs(problem.params, self.layers), differentiated_heads(problem)
         last = len(problem.losses) - 1
         for k, (cotangents, row) in enumerate(zip(*heads, strict=True)):
             keep = k < last or _keeps_graph(problem)
             roots, seeds = _reached(problem.features, cotangents)
-            yield add_rows(row, _below(problem, roots, seeds, keep))
+            if reentrant:
+                yield add_rows(row, by_backward(roots, seeds, problem.params, keep))
+            else:
+                yield add_rows(row, plan.sorted(by_grad(roots, seeds, plan.inputs, keep)))
 
 
 def differentiated_heads(problem: Problem) -> Heads:

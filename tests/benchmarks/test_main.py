@@ -1,19 +1,64 @@
-"""The benchmark runs, so that it cannot rot; its figures are not the tests' business."""
+"""The benchmarks run, so that they cannot rot; their figures are not the tests' business."""
 
 from __future__ import annotations
 
-from benchmarks.__main__ import BARE, LIMIT, METHODS, main, report
+import json
+import re
+import socket
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.page import PARTS
 
 
-def test_smoke(capsys):
-    main(["--rounds", "1", "--repeats", "1"])
-    printed = capsys.readouterr().out
-    assert all(f"\n{name} " in printed for name in (BARE, LIMIT, *METHODS))
-    assert "medians of 1 interleaved rounds of 1 steps" in printed
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Everything once, on tiny models."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    main(["--quick", "--results", str(folder), "--docs", str(folder / "docs")])
+    return folder
 
 
-def test_ratios_are_taken_within_a_round():
-    seconds = {BARE: [1.0, 4.0, 2.0], "Sum": [1.01, 4.04, 2.02], "AnalyticQP": [2.0, 8.0, 4.0]}
-    lines = report(seconds).splitlines()
-    assert "1.010   <= 1.02 met" in lines[2]
-    assert "2.000   <= 1.30 MISSED" in lines[3]
+def test_every_part_keeps_its_figures_and_has_its_section(run):
+    page = (run / "docs" / "benchmarks.md").read_text()
+    for name, part in PARTS.items():
+        kept = json.loads((run / f"{name}.json").read_text())
+        assert part.section(kept["results"]) in page
+        assert f"\n## {part.TITLE}\n" in page
+    assert page.count("A quick run") == len(PARTS)
+    assert not re.search(r"\bnan\b", page)
+
+
+def test_every_picture_is_there(run):
+    page = (run / "docs" / "benchmarks.md").read_text()
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+\.svg)\)", page)
+    assert len(pictures) == 5
+    assert all("<svg" in (run / "docs" / picture).read_text() for picture in pictures)
+
+
+def test_nothing_tells_whose_machine_it_was(run):
+    host = socket.gethostname()
+    for file in [*run.glob("*.json"), run / "docs" / "benchmarks.md"]:
+        assert host not in file.read_text()
+        assert str(run) not in file.read_text()
+
+
+def test_the_page_can_be_written_again_from_the_figures(run, tmp_path):
+    main(["page", "--results", str(run), "--docs", str(tmp_path)])
+    for file in ("benchmarks.md", "figures/benchmarks/solvers.svg"):
+        assert (tmp_path / file).read_text() == (run / "docs" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["steps"], "should be one of step, memory, growth"),
+        (["--threads", "0"], "should be a whole number, at least 1"),
+        (["page", "--results", "nowhere"], "nothing has been measured in nowhere yet"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert sentence in capsys.readouterr().err

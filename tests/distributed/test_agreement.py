@@ -252,7 +252,7 @@ def test_an_explicit_group_that_is_gone():
         optimizer.backward(losses)
 
 
-@pytest.mark.capability("each rank a model of its own")
+@pytest.mark.capability("each rank a model of its own", "MGDA")
 def test_without_a_group_each_rank_trains_a_model_of_its_own():
     model, twin = Net(), Net()
     optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=None)

@@ -64,6 +64,21 @@ def plain() -> Split:
 
 
 @split
+def wide() -> Split:
+    """Few samples on a wide trunk, whose weight's gradients stay factored."""
+    first, second = parameter(9, 8), parameter(7, 9, seed=1)
+    hidden = torch.tanh(drawn(2, 9, seed=3) @ first)
+    features = torch.tanh(hidden[:, :7] @ second)
+    heads = [parameter(9, seed=k) for k in (4, 5)]
+    losses = [
+        (features @ heads[0]).square().sum(),
+        (features @ heads[1]).exp().sum(),
+        (features[:, :7] @ second).sum(),
+    ]
+    return Split(Graph(losses, [first, second, *heads]), [features])
+
+
+@split
 def several() -> Split:
     weight, first = trunk()
     second, head = drawn(2, 4, seed=5) @ weight, parameter(3, seed=2)

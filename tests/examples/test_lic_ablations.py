@@ -144,7 +144,7 @@ def test_collapse_is_reported_as_such_and_not_as_a_curve():
             record["scores"] = {"image": [0.006, 16.0] if record["seed"] else [0.4, 11.0]}
     text = study.section({"plan": asdict(study.Plan()), "records": records})
     (row,) = [line for line in text.splitlines() if line.startswith("| Solution 2, exact")]
-    assert "| 6 of 6 |" in row
+    assert "| 8 of 8 |" in row
     assert "no curve to compare in 2 of 2 seeds" in row
     assert "Collapsed at some λ: Solution 2, exact." in text
 

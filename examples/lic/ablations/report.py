@@ -96,10 +96,9 @@ def compare(
 def shown(found: Mapping[int, float | str]) -> str:
     """A comparison as a table's cell."""
     rates = [rate for rate in found.values() if not isinstance(rate, str)]
-    reasons = {reason for reason in found.values() if isinstance(reason, str)}
-    if reasons:
-        return f"no curve to compare in {len(found) - len(rates)} of {len(found)} seeds"
-    return _listed(rates, ".1f", " %")
+    without = len(found) - len(rates)
+    missing = f"no curve to compare in {without} of {len(found)} seeds" if without else ""
+    return "; ".join(filter(None, [_listed(rates, ".1f", " %") if rates else "", missing]))
 
 
 def gaps(records: Sequence[Mapping[str, Any]], title: str) -> dict[int, list[float]]:

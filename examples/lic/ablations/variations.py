@@ -64,7 +64,7 @@ class Variation:
     scratch: bool = False
 
 
-LAMBDAS = (0.0008, 0.004, 0.03)
+LAMBDAS = (0.0008, 0.0018, 0.004, 0.03)
 """Beyond 0.03 the shifted logarithms hardly see λ any more, and points would crowd."""
 
 PRICES = (0.0001, 0.0003, 0.001, 0.003)

@@ -1,0 +1,277 @@
+"""What the library is to reach, as data, and how to read from the results whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import memory, solvers
+from benchmarks.contestants import FORWARD, LIMIT
+from benchmarks.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
+from benchmarks.step_cost import RACES
+from benchmarks.tables import table
+
+Results = Mapping[str, Any]
+Readings = dict[str, float]
+
+STREAMING = "MGDA, streaming"
+EXACT = ("MGDA", "MGDA, exact behind features", STREAMING)
+LOSS_ONLY = ("Sum", "SmoothTchebycheff", "FAMO, lagged")
+SINGLE, ROWS = RACES.values()
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on some figures of the results.
+
+    Args:
+        path: What is measured.
+        text: The bound in words.
+        bound: The bound.
+        read: The figures by what they belong to; empty if they were not measured.
+        why: What a figure beyond the bound is spent on.
+        at_least: Is the bound a lower one?
+    """
+
+    path: str
+    text: str
+    bound: float
+    read: Callable[[Results], Readings]
+    why: str
+    at_least: bool = False
+
+    def excess(self, value: float) -> float:
+        """How far beyond the bound, as a share of it; not positive where it is reached."""
+        share = value / self.bound - 1.0
+        return -share if self.at_least else share
+
+
+def _workloads(results: Results) -> Iterator[dict[str, Any]]:
+    yield from results.get("step", {}).get("workloads", [])
+
+
+def _step(
+    title: str, names: Sequence[str], against: str, only: str = ""
+) -> Callable[[Results], Readings]:
+    """Figures of some contestants, on the models whose name begins so."""
+
+    def read(results: Results) -> Readings:
+        return {
+            f"{name}, {workload['name']}": entries[name][against][0]
+            for workload in _workloads(results)
+            if workload["name"].startswith(only)
+            for entries in [workload["races"][title]["contestants"]]
+            for name in names
+            if name in entries
+        }
+
+    return read
+
+
+def _speedup(
+    rivals: Sequence[str], counts: Sequence[int] = (), only: tuple[str, ...] = ("",)
+) -> Callable[[Results], Readings]:
+    """How many times faster our best exact way is than the best of the rivals."""
+
+    def read(results: Results) -> Readings:
+        found = {}
+        for workload in _workloads(results):
+            entries = workload["races"][ROWS]["contestants"]
+            theirs = [entries[name]["x plain"][0] for name in rivals if name in entries]
+            ours = [entries[name]["x plain"][0] for name in EXACT if name in entries]
+            fits = workload["name"].startswith(only) and (
+                not counts or workload["losses"] in counts
+            )
+            if fits and theirs and ours:
+                found[workload["name"]] = min(theirs) / min(ours)
+        return found
+
+    return read
+
+
+def _below_limit(results: Results) -> Readings:
+    found = {}
+    for workload in _workloads(results):
+        entries = workload["races"][ROWS]["contestants"]
+        if workload["losses"] >= 8:
+            ours = (entries[name]["x limit"][0] for name in EXACT if name in entries)
+            found[workload["name"]] = min(ours)
+    return found
+
+
+def _streaming_memory(results: Results) -> Readings:
+    readings = {}
+    for model in results.get("memory", {}).get("models", []):
+        above = memory.above_plain(model, STREAMING) if STREAMING in model["contestants"] else None
+        if above is not None and model["contestants"][STREAMING]["bytes"] >= memory.MIB:
+            readings[model["name"]] = above
+    return readings
+
+
+def _streaming_time(results: Results) -> Readings:
+    """Time above the limit, in multiples of what a plain step does behind its forward pass."""
+    readings = {}
+    for workload in _workloads(results):
+        entries = workload["races"][ROWS]["contestants"]
+        if STREAMING in entries:
+            limit = entries[LIMIT]["x plain"][0]
+            backward = 1.0 - entries[FORWARD]["x plain"][0]
+            readings[workload["name"]] = (entries[STREAMING]["x plain"][0] - limit) / backward
+    return readings
+
+
+def _latency(count: int) -> Callable[[Results], Readings]:
+    def read(results: Results) -> Readings:
+        return {
+            f"{entry['solver']}, {entry['kind']}": entry["microseconds"]
+            for entry in results.get("solvers", {}).get("entries", [])
+            if entry["solver"] in (solvers.OURS, solvers.OUR_QP)
+            and entry["losses"] == count
+            and "microseconds" in entry
+        }
+
+    return read
+
+
+def _gap(results: Results) -> Readings:
+    return {
+        f"{entry['kind']}, K = {entry['losses']}": entry.get("gap", float("inf"))
+        for entry in results.get("solvers", {}).get("entries", [])
+        if entry["solver"] == solvers.OURS
+    }
+
+
+def _import(results: Results) -> Readings:
+    found = results.get("imports")
+    return {} if found is None else {"`import moo_balance`": found["ours ms"][0]}
+
+
+_CHECKS = (
+    "What is above the plain step is spent on losses at the door, on coefficients and on the check "
+    "that gradients are finite."
+)
+_LIMIT = (
+    "Above the limit are the inner products, the combination and the solver, and rows that have "
+    "left the cache before they are combined."
+)
+GOALS = (
+    Goal("loss-only methods", "≤ 1.01 × plain", 1.01, _step(SINGLE, LOSS_ONLY, "x plain"), _CHECKS),
+    Goal(
+        "FAMO, every 10",
+        "≤ 1.03 × plain",
+        1.03,
+        _step(SINGLE, ["FAMO, every 10"], "x plain"),
+        _CHECKS + " Each tenth step adds a forward pass.",
+    ),
+    Goal(
+        "exact Gramian methods",
+        "≤ 1.03 × the limit",
+        1.03,
+        _step(ROWS, ["AnalyticQP", "MGDA"], "x limit"),
+        _LIMIT,
+    ),
+    Goal(
+        "exact Gramian methods, codec",
+        "≤ 1.25 × plain",
+        1.25,
+        _step(ROWS, ["AnalyticQP", "MGDA"], "x plain", only="codec"),
+        "The measured limit itself is in the table below; what is above it, as in the line before.",
+    ),
+    Goal(
+        "features, codec",
+        "≤ 1.05 × plain",
+        1.05,
+        _step(SINGLE, ["MGDA at features"], "x plain", only="codec"),
+        "Both losses are differentiated down to the features on their own, and what they share "
+        "above those is passed twice.",
+    ),
+    *(
+        Goal(
+            f"beside TorchJD's default, K = {count}",
+            f"≥ {bound} × faster",
+            bound,
+            _speedup([AUTOJAC], [count], ("codec", "ResNet")),
+            "Both take K passes through the same graph, which neither can leave out.",
+            at_least=True,
+        )
+        for count, bound in ((2, 1.3), (8, 1.6), (32, 2.5))
+    ),
+    Goal(
+        "beside TorchJD's best setting",
+        "never slower",
+        1.0,
+        _speedup([AUTOJAC, CHUNKS, MTL, AUTOGRAM]),
+        "Where many small passes are batched into one, operations have less overhead.",
+        at_least=True,
+    ),
+    Goal(
+        "exact, K = 8 and 32",
+        "below the sequential limit",
+        1.0,
+        _below_limit,
+        "Rows that are formed one after the other cannot be below it.",
+    ),
+    Goal(
+        "streaming, memory",
+        "≤ plain + 1.2 P",
+        1.2,
+        _streaming_memory,
+        "Blocks of rows, and what the graph keeps for another pass.",
+    ),
+    Goal(
+        "streaming, time",
+        "≤ limit + 1 backward",
+        1.0,
+        _streaming_time,
+        "The weighted pass, and the products of each block.",
+    ),
+    Goal("solvers, K = 2", "≤ 60 µs", 60.0, _latency(2), "A few dozen small tensor operations."),
+    Goal(
+        "solvers, K = 32",
+        "≤ 1 ms",
+        1000.0,
+        _latency(32),
+        "Each change of the active set is a factorisation; hard Gramians need more of them.",
+    ),
+    Goal("solvers, duality gap", "≤ 1e-10", 1e-10, _gap, "Rounding of the Gramian's own entries."),
+    Goal("import time", "≤ 10 ms", 10.0, _import, "Reading and executing the package's modules."),
+)
+
+
+def section(results: Results) -> str:
+    """Each goal with the figure that is worst, and why those beyond it are."""
+    rows, notes = [], []
+    for goal in GOALS:
+        readings = goal.read(results)
+        missed = {name: v for name, v in readings.items() if goal.excess(v) > 0}
+        rows.append(
+            [goal.path, goal.text, _worst(goal, readings), _verdict(goal, readings, missed)]
+        )
+        if missed:
+            listed = "; ".join(f"{name}: {_figure(value)}" for name, value in missed.items())
+            notes.append(f"- **{goal.path}** ({goal.text}): {listed}. {goal.why}")
+    parts = [table(["path", "goal", "worst figure", "verdict"], rows)]
+    if notes:
+        parts += ["Where a goal is missed, by how much and why:", "\n".join(notes)]
+    return "\n\n".join(parts)
+
+
+def _worst(goal: Goal, readings: Readings) -> str:
+    if not readings:
+        return "–"
+    name = max(readings, key=lambda name: goal.excess(readings[name]))
+    return f"{_figure(readings[name])} ({name})"
+
+
+def _verdict(goal: Goal, readings: Readings, missed: Readings) -> str:
+    if not readings:
+        return "not measured"
+    if not missed:
+        return "reached"
+    most = max(goal.excess(value) for value in missed.values())
+    return f"missed by up to {most:.0%} in {len(missed)} of {len(readings)}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if 0.01 < abs(value) < 10 else f"{value:.3g}"
