@@ -45,14 +45,14 @@ class Finding:
     """Why curves of seeds and photographs could not be compared, if they could not."""
 
     def sign(self) -> int | None:
-        """−1 fewer bits than the rival, +1 more, 0 not distinguishable, None not compared.
+        """−1 fewer bits than the rival, +1 more, 0 not distinguishable, None too little to say.
 
         The interval has to leave out 0, that of the BD-rate, or of the gap in PSNR where curves
         are too short for one; and each of at least three seeds has to agree by its gap.
         """
-        if self.gap is None:
+        if self.gap is None or len(self.gap.by_seed) < SEEDS:
             return None
-        agreed = -self.gap.sign() if len(self.gap.by_seed) >= SEEDS else 0
+        agreed = -self.gap.sign()
         if self.rate is None:
             return agreed
         return agreed if agreed * self.rate.low > 0 and agreed * self.rate.high > 0 else 0

@@ -13,8 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from examples.lic.store import StoreError, atomically
 from examples.lic.study import figures, page, results, scales
@@ -48,10 +52,17 @@ def write(found: Mapping[str, Any], docs: Path) -> Path:
         sections[title] = module.section(part)
         drawn |= module.figures(part)
     for stem, figure in drawn.items():
-        atomically(docs / page.FIGURES / f"{stem}.png", partial(figure.savefig, format="png"))
+        atomically(docs / page.FIGURES / f"{stem}.png", partial(_draw, figure))
     path, text = docs / "lic_report.md", page.page(found, sections)
     atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
+
+
+def _draw(figure: Figure, path: Path) -> None:
+    """A small file, since these are kept with the sources: few pixels, few colours."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    Image.open(buffer).convert("RGB").quantize(48).save(path, format="png", optimize=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

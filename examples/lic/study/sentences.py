@@ -11,7 +11,7 @@ WORDS = {
     -1: "better",
     0: "not distinguishable",
     1: "worse",
-    None: "not compared",
+    None: "too little to say",
 }
 """By :meth:`Finding.sign`."""
 
@@ -56,11 +56,11 @@ def measured(finding: Finding) -> str:
 def reading(findings: Sequence[Finding]) -> str:
     """What one solution shows in one experiment, rival by rival; all of them, none left out."""
     own = next(f for f in findings if f.rival == OWN)
-    others = [f"{WORDS[f.sign()]} against {f.rival} ({measured(f)})"
+    others = [f"against {f.rival} {WORDS[f.sign()]} ({measured(f)})"
               for f in findings if f.rival != OWN]  # fmt: skip
     return (
         f"{own.solution} against its own mean weights held constant: {WORDS[own.sign()]} "
-        f"({measured(own)}). {MEANING[own.sign()]} It is {listed(others)}."
+        f"({measured(own)}). {MEANING[own.sign()]} It comes out {'; '.join(others)}."
     )
 
 
@@ -70,7 +70,7 @@ def summary(findings: Iterable[Finding]) -> list[str]:
         -1: "Adaptivity pays (fewer bits than the run's own mean weights held constant)",
         0: "An effective λ is all that is seen (not distinguishable from own mean weights)",
         1: "Adapting costs (more bits than own mean weights)",
-        None: "Not compared",
+        None: "Too little to say",
     }
     own = [f for f in findings if f.rival == OWN]
     lines = []
