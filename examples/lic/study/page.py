@@ -76,7 +76,8 @@ def _by_chance(found: Sequence[Finding]) -> str:
         f"{len(told) - better - worse} not distinguishable. Better or worse means that the 95 % "
         f"interval leaves out zero and that each of at least {SEEDS} seeds agrees. Where nothing "
         "differed at all, "
-        f"about {0.05 * len(told):.1f} of {len(told)} intervals would leave out zero by chance."
+        f"about {0.05 * len(told):.1f} of {len(told)} intervals would leave out zero by chance; "
+        "and comparisons of one solution share its runs."
     )
 
 
