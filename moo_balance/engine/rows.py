@@ -20,7 +20,10 @@ Row: TypeAlias = Sequence[Tensor | None]
 _ON_HOST, _ON_DEVICE = 2**19, 2**25
 """Numbers that are handled at once: on the host they shall stay in its cache."""
 
-_UNNOTICED = 2**12
+_SMALL = 2**15
+"""Up to here, on the host, a copy costs less than products of single gradients."""
+
+_UNNOTICED = 2**11
 """Up to here a copy in another order costs less than a look at the layout."""
 
 _FEW = 4
@@ -116,22 +119,58 @@ def _places(reached: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _family_products(rows: Sequence[Row], family: Family, dtype: torch.dtype) -> Tensor:
     total: Tensor | None = None
-    for vectors in _batches(rows, family, dtype):
-        for pieces in _pieces(vectors):
-            products = products_of(pieces)
-            total = products if total is None else total.add_(products)
+    for pieces in _pieces(rows, family, dtype):
+        products = products_of(pieces)
+        total = products if total is None else total.add_(products)
     assert total is not None
     return total
 
 
-def products_of(vectors: Sequence[Tensor]) -> Tensor:
-    """Inner products of a few vectors, symmetric to the bit."""
+def _pieces(
+    rows: Sequence[Row], family: Family, dtype: torch.dtype
+) -> Iterator[Tensor | Sequence[Tensor]]:
+    """Vectors, one per loss, of a size that stays in the cache; or a matrix of them.
+
+    A large gradient is cut up; small ones are put side by side, where copying them costs less than
+    multiplying each on its own.
+    """
+    first, count = rows[family.reached[0]], len(family.reached)
+    small, large = _parted(first, family.columns)
+    for column in large:
+        vectors = _vectors([rows[k][column] for k in family.reached], dtype)
+        length = max(cache_size(vectors[0]) // count, 1)
+        if vectors[0].numel() <= length or any(vector.is_sparse for vector in vectors):
+            yield vectors
+        else:
+            yield from zip(*(torch.split(vector, length) for vector in vectors), strict=True)
+    for columns in _together(first, small, count):
+        parts = [_aligned([rows[k][column] for k in family.reached]) for column in columns]
+        yield _flat([part for row in zip(*parts, strict=True) for part in row], dtype).view(
+            count, -1
+        )
+
+
+def _parted(row: Row, columns: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Small gradients and large ones; sparse ones, alone in their family, count as large."""
+    if len(columns) == 1:
+        return (), columns
+    parts: tuple[list[int], list[int]] = [], []
+    for column in columns:
+        gradient = row[column]
+        assert gradient is not None
+        limit = _SMALL if gradient.device.type == "cpu" else _ON_DEVICE
+        parts[gradient.numel() > limit].append(column)
+    return parts
+
+
+def products_of(vectors: Tensor | Sequence[Tensor]) -> Tensor:
+    """Inner products of vectors, or of the rows of a matrix, symmetric to the bit."""
     if len(vectors) <= _FEW or any(vector.is_sparse for vector in vectors):
         lower = [[_dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
         places = range(len(vectors))
         entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
         return torch.stack(entries).reshape(len(vectors), len(vectors))
-    matrix = torch.stack(list(vectors))
+    matrix = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
     if not multiplies_exactly(matrix):
         matrix = matrix.double()
     return symmetric(matrix @ matrix.T)
@@ -149,32 +188,8 @@ def multiplies_exactly(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
 
 
-def _batches(rows: Sequence[Row], family: Family, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """One vector per loss, of one large gradient or of many small ones side by side."""
-    for batch in _small_together(rows[family.reached[0]], family.columns, len(family.reached)):
-        parts = [_chosen(rows[k], batch) for k in family.reached]
-        for place, first in enumerate(parts[0]):
-            if first.numel() > _UNNOTICED and first.ndim == 4:
-                _reorder(parts, place)
-        yield [_vector(part, dtype) for part in parts]
-
-
-def _chosen(row: Row, columns: Iterable[int]) -> list[Tensor]:
-    return [gradient for column in columns if (gradient := row[column]) is not None]
-
-
-def _reorder(parts: Sequence[list[Tensor]], place: int) -> None:
-    """Let gradients in the layout of images be read in the order of their memory.
-
-    Any order will do that is the same for all losses, and this one needs no copy.
-    """
-    if all(part[place].is_contiguous(memory_format=torch.channels_last) for part in parts):
-        for part in parts:
-            part[place] = part[place].permute(0, 2, 3, 1)
-
-
-def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[list[int]]:
-    """Parameters in portions, each one large parameter or as many small ones as fit."""
+def _together(row: Row, columns: Iterable[int], width: int) -> Iterator[list[int]]:
+    """As many parameters at a time as fit into the cache, each with gradients of `width` losses."""
     portion: list[int] = []
     room = 0
     for column in columns:
@@ -192,20 +207,35 @@ def _small_together(row: Row, columns: Sequence[int], width: int) -> Iterator[li
         yield portion
 
 
-def _pieces(vectors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
-    """Long vectors cut up, so that what is read twice is still in the cache."""
-    length = max(cache_size(vectors[0]) // len(vectors), 1)
-    if any(vector.is_sparse for vector in vectors) or vectors[0].numel() <= length:
-        return [vectors]
-    return zip(*(torch.split(vector, length) for vector in vectors), strict=True)
+def _vectors(gradients: Row, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of one parameter as real vectors of at least `dtype`."""
+    found = _aligned(gradients)
+    if not any(gradient.is_sparse for gradient in found):
+        return [_flat([gradient], dtype) for gradient in found]
+    wide = torch.promote_types(found[0].dtype, dtype)
+    return [g.to(wide).coalesce() if g.is_sparse else _flat([g], dtype) for g in found]
 
 
-def _vector(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Gradients of one kind as a real vector of at least `dtype`."""
+def _aligned(gradients: Row) -> list[Tensor]:
+    """Gradients of one parameter with their entries in one order.
+
+    That of the memory where it is the layout of images, so that nothing needs to be copied.
+    """
+    found = [gradient for gradient in gradients if gradient is not None]
+    if (
+        found[0].ndim == 4
+        and found[0].numel() > _UNNOTICED
+        and all(g.is_contiguous(memory_format=torch.channels_last) for g in found)
+    ):
+        return [gradient.permute(0, 2, 3, 1) for gradient in found]
+    return found
+
+
+def _flat(gradients: Row, dtype: torch.dtype) -> Tensor:
+    """Dense gradients of one kind as a real vector of at least `dtype`."""
+    parts = [gradient for gradient in gradients if gradient is not None]
     if parts[0].is_complex():
         parts = [torch.view_as_real(part.resolve_conj()) for part in parts]
-    if parts[0].is_sparse:  # alone in its family
-        return parts[0].to(torch.promote_types(parts[0].dtype, dtype)).coalesce()
     whole: Tensor = parts[0].reshape(-1)
     if len(parts) > 1:
         whole = _flatten_dense_tensors(parts)  # type: ignore[no-untyped-call]
@@ -247,7 +277,7 @@ def combination(
     factors = numbers(coefficients)
     totals: list[Tensor | None] = [None] * len(rows[0])
     for family in found or families(rows):
-        for batch in _small_together(rows[family.reached[0]], family.columns, 1):
+        for batch in _together(rows[family.reached[0]], family.columns, 1):
             parts = [[_taken(rows[k], column) for column in batch] for k in family.reached]
             scale = [factors[k] for k in family.reached]
             for column, total in zip(batch, _weighted(parts, scale), strict=True):
