@@ -3,7 +3,7 @@
 ::
 
     python -m examples.lic.study            # everything; as long as the page says
-    python -m examples.lic.study --short    # a minute or two, to see that it works
+    python -m examples.lic.study --short    # a minute or so, to see that it works
 """
 
 from __future__ import annotations
