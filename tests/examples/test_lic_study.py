@@ -251,13 +251,15 @@ def test_nothing_is_said_without_figures():
 
 def test_a_page_holds_every_comparison_and_section():
     made = made_up(against_rest=0.5)
-    text = page.page(made, {"Another part": "What it showed."})
+    found = list(findings(made))
+    drawn = figures.figures(made, found)
+    text = page.page(made, found, drawn, {"Another part": "What it showed."})
     assert "Of 8 comparisons, 6 came out better, 0 worse, and 2 not distinguishable." in text
     assert "## Another part\n\nWhat it showed." in text
     assert "Solution 1 takes 1.25 standard ones" in text
     assert "| fine-tuned | 2 | 0.001 | norm 1 | 25.0 % |" in text
     assert "| Solution 2 | standard, equal time | −10.9 % [−10.9, −10.9] |" in text
-    assert set(figures.figures(made)) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
+    assert set(drawn) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
 
 
 def test_results_are_rounded_and_keep_the_courses_that_are_shown(tmp_path):

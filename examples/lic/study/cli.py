@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from examples.lic.store import StoreError, atomically
-from examples.lic.study import figures, page, results, scales
+from examples.lic.study import analysis, figures, page, results, scales
 from examples.lic.study.conduct import PARTS, Conduct
 
 RESULTS = "lic_report.json"
@@ -46,14 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(found: Mapping[str, Any], docs: Path) -> Path:
     """Write the page and its figures; returns the page's path."""
-    drawn, sections = figures.figures(found), {}
+    findings = list(analysis.findings(found))
+    drawn, sections = figures.figures(found, findings), {}
+    own = list(drawn)
     for title, part in found["parts"].items():
         module = import_module(PARTS[title])
         sections[title] = module.section(part)
         drawn |= module.figures(part)
     for stem, figure in drawn.items():
         atomically(docs / page.FIGURES / f"{stem}.png", partial(_draw, figure))
-    path, text = docs / "lic_report.md", page.page(found, sections)
+    path, text = docs / "lic_report.md", page.page(found, findings, own, sections)
     atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
