@@ -124,6 +124,18 @@ def test_results_that_are_none_are_named(text, tmp_path, capsys):
     assert "lic_report.json holds no results of a study" in capsys.readouterr().err
 
 
+def test_no_workers_are_too_few(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--tiny", "--workers", "0", "--folder", str(tmp_path)])
+    assert "--workers: should be positive, found 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["--tiny", "--folder", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (DOCS / "lic_report.json").exists(), reason="no study was run yet")
 def test_the_page_in_the_docs_is_that_of_its_results(tmp_path):
     shutil.copy(DOCS / "lic_report.json", tmp_path)

@@ -20,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from examples.lic.options import positive
 from examples.lic.store import StoreError, atomically
 from examples.lic.study import analysis, figures, page, results, scales
 from examples.lic.study.conduct import PARTS, Conduct
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.page_only:
             write(results.load(docs / RESULTS), docs)
             return 0
-        save = partial(results.save, docs / RESULTS)
-        save(Conduct(options.scale(), options.folder, options.workers, save)())
+        # A study under way leaves the docs alone.
+        progress = partial(results.save, options.folder / RESULTS)
+        found = Conduct(options.scale(), options.folder, options.workers, progress)()
+        results.save(docs / RESULTS, found)
         print(write(results.load(docs / RESULTS), docs))
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where page, figures and results in one file go (the folder)")  # fmt: skip
     parser.add_argument("--page-only", action="store_true",
         help="run nothing, write the page from the results in one file")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=1, metavar="N",
+    parser.add_argument("--workers", type=positive(int), default=1, metavar="N",
         help="processes of one thread each (%(default)s)")  # fmt: skip
     parser.set_defaults(scale=scales.full)
     return parser.parse_args(arguments)
