@@ -124,6 +124,18 @@ def test_results_that_are_none_are_named(text, tmp_path, capsys):
     assert "lic_report.json holds no results of a study" in capsys.readouterr().err
 
 
+def test_no_workers_are_too_few(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--tiny", "--workers", "0", "--folder", str(tmp_path)])
+    assert "--workers: should be positive, found 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["--tiny", "--folder", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (DOCS / "lic_report.json").exists(), reason="no study was run yet")
 def test_the_page_in_the_docs_is_that_of_its_results(tmp_path):
     shutil.copy(DOCS / "lic_report.json", tmp_path)
@@ -251,13 +263,15 @@ def test_nothing_is_said_without_figures():
 
 def test_a_page_holds_every_comparison_and_section():
     made = made_up(against_rest=0.5)
-    text = page.page(made, {"Another part": "What it showed."})
+    found = list(findings(made))
+    drawn = figures.figures(made, found)
+    text = page.page(made, found, drawn, {"Another part": "What it showed."})
     assert "Of 8 comparisons, 6 came out better, 0 worse, and 2 not distinguishable." in text
     assert "## Another part\n\nWhat it showed." in text
     assert "Solution 1 takes 1.25 standard ones" in text
     assert "| fine-tuned | 2 | 0.001 | norm 1 | 25.0 % |" in text
     assert "| Solution 2 | standard, equal time | −10.9 % [−10.9, −10.9] |" in text
-    assert set(figures.figures(made)) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
+    assert set(drawn) == {"rd-fine-tuned", "course-fine-tuned", "bd-rates"}
 
 
 def test_results_are_rounded_and_keep_the_courses_that_are_shown(tmp_path):

@@ -87,8 +87,12 @@ def finding(experiment: str, solution: str, rival: str, units: Mapping[int, Unit
         found = bd(seeds, images)
         return found and found.rate
 
+    @cache
+    def gap_of(seed: int, images: Images) -> float | None:
+        return gap_in_db(units[seed], rival, images)
+
     def gap(seeds: Sequence[int], images: Images) -> float | None:
-        gaps = [gap_in_db(units[seed], rival, images) for seed in seeds]
+        gaps = [gap_of(seed, images) for seed in seeds]
         return None if None in gaps else fmean(gaps)
 
     measured = [seed for seed in units if gap([seed], images) is not None]

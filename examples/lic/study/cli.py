@@ -3,7 +3,7 @@
 ::
 
     python -m examples.lic.study            # everything; as long as the page says
-    python -m examples.lic.study --short    # a minute or two, to see that it works
+    python -m examples.lic.study --short    # a minute or so, to see that it works
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from examples.lic.options import positive
 from examples.lic.store import StoreError, atomically
-from examples.lic.study import figures, page, results, scales
+from examples.lic.study import analysis, figures, page, results, scales
 from examples.lic.study.conduct import PARTS, Conduct
 
 RESULTS = "lic_report.json"
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.page_only:
             write(results.load(docs / RESULTS), docs)
             return 0
-        save = partial(results.save, docs / RESULTS)
-        save(Conduct(options.scale(), options.folder, options.workers, save)())
+        # A study under way leaves the docs alone.
+        progress = partial(results.save, options.folder / RESULTS)
+        found = Conduct(options.scale(), options.folder, options.workers, progress)()
+        results.save(docs / RESULTS, found)
         print(write(results.load(docs / RESULTS), docs))
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,14 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(found: Mapping[str, Any], docs: Path) -> Path:
     """Write the page and its figures; returns the page's path."""
-    drawn, sections = figures.figures(found), {}
+    findings = list(analysis.findings(found))
+    drawn, sections = figures.figures(found, findings), {}
+    own = list(drawn)
     for title, part in found["parts"].items():
         module = import_module(PARTS[title])
         sections[title] = module.section(part)
         drawn |= module.figures(part)
     for stem, figure in drawn.items():
         atomically(docs / page.FIGURES / f"{stem}.png", partial(_draw, figure))
-    path, text = docs / "lic_report.md", page.page(found, sections)
+    path, text = docs / "lic_report.md", page.page(found, findings, own, sections)
     atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
@@ -81,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where page, figures and results in one file go (the folder)")  # fmt: skip
     parser.add_argument("--page-only", action="store_true",
         help="run nothing, write the page from the results in one file")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=1, metavar="N",
+    parser.add_argument("--workers", type=positive(int), default=1, metavar="N",
         help="processes of one thread each (%(default)s)")  # fmt: skip
     parser.set_defaults(scale=scales.full)
     return parser.parse_args(arguments)

@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from examples.lic.study.analysis import OWN, Curve, Finding, findings, mean_curve
+from examples.lic.study.analysis import OWN, Curve, Finding, mean_curve
 
 STYLES = {
     "static weights": {"color": "0.35", "linestyle": "-", "marker": "."},
@@ -23,16 +23,18 @@ STYLES = {
 }
 COLOURS = {"Solution 1": "tab:blue", "Solution 2": "tab:orange"}
 SMOOTHING = 15
+RATE, DISTORTION, PRICE = "rate\n(bpp)", "distortion\n(255² MSE)", "λ′"
+LOGARITHMIC = (RATE, DISTORTION, PRICE)
 
 
-def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
+def figures(results: Mapping[str, Any], findings: Sequence[Finding]) -> dict[str, Figure]:
     """All figures by file stem."""
     found = {
         stem("rd", name): rate_distortion(experiment)
         for name, experiment in results["experiments"].items()
         if experiment["seeds"]
     }
-    found["bd-rates"] = intervals(list(findings(results)))
+    found["bd-rates"] = intervals(findings)
     for name, experiment in results["experiments"].items():
         if any("series" in run for run in _runs(experiment)):
             found[stem("course", name)] = course(experiment)
@@ -85,13 +87,11 @@ def intervals(found: Sequence[Finding]) -> Figure:
 def course(experiment: Mapping[str, Any]) -> Figure:
     """Losses, improvement speeds and weights of one seed, each solution beside its own weights."""
     rows = {
-        "rate\n(bpp)": lambda run: run["series"]["loss/rate"],
-        "distortion\n(255² MSE)": lambda run: (
-            np.array(run["series"]["loss/distortion"]) / run["lambda"]
-        ),
+        RATE: lambda run: run["series"]["loss/rate"],
+        DISTORTION: lambda run: np.array(run["series"]["loss/distortion"]) / run["lambda"],
         "speed of rate": lambda run: speed(run["series"]["loss/rate"], run["steps"]),
         "speed of distortion": lambda run: speed(run["series"]["loss/distortion"], run["steps"]),
-        "share of ∇rate": lambda run: _share(run["series"]),
+        PRICE: _prices,
     }
     solutions = list(experiment["lambdas"])
     figure, axes = _grid(len(rows), len(solutions), width=4.6, height=1.7, sharey="row")
@@ -105,7 +105,7 @@ def course(experiment: Mapping[str, Any]) -> Figure:
                     _plot(ax, values(run), run["steps"], linewidth=width, label=title, **style)
             if column == 0:
                 ax.set_ylabel(label, fontsize="small")
-            if row < 2:
+            if label in LOGARITHMIC:
                 ax.set_yscale("log")
                 _plain_ticks(ax.yaxis)
         axes[column].legend(frameon=False, fontsize="small")
@@ -132,9 +132,11 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _share(series: Mapping[str, Sequence[float]]) -> np.ndarray:
+def _prices(run: Mapping[str, Any]) -> np.ndarray:
+    """The λ of the plain sum that the weights amount to."""
+    series = run["series"]
     rate, distortion = (np.array(series[f"coefficient/{n}"]) for n in ("rate", "distortion"))
-    return rate / (rate + distortion)
+    return run["lambda"] * distortion / rate
 
 
 def _plot(ax: Axes, values: Sequence[float], steps: int, **style: Any) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from examples.lic.bd import OVERLAP, POINTS
-from examples.lic.study.analysis import SEEDS, Finding, findings, mean_curve
-from examples.lic.study.figures import figures, stem
+from examples.lic.study.analysis import SEEDS, Finding, mean_curve
+from examples.lic.study.figures import stem
 from examples.lic.study.sentences import WORDS, agreement, listed, reading, summary, with_interval
 
 FIGURES = "figures/lic"
@@ -27,10 +27,20 @@ TEXTS = {
 }  # fmt: skip
 
 
-def page(results: Mapping[str, Any], parts: Mapping[str, str]) -> str:
-    """The whole page in Markdown; `parts` are the sections of the example's other parts."""
-    found = list(findings(results))
-    shown = set(figures(results))
+def page(
+    results: Mapping[str, Any],
+    found: Sequence[Finding],
+    shown: Collection[str],
+    parts: Mapping[str, str],
+) -> str:
+    """The whole page in Markdown.
+
+    Args:
+        results: Of the study.
+        found: Its findings.
+        shown: File stems of the figures that there are.
+        parts: Sections of the example's other parts, by title.
+    """
     blocks = [
         *_opening(results, found),
         *_setup(results),
@@ -165,7 +175,7 @@ def _regret(cells: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _experiment(
-    name: str, results: Mapping[str, Any], found: Sequence[Finding], shown: set[str]
+    name: str, results: Mapping[str, Any], found: Sequence[Finding], shown: Collection[str]
 ) -> str:
     experiment = results["experiments"][name]
     mine = [f for f in found if f.experiment == name]
@@ -196,9 +206,9 @@ def _experiment(
 
 CAPTIONS = {
     "rd": "Rate and PSNR, mean over the photographs; single seeds faint, their mean strong.",
-    "course": "Losses, improvement speeds (relative decrease per step) and the share of the rate's "
-        "gradient, running means of one seed; each solution beside its own mean weights held "
-        "constant.",
+    "course": "Losses, improvement speeds (relative decrease per step) and λ′, the price that the "
+        "weights amount to; running means of one seed, each solution beside its own mean weights "
+        "held constant.",
 }  # fmt: skip
 
 
