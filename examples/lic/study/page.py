@@ -102,8 +102,8 @@ def _setup(results: Mapping[str, Any]) -> list[str]:
                   "where nothing else is said"),
         ("optimizer", "Adam, gradients of norm 1 except where clipping was tuned; the learning "
                       "rate falls to 0.3 of itself at 70 % and again at 90 % of the steps"),
-        ("machine", f"{about['processor']}, {about['cores']} cores; {about['workers']} "
-                    f"process{'es' * (about['workers'] > 1)} of one thread"),
+        ("machine", f"{about['processor']}, {about['cores']} cores; at most "
+                    f"{about['workers']} process{'es' * (about['workers'] > 1)} of one thread"),
         ("versions", versions),
         ("date", about["date"]),
     ]  # fmt: skip
