@@ -15,14 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from examples.lic import images, plots, report
 from examples.lic.comparison import Comparison, Plan, Rung
-from examples.lic.options import crop_side, positive
+from examples.lic.options import Parser, crop_side, positive
 from examples.lic.training import Recipe
 from moo_balance import Balance
 
@@ -92,18 +91,12 @@ def _write(rungs: Sequence[Rung], plan: Plan, folder: Path) -> Iterator[Path]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.lic",
         description="Train a small image codec, standard and balanced, and compare.",
     )
-
-    def add(flag: str, text: str, **kwargs: Any) -> None:
-        shown = kwargs.get("default") is not None
-        parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
-
-    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
-    add("--eval-images", "held out; if not given, the last fifth of --images by name", type=Path,
-        metavar="DIR")  # fmt: skip
+    add = parser.add
+    parser.add_images()
     add("--output", "for figures and results", type=Path, metavar="DIR", default=Path("runs/lic"))
     add("--lambdas", "rungs of the ladder", type=positive(float), nargs="+", metavar="λ",
         default=[0.0035, 0.013, 0.05])  # fmt: skip
@@ -113,12 +106,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", "crops in a step", type=positive(int), metavar="N", default=2)
     add("--crop", "side of the crops, a multiple of 64", type=crop_side, metavar="N", default=128)
     add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=positive(int),
-        metavar="N", default=1)  # fmt: skip
+    parser.add_threads()
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     options = parser.parse_args(arguments)
-    if options.eval_images is not None and options.images is None:
-        parser.error("--eval-images needs --images")
     if options.quick:
         vars(options).update(QUICK)
     return options

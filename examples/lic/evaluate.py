@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,15 +140,11 @@ def _exactness(points: Sequence[Point]) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m examples.lic.evaluate",
         description="Code images with trained codecs, and compare curves of rate and distortion.",
     )
-
-    def add(flag: str, text: str, **kwargs: Any) -> None:
-        shown = kwargs.get("default") is not None
-        parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
-
+    add = parser.add
     add("checkpoints", "files of examples.lic.train, or folders of them", type=Path, nargs="+",
         metavar="CHECKPOINT")  # fmt: skip
     add("--images", "code this folder, not the bundled held-out photographs", type=Path,
@@ -158,8 +153,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", "for files, figure and results", type=Path, metavar="DIR",
         default=Path("runs/lic/evaluation"))  # fmt: skip
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=options.positive(int),
-        metavar="N", default=1)  # fmt: skip
+    parser.add_threads()
     parser.add_argument("--quick", action="store_true", help="a part of the first image alone")
     return parser.parse_args(arguments)
 

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.lic.codec import MeanScaleHyperprior
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults, and has the options that several command lines share."""
+
+    def add(self, flag: str, text: str, **kwargs: Any) -> None:
+        """An argument, with its default behind the text if it has one."""
+        shown = kwargs.get("default") is not None
+        self.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
+
+    def add_images(self) -> None:
+        """Folders in place of the bundled photographs."""
+        self.add("--images", "train on this folder, not on bundled images", type=Path,
+                 metavar="DIR")  # fmt: skip
+        self.add("--eval-images", "held out; if not given, the last fifth of --images by name",
+                 type=Path, metavar="DIR")  # fmt: skip
+
+    def add_threads(self) -> None:
+        """How many threads PyTorch may use."""
+        self.add("--threads", "2 help on idle cores, and harm on busy ones", type=positive(int),
+                 metavar="N", default=1)  # fmt: skip
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual; held-out images need a folder that they were held out from."""
+        found = super().parse_args(*args, **kwargs)
+        if getattr(found, "eval_images", None) is not None and found.images is None:
+            self.error("--eval-images needs --images")
+        return found
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:

@@ -105,22 +105,14 @@ def _write(study: Study, results: dict[str, Any], text: str, folder: Path) -> li
 
 
 def _parse(name: str, about: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog=f"python -m examples.lic.{name}",
         description=f"{about} A run that was stopped goes on where it was.",
     )
-    add = parser.add_argument
-    add("--images", help="use this folder, not bundled images", type=Path, metavar="DIR")
-    add("--eval-images", help="held out; if not given, the last fifth of --images by name",
-        type=Path, metavar="DIR")  # fmt: skip
-    add("--output", help="for figures and results (%(default)s)", type=Path, metavar="DIR",
-        default=Path("runs/lic") / name)  # fmt: skip
-    add("--seed", help="of weights, crops and noise (%(default)s)", type=int, metavar="N",
-        default=0)  # fmt: skip
-    add("--threads", help="2 help on idle cores, and harm on busy ones (%(default)s)",
-        type=options.positive(int), metavar="N", default=1)  # fmt: skip
-    add("--quick", action="store_true", help="few steps, to see that it works")
-    chosen = parser.parse_args(arguments)
-    if chosen.eval_images is not None and chosen.images is None:
-        parser.error("--eval-images needs --images")
-    return chosen
+    parser.add_images()
+    parser.add("--output", "for figures and results", type=Path, metavar="DIR",
+               default=Path("runs/lic") / name)  # fmt: skip
+    parser.add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
+    parser.add_threads()
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
+    return parser.parse_args(arguments)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -98,15 +97,11 @@ def _recipe(chosen: argparse.Namespace, steps: int) -> Recipe:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m examples.lic.train",
         description="Train an image codec with any weighting of rate against distortion.",
     )
-
-    def add(flag: str, text: str, **kwargs: Any) -> None:
-        shown = kwargs.get("default") is not None
-        parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
-
+    add = parser.add
     whole, real = options.positive(int), options.positive(float)
     add("--weighting", f"of rate against distortion: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS,
         metavar="NAME", default="standard")  # fmt: skip
@@ -139,8 +134,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--log-every", "steps between entries of the log", type=whole, metavar="N", default=50)
     add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=whole, metavar="N",
-        default=1)  # fmt: skip
+    parser.add_threads()
     parser.add_argument(
         "--skip-unusable",
         action="store_true",

@@ -15,14 +15,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from examples.lic import images, store
 from examples.lic.images import Photographs
-from examples.lic.options import positive
+from examples.lic.options import Parser, positive
 from examples.lic.training import Recipe
 from examples.lic.variable_rate import study
 from examples.lic.variable_rate.comparing import Results
@@ -84,18 +83,12 @@ def _write(results: Results, folder: Path) -> list[Path]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.lic.variable_rate",
         description="Train one image codec for several rates at once, and one for each of them.",
     )
-
-    def add(flag: str, text: str, **kwargs: Any) -> None:
-        shown = kwargs.get("default") is not None
-        parser.add_argument(flag, help=f"{text} (%(default)s)" if shown else text, **kwargs)
-
-    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
-    add("--eval-images", "held out; if not given, the last fifth of --images by name", type=Path,
-        metavar="DIR")  # fmt: skip
+    add = parser.add
+    parser.add_images()
     add("--output", "for figures and results; finished runs found there are not run again",
         type=Path, metavar="DIR", default=Path("runs/lic-variable-rate"))  # fmt: skip
     add("--lambdas", "levels, three or more", type=positive(float), nargs="+", metavar="λ",
@@ -105,12 +98,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", "on all levels", type=positive(int), metavar="N", default=Plan().post.steps)
     add("--seed", "the first", type=int, metavar="N", default=0)
     add("--seeds", "how many", type=positive(int), metavar="N", default=2)
-    add("--threads", "2 help on idle cores, and harm on busy ones", type=positive(int),
-        metavar="N", default=1)  # fmt: skip
+    parser.add_threads()
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
     options = parser.parse_args(arguments)
-    if options.eval_images is not None and options.images is None:
-        parser.error("--eval-images needs --images")
     if len(set(options.lambdas)) < max(3, len(options.lambdas)):
         parser.error("--lambdas should be three or more different ones, for a curve")
     if options.quick:
