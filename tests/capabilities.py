@@ -24,7 +24,7 @@ END = "<!-- until here -->\n"
 METHODS = {
     name
     for name, value in vars(weighting).items()
-    if isinstance(value, type) and issubclass(value, Weighting) and not inspect.isabstract(value)
+    if Weighting in getattr(value, "__mro__", ()) and not inspect.isabstract(value)
 }
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.checkpoint import CheckpointFunction
 
 Edge: TypeAlias = tuple[Node, int]
 """An output of a node, where a gradient arrives."""
-
-_REENTRANT = CheckpointFunction._backward_cls
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -70,7 +68,12 @@ def checkpoints_reentrantly(nodes: Iterable[Node]) -> bool:
     ``autograd.grad`` does not see the parameters inside: it raises, or, where the checkpoint lies
     on no other parameter's path, silently passes over them.
     """
-    return any(isinstance(node, _REENTRANT) for node in nodes)
+    # Where nobody has imported them, there can be none; and the module is slow to import.
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        return False
+    reentrant = module.CheckpointFunction._backward_cls
+    return any(isinstance(node, reentrant) for node in nodes)
 
 
 def edges_of(node: Node) -> list[Edge]:
