@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from moo_balance import BalancedOptimizer, BalanceError, Sum
-from tests.problems import Toy, adam, flat_gradient, setup, sgd, snapshot, train, whole_state
+from tests.problems import (
+    Overflow,
+    Toy,
+    adam,
+    flat_gradient,
+    setup,
+    sgd,
+    snapshot,
+    train,
+    whole_state,
+)
 from tests.registry import NAMES, over, over_methods, over_some
 
 pytestmark = pytest.mark.capability("mixed precision with a GradScaler")
@@ -27,18 +37,6 @@ def step_scaled(model, optimizer, scaler, step, spoil=None):
     scaler.update()
     if optimizer.weighting.observes_step:
         optimizer.observe(model.losses(step))
-
-
-class Overflow(torch.autograd.Function):
-    """Changes nothing on the way forth, and is too much for any dtype on the way back."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, seed):
-        return seed * float("inf")
 
 
 def overflow(losses):

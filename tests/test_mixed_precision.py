@@ -7,7 +7,7 @@ import torch
 from torch.amp import GradScaler
 
 from moo_balance import BalancedOptimizer, BalanceError
-from tests.problems import Toy, flat_gradient, setup, snapshot, train, whole_state
+from tests.problems import Overflow, Toy, flat_gradient, setup, snapshot, train, whole_state
 from tests.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-lagged", "AnalyticQP", "MGDA-none")
@@ -15,18 +15,6 @@ over_kinds = over_some("Sum", "SumLog", "FAMO-lagged", "AnalyticQP", "MGDA-none"
 
 def scaler_at(scale, **arguments):
     return GradScaler("cpu", init_scale=scale, **arguments)
-
-
-class Overflow(torch.autograd.Function):
-    """Nothing on the way forth, too much on the way back."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, seed):
-        return seed * float("inf")
 
 
 def window(model, optimizer, step, scaler=None, spoil=None):

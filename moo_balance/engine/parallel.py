@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moo_balance.engine.graph import nodes_above
 from moo_balance.engine.rows import Row
 from moo_balance.errors import BalanceError
 
@@ -238,16 +239,5 @@ class PendingRow(NamedTuple):
 
 def in_static_graph(losses: Sequence[Tensor]) -> bool:
     """Do the losses come out of the first step of a DDP model with ``static_graph=True``?"""
-    nodes = [loss.grad_fn for loss in losses]
-    known = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        ddp = getattr(node, "ddp_weakref", lambda: None)()
-        if ddp is not None and ddp.static_graph:
-            return True
-        following = {child for child, _ in node.next_functions} - known
-        known |= following
-        nodes.extend(following)
-    return False
+    wrappers = (getattr(node, "ddp_weakref", lambda: None)() for node in nodes_above(losses))
+    return any(ddp is not None and ddp.static_graph for ddp in wrappers)
