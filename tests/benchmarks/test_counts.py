@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.contestants import Stand
-from benchmarks.counts import WAYS, HostLooks, held_numbers
+from benchmarks.counts import WAYS, HostLooks, PeakNumbers, held_numbers
 from moo_balance import MGDA, BalancedOptimizer
 from tests.registry import NAMES, over_methods
 
@@ -94,3 +94,15 @@ def test_rows_are_really_counted():
 
 def test_streaming_holds_no_rows():
     assert held("streaming", 12) <= held("streaming", 3) + 9 * HEAD + SMALL * 4
+
+
+def test_numbers_are_counted_for_as_long_as_they_are_held():
+    with PeakNumbers() as counted:
+        kept = torch.ones(10)
+        view = kept[:5]
+        del kept
+        assert counted.now == 10
+        del view
+        assert counted.now == 0
+        torch.ones(3)
+    assert counted.most == 10
