@@ -57,16 +57,20 @@ class Factored:
         inputs = self.inputs.to(dtype)
         if not multiplies_exactly(inputs):
             inputs = inputs.double()
-        matrix = inputs @ inputs.T
-        products = [
-            piece.flatten(1) @ (matrix @ piece).flatten(1).T for piece in self._pieces(matrix)
-        ]
-        return symmetric(products[0] if len(products) == 1 else torch.stack(products).sum(0))
+        matrix, total = inputs @ inputs.T, None
+        for piece in self._pieces(matrix):
+            products = piece.flatten(1) @ (matrix @ piece).flatten(1).T
+            total = products if total is None else total.add_(products)
+        assert total is not None
+        return symmetric(total)
 
     def _pieces(self, like: Tensor) -> Iterator[Tensor]:
-        """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache."""
+        """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache.
+
+        And of one that leaves room there for their product with the matrix, and for the matrix.
+        """
         found = [cotangent for cotangent in self.cotangents if cotangent is not None]
-        width = max(cache_size(like) // (len(found) * len(like)), 1)
+        width = max(cache_size(like) // (4 * len(found) * len(like)), _NARROWEST)
         for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
             yield torch.stack(parts).to(like.dtype)
 
@@ -103,6 +107,9 @@ def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
         if all(uses[node] == 1 for node in way) and _pays(layer, problem, reaching[layer.node])
     ]
 
+
+_NARROWEST = 32
+"""Fewer columns than these are slow to multiply."""
 
 _LINEAR = {"AddmmBackward0": ("_saved_mat1", 2), "MmBackward0": ("_saved_self", 1)}
 """Nodes of a product of two matrices: the name of the left one, and the edge to the right one."""
