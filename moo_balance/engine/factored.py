@@ -10,15 +10,17 @@ samples and wide layers neither needs the K gradients themselves (the ghost prod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from moo_balance.engine.base import Problem
-from moo_balance.engine.graph import reach
+from moo_balance.engine.graph import Edge, gradient_edge, reach
 from moo_balance.engine.rows import (
     Row,
     cache_size,
@@ -45,6 +47,11 @@ class Factored:
     inputs: Tensor
     transposed: bool
     cotangents: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def edge(self) -> Edge:
+        """Where its cotangents arrive."""
+        return self.node, 0
 
     @property
     def reached(self) -> tuple[int, ...]:
@@ -84,11 +91,14 @@ class Factored:
         return cotangent.T @ self.inputs if self.transposed else self.inputs.T @ cotangent
 
 
-def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
+def factorable(
+    problem: Problem, nodes: Collection[Node], reaching: Mapping[Node, int] | None = None
+) -> list[Factored]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
     The weight must be used there and nowhere else, and no hook may want to see its gradient.
-    Averages over ranks are not products of factors: with several ranks there are none.
+    Averages over ranks are not products of factors: with several ranks there are none. By how many
+    losses each node is reached is found out, if it is needed and not given as `reaching`.
     """
     if problem.parallel is not None or len(problem.losses) < 2:
         return []
@@ -100,7 +110,7 @@ def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
     if not found:
         return []
     uses = Counter(after for node in nodes for after, _ in node.next_functions)
-    reaching = reach(problem.losses, nodes)
+    reaching = reach(problem.losses, nodes) if reaching is None else reaching
     return [
         layer
         for layer, way in found
@@ -148,28 +158,56 @@ def _pays(layer: Factored, problem: Problem, count: int) -> bool:
     return with_factors <= count * weight
 
 
-class Inputs:
-    """What to differentiate a loss with respect to: parameters, and layers in place of weights."""
+class Arrivals:
+    """What arrives at layers, as a context in which losses are differentiated.
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        layers: Sequence[Factored],
-        columns: Sequence[int] | None = None,
-    ) -> None:
+    ``autograd.grad`` knows it as the gradient of an input, but as it was before the hooks of the
+    layer's output, if the layer itself is passed, too. So it is taken down behind them.
+    """
+
+    def __init__(self, layers: Sequence[Factored]) -> None:
+        self.layers = layers
+        self.handles: list[Any] = []
+        self.noted: dict[Node, Tensor | None] = {}
+
+    def __enter__(self) -> Arrivals:
+        self.handles = [
+            layer.node.register_prehook(partial(self._note, layer.node)) for layer in self.layers
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.noted.clear()
+
+    def _note(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
+        self.noted[node] = gradients[0]
+
+    def hand_out(self, found: Iterable[Tensor | None]) -> None:
+        """Give each layer the cotangent of one loss, as found for its edge if not taken down."""
+        for layer, cotangent in zip(self.layers, found, strict=True):
+            layer.cotangents.append(self.noted.pop(layer.node, cotangent))
+
+
+class Inputs:
+    """What to differentiate a loss with respect to: parameters, and layers in place of weights.
+
+    Rows are to be differentiated while its `arrivals` are watched.
+    """
+
+    def __init__(self, params: Sequence[Tensor], layers: Sequence[Factored]) -> None:
         held = {layer.column for layer in layers}
-        wanted = range(len(params)) if columns is None else columns
-        self.layers, self.width = layers, len(params)
-        self.columns = [column for column in wanted if column not in held]
+        self.arrivals, self.width = Arrivals(layers), len(params)
+        self.columns = [column for column in range(self.width) if column not in held]
         self.inputs: list[Tensor | GradientEdge] = [params[column] for column in self.columns]
-        self.inputs += [GradientEdge(layer.node, 0) for layer in layers]
+        self.inputs += [gradient_edge(layer.edge) for layer in layers]
 
     def sorted(self, found: Row) -> list[Tensor | None]:
         """The row of what was found, once the layers have been handed their cotangents."""
-        if len(found) == self.width and not self.layers:
+        if len(self.columns) == self.width:
             return list(found)
-        for layer, cotangent in zip(self.layers, found[len(self.columns) :], strict=True):
-            layer.cotangents.append(cotangent)
+        self.arrivals.hand_out(found[len(self.columns) :])
         row: list[Tensor | None] = [None] * self.width
         for column, gradient in zip(self.columns, found, strict=False):
             row[column] = gradient
