@@ -29,7 +29,8 @@ from moo_balance.engine.graph import (
     gradient_edge,
     nodes_above,
 )
-from moo_balance.engine.kept_rows import averaged, measured_columns, products, unscaled
+from moo_balance.engine.jacobian import inner_products
+from moo_balance.engine.kept_rows import averaged, measured_columns, unscaled, with_layers
 from moo_balance.engine.parallel import in_static_graph
 from moo_balance.engine.portions import Portion, portions
 from moo_balance.engine.rows import Row, add
@@ -100,7 +101,8 @@ class Streamed(Linearization):
         gramian: Tensor | None = None
         for number, portion in enumerate(plan):
             rows = descent.through(portion, number)
-            part = products(rows, portion.last, self.engine.dtype, portion.layers)
+            part = inner_products(rows, portion.last, self.engine.dtype)
+            part = with_layers(part, portion.layers, portion.last, self.engine.dtype)
             portion.layers.clear()  # they hold gradients, too
             gramian = part if gramian is None else gramian + part.to(gramian.device)
         assert gramian is not None
