@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ class Staged:
     """What ``backward`` worked out and ``step`` will make true, or nobody will.
 
     ``state`` covers all declared losses; ``valid`` is a flag on the device, or None where the host
-    has already looked; ``skip`` says that the step must not be taken.
+    has already looked; ``screened`` says that it has seen all gradients to be finite, ``skip`` that
+    the step must not be taken.
     """
 
     names: tuple[str, ...]
     present: tuple[str, ...]
     state: State
     valid: Tensor | None = None
+    screened: bool = False
     skip: bool = False
     combined: bool = False
     replays: Sequence[Replay] = ()
@@ -63,7 +65,7 @@ class Accumulation:
         sums = dict(self.losses)
         for name, loss in zip(statistics.names, statistics.losses.unbind(), strict=True):
             sums[name] = sums[name] + loss if name in sums else loss
-        return replace(statistics, names=tuple(sums), losses=torch.stack(list(sums.values())))
+        return statistics._replace(names=tuple(sums), losses=torch.stack(list(sums.values())))
 
     def take(self, statistics: Statistics, replays: Sequence[Replay]) -> None:
         """One more micro-batch has been gathered."""
@@ -156,10 +158,10 @@ class Ledger:
         is. Faults are reported when the host looks, overflows are not.
         """
         index = _positions(names, statistics.names, statistics.losses.device)
-        bounds = self.weighting.lower_bounds(statistics.names)
         self._note(statistics.names, faults)
         valid = _none_of(faults, overflow)
-        weighted = self.weighting.weights(sanitized(statistics, bounds, valid), _take(state, index))
+        harmless = self._sanitized(statistics, valid)
+        weighted = self.weighting.weights(harmless, _take(state, index))
         following = _masked(valid, _put(state, weighted.state, index), state)
         return weighted, Staged(names, statistics.names, following, valid)
 
@@ -188,14 +190,16 @@ class Ledger:
         """Show the weighting the losses after the committed step."""
         assert self.names is not None and self.state is not None
         index = _positions(self.names, statistics.names, statistics.losses.device)
-        bounds = self.weighting.lower_bounds(statistics.names)
         self._note(statistics.names, faults)
         valid = _none_of(faults)
-        seen = self.weighting.observe(
-            sanitized(statistics, bounds, valid), _take(self.state, index)
-        )
+        seen = self.weighting.observe(self._sanitized(statistics, valid), _take(self.state, index))
         self.state = _masked(valid, _put(self.state, seen, index), self.state)
         self.awaiting = None
+
+    def _sanitized(self, statistics: Statistics, valid: Tensor | None) -> Statistics:
+        if valid is None:
+            return statistics
+        return sanitized(statistics, self.weighting.lower_bounds(statistics.names), valid)
 
     def _note(self, names: tuple[str, ...], faults: Tensor | None) -> None:
         """Count faults on the device, for a report when the host looks."""

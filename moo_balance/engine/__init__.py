@@ -1,6 +1,6 @@
 """How per-loss gradients are taken from autograd."""
 
-from moo_balance.engine.base import Engine, Linearization, Problem, Window
+from moo_balance.engine.base import Engine, Linearization, Problem, Window, side_by_side
 from moo_balance.engine.parallel import DataParallel, Moment, in_static_graph
 from moo_balance.engine.per_loss import PerLoss
 from moo_balance.engine.sharded import is_whole
@@ -17,4 +17,5 @@ __all__ = [
     "Window",
     "in_static_graph",
     "is_whole",
+    "side_by_side",
 ]
