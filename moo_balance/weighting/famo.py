@@ -120,7 +120,7 @@ class FAMO(Weighting):
         check_names("shift", self.shift, names)
         state = {"logits": filled(0.0, len(names), device)}
         if self.logits == "adam":
-            for key in ("exp_avg", "exp_avg_sq", "updates"):
+            for key in ("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"):
                 state[key] = filled(0.0, len(names), device)
         return {**state, "log_gaps": filled(math.nan, len(names), device)}
 
@@ -155,12 +155,20 @@ class FAMO(Weighting):
 
 
 def _adam(gradient: Tensor, seen: Tensor, state: State, lr: float) -> State:
-    """Adam on the logits, with a count of updates for each loss since losses may be absent."""
-    updates = state["updates"] + seen
-    exp_avg = state["exp_avg"].lerp(gradient, 1.0 - _BETA1)
-    exp_avg_sq = (_BETA2 * state["exp_avg_sq"]).addcmul_(gradient, gradient, value=1.0 - _BETA2)
-    count = updates.clamp(min=1.0)  # where nothing was averaged there is nothing to correct
-    numerator = exp_avg / (1.0 - _BETA1**count)
-    denominator = (exp_avg_sq / (1.0 - _BETA2**count)).sqrt_().add_(_EPS)
-    logits = state["logits"].addcdiv(numerator, denominator, value=-lr)
-    return {"logits": logits, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "updates": updates}
+    """Adam on the logits.
+
+    Its bias corrections 1 - beta^t are kept as running averages of ones, for each loss by itself
+    since losses may be absent.
+    """
+    ones = seen.to(gradient.dtype)
+    following = {
+        "exp_avg": state["exp_avg"].lerp(gradient, 1.0 - _BETA1),
+        "exp_avg_weight": state["exp_avg_weight"].lerp(ones, 1.0 - _BETA1),
+        "exp_avg_sq": state["exp_avg_sq"].lerp(gradient.square(), 1.0 - _BETA2),
+        "exp_avg_sq_weight": state["exp_avg_sq_weight"].lerp(ones, 1.0 - _BETA2),
+    }
+    # Where nothing was averaged yet the least weight that there can be takes the place of none.
+    mean = following["exp_avg"] / following["exp_avg_weight"].clamp(min=1.0 - _BETA1)
+    square = following["exp_avg_sq"] / following["exp_avg_sq_weight"].clamp(min=1.0 - _BETA2)
+    logits = state["logits"].addcdiv(mean, square.sqrt_().add_(_EPS), value=-lr)
+    return {"logits": logits, **following}
