@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,14 +15,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from moo_balance import engine
 from moo_balance.door import check_attached, check_features, check_losses, check_same
 from moo_balance.engine import (
-    DataParallel,
     Engine,
     Linearization,
-    Moment,
     Problem,
-    in_static_graph,
     is_whole,
     side_by_side,
 )
@@ -32,6 +29,9 @@ from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.engine import DataParallel
 
 Losses = Mapping[str, Tensor]
 Features = Tensor | Sequence[Tensor] | None
@@ -44,15 +44,7 @@ class Batch(NamedTuple):
     statistics: Statistics
 
 
-class Call(IntEnum):
-    """What is done with losses."""
-
-    BALANCE = 0
-    GATHER = 1
-    OBSERVE = 2
-
-
-@dataclass
+@dataclass(eq=False, repr=False)
 class Balancer:
     """Composes weighting, engine and ledger; the one object that BalancedOptimizer is about.
 
@@ -102,7 +94,7 @@ class Balancer:
         self.ledger.check_observed()
         measures = self.measured is not None and not exact
         shared = check_features(features, measures, self.ledger.in_window)
-        call = Call.GATHER if self.ledger.accumulating else Call.BALANCE
+        call = "gather" if self.ledger.accumulating else "balance"
         parallel = self._parallel()
         present, vector, statistics = self._values(losses, check_attached, call, parallel)
         problem = Problem(
@@ -179,7 +171,7 @@ class Balancer:
             ledger.check_stepped()
             return
         same = partial(check_same, expected=ledger.awaiting)
-        _, _, statistics = self._values(losses, same, Call.OBSERVE, self._parallel())
+        _, _, statistics = self._values(losses, same, "observe", self._parallel())
         try:
             ledger.observe(statistics, self._faulty_losses(statistics))
         except BalanceValueError as error:
@@ -227,7 +219,7 @@ class Balancer:
         self,
         losses: Losses,
         check: Callable[[dict[str, Tensor]], None],
-        call: Call,
+        call: str,
         parallel: DataParallel | None,
     ) -> tuple[dict[str, Tensor], Tensor, Statistics]:
         """Losses in declared order, side by side, and their values averaged over the ranks."""
@@ -244,7 +236,7 @@ class Balancer:
         if parallel is not None:
             device = next(iter(present.values())).device if present else self.device
             dtype = state_dtype(device)
-            moment = Moment(repr(self.weighting), ledger.steps, call)
+            moment = engine.Moment(repr(self.weighting), ledger.steps, call)
             means = parallel.agree(present, ledger.names, moment, fault, device, dtype)
             present = {name: present[name] for name in means}
             values = torch.stack(list(means.values()))
@@ -318,7 +310,7 @@ class Balancer:
         if (
             problem.parallel is not None
             and self.ledger.steps == 0
-            and in_static_graph(problem.losses)
+            and engine.in_static_graph(problem.losses)
         ):
             raise BalanceError(
                 "DistributedDataParallel should not have `static_graph=True` together with "
@@ -342,7 +334,7 @@ class Balancer:
             )
         group = dist.group.WORLD if group == "auto" else group
         if ledger.parallel is None or ledger.parallel.group is not group:
-            parallel = DataParallel(group)
+            parallel = engine.DataParallel(group)
             if parallel.size == 1:
                 return None
             ledger.parallel = parallel

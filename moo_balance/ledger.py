@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from moo_balance.engine import DataParallel, Window
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.monitor import Balance
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import sanitized
 from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
 
+if TYPE_CHECKING:
+    from moo_balance.engine import DataParallel, Window
+
 _FORMAT = 1
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Staged:
     """What ``backward`` worked out and ``step`` will make true, or nobody will.
 
@@ -44,7 +46,7 @@ class Staged:
         return self.valid is not None and not bool(self.valid)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Accumulation:
     """A window of micro-batches that has not been closed yet.
 
@@ -96,7 +98,7 @@ class Accumulation:
         return coefficients[[statistics.names.index(name) for name in wanted]]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Ledger:
     """Names, committed state, the staged step, and the last figures.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moo_balance.engine.parallel import DataParallel
 from moo_balance.errors import BalanceError
+
+if TYPE_CHECKING:
+    from moo_balance.engine.parallel import DataParallel
 
 
 class Problem(NamedTuple):

@@ -59,7 +59,7 @@ class AtFeatures(Linearization):
         problem = self.problem
         cotangents, rows = differentiated_heads(problem)
         self.at_features = Jacobian(cotangents)
-        self.above = Jacobian(rows)
+        self.above = Jacobian(rows, ())
         gramian = self.at_features.gramian(self.dtype)
         if problem.parallel is not None:
             # Of the mean loss, each rank holds the gradient at its own samples' features.

@@ -97,5 +97,9 @@ def reach(losses: Sequence[Tensor], nodes: Collection[Node]) -> dict[Node, int]:
 def leaves_among(nodes: Iterable[Node], params: Sequence[Tensor]) -> list[int]:
     """Positions of the parameters whose gradients are accumulated at one of these nodes."""
     position = {id(param): column for column, param in enumerate(params)}
-    leaves = (id(getattr(node, "variable", None)) for node in nodes)
+    leaves = (
+        id(node.variable)  # type: ignore[attr-defined]
+        for node in nodes
+        if type(node).__name__ == "AccumulateGrad"
+    )
     return sorted(position[leaf] for leaf in leaves if leaf in position)

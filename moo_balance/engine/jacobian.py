@@ -7,7 +7,7 @@ block's own losses.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from types import NoneType
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class Jacobian:
         """Inner products of the rows, shape [K, K], accumulated in `dtype` or wider."""
         sums: dict[Any, tuple[tuple[int, ...], Tensor]] = {}
         for block in self.blocks:
-            for products in block.products(dtype):
+            for products in block.products(dtype) if block.measured else ():
                 key = block.reached, products.dtype, products.device
                 if key in sums:
                     sums[key][1].add_(products)
@@ -73,93 +73,112 @@ def inner_products(rows: Sequence[Row], columns: Collection[int], dtype: torch.d
 
 
 class Block(NamedTuple):
-    """Gradients of one parameter, or of several that lie side by side.
+    """Gradients of one parameter, or of several of a kind.
 
     Args:
         reached: The losses.
         columns: The parameters.
-        parts: For each loss its gradient, or one vector of those of all columns.
+        found: For each column the gradients of the losses, as many as are in `reached`.
         measured: Do they count in inner products?
-        matrix: The vectors as rows of a matrix, if they are vectors.
-        places: How each column lies in a vector; empty for a gradient.
     """
 
     reached: tuple[int, ...]
-    columns: Sequence[int]
-    parts: Sequence[Tensor]
+    columns: list[int]
+    found: list[Sequence[Tensor]]
     measured: bool
-    matrix: Tensor | None = None
-    places: Sequence[_Place] = ()
 
     def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Inner products in summands, each of pieces that stay in the cache."""
-        if not self.measured:
+        (gradients,) = self.found
+        if any(gradient.is_sparse for gradient in gradients):
+            yield _sparse_products(gradients, dtype)
             return
-        if self.matrix is not None:
-            yield products_of([_wide(part, dtype) for part in self.parts], self.matrix)
-        elif any(part.is_sparse for part in self.parts):
-            yield _sparse_products(self.parts, dtype)
-        else:
-            parts, _ = _in_memory_order(self.parts)
-            vectors = [_wide(part.reshape(-1), dtype) for part in parts]
-            length = max(cache_size(vectors[0]) // len(vectors), 1)
-            for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
-                yield products_of(pieces)
+        lying, _ = _in_memory_order(gradients)
+        vectors = [_wide(gradient.reshape(-1), dtype) for gradient in lying]
+        length = max(cache_size(vectors[0]) // len(vectors), 1)
+        for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
+            yield products_of(pieces)
+
+    def combination(self, factors: Sequence[float | Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """The weighted sum, column by column."""
+        scale = [factors[k] for k in self.reached]
+        if len(self.columns) == 1:
+            return ((self.columns[0], weighted_tensor(self.found[0], scale)),)
+        rows = list(zip(*self.found, strict=True))
+        total = list(torch._foreach_mul(rows[0], scale[0]))
+        for row, factor in zip(rows[1:], scale[1:], strict=True):
+            if isinstance(factor, float):
+                torch._foreach_add_(total, row, alpha=factor)
+            else:
+                torch._foreach_add_(total, torch._foreach_mul(row, factor))
+        return zip(self.columns, total, strict=True)
+
+
+class Flat(NamedTuple):
+    """A block whose gradients lie side by side, as a vector for each loss.
+
+    Args:
+        reached: The losses.
+        columns: The parameters.
+        vectors: One for each loss, and all of them as the rows of a matrix.
+        matrix: The same.
+        places: How each column lies in a vector.
+    """
+
+    reached: tuple[int, ...]
+    columns: list[int]
+    vectors: Sequence[Tensor]
+    matrix: Tensor
+    places: list[_Place]
+    measured: bool = True
+
+    @staticmethod
+    def of(block: Block) -> Flat:
+        """Copies the gradients, each in the order that it has in memory."""
+        found, places = list[Sequence[Tensor]](), list[_Place]()
+        for gradients in block.found:
+            first = gradients[0]
+            lying, strides = _in_memory_order(gradients)
+            found.append(lying)
+            places.append(_Place(first.numel(), first.shape, strides))
+        parts = [gradient for row in zip(*found, strict=True) for gradient in row]
+        if parts[0].is_complex():
+            parts = [part.resolve_conj() for part in parts]
+        matrix = _flatten_dense_tensors(parts).view(len(block.reached), -1)  # type: ignore[no-untyped-call]
+        return Flat(block.reached, block.columns, matrix.unbind(), matrix, places)
+
+    def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """As those of a block."""
+        yield products_of([_wide(vector, dtype) for vector in self.vectors], self.matrix)
 
     def combination(self, factors: Sequence[float | Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The weighted sum, column by column."""
-        total = weighted_tensor(self.parts, [factors[k] for k in self.reached])
-        if self.matrix is None:
-            yield self.columns[0], total
-            return
+        """As that of a block; the columns share memory."""
+        total = weighted_tensor(self.vectors, [factors[k] for k in self.reached])
         pieces = torch.split(total, [place.size for place in self.places])
-        for column, piece, (_, shape, strides) in zip(
-            self.columns, pieces, self.places, strict=True
-        ):
-            yield (
-                column,
-                piece.view(shape) if strides is None else piece.as_strided(shape, strides),
-            )
+        for column, piece, place in zip(self.columns, pieces, self.places, strict=True):
+            yield column, place.taken(piece)
 
 
 class _Place(NamedTuple):
-    """Of a gradient that is part of a vector: strides are None for the usual order of entries."""
+    """Of a gradient that is part of a vector; no strides stand for the usual order of entries."""
 
     size: int
     shape: torch.Size
     strides: tuple[int, ...] | None
 
-
-class _Portion:
-    """Small gradients that will lie side by side, as long as there is room."""
-
-    def __init__(self, reached: tuple[int, ...], measured: bool, room: int) -> None:
-        self.reached, self.measured, self.room = reached, measured, room
-        self.columns: list[int] = []
-        self.found: list[Sequence[Tensor]] = []
-
-    def block(self) -> Block:
-        columns, found = self.columns, self.found
-        if len(columns) == 1:
-            return Block(self.reached, columns, found[0], self.measured)
-        places: list[_Place] = []
-        for k, gradients in enumerate(found):
-            first = gradients[0]
-            found[k], strides = _in_memory_order(gradients)
-            places.append(_Place(first.numel(), first.shape, strides))
-        parts = [gradient for row in zip(*found, strict=True) for gradient in row]
-        if parts[0].is_complex():
-            parts = [part.resolve_conj() for part in parts]
-        matrix = _flatten_dense_tensors(parts).view(len(self.reached), -1)  # type: ignore[no-untyped-call]
-        return Block(self.reached, columns, matrix.unbind(), self.measured, matrix, places)
+    def taken(self, piece: Tensor) -> Tensor:
+        """The gradient in its shape."""
+        if self.strides is None:
+            return piece.view(self.shape)
+        return piece.as_strided(self.shape, self.strides)
 
 
 def _blocks(
     rows: Sequence[list[Tensor | None]], measured: Collection[int] | None
-) -> Iterator[Block]:
+) -> Iterator[Block | Flat]:
     """Every parameter that some loss reaches, in one block or another."""
     kinds: dict[tuple[type, ...], tuple[tuple[int, ...], bool]] = {}
-    filling: dict[Any, _Portion] = {}
+    filling: dict[Any, tuple[Block, int]] = {}
     waiting: list[Any] = list(zip(*rows, strict=True))[::-1]
     for row in rows:
         row.clear()
@@ -174,19 +193,25 @@ def _blocks(
         found: list[Tensor] = [gradients[k] for k in reached]
         counts = measured is None or column in measured
         if not plain or not _is_small(found):
-            yield Block(reached, (column,), found, counts)
+            yield Block(reached, [column], [found], counts)
             continue
         key = reached, counts, found[0].dtype, found[0].device
-        portion, size = filling.get(key), found[0].numel() * len(found)
-        if portion is None or size > portion.room:
-            if portion is not None:
-                yield portion.block()
-            filling[key] = portion = _Portion(reached, counts, cache_size(found[0]))
-        portion.room -= size
-        portion.columns.append(column)
-        portion.found.append(found)
-    for portion in filling.values():
-        yield portion.block()
+        size = found[0].numel() * len(found)
+        block, room = filling.get(key, (None, 0))
+        if block is None or size > room:
+            if block is not None:
+                yield _finished(block)
+            block, room = Block(reached, [], [], counts), cache_size(found[0])
+        block.columns.append(column)
+        block.found.append(found)
+        filling[key] = block, room - size
+    for block, _ in filling.values():
+        yield _finished(block)
+
+
+def _finished(block: Block) -> Block | Flat:
+    """Side by side, if there are several whose products are wanted."""
+    return Flat.of(block) if block.measured and len(block.columns) > 1 else block
 
 
 def _reached(gradients: Row) -> tuple[int, ...]:

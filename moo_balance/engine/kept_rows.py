@@ -36,7 +36,7 @@ class KeptRows(Linearization):
         columns = measured_columns(problem)
         if is_sharded(problem.params):
             gramian = sharded_inner_products(rows, columns, self.dtype)
-            self.jacobian = Jacobian(rows)
+            self.jacobian = Jacobian(rows, ())
         else:
             self.jacobian = Jacobian(rows, columns)
             gramian = self.jacobian.gramian(self.dtype)
@@ -106,7 +106,7 @@ class _ClosedWindow(KeptRows):
 
     def accumulate(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
-            self.jacobian = Jacobian(self.take())
+            self.jacobian = Jacobian(self.take(), ())
         super().accumulate(coefficients)
 
 

@@ -75,7 +75,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
     on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:  # as on an accelerator, where reading a coefficient would wait
-        monkeypatch.setattr("moo_balance.engine.rows.numbers", Tensor.unbind)
+        monkeypatch.setattr("moo_balance.engine.jacobian.numbers", Tensor.unbind)
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
@@ -92,7 +92,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 def test_coefficients_on_the_device_serve_gradients_of_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moo_balance.engine.rows.numbers", lambda c: c.float().unbind())
+    monkeypatch.setattr("moo_balance.engine.jacobian.numbers", lambda c: c.float().unbind())
     rows = [[drawn(3, seed=k).to(dtype), drawn(2, seed=9 + k).to(dtype)] for k in range(3)]
     factors = drawn(3, seed=5)
     expected = factors @ torch.stack([torch.cat(row).double() for row in rows])
