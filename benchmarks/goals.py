@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import memory, solvers
 from benchmarks.contestants import FORWARD, LIMIT
+from benchmarks.import_time import STATEMENTS
 from benchmarks.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.step_cost import RACES
 from benchmarks.tables import table
@@ -143,8 +144,9 @@ def _gap(results: Results) -> Readings:
 
 
 def _import(results: Results) -> Readings:
-    found = results.get("imports")
-    return {} if found is None else {"`import moo_balance`": found["ours ms"][0]}
+    """What every user pays: the package, the optimizer and a method."""
+    found = results.get("imports", {}).get("ours ms", {})
+    return {f"`{statement}`": found[statement][0] for statement in STATEMENTS[:2] if found}
 
 
 _CHECKS = (
@@ -244,7 +246,7 @@ GOALS = (
         "≤ 10 ms",
         10.0,
         _import,
-        "Some fifty modules are read, and half of the time goes into making dataclasses.",
+        "Some thirty modules are read, and half of the time goes into making dataclasses.",
     ),
 )
 

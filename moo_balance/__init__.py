@@ -1,43 +1,59 @@
 """Balance the gradients of several losses, around any ``torch.optim`` optimizer."""
 
-from moo_balance.errors import BalanceError, BalanceValueError, ConvergenceError, NonFiniteError
-from moo_balance.monitor import Balance, History
-from moo_balance.optimizer import BalancedOptimizer
-from moo_balance.weighting import (
-    FAMO,
-    MGDA,
-    AnalyticQP,
-    BalancedTrajectory,
-    FixedWeights,
-    OnlineTchebycheff,
-    RandomWeights,
-    Smoothed,
-    SmoothTchebycheff,
-    Sum,
-    SumLog,
-    Tchebycheff,
-)
+from typing import TYPE_CHECKING
+
+from moo_balance._lazy import lazily
+
+if TYPE_CHECKING:
+    from moo_balance.errors import (
+        BalanceError as BalanceError,
+        BalanceValueError as BalanceValueError,
+        ConvergenceError as ConvergenceError,
+        NonFiniteError as NonFiniteError,
+    )
+    from moo_balance.monitor import Balance as Balance, History as History
+    from moo_balance.optimizer import BalancedOptimizer as BalancedOptimizer
+    from moo_balance.weighting import (
+        FAMO as FAMO,
+        MGDA as MGDA,
+        AnalyticQP as AnalyticQP,
+        BalancedTrajectory as BalancedTrajectory,
+        FixedWeights as FixedWeights,
+        OnlineTchebycheff as OnlineTchebycheff,
+        RandomWeights as RandomWeights,
+        Smoothed as Smoothed,
+        SmoothTchebycheff as SmoothTchebycheff,
+        Sum as Sum,
+        SumLog as SumLog,
+        Tchebycheff as Tchebycheff,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FAMO",
-    "MGDA",
-    "AnalyticQP",
-    "Balance",
-    "BalanceError",
-    "BalanceValueError",
-    "BalancedOptimizer",
-    "BalancedTrajectory",
-    "ConvergenceError",
-    "FixedWeights",
-    "History",
-    "NonFiniteError",
-    "OnlineTchebycheff",
-    "RandomWeights",
-    "SmoothTchebycheff",
-    "Smoothed",
-    "Sum",
-    "SumLog",
-    "Tchebycheff",
-]
+_HOMES = {
+    "FAMO": "weighting",
+    "MGDA": "weighting",
+    "AnalyticQP": "weighting",
+    "Balance": "monitor",
+    "BalanceError": "errors",
+    "BalanceValueError": "errors",
+    "BalancedOptimizer": "optimizer",
+    "BalancedTrajectory": "weighting",
+    "ConvergenceError": "errors",
+    "FixedWeights": "weighting",
+    "History": "monitor",
+    "NonFiniteError": "errors",
+    "OnlineTchebycheff": "weighting",
+    "RandomWeights": "weighting",
+    "SmoothTchebycheff": "weighting",
+    "Smoothed": "weighting",
+    "Sum": "weighting",
+    "SumLog": "weighting",
+    "Tchebycheff": "weighting",
+}
+
+__all__ = list(_HOMES)
+
+__getattr__, __dir__ = lazily(
+    __name__, _HOMES, modules=("engine", "functional", "integrations", "weighting")
+)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
-from enum import IntEnum
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,21 +15,23 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from moo_balance.door import check_attached, check_features, check_losses, check_same, loss_vector
+from moo_balance import engine
+from moo_balance.door import check_attached, check_features, check_losses, check_same
 from moo_balance.engine import (
-    DataParallel,
     Engine,
     Linearization,
-    Moment,
     Problem,
-    in_static_graph,
     is_whole,
+    side_by_side,
 )
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.engine import DataParallel
 
 Losses = Mapping[str, Tensor]
 Features = Tensor | Sequence[Tensor] | None
@@ -43,15 +44,7 @@ class Batch(NamedTuple):
     statistics: Statistics
 
 
-class Call(IntEnum):
-    """What is done with losses."""
-
-    BALANCE = 0
-    GATHER = 1
-    OBSERVE = 2
-
-
-@dataclass
+@dataclass(eq=False, repr=False)
 class Balancer:
     """Composes weighting, engine and ledger; the one object that BalancedOptimizer is about.
 
@@ -101,19 +94,20 @@ class Balancer:
         self.ledger.check_observed()
         measures = self.measured is not None and not exact
         shared = check_features(features, measures, self.ledger.in_window)
-        call = Call.GATHER if self.ledger.accumulating else Call.BALANCE
-        present, statistics = self._values(losses, check_attached, call)
-        measured = None if self.measured is None else frozenset(map(id, self.measured))
+        call = "gather" if self.ledger.accumulating else "balance"
+        parallel = self._parallel()
+        present, vector, statistics = self._values(losses, check_attached, call, parallel)
         problem = Problem(
             names=statistics.names,
             losses=tuple(present.values()),
             params=self.params,
-            measured=measured,
+            measured=None if self.measured is None else frozenset(map(id, self.measured)),
             scale=scale,
             retain_graph=retain_graph,
-            parallel=self._parallel(),
+            parallel=parallel,
             features=shared,
             exact=exact,
+            vector=vector,
         )
         return Batch(problem, statistics)
 
@@ -149,9 +143,10 @@ class Balancer:
         if not staged.skip:
             if window.gradients is None:
                 coefficients = window.settled(statistics, coefficients, problem.names)
+            staged.screened = self._is_screened(staged, problem)
             linearization.accumulate(coefficients)
-        self.ledger.staged = replace(staged, replays=[*window.replays, *replays], scaler=scaler)
-        self.ledger.accumulation = None
+        staged.replays, staged.scaler = [*window.replays, *replays], scaler
+        self.ledger.staged, self.ledger.accumulation = staged, None
 
     def combine(self, batch: Batch) -> Tensor:
         """Stage a step whose backward pass somebody else will run."""
@@ -165,7 +160,8 @@ class Balancer:
         linearization = self.engine.linearize(batch.problem)
         staged, coefficients = self._draft(batch.statistics, linearization, batch.problem.scale)
         combined = linearization.combined(coefficients)
-        self.ledger.staged = replace(staged, combined=True)
+        staged.combined = True
+        self.ledger.staged = staged
         return combined
 
     def observe(self, losses: Losses) -> None:
@@ -175,7 +171,7 @@ class Balancer:
             ledger.check_stepped()
             return
         same = partial(check_same, expected=ledger.awaiting)
-        _, statistics = self._values(losses, same, Call.OBSERVE)
+        _, _, statistics = self._values(losses, same, "observe", self._parallel())
         try:
             ledger.observe(statistics, self._faulty_losses(statistics))
         except BalanceValueError as error:
@@ -187,10 +183,11 @@ class Balancer:
     def is_spoiled(self, staged: Staged) -> bool:
         """Is a gradient not finite, and the step to be skipped for it?
 
-        On the host only, where it costs a sum; and not of a shard, which one rank alone sees.
+        On the host only, where it costs a look at each; and not of a shard, which one rank alone
+        sees.
         """
-        if staged.scaler is not None:
-            return False  # it has looked
+        if staged.screened or staged.scaler is not None:  # then the scaler has looked
+            return False
         params = self.params
         if dist.is_available() and dist.is_initialized():
             params = [param for param in params if is_whole(param)]
@@ -205,6 +202,12 @@ class Balancer:
             )
         return True
 
+    def _is_screened(self, staged: Staged, problem: Problem) -> bool:
+        """Is what is about to be written known to be finite, because every Gramian entry is?"""
+        whole = problem.measured is None and not problem.features
+        looked = self.ledger.balance.gramian is not None and staged.valid is None
+        return whole and looked and all(param.grad is None for param in problem.params)
+
     def check_drift(self, every: int) -> None:
         """After the first steps, and now and then: do all ranks still hold the same?"""
         parallel, steps = self.ledger.parallel, self.ledger.steps
@@ -213,29 +216,34 @@ class Balancer:
             parallel.check_drift(whole, self.ledger.state or {}, self.device)
 
     def _values(
-        self, losses: Losses, check: Callable[[dict[str, Tensor]], None], call: Call
-    ) -> tuple[dict[str, Tensor], Statistics]:
-        """Losses in declared order, and their values averaged over the ranks."""
-        parallel = self._parallel()
+        self,
+        losses: Losses,
+        check: Callable[[dict[str, Tensor]], None],
+        call: str,
+        parallel: DataParallel | None,
+    ) -> tuple[dict[str, Tensor], Tensor, Statistics]:
+        """Losses in declared order, side by side, and their values averaged over the ranks."""
+        ledger = self.ledger
         present: dict[str, Tensor] = {}
         fault = None
         try:
-            present = check_losses(losses, self.ledger.names)
+            present = check_losses(losses, ledger.names)
             check(present)
         except BalanceError as error:
             if parallel is None:
                 raise
             fault = error  # the other ranks wait to hear of it
-        device = next(iter(present.values())).device if present else self.device
-        dtype = state_dtype(device)
-        if parallel is None:
-            values = loss_vector(present, dtype)
-        else:
-            moment = Moment(repr(self.weighting), self.ledger.steps, call)
-            means = parallel.agree(present, self.ledger.names, moment, fault, device, dtype)
+        if parallel is not None:
+            device = next(iter(present.values())).device if present else self.device
+            dtype = state_dtype(device)
+            moment = engine.Moment(repr(self.weighting), ledger.steps, call)
+            means = parallel.agree(present, ledger.names, moment, fault, device, dtype)
             present = {name: present[name] for name in means}
             values = torch.stack(list(means.values()))
-        return present, Statistics(tuple(present), values, step=self.ledger.steps)
+        vector = side_by_side(tuple(present.values()))
+        if parallel is None:
+            values = vector.detach().to(state_dtype(vector.device))
+        return present, vector, Statistics(tuple(present), values, step=ledger.steps)
 
     def _draft(
         self, statistics: Statistics, linearization: Linearization | None, scale: Tensor | None
@@ -271,7 +279,7 @@ class Balancer:
         faults = self._faulty_losses(statistics)
         if linearization is None or not (self.weighting.uses_gramian and self.ledger.due):
             return statistics, faults, None
-        statistics = replace(statistics, gramian=linearization.gramian())
+        statistics = statistics._replace(gramian=linearization.gramian())
         also = faulty_gradients(statistics, scaled)
         if scaled:
             return statistics, faults, also
@@ -302,7 +310,7 @@ class Balancer:
         if (
             problem.parallel is not None
             and self.ledger.steps == 0
-            and in_static_graph(problem.losses)
+            and engine.in_static_graph(problem.losses)
         ):
             raise BalanceError(
                 "DistributedDataParallel should not have `static_graph=True` together with "
@@ -326,7 +334,7 @@ class Balancer:
             )
         group = dist.group.WORLD if group == "auto" else group
         if ledger.parallel is None or ledger.parallel.group is not group:
-            parallel = DataParallel(group)
+            parallel = engine.DataParallel(group)
             if parallel.size == 1:
                 return None
             ledger.parallel = parallel

@@ -12,24 +12,17 @@ from moo_balance.errors import BalanceValueError
 
 def check_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
     """The losses as 0-d tensors in declared order, or an error that names the odd one out."""
-    if not isinstance(losses, Mapping):
-        raise BalanceValueError(
-            "Parameter `losses` should be a mapping from a name to a scalar tensor. "
-            f'Found {type(losses).__name__}. Write `{{"rate": rate, "distortion": distortion}}`.'
-        )
-    if not losses:
-        raise BalanceValueError(
-            "Parameter `losses` should hold at least one loss. Found none. "
-            "Skip the call for a batch without losses."
-        )
+    if not isinstance(losses, Mapping) or not losses:
+        raise _no_losses(losses)
     for name, loss in losses.items():
-        _check_name(name)
-        _check_tensor(name, loss)
-    if declared is not None:
+        if not (isinstance(name, str) and name):
+            raise _odd_name(name)
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+            raise _odd_loss(name, loss)
+    if declared is not None and tuple(losses) != tuple(declared):
         check_declared(losses, declared)
         losses = {name: losses[name] for name in declared if name in losses}
-    with torch.enable_grad():  # `backward` works under no_grad, as a plain one does
-        return {name: _scalar(loss) for name, loss in losses.items()}
+    return {name: _scalar(loss) for name, loss in losses.items()}
 
 
 def check_declared(names: Mapping[str, object] | Sequence[str], declared: Sequence[str]) -> None:
@@ -90,40 +83,45 @@ def check_features(
     return found
 
 
-def loss_vector(losses: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The values side by side on the first loss's device, shape [K], detached."""
-    values = [loss.detach() for loss in losses.values()]
-    if len({(value.dtype, value.device) for value in values}) > 1:
-        values = [value.to(values[0].device, dtype) for value in values]
-    return torch.stack(values).to(dtype)
-
-
 def _scalar(loss: Tensor) -> Tensor:
-    return loss.reshape(()) if loss.ndim else loss  # a view is one more node to differentiate
+    if not loss.ndim:
+        return loss  # a view is one more node to differentiate
+    with torch.enable_grad():  # `backward` works under no_grad, as a plain one does
+        return loss.reshape(())
 
 
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise BalanceValueError(
-            f"Parameter `losses` should have non-empty strings as names. Found {name!r}."
+def _no_losses(losses: object) -> BalanceValueError:
+    if isinstance(losses, Mapping):
+        return BalanceValueError(
+            "Parameter `losses` should hold at least one loss. Found none. "
+            "Skip the call for a batch without losses."
         )
+    return BalanceValueError(
+        "Parameter `losses` should be a mapping from a name to a scalar tensor. "
+        f'Found {type(losses).__name__}. Write `{{"rate": rate, "distortion": distortion}}`.'
+    )
 
 
-def _check_tensor(name: str, loss: object) -> None:
+def _odd_name(name: object) -> BalanceValueError:
+    return BalanceValueError(
+        f"Parameter `losses` should have non-empty strings as names. Found {name!r}."
+    )
+
+
+def _odd_loss(name: str, loss: object) -> BalanceValueError:
     if not isinstance(loss, Tensor):
-        raise BalanceValueError(
+        return BalanceValueError(
             f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
             "Do not call `.item()` on a loss that is to be balanced."
         )
     if loss.numel() != 1:
-        raise BalanceValueError(
+        return BalanceValueError(
             f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. Reduce it, for "
             "example with `.mean()`."
         )
-    if not loss.is_floating_point():
-        raise BalanceValueError(
-            f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
-        )
+    return BalanceValueError(
+        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
+    )
 
 
 def _described(feature: object) -> str:

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from moo_balance.engine import DataParallel, Window
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.monitor import Balance
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import sanitized
 from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
 
+if TYPE_CHECKING:
+    from moo_balance.engine import DataParallel, Window
+
 _FORMAT = 1
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Staged:
     """What ``backward`` worked out and ``step`` will make true, or nobody will.
 
     ``state`` covers all declared losses; ``valid`` is a flag on the device, or None where the host
-    has already looked; ``skip`` says that the step must not be taken.
+    has already looked; ``screened`` says that it has seen all gradients to be finite, ``skip`` that
+    the step must not be taken.
     """
 
     names: tuple[str, ...]
     present: tuple[str, ...]
     state: State
     valid: Tensor | None = None
+    screened: bool = False
     skip: bool = False
     combined: bool = False
     replays: Sequence[Replay] = ()
@@ -42,7 +46,7 @@ class Staged:
         return self.valid is not None and not bool(self.valid)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Accumulation:
     """A window of micro-batches that has not been closed yet.
 
@@ -63,7 +67,7 @@ class Accumulation:
         sums = dict(self.losses)
         for name, loss in zip(statistics.names, statistics.losses.unbind(), strict=True):
             sums[name] = sums[name] + loss if name in sums else loss
-        return replace(statistics, names=tuple(sums), losses=torch.stack(list(sums.values())))
+        return statistics._replace(names=tuple(sums), losses=torch.stack(list(sums.values())))
 
     def take(self, statistics: Statistics, replays: Sequence[Replay]) -> None:
         """One more micro-batch has been gathered."""
@@ -94,7 +98,7 @@ class Accumulation:
         return coefficients[[statistics.names.index(name) for name in wanted]]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Ledger:
     """Names, committed state, the staged step, and the last figures.
 
@@ -156,10 +160,10 @@ class Ledger:
         is. Faults are reported when the host looks, overflows are not.
         """
         index = _positions(names, statistics.names, statistics.losses.device)
-        bounds = self.weighting.lower_bounds(statistics.names)
         self._note(statistics.names, faults)
         valid = _none_of(faults, overflow)
-        weighted = self.weighting.weights(sanitized(statistics, bounds, valid), _take(state, index))
+        harmless = self._sanitized(statistics, valid)
+        weighted = self.weighting.weights(harmless, _take(state, index))
         following = _masked(valid, _put(state, weighted.state, index), state)
         return weighted, Staged(names, statistics.names, following, valid)
 
@@ -188,14 +192,16 @@ class Ledger:
         """Show the weighting the losses after the committed step."""
         assert self.names is not None and self.state is not None
         index = _positions(self.names, statistics.names, statistics.losses.device)
-        bounds = self.weighting.lower_bounds(statistics.names)
         self._note(statistics.names, faults)
         valid = _none_of(faults)
-        seen = self.weighting.observe(
-            sanitized(statistics, bounds, valid), _take(self.state, index)
-        )
+        seen = self.weighting.observe(self._sanitized(statistics, valid), _take(self.state, index))
         self.state = _masked(valid, _put(self.state, seen, index), self.state)
         self.awaiting = None
+
+    def _sanitized(self, statistics: Statistics, valid: Tensor | None) -> Statistics:
+        if valid is None:
+            return statistics
+        return sanitized(statistics, self.weighting.lower_bounds(statistics.names), valid)
 
     def _note(self, names: tuple[str, ...], faults: Tensor | None) -> None:
         """Count faults on the device, for a report when the host looks."""

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moo_balance.functional import cosine_similarity
 from moo_balance.weighting.base import Statistics
 
 
-@dataclass
+@dataclass(eq=False)
 class Balance:
     """Figures of the last ``backward`` (or ``combine``), by name, on the device they were made on.
 
@@ -57,6 +56,8 @@ class Balance:
         """
         if self.gramian is None:
             return {}
+        from moo_balance.functional import cosine_similarity
+
         faulty = ~self.gramian.diagonal().isfinite()
         hidden = faulty[:, None] | faulty
         cosines = cosine_similarity(self.gramian.masked_fill(hidden, 0.0))

@@ -18,7 +18,7 @@ from moo_balance.engine import Engine, PerLoss
 from moo_balance.errors import BalanceError
 from moo_balance.ledger import Ledger
 from moo_balance.monitor import Balance
-from moo_balance.proxy import OptimizerProxy
+from moo_balance.proxy import OptimizerProxy, with_own_hooks
 from moo_balance.reevaluation import Replay, evaluated, summed
 from moo_balance.scaler import (
     check_one_scale,
@@ -240,6 +240,7 @@ class BalancedOptimizer(OptimizerProxy):
 
     # ------------------------------------------------------------------ steps
 
+    @with_own_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the wrapped optimizer step, and commit what ``backward`` staged.
 

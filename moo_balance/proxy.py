@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from torch.optim import Optimizer
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def with_own_hooks(step: Step) -> Step:
+    """Run the step hooks that were registered on a proxy.
+
+    In place of PyTorch's own decoration of ``step``, which would record it for the profiler and run
+    the global hooks as well: the wrapped optimizer does that, once.
+    """
+
+    @wraps(step)
+    def hooked(self: OptimizerProxy, *args: Any, **kwargs: Any) -> Any:
+        for before in self._optimizer_step_pre_hooks.values():
+            replaced = before(self, (self, *args), kwargs)
+            if replaced is not None:
+                (_, *args), kwargs = replaced  # type: ignore[assignment]
+        result = step(self, *args, **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, (self, *args), kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]
+    return cast(Step, hooked)
 
 
 class OptimizerProxy(Optimizer):

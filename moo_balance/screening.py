@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from moo_balance.weighting.base import Statistics
 
 def on_host(tensor: Tensor) -> bool:
     """Is reading this tensor free of synchronisation?"""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def faulty_losses(statistics: Statistics, bounds: Sequence[float], method: str) -> Tensor | None:
@@ -65,29 +64,27 @@ def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
 
 
 def are_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Are all entries finite, as far as the host can tell?
-
-    One pass over the memory, a second one only where the norms are not finite.
-    """
+    """Are all entries finite, as far as the host can tell?"""
     values = [
         gradient._values() if gradient.is_sparse else gradient
         for gradient in gradients
         if gradient is not None and on_host(gradient)
     ]
-    if not values:
-        return True
-    norms = torch.stack(torch._foreach_norm(values))
-    return math.isfinite(norms.sum().item()) or all(bool(v.isfinite().all()) for v in values)
+    found = torch.zeros(())
+    try:
+        # The check of GradScaler, which multiplies by one as it goes: one call for all of them.
+        torch._amp_foreach_non_finite_check_and_unscale_(values, found, torch.ones(()))
+    except RuntimeError:  # it knows neither complex numbers nor memory that overlaps
+        return all(bool(value.isfinite().all()) for value in values)
+    return not found
 
 
-def sanitized(statistics: Statistics, bounds: Sequence[float], valid: Tensor | None) -> Statistics:
+def sanitized(statistics: Statistics, bounds: Sequence[float], valid: Tensor) -> Statistics:
     """Harmless figures in place of faulty ones, so that a masked step can run through the maths."""
-    if valid is None:
-        return statistics
     safe = [bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds]
     losses = torch.where(valid, statistics.losses, statistics.losses.new_tensor(safe))
     gramian = statistics.gramian
     if gramian is not None:
         identity = torch.eye(len(safe), dtype=gramian.dtype, device=gramian.device)
         gramian = torch.where(valid, gramian, identity)
-    return replace(statistics, losses=losses, gramian=gramian)
+    return statistics._replace(losses=losses, gramian=gramian)

@@ -30,7 +30,7 @@ LAYERS = {
     "weighting": {"functional"},
     "engine": {"functional"},
 }
-EVERYBODY = {"moo_balance.errors"}
+EVERYBODY = {"moo_balance._lazy", "moo_balance.errors"}
 OWN_LIBRARIES = {"torch", "moo_balance"}
 
 
@@ -88,14 +88,7 @@ def test_the_layers_exist():
     assert {layer(name) for name in MODULES} == {*LAYERS, None}
 
 
-def test_importing_the_package_loads_torch_alone():
-    """In a fresh interpreter where nobody but torch has loaded anything."""
-    script = """
-import sys, torch
-before = set(sys.modules)
-import moo_balance
-print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
-"""
+def output_of(script):
     run = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -103,19 +96,62 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
         check=True,
         cwd=PACKAGE.parent,
     )
-    loaded = set(run.stdout.split())
+    return run.stdout
+
+
+def test_importing_the_package_loads_torch_alone():
+    """In a fresh interpreter where nobody but torch has loaded anything."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+import moo_balance, moo_balance.engine, moo_balance.functional, moo_balance.weighting
+for package in moo_balance, moo_balance.engine, moo_balance.functional, moo_balance.weighting:
+    for name in package.__all__:
+        getattr(package, name)
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    loaded = set(output_of(script).split())
     assert "moo_balance" in loaded
     assert loaded <= {"moo_balance", "torch"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("package", ["moo_balance", "moo_balance.engine", "moo_balance.weighting"])
+def test_a_package_shows_type_checkers_the_names_that_it_reads_when_asked(package):
+    block = next(
+        node for node in ast.parse(MODULES[package].read_text()).body if isinstance(node, ast.If)
+    )
+    shown = {
+        alias.asname: statement.module.removeprefix(f"{package}.")
+        for statement in block.body
+        for alias in statement.names
+    }
+    module = importlib.import_module(package)
+    assert shown == module._HOMES
+    assert set(module.__all__) == set(shown)
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+def test_asking_for_one_method_reads_no_other():
+    script = """
+import sys
+from moo_balance import BalancedOptimizer, FAMO
+print(*(name for name in sys.modules if name.startswith("moo_balance.weighting.")))
+"""
+    assert set(output_of(script).split()) == {
+        "moo_balance.weighting.base",
+        "moo_balance.weighting.famo",
+    }
 
 
 # ---------------------------------------------------------------------- documentation
 
 # test_docs.py asks each public name for a docstring; here is what has to be in it.
 PUBLIC = {
-    value
-    for module in ("moo_balance", "moo_balance.functional", "moo_balance.weighting")
-    for name, value in vars(importlib.import_module(module)).items()
-    if name in importlib.import_module(module).__all__
+    getattr(module, name)
+    for module in (moo_balance, moo_balance.functional, moo_balance.weighting)
+    for name in module.__all__
 }
 DATACLASSES = [value for value in PUBLIC if inspect.isclass(value) and is_dataclass(value)]
 FUNCTIONS = [value for value in PUBLIC if inspect.isfunction(value)]

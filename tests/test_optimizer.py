@@ -9,6 +9,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from moo_balance import (
     FAMO,
@@ -119,6 +123,30 @@ def test_hooks_are_called_once_on_the_wrapper():
     calls.clear()
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["before saving", "after saving", "before loading", "after loading"]
+
+
+def test_a_hook_may_replace_the_arguments_of_a_step():
+    model = Toy()
+    optimizer = BalancedOptimizer(adam(model), Sum())
+    hook = optimizer.register_step_pre_hook(lambda self, *_: ((self,), {"closure": model.losses}))
+    assert optimizer.step().keys() == model.losses().keys()
+    hook.remove()
+    with pytest.raises(BalanceError, match="should follow"):
+        optimizer.step()
+
+
+def test_global_hooks_see_a_step_once():
+    model, calls = Toy(), []
+    base = adam(model)
+    optimizer = BalancedOptimizer(base, Sum())
+    hooks = [
+        register_optimizer_step_pre_hook(lambda hooked, *_: calls.append(hooked)),
+        register_optimizer_step_post_hook(lambda hooked, *_: calls.append(hooked)),
+    ]
+    optimizer.step(model.losses)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [base, base]
 
 
 def test_hooks_may_replace_what_is_saved_and_loaded():

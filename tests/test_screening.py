@@ -272,7 +272,6 @@ def test_figures_are_made_harmless_only_where_a_step_is_masked():
     gramian = torch.full((2, 2), math.nan, dtype=torch.float64)
     statistics = Statistics(("a", "b"), losses, gramian)
     bounds = [-math.inf, 3.0]
-    assert screening.sanitized(statistics, bounds, None) is statistics
     masked = screening.sanitized(statistics, bounds, torch.tensor(False))
     assert masked.losses.tolist() == [1.0, 4.0]
     assert torch.equal(masked.gramian, torch.eye(2, dtype=torch.float64))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moo_balance.engine.parallel import DataParallel
 from moo_balance.errors import BalanceError
 
+if TYPE_CHECKING:
+    from moo_balance.engine.parallel import DataParallel
 
-@dataclass(frozen=True)
-class Problem:
+
+class Problem(NamedTuple):
     """K losses, and the parameters whose gradients are to be balanced.
 
     Args:
@@ -30,6 +32,8 @@ class Problem:
         parallel: The ranks whose gradients are averaged; None for one process.
         features: Tensors through which all losses are computed; empty if none were named.
         exact: With features, take the Gramian over parameters all the same.
+        vector: The losses side by side as :func:`side_by_side` has them, if somebody has them
+            already.
     """
 
     names: Sequence[str]
@@ -41,19 +45,34 @@ class Problem:
     parallel: DataParallel | None = None
     features: Sequence[Tensor] = ()
     exact: bool = False
+    vector: Tensor | None = None
 
-    def seeds(self, coefficients: Tensor | None = None) -> list[Tensor]:
-        """What the backward pass starts from at each loss: coefficient times scale."""
-        if coefficients is None:
-            # Not in the losses' own precision: a float16 does not hold a scaler's 65536.
-            coefficients = torch.ones(len(self.losses), device=self.losses[0].device)
-        if self.scale is not None:
-            coefficients = coefficients * self.scale.to(coefficients.device)
-        kinds = {(loss.device, loss.dtype) for loss in self.losses}
-        if len(kinds) == 1:
-            return list(coefficients.to(*kinds.pop()).unbind())
-        pairs = zip(self.losses, coefficients.unbind(), strict=True)
-        return [value.to(loss.device, loss.dtype) for loss, value in pairs]
+    def seeds(self) -> list[Tensor]:
+        """What the backward pass of each loss by itself starts from: the scale."""
+        seeds: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for loss in self.losses:
+            kind = loss.device, loss.dtype
+            if kind not in seeds:
+                one = torch.ones((), device=loss.device, dtype=loss.dtype)
+                seeds[kind] = one if self.scale is None else self.scale.to(one)
+        return [seeds[loss.device, loss.dtype] for loss in self.losses]
+
+    def together(self) -> Tensor:
+        """The losses as one vector [K], attached to their graph."""
+        return side_by_side(self.losses) if self.vector is None else self.vector
+
+
+def side_by_side(losses: Sequence[Tensor]) -> Tensor:
+    """The losses as one vector [K], attached to their graph if they have one.
+
+    A single root for a backward pass, which starts from the vector of coefficients. Losses of
+    different kinds meet on the first one's device, in the widest of their precisions.
+    """
+    with torch.enable_grad():  # `backward` works under no_grad, as a plain one does
+        if len({(loss.dtype, loss.device) for loss in losses}) > 1:
+            dtype = reduce(torch.promote_types, [loss.dtype for loss in losses])
+            losses = [loss.to(losses[0].device, dtype) for loss in losses]
+        return torch.stack(tuple(losses))
 
 
 class Linearization(ABC):
@@ -101,9 +120,9 @@ class Engine(ABC):
 
 def weighted_sum(problem: Problem, coefficients: Tensor) -> Tensor:
     """The weighted sum of the losses as one scalar."""
-    device = problem.losses[0].device
-    pairs = zip(problem.losses, coefficients.unbind(), strict=True)
-    return torch.stack([(loss * c.to(loss)).to(device) for loss, c in pairs]).sum()
+    losses = problem.together()
+    with torch.enable_grad():
+        return (losses * coefficients.to(losses)).sum()
 
 
 def weighted_backward(problem: Problem, coefficients: Tensor) -> None:
@@ -112,6 +131,8 @@ def weighted_backward(problem: Problem, coefficients: Tensor) -> None:
     It runs through ``torch.autograd.backward``, so hooks, data parallelism, sharding and sparse
     gradients behave as they do without balancing.
     """
-    torch.autograd.backward(
-        list(problem.losses), problem.seeds(coefficients), retain_graph=problem.retain_graph
-    )
+    losses = problem.together()
+    if problem.scale is not None:
+        # Not in the losses' own precision: a float16 does not hold a scaler's 65536.
+        coefficients = coefficients * problem.scale.to(coefficients)
+    torch.autograd.backward(losses, coefficients.to(losses), retain_graph=problem.retain_graph)

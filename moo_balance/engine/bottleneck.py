@@ -21,8 +21,9 @@ from moo_balance.engine.graph import (
     leaves_among,
     nodes_above,
 )
+from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.kept_rows import KeptRows, averaged, unscaled
-from moo_balance.engine.rows import Row, add_rows, add_to_grads, combination, inner_products
+from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
 
@@ -51,46 +52,53 @@ class AtFeatures(Linearization):
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.heads: Heads | None = None
+        self.at_features: Jacobian | None = None
+        self.above: Jacobian | None = None
 
     def gramian(self) -> Tensor:
-        self.heads = differentiated_heads(self.problem)
-        columns = range(len(self.problem.features))
-        gramian = inner_products(self.heads.cotangents, columns, self.dtype)
-        if self.problem.parallel is not None:
+        problem = self.problem
+        cotangents, rows = differentiated_heads(problem)
+        self.at_features = Jacobian(cotangents)
+        self.above = Jacobian(rows, ())
+        gramian = self.at_features.gramian(self.dtype)
+        if problem.parallel is not None:
             # Of the mean loss, each rank holds the gradient at its own samples' features.
-            gramian = gramian / self.problem.parallel.size**2
-            dist.all_reduce(gramian, group=self.problem.parallel.group)
-        return unscaled(gramian, self.problem)
+            gramian = gramian / problem.parallel.size**2
+            dist.all_reduce(gramian, group=problem.parallel.group)
+        return unscaled(gramian, problem)
 
     def accumulate(self, coefficients: Tensor) -> None:
-        if self.heads is None:
+        if self.at_features is None or self.above is None:
             weighted_backward(self.problem, coefficients)
         elif self.problem.parallel is not None:
-            add_to_grads(self._total(self.heads, coefficients), self.problem.params)
+            add_to_grads(
+                self._total(self.at_features, self.above, coefficients), self.problem.params
+            )
         else:
-            roots, seeds = self._seeds(self.heads, coefficients)
+            roots, seeds = self._seeds(self.at_features, coefficients)
             torch.autograd.backward(roots, seeds, retain_graph=self.problem.retain_graph)
-            add_to_grads(combination(self.heads.rows, coefficients), self.problem.params)
+            add_to_grads(self.above.combination(coefficients), self.problem.params)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
-        if self.heads is None or is_hooked(problem.params):
+        if self.at_features is None or self.above is None or is_hooked(problem.params):
             return weighted_sum(problem, coefficients)
         free = coefficients if problem.scale is None else coefficients / problem.scale
-        total = self._total(self.heads, free)
+        total = self._total(self.at_features, self.above, free)
         return delivered(weighted_sum(problem, coefficients).detach(), total, problem.params)
 
-    def _total(self, heads: Heads, coefficients: Tensor) -> Row:
+    def _total(self, at_features: Jacobian, above: Jacobian, coefficients: Tensor) -> Row:
         """The balanced gradient of all parameters."""
-        roots, seeds = self._seeds(heads, coefficients)
+        roots, seeds = self._seeds(at_features, coefficients)
         row = _below(self.problem, roots, seeds, _keeps_graph(self.problem))
-        row = add_rows(combination(heads.rows, coefficients), row)
+        row = add_rows(above.combination(coefficients), row)
         (total,) = averaged([("all of them", row)], self.problem)
         return total
 
-    def _seeds(self, heads: Heads, coefficients: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return _reached(self.problem.features, combination(heads.cotangents, coefficients))
+    def _seeds(
+        self, at_features: Jacobian, coefficients: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return _reached(self.problem.features, at_features.combination(coefficients))
 
 
 class ExactAtFeatures(KeptRows):

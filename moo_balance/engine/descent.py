@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from moo_balance.engine.base import Problem
 from moo_balance.engine.differentiation import by_grad
 from moo_balance.engine.factored import Arrivals, Factored
 from moo_balance.engine.graph import Edge, closed, edge_of, gradient_edge
+from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.kept_rows import averaged
 from moo_balance.engine.portions import Portion
-from moo_balance.engine.rows import Row, add, inner_products
+from moo_balance.engine.rows import Row, add
 
 Rows = list[list[Tensor | None]]
 Products = tuple[Tensor, tuple[int, ...]]
@@ -43,14 +43,15 @@ class Descent:
         yield from _used_up(portion.entered, dtype)
         rows = self._joined(self._rows(portion, number), portion)
         last = {place for place, column in enumerate(portion.columns) if column in portion.last}
-        yield inner_products(rows, last, dtype), tuple(range(self.count))
+        if last:
+            yield Jacobian(rows, last).gramian(dtype), tuple(range(self.count))
         yield from _used_up(portion.layers, dtype)
 
     def _rows(self, portion: Portion, number: int) -> Rows:
         """K rows of the portion's parameters."""
         params = [self.problem.params[column] for column in portion.columns]
         parallel = self.problem.parallel if params else None
-        problem = replace(self.problem, params=params, parallel=parallel)
+        problem = self.problem._replace(params=params, parallel=parallel)
         here = [edge for edge in self.arrived if edge[0] in portion.nodes]
         entering = {edge: self.arrived.pop(edge) for edge in here}
         names = (f"{name}, portion {number}" for name in problem.names)

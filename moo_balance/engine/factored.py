@@ -21,14 +21,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from moo_balance.engine.base import Problem
 from moo_balance.engine.graph import Edge, gradient_edge, reach
-from moo_balance.engine.rows import (
-    Row,
-    cache_size,
-    multiplies_exactly,
-    numbers,
-    symmetric,
-    weighted_tensor,
-)
+from moo_balance.engine.jacobian import cache_size, multiplies_exactly, symmetric
+from moo_balance.engine.rows import Row, numbers, weighted_tensor
 
 
 @dataclass
@@ -102,8 +96,11 @@ def factorable(
     """
     if problem.parallel is not None or len(problem.losses) < 2:
         return []
+    linear = {kind for kind in set(map(type, nodes)) if kind.__name__ in _LINEAR}
+    candidates = [node for node in nodes if type(node) in linear] if linear else []
+    if not candidates:
+        return []
     columns = {id(param): k for k, param in enumerate(problem.params) if _is_plain(param)}
-    candidates = [node for node in nodes if type(node).__name__ in _LINEAR]
     found = [layer for node in candidates for layer in _layers_at(node, columns)]
     count = len(problem.losses)
     found = [(layer, way) for layer, way in found if _pays(layer, problem, count)]

@@ -31,14 +31,15 @@ def gradient_edge(edge: Edge) -> GradientEdge:
 def nodes_above(losses: Iterable[Tensor], cut: Iterable[Tensor] = ()) -> set[Node]:
     """Every node that the losses reach, without going through the tensors of the cut."""
     closed = {edge_of(tensor) for tensor in cut}
-    seen = {edge[0] for edge in map(edge_of, losses) if edge not in closed}
-    stack = list(seen)
+    stack: list[Any] = [edge[0] for edge in map(edge_of, losses) if edge not in closed]
+    seen = {None, *stack}
     while stack:
         for edge in stack.pop().next_functions:
             node = edge[0]
-            if node is not None and node not in seen and edge not in closed:
+            if node not in seen and not (closed and edge in closed):
                 seen.add(node)
                 stack.append(node)
+    seen.remove(None)
     return seen
 
 
@@ -75,7 +76,7 @@ def checkpoints_reentrantly(nodes: Iterable[Node]) -> bool:
     if module is None:
         return False
     reentrant = module.CheckpointFunction._backward_cls
-    return any(isinstance(node, reentrant) for node in nodes)
+    return any(issubclass(kind, reentrant) for kind in set(map(type, nodes)))
 
 
 def edges_of(node: Node) -> list[Edge]:
@@ -108,7 +109,11 @@ def reach(
 def leaves_among(nodes: Iterable[Node], params: Sequence[Tensor]) -> list[int]:
     """Positions of the parameters whose gradients are accumulated at one of these nodes."""
     position = {id(param): column for column, param in enumerate(params)}
-    leaves = (id(getattr(node, "variable", None)) for node in nodes)
+    leaves = (
+        id(node.variable)  # type: ignore[attr-defined]
+        for node in nodes
+        if type(node).__name__ == "AccumulateGrad"
+    )
     return sorted(position[leaf] for leaf in leaves if leaf in position)
 
 

@@ -17,16 +17,8 @@ from moo_balance.engine.base import (
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import is_hooked, local_rows
 from moo_balance.engine.factored import Factored
-from moo_balance.engine.rows import (
-    Family,
-    Row,
-    add_rows,
-    add_to_grads,
-    added,
-    combination,
-    families,
-    inner_products,
-)
+from moo_balance.engine.jacobian import Jacobian, added
+from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from moo_balance.engine.sharded import is_sharded, sharded_inner_products
 
 
@@ -36,19 +28,19 @@ class KeptRows(Linearization):
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.rows: list[list[Tensor | None]] | None = None
-        self.families: list[Family] = []
+        self.jacobian: Jacobian | None = None
         self.layers: list[Factored] = []
 
     def gramian(self) -> Tensor:
-        self.rows, problem = self.take(), self.problem
+        problem, rows = self.problem, self.take()
         columns = measured_columns(problem)
         if is_sharded(problem.params):
-            gramian = sharded_inner_products(self.rows, columns, self.dtype)
+            gramian = sharded_inner_products(rows, columns, self.dtype)
+            self.jacobian = Jacobian(rows, ())
         else:
-            self.families = families(self.rows)
-            gramian = products(self.rows, columns, self.dtype, self.layers, self.families)
-        return unscaled(gramian, problem)
+            self.jacobian = Jacobian(rows, columns)
+            gramian = self.jacobian.gramian(self.dtype)
+        return unscaled(with_layers(gramian, self.layers, columns, self.dtype), problem)
 
     def take(self) -> list[list[Tensor | None]]:
         """The rows; averaged if there are ranks to average over."""
@@ -59,24 +51,24 @@ class KeptRows(Linearization):
         return local_rows(self.problem, self.layers)
 
     def accumulate(self, coefficients: Tensor) -> None:
-        if self.rows is None:
+        if self.jacobian is None:
             weighted_backward(self.problem, coefficients)
         else:
-            add_to_grads(self.total(self.rows, coefficients), self.problem.params)
+            add_to_grads(self.total(self.jacobian, coefficients), self.problem.params)
 
-    def total(self, rows: Sequence[list[Tensor | None]], coefficients: Tensor) -> Row:
+    def total(self, jacobian: Jacobian, coefficients: Tensor) -> Row:
         """The weighted gradient; uses the rows up."""
-        total = combination(rows, coefficients, self.families)
+        total = jacobian.combination(coefficients)
         for layer in self.layers:
             total[layer.column] = layer.combination(coefficients)
         return total
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
-        if self.rows is None or is_hooked(problem.params):
+        if self.jacobian is None or is_hooked(problem.params):
             return weighted_sum(problem, coefficients)
         free = coefficients if problem.scale is None else coefficients / problem.scale
-        gradients = self.total(self.rows, free)
+        gradients = self.total(self.jacobian, free)
         value = weighted_sum(problem, coefficients).detach()
         return delivered(value, gradients, problem.params)
 
@@ -113,8 +105,8 @@ class _ClosedWindow(KeptRows):
         return averaged(self.window.joined(self.problem).items(), self.problem)
 
     def accumulate(self, coefficients: Tensor) -> None:
-        if self.rows is None:
-            self.rows = self.take()
+        if self.jacobian is None:
+            self.jacobian = Jacobian(self.take(), ())
         super().accumulate(coefficients)
 
 
@@ -127,15 +119,10 @@ def averaged(named: Iterable[tuple[str, Row]], problem: Problem) -> list[list[Te
     return [list(row) for row in parallel.finish(pending, params)]
 
 
-def products(
-    rows: Sequence[Row],
-    columns: Collection[int],
-    dtype: torch.dtype,
-    layers: Sequence[Factored],
-    found: Sequence[Family] | None = None,
+def with_layers(
+    gramian: Tensor, layers: Sequence[Factored], columns: Collection[int], dtype: torch.dtype
 ) -> Tensor:
-    """Inner products over the parameters at `columns`, some of whose gradients are factored."""
-    gramian = inner_products(rows, columns, dtype, found)
+    """Inner products, and those of factored gradients at `columns`."""
     for layer in layers:
         if layer.reached and layer.column in columns:
             own = layer.products(dtype).to(gramian.device)

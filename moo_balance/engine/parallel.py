@@ -15,23 +15,26 @@ from moo_balance.engine.rows import Row
 from moo_balance.errors import BalanceError
 
 
+_CALLS = ("balance", "gather", "observe")
+
+
 class Moment(NamedTuple):
     """Where in which run a rank is: ranks at different ones would wait for each other for ever.
 
-    `call` tells calls of one step apart, as a small number.
+    `call` says what is done with the losses: "balance", "gather" or "observe".
     """
 
     method: str
     step: int
-    call: int
+    call: str
 
     @property
     def number(self) -> int:
         """Step and call in one, small enough for exact squares."""
-        return (8 * self.step + self.call) % 1024
+        return (8 * self.step + _CALLS.index(self.call)) % 1024
 
 
-@dataclass
+@dataclass(eq=False)
 class DataParallel:
     """A process group whose ranks see different data and shall take the same step.
 

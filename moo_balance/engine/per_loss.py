@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from moo_balance.engine.base import Engine, Linearization, Problem, Window
-from moo_balance.engine.bottleneck import at_features
 from moo_balance.engine.kept_rows import KeptRows, RowWindow
 
 
@@ -38,6 +37,8 @@ class PerLoss(Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
+            from moo_balance.engine.bottleneck import at_features
+
             return at_features(problem, self.dtype)
         return KeptRows(problem, self.dtype)
 

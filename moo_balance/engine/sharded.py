@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moo_balance.engine.rows import Row, inner_products
+from moo_balance.engine.jacobian import inner_products
+from moo_balance.engine.rows import Row
 
 
 def is_sharded(params: Sequence[Tensor]) -> bool:
@@ -21,6 +22,8 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 def is_flattened(params: Sequence[Tensor]) -> bool:
     """Is any of these cut out of FullyShardedDataParallel's (FSDP1's) flat parameters?"""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
     return any(getattr(param, "_fsdp_flattened", False) for param in params)
 
 

@@ -1,40 +1,56 @@
 """One file per published method; each a frozen dataclass of hyper-parameters."""
 
-from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
-from moo_balance.weighting.base import (
-    GramianWeighting,
-    State,
-    Statistics,
-    Weighted,
-    Weighting,
-)
-from moo_balance.weighting.famo import FAMO
-from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
-from moo_balance.weighting.mgda import MGDA
-from moo_balance.weighting.random_weights import RandomWeights
-from moo_balance.weighting.smoothed import Smoothed
-from moo_balance.weighting.tchebycheff import (
-    OnlineTchebycheff,
-    SmoothTchebycheff,
-    Tchebycheff,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FAMO",
-    "MGDA",
-    "AnalyticQP",
-    "BalancedTrajectory",
-    "FixedWeights",
-    "GramianWeighting",
-    "OnlineTchebycheff",
-    "RandomWeights",
-    "SmoothTchebycheff",
-    "Smoothed",
-    "State",
-    "Statistics",
-    "Sum",
-    "SumLog",
-    "Tchebycheff",
-    "Weighted",
-    "Weighting",
-]
+from moo_balance._lazy import lazily
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.balanced_rd import (
+        AnalyticQP as AnalyticQP,
+        BalancedTrajectory as BalancedTrajectory,
+    )
+    from moo_balance.weighting.base import (
+        GramianWeighting as GramianWeighting,
+        State as State,
+        Statistics as Statistics,
+        Weighted as Weighted,
+        Weighting as Weighting,
+    )
+    from moo_balance.weighting.famo import FAMO as FAMO
+    from moo_balance.weighting.fixed import (
+        FixedWeights as FixedWeights,
+        Sum as Sum,
+        SumLog as SumLog,
+    )
+    from moo_balance.weighting.mgda import MGDA as MGDA
+    from moo_balance.weighting.random_weights import RandomWeights as RandomWeights
+    from moo_balance.weighting.smoothed import Smoothed as Smoothed
+    from moo_balance.weighting.tchebycheff import (
+        OnlineTchebycheff as OnlineTchebycheff,
+        SmoothTchebycheff as SmoothTchebycheff,
+        Tchebycheff as Tchebycheff,
+    )
+
+_HOMES = {
+    "FAMO": "famo",
+    "MGDA": "mgda",
+    "AnalyticQP": "balanced_rd",
+    "BalancedTrajectory": "balanced_rd",
+    "FixedWeights": "fixed",
+    "GramianWeighting": "base",
+    "OnlineTchebycheff": "tchebycheff",
+    "RandomWeights": "random_weights",
+    "SmoothTchebycheff": "tchebycheff",
+    "Smoothed": "smoothed",
+    "State": "base",
+    "Statistics": "base",
+    "Sum": "fixed",
+    "SumLog": "fixed",
+    "Tchebycheff": "tchebycheff",
+    "Weighted": "base",
+    "Weighting": "base",
+}
+
+__all__ = list(_HOMES)
+
+__getattr__, __dir__ = lazily(__name__, _HOMES)

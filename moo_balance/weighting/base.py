@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -21,8 +21,7 @@ PerLoss: TypeAlias = float | Mapping[str, float]
 """A number for all losses, or one for each by name."""
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What a weighting may look at in one step.
 
     Args:
@@ -151,15 +150,31 @@ def named_values(value: PerLoss, names: Sequence[str], default: float = 0.0) -> 
     return [float(value)] * len(names)
 
 
-def named_tensor(value: PerLoss, statistics: Statistics, default: float = 0.0) -> Tensor:
-    """:func:`named_values` beside the losses: same device, same precision."""
-    return statistics.losses.new_tensor(named_values(value, statistics.names, default))
+def beside(value: PerLoss, statistics: Statistics, default: float = 0.0) -> Tensor | float:
+    """What broadcasts against the losses: a number for all as it is, a mapping as a vector [K]."""
+    if isinstance(value, Mapping):
+        return statistics.losses.new_tensor(named_values(value, statistics.names, default))
+    return float(value)
+
+
+def gaps_above(bounds: PerLoss, shift: PerLoss, statistics: Statistics) -> Tensor:
+    r"""The distances :math:`D_i = L_i - b_i + s_i` that log methods work with, shape [K]."""
+    return statistics.losses - (beside(bounds, statistics) - beside(shift, statistics))
+
+
+def lower_ends(bounds: PerLoss, shift: PerLoss, names: Sequence[str]) -> list[float]:
+    """What each loss must stay above for :func:`gaps_above` to be positive."""
+    pairs = zip(named_values(bounds, names), named_values(shift, names), strict=True)
+    return [bound - shift for bound, shift in pairs]
 
 
 def normalized_preference(preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
     """Preferences of the present losses, summing to 1; equal ones for None."""
-    values = named_tensor(1.0 if preference is None else preference, statistics)
-    return values / values.sum()
+    if preference is None:
+        return torch.full_like(statistics.losses, 1.0 / len(statistics.names))
+    values = named_values(preference, statistics.names)
+    total = sum(values)
+    return statistics.losses.new_tensor([value / total for value in values])
 
 
 def log_coefficients(weights: Tensor, gaps: Tensor, renormalize: bool = True) -> Tensor:

@@ -22,8 +22,9 @@ from moo_balance.weighting.base import (
     check_range,
     filled,
     freeze_mappings,
+    gaps_above,
     log_coefficients,
-    named_values,
+    lower_ends,
 )
 
 # torch.optim.Adam's defaults, which the official code leaves untouched.
@@ -112,55 +113,62 @@ class FAMO(Weighting):
         return not self.lagged
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        pairs = zip(named_values(self.bounds, names), named_values(self.shift, names), strict=True)
-        return [bound - shift for bound, shift in pairs]
+        return lower_ends(self.bounds, self.shift, names)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
         state = {"logits": filled(0.0, len(names), device)}
         if self.logits == "adam":
-            for key in ("exp_avg", "exp_avg_sq", "updates"):
+            for key in ("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"):
                 state[key] = filled(0.0, len(names), device)
         return {**state, "log_gaps": filled(math.nan, len(names), device)}
 
     def weights(self, statistics: Statistics, state: State) -> Weighted:
-        gaps = self._gaps(statistics)
-        state = dict(state)
-        if self.lagged and statistics.step % self.every == 0:
-            state = self._update(gaps.log(), state)
+        gaps = gaps_above(self.bounds, self.shift, statistics)
         if statistics.step % self.every == 0:
-            state["log_gaps"] = gaps.log().to(state["logits"].dtype)
+            log_gaps = gaps.log().to(state["logits"].dtype)
+            if self.lagged:
+                state = self._update(log_gaps, state)
+            state = {**state, "log_gaps": log_gaps}
         weights = torch.softmax(state["logits"], 0)
         return Weighted(weights, log_coefficients(weights, gaps), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
-        return self._update(self._gaps(statistics).log(), state)
-
-    def _gaps(self, statistics: Statistics) -> Tensor:
-        bounds = statistics.losses.new_tensor(self.lower_bounds(statistics.names))
-        return statistics.losses - bounds
+        return self._update(gaps_above(self.bounds, self.shift, statistics).log(), state)
 
     def _update(self, log_gaps: Tensor, state: State) -> State:
-        """One descent step on the logits of those losses that have been seen before."""
-        seen = state["log_gaps"].isfinite()
-        weights = torch.softmax(state["logits"].masked_fill(~seen, -math.inf), 0)
-        weights = weights.nan_to_num(0.0)  # none seen yet: softmax of nothing
-        delta = torch.where(seen, state["log_gaps"] - log_gaps, 0.0)
-        gradient = weights * (delta - (weights * delta).sum()) + self.decay * state["logits"]
+        """One descent step on the logits of those losses that have been seen before.
+
+        All else about the others is still zero: without a gradient it stays so.
+        """
+        logits, before = state["logits"], state["log_gaps"]
+        seen = before == before  # not NaN
+        weights = torch.softmax(logits.masked_fill(~seen, -math.inf), 0)
+        weights = weights.nan_to_num_(0.0)  # none seen yet: softmax of nothing
+        delta = (before - log_gaps).nan_to_num_(0.0)
+        delta.sub_(weights.dot(delta)).mul_(weights)
+        gradient = delta.add_(logits, alpha=self.decay)
         if self.logits == "sgd":
-            updated = {**state, "logits": state["logits"] - self.lr * gradient}
-        else:
-            updated = {**state, **_adam(gradient, state, self.lr)}
-        return {key: torch.where(seen, updated[key], state[key]) for key in updated}
+            return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
+        return {**state, **_adam(gradient, seen, state, self.lr)}
 
 
-def _adam(gradient: Tensor, state: State, lr: float) -> State:
-    """Adam on the logits, with a count of updates for each loss since losses may be absent."""
-    updates = state["updates"] + 1.0
-    exp_avg = state["exp_avg"].lerp(gradient, 1.0 - _BETA1)
-    exp_avg_sq = _BETA2 * state["exp_avg_sq"] + (1.0 - _BETA2) * gradient.square()
-    step_size = lr / (1.0 - _BETA1**updates)
-    denominator = (exp_avg_sq / (1.0 - _BETA2**updates)).sqrt() + _EPS
-    logits = state["logits"] - step_size * exp_avg / denominator
-    return {"logits": logits, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "updates": updates}
+def _adam(gradient: Tensor, seen: Tensor, state: State, lr: float) -> State:
+    """Adam on the logits.
+
+    Its bias corrections 1 - beta^t are kept as running averages of ones, for each loss by itself
+    since losses may be absent.
+    """
+    ones = seen.to(gradient.dtype)
+    following = {
+        "exp_avg": state["exp_avg"].lerp(gradient, 1.0 - _BETA1),
+        "exp_avg_weight": state["exp_avg_weight"].lerp(ones, 1.0 - _BETA1),
+        "exp_avg_sq": state["exp_avg_sq"].lerp(gradient.square(), 1.0 - _BETA2),
+        "exp_avg_sq_weight": state["exp_avg_sq_weight"].lerp(ones, 1.0 - _BETA2),
+    }
+    # Where nothing was averaged yet the least weight that there can be takes the place of none.
+    mean = following["exp_avg"] / following["exp_avg_weight"].clamp(min=1.0 - _BETA1)
+    square = following["exp_avg_sq"] / following["exp_avg_sq_weight"].clamp(min=1.0 - _BETA2)
+    logits = state["logits"].addcdiv(mean, square.sqrt_().add_(_EPS), value=-lr)
+    return {"logits": logits, **following}

@@ -17,8 +17,9 @@ from moo_balance.weighting.base import (
     check_names,
     check_range,
     freeze_mappings,
+    gaps_above,
     log_coefficients,
-    named_tensor,
+    lower_ends,
     named_values,
 )
 
@@ -82,7 +83,7 @@ class FixedWeights(Weighting):
         return {}
 
     def weights(self, statistics: Statistics, state: State) -> Weighted:
-        weights = named_tensor(self.values, statistics)
+        weights = statistics.losses.new_tensor(named_values(self.values, statistics.names))
         return Weighted(weights, weights, state)
 
 
@@ -132,11 +133,10 @@ class SumLog(Weighting):
         return {}
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        pairs = zip(named_values(self.bounds, names), named_values(self.shift, names), strict=True)
-        return [bound - shift for bound, shift in pairs]
+        return lower_ends(self.bounds, self.shift, names)
 
     def weights(self, statistics: Statistics, state: State) -> Weighted:
-        gaps = statistics.losses - statistics.losses.new_tensor(self.lower_bounds(statistics.names))
+        gaps = gaps_above(self.bounds, self.shift, statistics)
         weights = torch.full_like(gaps, 1.0 / len(gaps))
         if self.renormalize:
             return Weighted(weights, log_coefficients(weights, gaps), state)

@@ -23,12 +23,12 @@ from moo_balance.weighting.base import (
     Statistics,
     Weighted,
     Weighting,
+    beside,
     check_choice,
     check_names,
     check_range,
     filled,
     freeze_mappings,
-    named_tensor,
     named_values,
     normalized_preference,
 )
@@ -85,11 +85,12 @@ class Tchebycheff(Weighting):
         return {"ideal": filled(math.inf, len(names), device)} if self.ideal == "running" else {}
 
     def weights(self, statistics: Statistics, state: State) -> Weighted:
+        ideal: Tensor | float
         if isinstance(self.ideal, str):
             ideal = torch.minimum(state["ideal"], statistics.losses.to(state["ideal"]))
             state = {"ideal": ideal}
         else:
-            ideal = named_tensor(self.ideal, statistics)
+            ideal = beside(self.ideal, statistics)
         preference = normalized_preference(self.preference, statistics)
         coefficients = tchebycheff(statistics.losses, preference, ideal, self.augment)
         return Weighted(coefficients / coefficients.sum(), coefficients, state)
@@ -182,11 +183,11 @@ class SmoothTchebycheff(Weighting):
     def weights(self, statistics: Statistics, state: State) -> Weighted:
         if statistics.step < self.warmup_steps:
             return self._warm_up(statistics, state)
-        losses, ideal = statistics.losses, named_tensor(self.ideal, statistics)
+        losses, ideal = statistics.losses, beside(self.ideal, statistics)
         preference = normalized_preference(self.preference, statistics)
         nadir = self._nadir(statistics, state)
         if self.log:
-            span = torch.ones_like(losses) if nadir is None else nadir - ideal
+            span = 1.0 if nadir is None else nadir - ideal
             coefficients = smooth_tchebycheff_log(losses - ideal, preference, span, self.mu)
         else:
             coefficients = smooth_tchebycheff(losses, preference, ideal, nadir, self.mu)
@@ -196,13 +197,13 @@ class SmoothTchebycheff(Weighting):
         losses = statistics.losses.to(state["nadir"])
         seen = state["seen"] + 1.0
         nadir = state["nadir"] + (losses - state["nadir"]) / seen
-        coefficients = 1.0 / (statistics.losses - named_tensor(self.ideal, statistics))
+        coefficients = 1.0 / (statistics.losses - beside(self.ideal, statistics))
         weights = torch.full_like(coefficients, 1.0 / len(coefficients))
         return Weighted(weights, coefficients, {"nadir": nadir, "seen": seen})
 
-    def _nadir(self, statistics: Statistics, state: State) -> Tensor | None:
+    def _nadir(self, statistics: Statistics, state: State) -> Tensor | float | None:
         if self.nadir is not None:
-            return named_tensor(self.nadir, statistics)
+            return beside(self.nadir, statistics)
         if not self.warmup_steps:
             return None
         # A loss that was absent from the whole warm-up starts at its own value.

@@ -24,8 +24,6 @@ def test_seeds_have_the_dtype_of_their_loss_and_carry_the_scale() -> None:
     mixed = problem(weight, [torch.float16, torch.float64], scale=8.0)
     assert [seed.dtype for seed in mixed.seeds()] == [torch.float16, torch.float64]
     assert [seed.item() for seed in mixed.seeds()] == [8.0, 8.0]
-    coefficients = torch.tensor([0.25, 3.0], dtype=torch.float64)
-    assert [seed.item() for seed in mixed.seeds(coefficients)] == [2.0, 24.0]
     plain = problem(weight, [torch.float32, torch.float32])
     assert [seed.item() for seed in plain.seeds()] == [1.0, 1.0]
 

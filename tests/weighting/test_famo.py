@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -35,6 +36,12 @@ def follow(weighting: FAMO, pairs: Iterable[Pair]) -> tuple[list[Tensor], State]
             state = weighting.observe(shown(after, step=step + 1), state)
         logits.append(state["logits"])
     return logits, state
+
+
+def updates(state: State) -> list[int]:
+    """How often each logit was updated: a running average of ones has come to 1 - 0.9^t."""
+    found = torch.log1p(-state["exp_avg_weight"]) / math.log(0.9)
+    return [round(count) for count in found.tolist()]
 
 
 def random_pairs(count: int, steps: int = 300) -> list[Pair]:
@@ -193,7 +200,7 @@ def test_an_absent_loss_waits_and_the_others_go_on_among_themselves() -> None:
     assert set(optimizer.balance.coefficients) == {"a", "c"}
     total = sum(optimizer.balance.coefficients.values())
     assert_near(total, vector((1.0,))[0], 1e-15)
-    assert step("abc")["updates"].tolist() == [4, 3, 4]
+    assert updates(step("abc")) == [4, 3, 4]
 
 
 def test_lagged_judges_a_loss_only_once_it_has_been_seen_before() -> None:
@@ -207,7 +214,7 @@ def test_lagged_judges_a_loss_only_once_it_has_been_seen_before() -> None:
     alone = weighting.weights(shown((0.25, 1.8), step=2), pair).state
     assert_near(after["logits"][:2], alone["logits"], 1e-15)
     assert after["logits"][2] == 0.0
-    assert after["updates"].tolist() == [2, 2, 0]
+    assert updates(after) == [2, 2, 0]
     assert_near(after["log_gaps"], vector((0.25, 1.8, 7.0)).log(), 1e-15)
 
 
@@ -242,7 +249,11 @@ def test_the_sum_of_logs_ends_at_its_own_stationary_point() -> None:
 def test_state_has_a_row_per_loss_and_starts_uniform() -> None:
     state = FAMO().init(("a", "b", "c"), CPU)
     assert {key: tuple(value.shape) for key, value in state.items()} == dict.fromkeys(
-        ("logits", "exp_avg", "exp_avg_sq", "updates", "log_gaps"), (3,)
+        (
+            *("logits", "log_gaps"),
+            *("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"),
+        ),
+        (3,),
     )
     assert set(FAMO(logits="sgd").init(("a",), CPU)) == {"logits", "log_gaps"}
     answer = FAMO().weights(Statistics(("a", "b", "c"), torch.ones(3)), state)

@@ -1,4 +1,4 @@
-"""Rows of gradients: inner products and combinations, part by part."""
+"""Rows of gradients: inner products and combinations, block by block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moo_balance.engine.rows import Row, add_rows, add_to_grads, combination, inner_products
+from moo_balance.engine.jacobian import Jacobian, inner_products
+from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from tests.engine.graphs import drawn
 
 DTYPES = [torch.float32, torch.float64]
@@ -19,6 +20,10 @@ def dense(row: Row, like: list[Tensor]) -> Tensor:
             for g, p in zip(row, like, strict=True)
         ]
     )
+
+
+def combination(rows: list[Row], coefficients: Tensor) -> Row:
+    return Jacobian([list(row) for row in rows]).combination(coefficients)
 
 
 def some_rows() -> tuple[list[Row], list[Tensor]]:
@@ -70,11 +75,11 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
     on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:  # as on an accelerator, where reading a coefficient would wait
-        monkeypatch.setattr("moo_balance.engine.rows.numbers", Tensor.unbind)
+        monkeypatch.setattr("moo_balance.engine.jacobian.numbers", Tensor.unbind)
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
-    total = combination([list(row) for row in rows], factors)
+    total = combination(rows, factors)
     expected = factors @ torch.stack(before)
     torch.testing.assert_close(dense(total, like), expected, rtol=1e-14, atol=1e-14)
     for gradient in total:
@@ -87,7 +92,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 def test_coefficients_on_the_device_serve_gradients_of_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moo_balance.engine.rows.numbers", lambda c: c.float().unbind())
+    monkeypatch.setattr("moo_balance.engine.jacobian.numbers", lambda c: c.float().unbind())
     rows = [[drawn(3, seed=k).to(dtype), drawn(2, seed=9 + k).to(dtype)] for k in range(3)]
     factors = drawn(3, seed=5)
     expected = factors @ torch.stack([torch.cat(row).double() for row in rows])
@@ -113,10 +118,49 @@ def test_a_column_that_no_row_reaches_has_no_combination() -> None:
     assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2))[0] is None
 
 
-def test_a_combination_uses_the_rows_up() -> None:
-    rows, _ = some_rows()
-    combination(rows, torch.ones(3))
-    assert rows == [[None] * 3] * 3
+def test_nobody_else_keeps_the_gradients() -> None:
+    rows = [list(row) for row in some_rows()[0]]
+    jacobian = Jacobian(rows)
+    assert rows == [[]] * 3
+    jacobian.combination(torch.ones(3))
+    assert jacobian.blocks == []
+
+
+LAYOUTS = {
+    "usual": lambda image: image,
+    "channels last": lambda image: image.to(memory_format=torch.channels_last),
+    "another": lambda image: image.transpose(0, 3).contiguous().transpose(0, 3),
+}
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("first", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("size", [3, 300], ids=["small", "large"])
+def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> None:
+    rows: list[Row] = [
+        [drawn(5, seed=k), lay(drawn(size, 4, 5, 6, seed=k)), drawn(2, 3, seed=k)]
+        for k, lay in enumerate((first, last))
+    ]
+    like = [torch.zeros_like(gradient) for gradient in rows[0]]
+    jacobian = torch.stack([dense(row, like) for row in rows])
+    torch.testing.assert_close(
+        inner_products(rows, [0, 1, 2], torch.float64), jacobian @ jacobian.T
+    )
+    factors = drawn(2, seed=7)
+    total = combination(rows, factors)
+    torch.testing.assert_close(dense(total, like), factors @ jacobian)
+    if first is last and first is not LAYOUTS["another"]:
+        assert total[1].stride() == rows[0][1].stride()  # as an optimizer likes it best
+
+
+def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moo_balance.engine.jacobian._ON_HOST", 30)
+    rows: list[Row] = [[drawn(5, seed=5 * k + j) for j in range(8)] for k in range(2)]
+    blocks = Jacobian([list(row) for row in rows]).blocks
+    assert [len(block.columns) for block in blocks] == [3, 3, 2]
+    jacobian = torch.stack([torch.cat(list(row)) for row in rows])
+    torch.testing.assert_close(inner_products(rows, range(8), torch.float64), jacobian @ jacobian.T)
+    torch.testing.assert_close(torch.cat(combination(rows, torch.ones(2))), jacobian.sum(0))
 
 
 @pytest.mark.parametrize("there", ["nothing", "dense", "sparse"])
@@ -124,7 +168,7 @@ def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
     rows, like = some_rows()
     first = {"nothing": None, "dense": drawn(4, 3, seed=8), "sparse": rows[1][0] * 3}[there]
     like[0].grad = None if first is None else first.clone()
-    expected = combination([list(row) for row in rows], torch.ones(3))[0].to_dense()
+    expected = combination(rows, torch.ones(3))[0].to_dense()
     if first is not None:
         expected = expected + first.to_dense()
     add_to_grads(combination(rows, torch.ones(3)), like)

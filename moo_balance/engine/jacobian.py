@@ -1,0 +1,335 @@
+"""The gradients of K losses, held in blocks that are multiplied and combined at once.
+
+A block is what the same losses reach: one large parameter, or small ones side by side, where
+copying them costs less than handling each on its own. There is no other product than those of a
+block's own losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+from moo_balance.engine.rows import Row, numbers, weighted_tensor
+
+_ON_HOST, _ON_DEVICE = 2**19, 2**25
+"""Numbers that are handled at once: on the host they shall stay in its cache."""
+
+_SMALL = 2**15
+"""Up to here, on the host, a copy costs less than products of single gradients."""
+
+_FEW = 4
+"""Up to here single dot products are faster than a matrix product."""
+
+
+class Jacobian:
+    """One row per loss, by parameter.
+
+    Args:
+        rows: The gradients. The lists are emptied.
+        measured: Positions of the parameters over which inner products are taken; None for all.
+    """
+
+    def __init__(
+        self, rows: Sequence[list[Tensor | None]], measured: Collection[int] | None = None
+    ) -> None:
+        self.count, self.width = len(rows), len(rows[0])
+        self.blocks = list(_blocks(rows, measured))
+
+    def gramian(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of the rows, shape [K, K], accumulated in `dtype` or wider."""
+        sums: dict[Any, tuple[tuple[int, ...], Tensor]] = {}
+        for block in self.blocks:
+            for products in block.products(dtype) if block.measured else ():
+                key = block.reached, products.dtype, products.device
+                if key in sums:
+                    sums[key][1].add_(products)
+                else:
+                    sums[key] = block.reached, products
+        return _assembled(list(sums.values()), self.count, dtype)
+
+    def combination(self, coefficients: Tensor) -> list[Tensor | None]:
+        """The weighted sum of the rows, in memory of its own; uses them up."""
+        factors = numbers(coefficients)
+        total: list[Tensor | None] = [None] * self.width
+        while self.blocks:
+            # Each is let go as soon as it has been added up: its memory, still in the cache, serves
+            # for the next.
+            for column, gradient in self.blocks.pop().combination(factors):
+                total[column] = gradient
+        return total
+
+
+def inner_products(rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype) -> Tensor:
+    """Gramian [K, K] of `rows` over the parameters at `columns`; leaves the rows alone."""
+    kept = [[g if k in columns else None for k, g in enumerate(row)] for row in rows]
+    return Jacobian(kept).gramian(dtype)
+
+
+class Block(NamedTuple):
+    """Gradients of one parameter, or of several of a kind.
+
+    Args:
+        reached: The losses.
+        columns: The parameters.
+        found: For each column the gradients of the losses, as many as are in `reached`.
+        measured: Do they count in inner products?
+    """
+
+    reached: tuple[int, ...]
+    columns: list[int]
+    found: list[Sequence[Tensor]]
+    measured: bool
+
+    def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Inner products in summands, each of pieces that stay in the cache."""
+        (gradients,) = self.found
+        if any(gradient.is_sparse for gradient in gradients):
+            yield _sparse_products(gradients, dtype)
+            return
+        lying, _ = _in_memory_order(gradients)
+        vectors = [_wide(gradient.reshape(-1), dtype) for gradient in lying]
+        length = max(cache_size(vectors[0]) // len(vectors), 1)
+        for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
+            yield products_of(pieces)
+
+    def combination(self, factors: Sequence[float | Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """The weighted sum, column by column."""
+        scale = [factors[k] for k in self.reached]
+        if len(self.columns) == 1:
+            return ((self.columns[0], weighted_tensor(self.found[0], scale)),)
+        rows = list(zip(*self.found, strict=True))
+        total = list(torch._foreach_mul(rows[0], scale[0]))
+        for row, factor in zip(rows[1:], scale[1:], strict=True):
+            if isinstance(factor, float):
+                torch._foreach_add_(total, row, alpha=factor)
+            else:
+                torch._foreach_add_(total, torch._foreach_mul(row, factor))
+        return zip(self.columns, total, strict=True)
+
+
+class Flat(NamedTuple):
+    """A block whose gradients lie side by side, as a vector for each loss.
+
+    Args:
+        reached: The losses.
+        columns: The parameters.
+        vectors: One for each loss, and all of them as the rows of a matrix.
+        matrix: The same.
+        places: How each column lies in a vector.
+    """
+
+    reached: tuple[int, ...]
+    columns: list[int]
+    vectors: Sequence[Tensor]
+    matrix: Tensor
+    places: list[_Place]
+    measured: bool = True
+
+    @staticmethod
+    def of(block: Block) -> Flat:
+        """Copies the gradients, each in the order that it has in memory."""
+        found, places = list[Sequence[Tensor]](), list[_Place]()
+        for gradients in block.found:
+            first = gradients[0]
+            lying, strides = _in_memory_order(gradients)
+            found.append(lying)
+            places.append(_Place(first.numel(), first.shape, strides))
+        parts = [gradient for row in zip(*found, strict=True) for gradient in row]
+        if parts[0].is_complex():
+            parts = [part.resolve_conj() for part in parts]
+        matrix = _flatten_dense_tensors(parts).view(len(block.reached), -1)  # type: ignore[no-untyped-call]
+        return Flat(block.reached, block.columns, matrix.unbind(), matrix, places)
+
+    def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """As those of a block."""
+        yield products_of([_wide(vector, dtype) for vector in self.vectors], self.matrix)
+
+    def combination(self, factors: Sequence[float | Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """As that of a block; the columns share memory."""
+        total = weighted_tensor(self.vectors, [factors[k] for k in self.reached])
+        pieces = torch.split(total, [place.size for place in self.places])
+        for column, piece, place in zip(self.columns, pieces, self.places, strict=True):
+            yield column, place.taken(piece)
+
+
+class _Place(NamedTuple):
+    """Of a gradient that is part of a vector; no strides stand for the usual order of entries."""
+
+    size: int
+    shape: torch.Size
+    strides: tuple[int, ...] | None
+
+    def taken(self, piece: Tensor) -> Tensor:
+        """The gradient in its shape."""
+        if self.strides is None:
+            return piece.view(self.shape)
+        return piece.as_strided(self.shape, self.strides)
+
+
+def _blocks(
+    rows: Sequence[list[Tensor | None]], measured: Collection[int] | None
+) -> Iterator[Block | Flat]:
+    """Every parameter that some loss reaches, in one block or another."""
+    kinds: dict[tuple[type, ...], tuple[tuple[int, ...], bool]] = {}
+    filling: dict[Any, tuple[Block, int]] = {}
+    waiting: list[Any] = list(zip(*rows, strict=True))[::-1]
+    for row in rows:
+        row.clear()
+    for column in range(len(waiting)):
+        gradients = waiting.pop()
+        kind = tuple(map(type, gradients))
+        if kind not in kinds:
+            kinds[kind] = _reached(gradients), set(kind) <= {Tensor, NoneType}
+        reached, plain = kinds[kind]
+        if not reached:
+            continue
+        found: list[Tensor] = [gradients[k] for k in reached]
+        counts = measured is None or column in measured
+        if not plain or not _is_small(found):
+            yield Block(reached, [column], [found], counts)
+            continue
+        key = reached, counts, found[0].dtype, found[0].device
+        size = found[0].numel() * len(found)
+        block, room = filling.get(key, (None, 0))
+        if block is None or size > room:
+            if block is not None:
+                yield _finished(block)
+            block, room = Block(reached, [], [], counts), cache_size(found[0])
+        block.columns.append(column)
+        block.found.append(found)
+        filling[key] = block, room - size
+    for block, _ in filling.values():
+        yield _finished(block)
+
+
+def _finished(block: Block) -> Block | Flat:
+    """Side by side, if there are several whose products are wanted."""
+    return Flat.of(block) if block.measured and len(block.columns) > 1 else block
+
+
+def _reached(gradients: Row) -> tuple[int, ...]:
+    return tuple([k for k, gradient in enumerate(gradients) if gradient is not None])
+
+
+def _is_small(found: Sequence[Tensor]) -> bool:
+    """Can these be put side by side with others, at a price below that of handling them alone?"""
+    first = found[0]
+    limit = _SMALL if first.is_cpu else _ON_DEVICE
+    return first.numel() <= limit and True not in [gradient.is_sparse for gradient in found]
+
+
+def _in_memory_order(found: Sequence[Tensor]) -> tuple[Sequence[Tensor], tuple[int, ...] | None]:
+    """Images that all lie with their channels last, as vectors and with their strides.
+
+    So that nothing has to be put in another order; anything else stays as it is.
+    """
+    first = found[0]
+    if first.ndim != 4 or first.is_contiguous():
+        return found, None
+    if not all(g.is_contiguous(memory_format=torch.channels_last) for g in found):
+        return found, None
+    size = first.numel()
+    return [gradient.as_strided((size,), (1,)) for gradient in found], first.stride()
+
+
+def _wide(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a real vector of at least this precision."""
+    if vector.is_complex():
+        vector = torch.view_as_real(vector.resolve_conj()).reshape(-1)
+    return vector if vector.dtype == dtype else vector.to(torch.promote_types(vector.dtype, dtype))
+
+
+def products_of(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
+    """Inner products of vectors, which may be the rows of a matrix; symmetric to the bit."""
+    if len(vectors) <= _FEW:
+        return _symmetric_table(
+            [[torch.dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
+        )
+    if matrix is None or matrix.dtype != vectors[0].dtype:
+        matrix = torch.stack(list(vectors))
+    if not multiplies_exactly(matrix):
+        matrix = matrix.double()
+    return symmetric(matrix @ matrix.T)
+
+
+def _sparse_products(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Inner products of gradients of one parameter of which some are sparse."""
+    wide = torch.promote_types(gradients[0].dtype, dtype)
+    vectors = [
+        g.to(wide).coalesce() if g.is_sparse else _wide(g.reshape(-1), dtype) for g in gradients
+    ]
+    return _symmetric_table(
+        [[_sparse_dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
+    )
+
+
+def _sparse_dot(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_sparse and right.is_sparse:
+        return (left * right).sum()
+    if left.is_sparse or right.is_sparse:
+        sparse, dense = (left, right) if left.is_sparse else (right, left)
+        return (sparse.to_dense().reshape(-1) * dense).sum()
+    return torch.dot(left, right)
+
+
+def _symmetric_table(lower: Sequence[Sequence[Tensor]]) -> Tensor:
+    """A matrix from its entries on and below the diagonal."""
+    places = range(len(lower))
+    entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
+    return torch.stack(entries).view(len(lower), len(lower))
+
+
+def symmetric(products: Tensor) -> Tensor:
+    """Symmetric to the bit, which a matrix product is not."""
+    return products.tril() + products.tril(-1).T
+
+
+def multiplies_exactly(matrix: Tensor) -> bool:
+    """Does a matrix product keep float32? TF32 and its like would leave three digits."""
+    if matrix.device.type == "mps" or matrix.dtype == torch.float64:
+        return True
+    return matrix.is_cpu and torch.get_float32_matmul_precision() == "highest"
+
+
+def cache_size(tensor: Tensor) -> int:
+    """How many numbers to handle at once where this tensor lies."""
+    return _ON_HOST if tensor.is_cpu else _ON_DEVICE
+
+
+def _assembled(
+    parts: list[tuple[tuple[int, ...], Tensor]], count: int, dtype: torch.dtype
+) -> Tensor:
+    """All products in one matrix [K, K]."""
+    if not parts:
+        return torch.zeros(count, count, dtype=dtype)
+    parts.sort(key=lambda part: -len(part[0]))
+    reached, gramian = parts[0]
+    if len(reached) < count:
+        gramian = added(gramian.new_zeros(count, count), gramian, reached)
+    for reached, products in parts[1:]:
+        gramian = added(gramian, products.to(gramian.device), reached)
+    return gramian
+
+
+def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
+    """Add products of the losses in `reached` at their places, in the wider precision."""
+    gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
+    first, last = reached[0], reached[-1] + 1
+    if last - first == len(reached):
+        gramian[first:last, first:last].add_(products)
+        return gramian
+    places = _places(reached, gramian.device)
+    return gramian.index_put((places[:, None], places), products.to(gramian), accumulate=True)
+
+
+@lru_cache(maxsize=256)
+def _places(reached: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices, kept: to bring them to a device is to wait for it."""
+    return torch.tensor(reached, device=device)
