@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_gramian, precision, widest
+from moo_balance.functional._checks import check_gramian, check_square, precision, widest
+from moo_balance.functional._two import weights_of_two
 from moo_balance.functional.gramian import (
     cosine_similarity,
     regularize,
     share_between_equals,
-    two_gradient_shares,
 )
 
 
@@ -49,16 +49,14 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
         >>> analytic_qp_weights(gramian)
         tensor([ 1.5000, -0.5000])
     """
+    check_square(gramian)
+    if gramian.shape[0] == 2:
+        return weights_of_two(gramian, convex=False)
     check_gramian(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         return torch.ones(1, dtype=result, device=gramian.device)
-    wide = widest(gramian.detach())
-    eps = precision(gramian)
-    if gramian.shape[0] == 2:
-        shares = two_gradient_shares(wide, eps)
-        return (shares / shares.sum()).to(result)
-    return _by_cosines(wide, eps).to(result)
+    return _by_cosines(widest(gramian.detach()), precision(gramian)).to(result)
 
 
 def _by_cosines(gramian: Tensor, eps: float) -> Tensor:

@@ -70,20 +70,6 @@ def regularize(gramian: Tensor, relative: float | Tensor) -> Tensor:
     return gramian + torch.diag(gramian.diagonal() * relative)
 
 
-def two_gradient_shares(gramian: Tensor, precision: float) -> Tensor:
-    r"""Unnormalised weights :math:`(|g_2|^2 - g_1^\top g_2,\ |g_1|^2 - g_1^\top g_2)` of two.
-
-    They lead to the shortest vector on the line through both. Gradients whose difference is below
-    the relative ``precision`` of their inner products get equal shares. No value is looked at, so a
-    GPU need not wait.
-    """
-    squares = gramian.diagonal()
-    # Each share is its own difference: one minus the other would lose a share far below the other.
-    shares = squares.flip(0) - (gramian[0, 1] + gramian[1, 0]) / 2
-    same = shares.sum() <= 4 * precision * squares.sum()
-    return shares.masked_fill(same, 1.0)
-
-
 def share_between_equals(
     weights: Tensor, cosines: Tensor, norms: Tensor, precision: float
 ) -> Tensor:

@@ -13,16 +13,12 @@ from moo_balance.functional._checks import (
     check_gramian,
     check_square,
     precision,
-    widest,
 )
 from moo_balance.functional._host import Directions, directions
 from moo_balance.functional._matrix import Matrix, Vector
 from moo_balance.functional._nnls import definite, nonnegative_quadratic
-from moo_balance.functional.gramian import (
-    equality_tolerance,
-    share_between_equals,
-    two_gradient_shares,
-)
+from moo_balance.functional._two import weights_of_two
+from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
@@ -78,8 +74,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     """
     check_square(gramian)
     if gramian.shape[0] == 2:
-        check_gramian(gramian)
-        return _between_two(gramian).to(torch.promote_types(gramian.dtype, torch.float32))
+        return weights_of_two(gramian, convex=True)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         check_gramian(gramian)
@@ -142,12 +137,6 @@ def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
-
-
-def _between_two(gramian: Tensor) -> Tensor:
-    """The closed form for two gradients, in tensor operations alone."""
-    shares = two_gradient_shares(widest(gramian.detach()), precision(gramian)).clamp(min=0.0)
-    return shares / shares.sum()
 
 
 def _by_active_set(gradients: Directions, precision: float) -> Vector:
