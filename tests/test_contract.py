@@ -9,8 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import moo_balance
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError

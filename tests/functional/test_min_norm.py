@@ -4,8 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
