@@ -23,8 +23,9 @@ END = "<!-- until here -->\n"
 
 METHODS = {
     name
-    for name, value in vars(weighting).items()
-    if Weighting in getattr(value, "__mro__", ()) and not inspect.isabstract(value)
+    for name in weighting.__all__
+    if Weighting in getattr(value := getattr(weighting, name), "__mro__", ())
+    and not inspect.isabstract(value)
 }
 
 

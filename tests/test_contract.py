@@ -9,8 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import moo_balance
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
@@ -85,7 +84,8 @@ def test_refused_configurations_name_the_argument(refusal):
 def test_a_configuration_is_a_frozen_value(method):
     weighting = method.make(NAMES)
     assert weighting == method.make(NAMES)
-    assert eval(repr(weighting), vars(moo_balance).copy()) == weighting
+    names = {name: getattr(moo_balance, name) for name in moo_balance.__all__}
+    assert eval(repr(weighting), names) == weighting
     assert pickle.loads(pickle.dumps(weighting)) == weighting
     for field in dataclasses.fields(weighting):
         with pytest.raises(dataclasses.FrozenInstanceError):

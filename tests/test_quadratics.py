@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from moo_balance import FAMO, MGDA, AnalyticQP, BalancedOptimizer

@@ -280,6 +280,29 @@ def test_figures_are_made_harmless_only_where_a_step_is_masked():
     assert snapshot(kept.gramian) == snapshot(gramian)
 
 
+def gradients_of(*squares):
+    gramian = torch.diag(torch.tensor(squares))
+    return Statistics(("a", "b", "c"), torch.ones(3), gramian)
+
+
+def test_finite_gradients_are_told_by_one_number():
+    assert screening.faulty_gradients(gradients_of(1.0, 0.0, 4.0), scaled=False) is None
+    assert screening.faulty_gradients(gradients_of(1.0, 0.0, 4.0), scaled=True) is None
+
+
+def test_a_sum_of_squares_may_overflow_where_all_gradients_are_finite():
+    assert screening.faulty_gradients(gradients_of(3e38, 3e38, 1.0), scaled=False) is None
+    assert screening.faulty_gradients(gradients_of(3e38, 3e38, 1.0), scaled=True) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_gradient_that_is_not_finite_is_named_or_flagged(value):
+    faulty = gradients_of(1.0, value, 3e38)
+    with pytest.raises(NonFiniteError, match="gradient of loss `b`"):
+        screening.faulty_gradients(faulty, scaled=False)
+    assert screening.faulty_gradients(faulty, scaled=True).tolist() == [False, True, False]
+
+
 def test_only_the_host_is_free_to_look_at():
     assert screening.on_host(torch.zeros(1))
     assert not screening.on_host(torch.zeros(1, device="meta"))

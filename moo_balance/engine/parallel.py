@@ -14,7 +14,6 @@ from moo_balance.engine.graph import nodes_above
 from moo_balance.engine.rows import Row
 from moo_balance.errors import BalanceError
 
-
 _CALLS = ("balance", "gather", "observe")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -24,18 +27,40 @@ def precision(tensor: Tensor) -> float:
     return torch.finfo(dtype).eps
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Is looking at a value free? Elsewhere than on the CPU the host would have to wait for it."""
+    return tensor.device.type == "cpu"
+
+
 def check_gramian(gramian: Tensor) -> None:
     """Refuse a Gramian that is not square, or (on the CPU, where looking is free) not finite."""
+    check_square(gramian)
+    if on_host(gramian):
+        check_finite(gramian)
+
+
+def check_square(gramian: Tensor) -> None:
+    """Refuse what has not the shape of a Gramian."""
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or gramian.shape[0] == 0:
         raise BalanceValueError(
             "Parameter `gramian` should be a square matrix [K, K] with K >= 1. "
             f"Found shape {tuple(gramian.shape)}. Pass the inner products of K gradients."
         )
-    if gramian.device.type == "cpu" and not bool(torch.isfinite(gramian).all()):
-        raise BalanceValueError(
-            f"Parameter `gramian` should be finite. Found {gramian.tolist()}. "
-            "Look for a loss that diverged, or compute the Gramian in float64 if it overflowed."
-        )
+
+
+def check_finite(gramian: Tensor) -> None:
+    """Refuse a Gramian with an entry that is not finite; looks at its values."""
+    # One number tells the usual case. The sum of finite entries may overflow, so it tells no more.
+    if not math.isfinite(gramian.sum().item()) and not bool(gramian.isfinite().all()):
+        refuse_entries(gramian.tolist())
+
+
+def refuse_entries(entries: list[list[float]]) -> NoReturn:
+    """Say which entries of a Gramian are not finite."""
+    raise BalanceValueError(
+        f"Parameter `gramian` should be finite. Found {entries}. "
+        "Look for a loss that diverged, or compute the Gramian in float64 if it overflowed."
+    )
 
 
 def check_positive(name: str, value: float) -> None:

@@ -1,52 +1,52 @@
-"""Non-negative least squares in Gramian form, the finite method behind the exact solvers.
-
-Everything here runs on the CPU in float64, where K is small and a look at a value costs nothing.
-"""
+"""Non-negative least squares in Gramian form, the finite method behind the exact solvers."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from typing import Any, TypeAlias
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional.gramian import regularize
+from moo_balance.functional._matrix import EPS, Matrix, Vector
 
-Array: TypeAlias = Any
-"""A NumPy array. NumPy is imported where it is used: the package is imported with torch alone."""
-
-_EPS = torch.finfo(torch.float64).eps
 # Measured on random Gramians up to K = 64: three rounds leave up to twice the time, twelve save
 # none.
 _EXCHANGES = 6
 
 
-def definite(cosines: Tensor, precision: float) -> tuple[Tensor, float]:
-    """Make a matrix of cosines safely positive definite; also returns the ridge that this took.
+class Definite(NamedTuple):
+    """A matrix that was made safely positive definite, and what that took."""
+
+    matrix: Matrix
+    ridge: float
+    pivot: float
+
+
+def definite(cosines: Matrix, precision: float) -> Definite:
+    """Add the ridge that a matrix of cosines needs to be safely positive definite.
 
     The smallest ridge covers the rounding of a float64 sum of K terms. It grows only while the
     matrix, perhaps computed in a narrower dtype of relative ``precision``, still shows negative
     curvature.
     """
-    count = cosines.shape[0]
-    ridge = 4 * count * _EPS
+    count = len(cosines)
+    ridge = 4 * count * EPS
     limit = max(1e-4, 64 * count * precision)
     while ridge <= limit:
-        matrix = regularize(cosines, ridge)
-        if int(torch.linalg.cholesky_ex(matrix).info) == 0:
-            return matrix, ridge
+        matrix = cosines.ridged(ridge)
+        pivot = matrix.pivot()
+        if pivot > 0.0:
+            return Definite(matrix, ridge, pivot)
         ridge *= 8
     raise BalanceValueError(
         "Parameter `gramian` should be positive semidefinite. Found a matrix of cosines with "
-        f"eigenvalue {float(torch.linalg.eigvalsh(cosines)[0]):.3e}. "
+        f"eigenvalue {float(torch.linalg.eigvalsh(cosines.tensor())[0]):.3e}. "
         "Pass the inner products of actual gradients."
     )
 
 
-def nonnegative_quadratic(matrix: Tensor, vector: Tensor) -> Tensor:
+def nonnegative_quadratic(matrix: Matrix, vector: Vector) -> Vector:
     r"""Minimise :math:`\tfrac12 y^\top A y - b^\top y` over :math:`y \ge 0`, A positive definite.
 
     Lawson and Hanson's method ("Solving Least Squares Problems", 1974, chapter 23) on the normal
@@ -54,87 +54,82 @@ def nonnegative_quadratic(matrix: Tensor, vector: Tensor) -> Tensor:
     the most negative gradient. The gradient counts as non-negative down to the rounding error of
     its own evaluation; the caller verifies the result.
     """
-    # In NumPy: the steps are many and tiny, and its operations start three times as fast.
-    return torch.from_numpy(_Problem(matrix.numpy(), vector.numpy()).solved())
+    return _Problem(matrix, vector).solved()
 
 
 class _Problem:
-    """The problem as arrays, A of shape [K, K] and b of shape [K]."""
+    """The problem: A of shape [K, K] with entries around one, and b of shape [K].
 
-    def __init__(self, matrix: Array, vector: Array) -> None:
+    The support of a solution is where it is positive; elsewhere it is zero.
+    """
+
+    def __init__(self, matrix: Matrix, vector: Vector) -> None:
         self.matrix, self.vector = matrix, vector
-        self.largest = float(abs(vector).max())
+        self.largest = max(map(abs, vector))
 
-    def solved(self) -> Array:
+    def solved(self) -> Vector:
         """The method itself."""
-        support, solution = self._guess()
-        refused = support & False
-        for _ in range(10 * len(self.vector)):
-            gradient = self._gradient(solution)
-            gradient[support | refused] = math.inf
-            entering = int(gradient.argmin())
-            if gradient[entering] >= -self._rounding(solution):
+        solution = self._guess()
+        refused: set[int] = set()
+        for _ in range(10 * len(solution)):
+            outside = [i for i, y in enumerate(solution) if y == 0.0 and i not in refused]
+            gradient = self._gradient(solution) if outside else []
+            entering = min(outside, key=gradient.__getitem__, default=-1)
+            if entering < 0 or gradient[entering] >= -self._rounding(solution):
                 break
-            enlarged = support.copy()
-            enlarged[entering] = True
-            target = self._solve_on(enlarged)
+            places = [i for i, y in enumerate(solution) if y > 0.0 or i == entering]
+            target = self.matrix.solution(self.vector, places)
             # By theory the entering variable becomes positive. Where round-off says otherwise,
             # taking it would cycle.
-            if target[entering] <= 0:
-                refused[entering] = True
+            if target[entering] <= 0.0:
+                refused.add(entering)
             else:
-                support, solution = self._walk(enlarged, solution, target)
-                refused[:] = False
+                solution = self._walk(solution, target, places)
+                refused.clear()
         return solution
 
-    def _gradient(self, solution: Array) -> Array:
-        gradient: Array = self.matrix @ solution
-        gradient -= self.vector
-        return gradient
+    def _gradient(self, solution: Vector) -> Vector:
+        along = self.matrix.times(solution)
+        return [a - b for a, b in zip(along, self.vector, strict=True)]
 
-    def _rounding(self, solution: Array) -> float:
-        """Bound on the rounding error of one entry of the gradient, for entries of A around one."""
-        return 4 * len(solution) * _EPS * (float(abs(solution).sum()) + self.largest)
+    def _rounding(self, solution: Vector) -> float:
+        """Bound on the rounding error of one entry of the gradient."""
+        return 4 * len(solution) * EPS * (sum(map(abs, solution)) + self.largest)
 
-    def _solve_on(self, support: Array) -> Array:
-        """Unconstrained minimiser with the entries outside ``support`` held at zero."""
-        import numpy as np
-
-        places = support.nonzero()[0]
-        solution: Array = np.zeros_like(self.vector)
-        block = self.matrix[places[:, None], places]
-        solution[places] = np.linalg.solve(block, self.vector[places])
-        return solution
-
-    def _guess(self) -> tuple[Array, Array]:
-        """A support on which the unconstrained minimiser is positive; often the optimal one.
+    def _guess(self) -> Vector:
+        """The unconstrained minimiser on a support where it is positive; often the optimal one.
 
         A few rounds exchange every index that violates its condition at once (block principal
         pivoting: Júdice and Pires, Computers & Operations Research 21, 1994), which may cycle;
         later rounds only drop, so they end.
         """
-        support = self.vector == self.vector
+        places = list(range(len(self.vector)))
         for rounds in itertools.count():
-            solution = self._solve_on(support)
-            better = solution > 0
-            if rounds < _EXCHANGES:
-                better |= ~support & (self._gradient(solution) < -self._rounding(solution))
-            if (better == support).all():
+            solution = self.matrix.solution(self.vector, places)
+            better = [i for i in places if solution[i] > 0.0]
+            if rounds < _EXCHANGES and len(places) < len(solution):
+                better = self._exchanged(solution, better, places)
+            if better == places:
                 break
-            support = better
-        return support, solution
+            places = better
+        return solution
 
-    def _walk(self, support: Array, solution: Array, target: Array) -> tuple[Array, Array]:
+    def _exchanged(self, solution: Vector, kept: list[int], places: list[int]) -> list[int]:
+        """Those to keep, and those outside whose gradient is negative."""
+        gradient, bound = self._gradient(solution), -self._rounding(solution)
+        outside = set(range(len(solution))).difference(places)
+        return sorted([*kept, *(i for i in outside if gradient[i] < bound)])
+
+    def _walk(self, solution: Vector, target: Vector, places: list[int]) -> Vector:
         """Go from a feasible ``solution`` towards ``target``; drop what reaches zero on the way."""
-        while True:
-            falling = (support & (target <= 0)).nonzero()[0]
-            if not len(falling):
-                return support, target
-            reach = solution[falling] / (solution[falling] - target[falling])
-            first = int(reach.argmin())
-            solution = solution + min(max(float(reach[first]), 0.0), 1.0) * (target - solution)
-            support = support.copy()
-            support[falling[solution[falling] <= 0]] = False
-            support[falling[first]] = False
-            solution = solution.clip(min=0.0) * support
-            target = self._solve_on(support)
+        while falling := [i for i in places if target[i] <= 0.0]:
+            ratios = {i: solution[i] / (solution[i] - target[i] or 1.0) for i in falling}
+            first = min(falling, key=ratios.__getitem__)
+            reach = min(max(ratios[first], 0.0), 1.0)
+            moved = [y + reach * (t - y) for y, t in zip(solution, target, strict=True)]
+            places = [i for i in places if i != first and (target[i] > 0.0 or moved[i] > 0.0)]
+            solution = [0.0] * len(moved)
+            for i in places:
+                solution[i] = max(moved[i], 0.0)
+            target = self.matrix.solution(self.vector, places)
+        return target

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_gramian, precision, widest
-from moo_balance.functional.gramian import (
-    cosine_similarity,
-    regularize,
-    share_between_equals,
-    two_gradient_shares,
-)
+from moo_balance.functional._checks import check_gramian, check_square, precision, widest
+from moo_balance.functional._two import weights_of_two
+from moo_balance.functional.gramian import cosines_from, share_between_equals
 
 
 def analytic_qp_weights(gramian: Tensor) -> Tensor:
@@ -24,7 +22,7 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
     gradients use :math:`v_1 = (q_{22} - q_{12}) / (q_{11} + q_{22} - 2 q_{12})`, which is also
     right for parallel gradients, where :math:`Q` has no inverse. More are solved through the matrix
     of cosines. Where that is singular, the result is the limit of the solution under a vanishing
-    ridge on the cosines. Nothing is copied to the host.
+    ridge on the cosines. No value is copied from an accelerator to the host.
 
     Gradients that are equal up to rounding share the weight. Zero gradients, if any, share all the
     weight.
@@ -49,33 +47,29 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
         >>> analytic_qp_weights(gramian)
         tensor([ 1.5000, -0.5000])
     """
+    check_square(gramian)
+    if gramian.shape[0] == 2:
+        return weights_of_two(gramian, convex=False)
     check_gramian(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         return torch.ones(1, dtype=result, device=gramian.device)
-    wide = widest(gramian.detach())
-    eps = precision(gramian)
-    if gramian.shape[0] == 2:
-        shares = two_gradient_shares(wide, eps)
-        return (shares / shares.sum()).to(result)
-    return _by_cosines(wide, eps).to(result)
+    return _by_cosines(widest(gramian.detach()), precision(gramian)).to(result)
 
 
 def _by_cosines(gramian: Tensor, eps: float) -> Tensor:
     norms = gramian.diagonal().clamp(min=0.0).sqrt()
     zero = norms == 0
-    safe = norms.masked_fill(zero, 1.0)
-    inverse = safe.amin() / safe
-    cosines = cosine_similarity(gramian)
+    lengths = norms.masked_fill(zero, math.inf)
+    # Zero gradients, if any, are the only ones with an entry here, and so share all the weight.
+    inverse = norms.amin() / lengths + zero
+    cosines = cosines_from(gramian, lengths)
     # The ridge stands well above the noise of the cosines, so that a singular matrix has a definite
     # limit; one step of refinement then takes its first-order error away where the matrix is
     # regular.
     ridge = 64 * len(norms) * eps
-    factor, pivots, _ = torch.linalg.lu_factor_ex(regularize(cosines, ridge))
-    target = inverse[:, None]
-    solution = torch.linalg.lu_solve(factor, pivots, target)
-    remainder = target - cosines @ solution
-    solution = solution + torch.linalg.lu_solve(factor, pivots, remainder)
-    weights = solution[:, 0] * inverse
-    weights = share_between_equals(weights / weights.sum(), cosines, safe, eps)
-    return torch.where(zero.any(), zero.to(weights.dtype) / zero.sum().clamp(min=1), weights)
+    factor, pivots, _ = torch.linalg.lu_factor_ex(cosines.clone().fill_diagonal_(1.0 + ridge))
+    solution = torch.linalg.lu_solve(factor, pivots, inverse.unsqueeze(1))
+    correction = torch.linalg.lu_solve(factor, pivots, solution)
+    weights = solution.add(correction, alpha=ridge).squeeze(1) * inverse
+    return share_between_equals(weights / weights.sum(), cosines, norms, eps)

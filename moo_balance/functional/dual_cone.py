@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
-from moo_balance.functional._checks import check_gramian, precision
+from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._host import Directions, directions
+from moo_balance.functional._matrix import Matrix, Vector
 from moo_balance.functional._nnls import definite, nonnegative_quadratic
-from moo_balance.functional.gramian import cosine_similarity
 
 
 def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
         >>> project_dual_cone(gramian, torch.tensor([1.0, 0.0]))  # (1, 0) becomes (0.5, 0.5)
         tensor([1.0000, 0.5000])
     """
-    check_gramian(gramian)
+    check_square(gramian)
     if coefficients.shape != gramian.shape[:1]:
         raise BalanceValueError(
             f"Parameter `coefficients` should have shape ({gramian.shape[0]},), as a row of "
@@ -59,36 +62,33 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
     result = torch.promote_types(
         torch.promote_types(gramian.dtype, coefficients.dtype), torch.float32
     )
-    start = coefficients.detach().to("cpu", torch.float64)
-    host = gramian.detach().to("cpu", torch.float64)
-    check_gramian(host)
-    if not bool(torch.isfinite(start).all()):
-        raise BalanceValueError(
-            f"Parameter `coefficients` should be finite. Found {start.tolist()}."
-        )
-    return (start + _addition(host, start, precision(gramian))).to(gramian.device, result)
+    gradients = directions(gramian)
+    start: Vector = coefficients.tolist()
+    if not all(map(math.isfinite, start)):
+        raise BalanceValueError(f"Parameter `coefficients` should be finite. Found {start}.")
+    added = _addition(gradients, start, precision(gramian))
+    return gramian.new_tensor([u + a for u, a in zip(start, added, strict=True)], dtype=result)
 
 
-def _addition(gramian: Tensor, start: Tensor, precision: float) -> Tensor:
+def _addition(gradients: Directions, start: Vector, precision: float) -> Vector:
     """What has to be added to the coefficients to take the direction into the dual cone."""
-    norms = gramian.diagonal().clamp(min=0.0).sqrt()
-    lengths = start * norms
-    scale = lengths.abs().amax()
-    if float(scale) == 0.0:
-        return torch.zeros_like(start)
-    cosines = cosine_similarity(gramian)
-    matrix, ridge = definite(cosines, precision)
-    added = nonnegative_quadratic(matrix, -(cosines @ (lengths / scale)))
-    _verify(cosines, lengths / scale, added, 1e-9 + 4 * ridge)
-    zero = norms == 0
-    return (added * scale / norms.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+    _, norms, cosines = gradients
+    lengths = [u * norm for u, norm in zip(start, norms, strict=True)]
+    scale = max(map(abs, lengths))
+    if scale == 0.0:
+        return [0.0] * len(start)
+    lengths = [length / scale for length in lengths]
+    matrix, ridge, _ = definite(cosines, precision)
+    added = nonnegative_quadratic(matrix, [-along for along in cosines.times(lengths)])
+    _verify(cosines, lengths, added, 1e-9 + 4 * ridge)
+    return [a * scale / norm if norm else 0.0 for a, norm in zip(added, norms, strict=True)]
 
 
-def _verify(cosines: Tensor, lengths: Tensor, added: Tensor, tolerance: float) -> None:
+def _verify(cosines: Matrix, lengths: Vector, added: Vector, tolerance: float) -> None:
     """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
-    total = lengths.abs().sum() + added.sum()
-    along = cosines @ (lengths + added) / total
-    residual = float(torch.maximum(-along, added / total * along.abs()).amax())
+    total = sum(map(abs, lengths)) + sum(added)
+    along = cosines.times([(u + a) / total for u, a in zip(lengths, added, strict=True)])
+    residual = max(max(-d, a / total * abs(d)) for d, a in zip(along, added, strict=True))
     if not residual <= tolerance:
         raise ConvergenceError(
             f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import at_least_float32, check_gramian
+from moo_balance.functional._checks import at_least_float32, check_gramian, on_host
 
 
 def cosine_similarity(gramian: Tensor) -> Tensor:
@@ -32,14 +34,16 @@ def cosine_similarity(gramian: Tensor) -> Tensor:
     check_gramian(gramian)
     gramian = at_least_float32(gramian)
     norms = gramian.diagonal().clamp(min=0.0).sqrt()
-    zero = norms == 0
-    safe = norms.masked_fill(zero, 1.0)
+    # What is divided by infinity is zero, as the cosines with a zero gradient should be.
+    return cosines_from(gramian, norms.masked_fill(norms == 0, math.inf))
+
+
+def cosines_from(gramian: Tensor, norms: Tensor) -> Tensor:
+    """:func:`cosine_similarity` of a checked Gramian, given norms, infinite instead of zero."""
     # Two divisions: the product of two norms may leave the range of the dtype although the cosine
     # does not.
-    cosines = (gramian / safe[:, None] / safe).masked_fill(zero[:, None] | zero, 0.0)
-    cosines = ((cosines + cosines.T) / 2).clamp(-1.0, 1.0)
-    cosines.fill_diagonal_(1.0)
-    return cosines
+    cosines = gramian / norms.unsqueeze(1) / norms
+    return ((cosines + cosines.T) / 2).clamp(-1.0, 1.0).fill_diagonal_(1.0)
 
 
 def regularize(gramian: Tensor, relative: float | Tensor) -> Tensor:
@@ -66,20 +70,6 @@ def regularize(gramian: Tensor, relative: float | Tensor) -> Tensor:
     return gramian + torch.diag(gramian.diagonal() * relative)
 
 
-def two_gradient_shares(gramian: Tensor, precision: float) -> Tensor:
-    r"""Unnormalised weights :math:`(|g_2|^2 - g_1^\top g_2,\ |g_1|^2 - g_1^\top g_2)` of two.
-
-    They lead to the shortest vector on the line through both. Gradients whose difference is below
-    the relative ``precision`` of their inner products get equal shares. No value is looked at, so a
-    GPU need not wait.
-    """
-    squares = gramian.diagonal()
-    # Each share is its own difference: one minus the other would lose a share far below the other.
-    shares = squares.flip(0) - (gramian[0, 1] + gramian[1, 0]) / 2
-    same = shares.sum() <= 4 * precision * squares.sum()
-    return shares.masked_fill(same, 1.0)
-
-
 def share_between_equals(
     weights: Tensor, cosines: Tensor, norms: Tensor, precision: float
 ) -> Tensor:
@@ -87,13 +77,20 @@ def share_between_equals(
 
     The combined gradient stays the same. Without it, round-off would decide how such gradients, any
     split of whose weight is optimal, share it. Two count as equal if their norms and their cosines
-    with every gradient agree up to the relative ``precision`` of the inner products. No value is
-    looked at.
+    with every gradient agree up to the relative ``precision`` of the inner products. Beyond the CPU
+    no value is looked at.
     """
-    tolerance = 8 * precision
-    equal = torch.cdist(cosines[None], cosines[None], p=float("inf"))[0] <= tolerance
-    equal &= (norms[:, None] / norms - 1).abs() <= tolerance
+    tolerance = equality_tolerance(precision)
+    if on_host(cosines) and int((cosines >= 1.0 - tolerance).sum()) == len(cosines):
+        return weights  # Only on the diagonal: there is nothing to share.
+    equal = torch.cdist(cosines, cosines, p=math.inf) <= tolerance
+    equal &= (norms.unsqueeze(1) - norms).abs() <= tolerance * norms
     # Near-equality is not transitive; the first equal of each makes groups that are.
     first = equal.to(torch.uint8).argmax(dim=1)
     group = (first[:, None] == first).to(weights.dtype)
     return group @ weights / group.sum(dim=1)
+
+
+def equality_tolerance(precision: float) -> float:
+    """How far below one the cosine of two gradients may be that count as equal."""
+    return 8 * precision

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
-from moo_balance.functional._checks import at_least_float32, check_gramian, precision, widest
-from moo_balance.functional._nnls import definite, nonnegative_quadratic
-from moo_balance.functional.gramian import (
-    cosine_similarity,
-    share_between_equals,
-    two_gradient_shares,
+from moo_balance.functional._checks import (
+    at_least_float32,
+    check_gramian,
+    check_square,
+    precision,
 )
+from moo_balance.functional._host import Directions, directions
+from moo_balance.functional._matrix import Matrix, Vector
+from moo_balance.functional._nnls import definite, nonnegative_quadratic
+from moo_balance.functional._two import weights_of_two
+from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
@@ -33,7 +39,10 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     :math:`y_i \propto w_i \lVert g_i \rVert`, the problem above becomes the non-negative least
     squares problem
 
-    .. math:: \min_{y \ge 0} \; \tfrac12 y^\top (C + b b^\top) y - b^\top y .
+    .. math:: \min_{y \ge 0} \; \tfrac12 y^\top C y - b^\top y ,
+
+    which a ridge on :math:`C` of the size of its rounding keeps bounded where a combination of the
+    gradients vanishes.
 
     Zero gradients, if any, share all the weight, and the combination is zero. When several weights
     attain the minimum, gradients that are equal up to rounding receive equal weights.
@@ -63,16 +72,14 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         >>> min_norm_weights(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         tensor([0.5714, 0.2857, 0.1429])
     """
-    check_gramian(gramian)
+    check_square(gramian)
+    if gramian.shape[0] == 2:
+        return weights_of_two(gramian, convex=True)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
+        check_gramian(gramian)
         return torch.ones(1, dtype=result, device=gramian.device)
-    if gramian.shape[0] == 2:
-        return _between_two(gramian).to(result)
-    host = gramian.detach().to("cpu", torch.float64)
-    if gramian.device.type != "cpu":
-        check_gramian(host)
-    return _on_the_host(host, precision(gramian)).to(gramian.device, result)
+    return gramian.new_tensor(_by_active_set(directions(gramian), precision(gramian)), dtype=result)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
@@ -132,41 +139,59 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def _between_two(gramian: Tensor) -> Tensor:
-    """The closed form for two gradients, in tensor operations alone."""
-    shares = two_gradient_shares(widest(gramian.detach()), precision(gramian)).clamp(min=0.0)
-    return shares / shares.sum()
-
-
-def _on_the_host(gramian: Tensor, precision: float) -> Tensor:
-    """The active-set solution of a finite float64 Gramian on the CPU."""
-    squares = gramian.diagonal()
-    if bool((squares < 0).any()):
+def _by_active_set(gradients: Directions, precision: float) -> Vector:
+    """The weights of more than two gradients, verified."""
+    squares, norms, cosines = gradients
+    shortest = min(norms)
+    if min(squares) < 0.0:
         raise BalanceValueError(
             "Parameter `gramian` should have squared norms on its diagonal. "
-            f"Found {float(squares.min()):.3e}. Pass the inner products of actual gradients."
+            f"Found {min(squares):.3e}. Pass the inner products of actual gradients."
         )
-    zero = squares == 0
-    if bool(zero.any()):
-        return zero.double() / zero.sum()
-    norms = squares.sqrt()
-    inverse = norms.amin() / norms
-    cosines = cosine_similarity(gramian)
-    matrix, ridge = definite(cosines, precision)
-    scaled = nonnegative_quadratic(matrix + inverse.outer(inverse), inverse)
-    weights = scaled * inverse
-    weights = share_between_equals(weights / weights.sum(), cosines, norms, precision)
+    if shortest == 0.0:
+        return [float(norm == 0.0) / norms.count(0.0) for norm in norms]
+    inverse = [shortest / norm for norm in norms]
+    matrix, ridge, pivot = definite(cosines, precision)
+    scaled = nonnegative_quadratic(matrix, inverse)
+    weights = _normalized([y * b for y, b in zip(scaled, inverse, strict=True)])
+    # Two that are equal leave the second of them a pivot of that size.
+    if pivot <= 4 * (equality_tolerance(precision) + ridge):
+        weights = _shared(weights, gradients, precision)
     # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
     # by its own rounding.
-    _verify(cosines * norms[:, None] * norms, weights, 1e-9 + 4 * ridge + 32 * precision)
+    _verify(cosines, inverse, weights, 1e-9 + 4 * ridge + 32 * precision)
     return weights
 
 
-def _verify(gramian: Tensor, weights: Tensor, tolerance: float) -> None:
-    residual = float(kkt_residual(gramian, weights))
+def _normalized(weights: Vector) -> Vector:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _shared(weights: Vector, gradients: Directions, precision: float) -> Vector:
+    """:func:`share_between_equals` for the host, which asks for it only where it must."""
+    cosines = gradients.cosines.tensor()
+    found = cosines.new_tensor(weights), cosines, cosines.new_tensor(gradients.norms)
+    shared: Vector = share_between_equals(*found, precision).tolist()
+    return shared
+
+
+def _verify(cosines: Matrix, inverse: Vector, weights: Vector, tolerance: float) -> None:
+    """Raise unless the optimality conditions hold."""
+    residual = _residual(cosines, inverse, weights)
     if not residual <= tolerance:
         raise ConvergenceError(
             f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
             f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
             "Compute the Gramian in float64."
         )
+
+
+def _residual(cosines: Matrix, inverse: Vector, weights: Vector) -> float:
+    """:func:`kkt_residual` of gradients with these ``inverse`` norms, in any common unit."""
+    shares = [w / b for w, b in zip(weights, inverse, strict=True)]
+    along, length = cosines.times(shares), sum(shares)
+    squared = sum(map(mul, shares, along))
+    behind = [squared * b - a for a, b in zip(along, inverse, strict=True)]
+    worst: float = max(max(d, s / length * abs(d)) for d, s in zip(behind, shares, strict=True))
+    return worst / length

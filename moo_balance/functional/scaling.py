@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,24 +50,25 @@ def gradient_scales(losses: Tensor, gramian: Tensor | None, normalize: str | Non
         >>> gradient_scales(torch.tensor([0.5, 2.0]), torch.diag(torch.tensor([9.0, 4.0])), "loss+")
         tensor([1.5000, 4.0000])
     """
-    scales = torch.ones_like(at_least_float32(losses))
+    losses = at_least_float32(losses)
     if normalize is None:
-        return scales
+        return torch.ones_like(losses)
     if normalize not in _NEEDS_GRAMIAN + _NEEDS_LOSSES:
         raise BalanceValueError(
             'Parameter `normalize` should be None, "l2", "loss", "loss+" or "log". '
             f"Found {normalize!r}."
         )
+    if normalize not in _NEEDS_GRAMIAN:
+        return losses.clone()
+    if gramian is None:
+        raise BalanceValueError(
+            f"Parameter `gramian` should be given with normalize={normalize!r}. Found None. "
+            "Its diagonal holds the squared gradient norms."
+        )
+    norms = at_least_float32(gramian).diagonal().clamp(min=0.0).sqrt()
     if normalize in _NEEDS_LOSSES:
-        scales = scales * losses
-    if normalize in _NEEDS_GRAMIAN:
-        if gramian is None:
-            raise BalanceValueError(
-                f"Parameter `gramian` should be given with normalize={normalize!r}. Found None. "
-                "Its diagonal holds the squared gradient norms."
-            )
-        scales = scales * at_least_float32(gramian).diagonal().clamp(min=0.0).sqrt()
-    return scales
+        return losses * norms
+    return norms.to(torch.promote_types(norms.dtype, losses.dtype))
 
 
 def scale_gramian(gramian: Tensor, scales: Tensor) -> Tensor:
@@ -92,6 +95,6 @@ def scale_gramian(gramian: Tensor, scales: Tensor) -> Tensor:
     """
     check_gramian(gramian)
     scales = at_least_float32(scales)
-    zero = scales == 0
-    safe = scales.masked_fill(zero, 1.0)
-    return (at_least_float32(gramian) / safe[:, None] / safe).masked_fill(zero[:, None] | zero, 0.0)
+    # What is divided by infinity vanishes.
+    scales = scales.masked_fill(scales == 0, math.inf)
+    return at_least_float32(gramian) / scales.unsqueeze(1) / scales

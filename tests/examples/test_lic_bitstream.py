@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from examples.lic import bitstream, checkpoint
 from examples.lic.bitstream import SCALES, BitstreamError, Coder, fingerprint

@@ -12,8 +12,7 @@ from PIL import Image
 
 from examples.lic.images import Photographs
 from examples.lic.training import Recipe, Trace
-from examples.lic.variable_rate import __main__ as cli
-from examples.lic.variable_rate import experiment, study
+from examples.lic.variable_rate import __main__ as cli, experiment, study
 from examples.lic.variable_rate.comparing import gap, loss_ratio
 from examples.lic.variable_rate.design import BEFORE, LONG, PLAIN, SINGLE, STATIC, Plan
 from examples.lic.variable_rate.experiment import fingerprint

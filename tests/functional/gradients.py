@@ -1,11 +1,11 @@
-"""Random sets of gradients for property tests, from harmless to degenerate."""
+"""Random sets of gradients for property tests, from harmless to degenerate; and a count."""
 
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -29,6 +29,18 @@ def jacobians(draw, counts=(2, 8), decades=0.0, degenerate=False) -> Tensor:
         rows[0] *= draw(st.sampled_from([1, 1, 1, 0]))
     exponents = decades * (2 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1)
     return rows * 10**exponents
+
+
+class Operations(TorchDispatchMode):
+    """Writes down the tensor operations that are dispatched within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def gramian_of(rows: Tensor) -> Tensor:

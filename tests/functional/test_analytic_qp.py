@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import analytic_qp_weights, scale_gramian
-from tests.functional.gradients import gramian_of, jacobians, property_test
+from tests.functional.gradients import Operations, gramian_of, jacobians, property_test
 
 DOUBLE = torch.float64
 
@@ -122,6 +121,13 @@ def test_narrow_dtypes_are_computed_wide(count, dtype):
 def test_looks_at_no_value(count):
     # A meta tensor holds no values, so any branch on one would fail.
     assert analytic_qp_weights(torch.empty(count, count, device="meta")).shape == (count,)
+
+
+def test_takes_few_operations():
+    gramian = torch.eye(3)
+    with Operations() as operations:
+        analytic_qp_weights(gramian)
+    assert len(operations.names) <= 45
 
 
 def test_refuses_what_is_no_gramian():

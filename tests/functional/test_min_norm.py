@@ -4,14 +4,29 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
-from moo_balance.functional import kkt_residual, min_norm, min_norm_weights, scale_gramian
-from tests.functional.gradients import gramian_of, jacobians, property_test, relative_products
+from moo_balance.functional import (
+    _two,
+    analytic_qp_weights,
+    cosine_similarity,
+    kkt_residual,
+    min_norm,
+    min_norm_weights,
+    scale_gramian,
+)
+from moo_balance.functional._host import directions
+from moo_balance.functional.gramian import share_between_equals
+from tests.functional.gradients import (
+    Operations,
+    gramian_of,
+    jacobians,
+    property_test,
+    relative_products,
+)
 
 GOLDEN_ROWS = torch.tensor(
     [[1.0, 2.0, 0.0, -1.0], [0.0, -1.0, 1.0, 0.5], [-2.0, 0.5, 0.3, 1.0]], dtype=torch.float64
@@ -172,6 +187,21 @@ def test_a_repeated_gradient_shares_the_weight_of_the_one(rows):
 
 
 @property_test
+@given(
+    jacobians(counts=(3, 12), degenerate=True),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_gradients_that_the_gramian_cannot_tell_apart_have_shared(rows, dtype):
+    gramian = gramian_of(rows).to(dtype)
+    assume(float(gramian.diagonal().min()) > 0)
+    found = min_norm_weights(gramian).double()
+    wide = gramian.double()
+    cosines, norms = cosine_similarity(wide), wide.diagonal().sqrt()
+    again = share_between_equals(found, cosines, norms, torch.finfo(dtype).eps)
+    torch.testing.assert_close(found, again, rtol=0, atol=1e-6)
+
+
+@property_test
 @given(jacobians(counts=(3, 6), decades=6.0), st.integers(1, 3))
 def test_zero_gradients_share_all_the_weight(rows, zeros):
     rows[:zeros] = 0.0
@@ -251,6 +281,35 @@ def test_two_gradients_are_weighed_without_looking_at_a_value():
     assert min_norm_weights(torch.empty(2, 2, device="meta")).shape == (2,)
 
 
+@property_test
+@given(jacobians(counts=(2, 2), decades=12.0, degenerate=True), st.booleans())
+def test_two_gradients_are_weighed_alike_on_the_host_and_elsewhere(rows, convex):
+    gramian = gramian_of(rows)
+    here = _two.weights_of_two(gramian, convex=convex)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_two, "on_host", lambda tensor: False)
+        assert torch.equal(here, _two.weights_of_two(gramian, convex=convex))
+
+
+@pytest.mark.parametrize("solve", [min_norm_weights, analytic_qp_weights])
+def test_two_gradients_take_few_operations(solve):
+    """After a backward pass each costs ten microseconds, as the caches hold nothing of them."""
+    with Operations() as here:
+        solve(torch.eye(2))
+    assert len(here.names) <= 4
+    gramian = torch.empty(2, 2, device="meta")
+    with Operations() as elsewhere:
+        solve(gramian)
+    assert len(elsewhere.names) <= 20
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_a_few_gradients_take_few_operations(count):
+    with Operations() as operations:
+        min_norm_weights(torch.eye(count))
+    assert len(operations.names) <= 4
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_stays_out_of_autograd(count):
     gramian = torch.eye(count, requires_grad=True)
@@ -264,6 +323,10 @@ def test_stays_out_of_autograd(count):
         (torch.ones(2, 3), r"square.*Found shape \(2, 3\)"),
         (torch.ones(3), r"square.*Found shape \(3,\)"),
         (torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "finite.*Found.*nan"),
+        (torch.tensor([[float("inf"), 0.0], [0.0, -float("inf")]]), "finite.*Found.*inf"),
+        (torch.tensor([[float("nan")]]), "finite.*Found.*nan"),
+        (torch.eye(4).index_fill(0, torch.tensor(2), float("nan")), "finite.*Found.*nan"),
+        (torch.eye(20).index_fill(1, torch.tensor(9), float("inf")), "finite.*Found.*inf"),
         (torch.diag(torch.tensor([1.0, 1.0, float("inf")])), "finite.*Found.*inf"),
         (torch.diag(torch.tensor([1.0, 1.0, -1.0])), "diagonal.*Found -1"),
         (torch.eye(3) * 2 - torch.ones(3, 3), "positive semidefinite.*eigenvalue -1"),
@@ -274,11 +337,37 @@ def test_refuses_what_is_no_gramian(gramian, message):
         min_norm_weights(gramian)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float64, 1.5e308), (torch.float16, 6e4)])
+def test_finite_entries_may_overflow_in_sums(count, dtype, largest):
+    gramian = torch.full((count,), largest, dtype=dtype)
+    gramian[0] /= 4
+    others = 1 / (count + 3)
+    expected = torch.tensor([4 * others] + [others] * (count - 1), dtype=torch.float64)
+    for solve in (min_norm_weights, analytic_qp_weights):
+        found = solve(torch.diag(gramian)).double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    opposite = torch.full((2, 2), largest, dtype=dtype) * torch.tensor([[1, -1], [-1, 1]])
+    torch.testing.assert_close(min_norm_weights(opposite).tolist(), [0.5, 0.5])
+
+
 def test_a_wrong_solution_is_never_returned(monkeypatch):
     monkeypatch.setattr(min_norm, "nonnegative_quadratic", lambda matrix, vector: vector)
     gramian = torch.tensor([[1.0, 0.5, 0.0], [0.5, 3.0, 0.0], [0.0, 0.0, 2.0]])
     with pytest.raises(ConvergenceError, match=r"residual of \d\.\d+e-0\d for 3 gradients"):
         min_norm_weights(gramian)
+
+
+@property_test
+@given(jacobians(counts=(3, 12), decades=6.0), st.floats(0.0, 1.0))
+def test_what_is_verified_is_the_residual(rows, share):
+    gramian = gramian_of(rows)
+    weights = share * min_norm_weights(gramian)
+    weights[0] += 1.0 - share
+    _, norms, cosines = directions(gramian)
+    inverse = [min(norms) / norm for norm in norms]
+    found = min_norm._residual(cosines, inverse, weights.tolist())
+    assert found == pytest.approx(float(kkt_residual(gramian, weights)), rel=1e-9, abs=1e-14)
 
 
 @property_test

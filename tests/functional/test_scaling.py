@@ -6,7 +6,7 @@ from hypothesis import given
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import cosine_similarity, gradient_scales, regularize, scale_gramian
-from tests.functional.gradients import gramian_of, jacobians, property_test
+from tests.functional.gradients import Operations, gramian_of, jacobians, property_test
 
 LOSSES = torch.tensor([0.5, 2.0, 0.125])
 ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
@@ -100,6 +100,20 @@ def test_looks_at_no_value():
     gramian, losses = torch.empty(3, 3, device="meta"), torch.empty(3, device="meta")
     assert scale_gramian(gramian, gradient_scales(losses, gramian, "loss+")).shape == (3, 3)
     assert regularize(cosine_similarity(gramian), 0.1).shape == (3, 3)
+
+
+def test_scaling_takes_few_operations():
+    """Each step of a method that normalises passes through here."""
+    gramian, losses = torch.eye(3), torch.ones(3)
+    with Operations() as operations:
+        scale_gramian(gramian, gradient_scales(losses, gramian, "loss+"))
+    assert len(operations.names) <= 18
+
+
+@pytest.mark.parametrize("function", [cosine_similarity, lambda g: scale_gramian(g, torch.ones(2))])
+def test_finite_entries_may_overflow_in_sums(function):
+    found = function(torch.full((2, 2), 3e38))
+    torch.testing.assert_close(found / found[0, 0], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("function", [cosine_similarity, lambda g: scale_gramian(g, torch.ones(2))])
