@@ -24,8 +24,9 @@ _ON_HOST, _ON_DEVICE = 2**19, 2**25
 _SMALL = 2**15
 """Up to here, on the host, a copy costs less than products of single gradients."""
 
-_FEW = 4
-"""Up to here single dot products are faster than a matrix product."""
+_FEW, _FEW_APART = 4, 8
+"""Up to so many vectors single dot products are faster than a matrix product; the more so where a
+matrix would have to be made of them."""
 
 
 class Jacobian:
@@ -95,7 +96,9 @@ class Block(NamedTuple):
             return
         lying, _ = _in_memory_order(gradients)
         vectors = [_wide(gradient.reshape(-1), dtype) for gradient in lying]
-        length = max(cache_size(vectors[0]) // len(vectors), 1)
+        # Dot products read two at a time. Longer ones are as fast, but lose digits.
+        at_once = 2 if len(vectors) <= _FEW_APART else len(vectors)
+        length = max(cache_size(vectors[0]) // at_once, 1)
         for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
             yield products_of(pieces)
 
@@ -248,7 +251,7 @@ def _wide(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 def products_of(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
     """Inner products of vectors, which may be the rows of a matrix; symmetric to the bit."""
-    if len(vectors) <= _FEW:
+    if len(vectors) <= (_FEW_APART if matrix is None else _FEW):
         return _symmetric_table(
             [[torch.dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
         )
