@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.contestants import balanced
 from moo_balance.engine import Streaming
@@ -48,6 +50,37 @@ class HostLooks(TorchDispatchMode):
             self.looks.append(str(func))
             return _made_up(args[0], kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)
+
+
+class PeakNumbers(TorchDispatchMode):
+    """Counts the most numbers that lie at the same time in tensors which were made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.now = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see((args, kwargs), are_made=False)
+        result = func(*args, **(kwargs or {}))
+        self._see(result, are_made=True)
+        return result
+
+    def _see(self, things: Any, are_made: bool) -> None:
+        for thing in tree_leaves(things):
+            if not isinstance(thing, Tensor):
+                continue
+            storage = thing.untyped_storage()
+            place, numbers = storage._cdata, storage.nbytes() // thing.element_size() * are_made
+            if place not in self.known:
+                self.known.add(place)
+                self.now += numbers
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._forget, place, numbers)
+
+    def _forget(self, place: int, numbers: int) -> None:
+        self.known.discard(place)
+        self.now -= numbers
 
 
 def _made_up(like: Tensor, dtype: torch.dtype) -> Tensor:

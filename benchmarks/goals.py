@@ -221,15 +221,16 @@ GOALS = (
         "≤ plain + 1.2 P",
         1.2,
         _streaming_memory,
-        "K gradients at the activations of a cut are there twice while they are handed on, which "
-        "counts where a batch has more activations than a layer has parameters.",
+        "K gradients at the activations of a cut have to be there at the same time, which counts "
+        "where a batch has more activations than a layer has parameters; and the graph is kept.",
     ),
     Goal(
         "streaming, time",
         "≤ limit + 1 backward",
         1.0,
         _streaming_time,
-        "The weighted pass, the products, and autograd started anew for each loss and portion.",
+        "The weighted pass, the products, and what every method with a Gramian spends beside its "
+        "passes; with several portions, autograd is started anew for each of them and each loss.",
     ),
     Goal("solvers, K = 2", "≤ 60 µs", 60.0, _latency(2), "A few dozen small tensor operations."),
     Goal(

@@ -118,7 +118,9 @@ class ExactAtFeatures(KeptRows):
             if reentrant:
                 yield add_rows(row, by_backward(roots, seeds, problem.params, keep))
             else:
-                yield add_rows(row, plan.sorted(by_grad(roots, seeds, plan.inputs, keep)))
+                with plan.arrivals:
+                    rest = plan.sorted(by_grad(roots, seeds, plan.inputs, keep))
+                yield add_rows(row, rest)
 
 
 def differentiated_heads(problem: Problem) -> Heads:

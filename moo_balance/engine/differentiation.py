@@ -39,7 +39,8 @@ def local_rows(problem: Problem, layers: list[Factored] | None = None) -> Iterat
         if through_hooks:
             row = by_backward([loss], [seed], problem.params, keep)
         else:
-            row = plan.sorted(by_grad([loss], [seed], plan.inputs, keep))
+            with plan.arrivals:
+                row = plan.sorted(by_grad([loss], [seed], plan.inputs, keep))
         if sharded and all(gradient is None for gradient in row):
             raise BalanceError(
                 f"The gradient of loss `{problem.names[k]}` should reach a sharded parameter. "

@@ -10,15 +10,17 @@ samples and wide layers neither needs the K gradients themselves (the ghost prod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from moo_balance.engine.base import Problem
-from moo_balance.engine.graph import reach
+from moo_balance.engine.graph import Edge, gradient_edge, reach
 from moo_balance.engine.jacobian import cache_size, multiplies_exactly, symmetric
 from moo_balance.engine.rows import Row, numbers, weighted_tensor
 
@@ -41,6 +43,11 @@ class Factored:
     cotangents: list[Tensor | None] = field(default_factory=list)
 
     @property
+    def edge(self) -> Edge:
+        """Where its cotangents arrive."""
+        return self.node, 0
+
+    @property
     def reached(self) -> tuple[int, ...]:
         """The losses that reach the layer."""
         return tuple(k for k, cotangent in enumerate(self.cotangents) if cotangent is not None)
@@ -51,16 +58,20 @@ class Factored:
         inputs = self.inputs.to(dtype)
         if not multiplies_exactly(inputs):
             inputs = inputs.double()
-        matrix = inputs @ inputs.T
-        products = [
-            piece.flatten(1) @ (matrix @ piece).flatten(1).T for piece in self._pieces(matrix)
-        ]
-        return symmetric(products[0] if len(products) == 1 else torch.stack(products).sum(0))
+        matrix, total = inputs @ inputs.T, None
+        for piece in self._pieces(matrix):
+            products = piece.flatten(1) @ (matrix @ piece).flatten(1).T
+            total = products if total is None else total.add_(products)
+        assert total is not None
+        return symmetric(total)
 
     def _pieces(self, like: Tensor) -> Iterator[Tensor]:
-        """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache."""
+        """Cotangents side by side, [K, N, some outputs], of a size that stays in the cache.
+
+        And of one that leaves room there for their product with the matrix, and for the matrix.
+        """
         found = [cotangent for cotangent in self.cotangents if cotangent is not None]
-        width = max(cache_size(like) // (len(found) * len(like)), 1)
+        width = max(cache_size(like) // (4 * len(found) * len(like)), _NARROWEST)
         for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
             yield torch.stack(parts).to(like.dtype)
 
@@ -74,11 +85,14 @@ class Factored:
         return cotangent.T @ self.inputs if self.transposed else self.inputs.T @ cotangent
 
 
-def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
+def factorable(
+    problem: Problem, nodes: Collection[Node], reaching: Mapping[Node, int] | None = None
+) -> list[Factored]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
     The weight must be used there and nowhere else, and no hook may want to see its gradient.
-    Averages over ranks are not products of factors: with several ranks there are none.
+    Averages over ranks are not products of factors: with several ranks there are none. By how many
+    losses each node is reached is found out, if it is needed and not given as `reaching`.
     """
     if problem.parallel is not None or len(problem.losses) < 2:
         return []
@@ -93,13 +107,16 @@ def factorable(problem: Problem, nodes: Collection[Node]) -> list[Factored]:
     if not found:
         return []
     uses = Counter(after for node in nodes for after, _ in node.next_functions)
-    reaching = reach(problem.losses, nodes)
+    reaching = reach(problem.losses, nodes) if reaching is None else reaching
     return [
         layer
         for layer, way in found
         if all(uses[node] == 1 for node in way) and _pays(layer, problem, reaching[layer.node])
     ]
 
+
+_NARROWEST = 32
+"""Fewer columns than these are slow to multiply."""
 
 _LINEAR = {"AddmmBackward0": ("_saved_mat1", 2), "MmBackward0": ("_saved_self", 1)}
 """Nodes of a product of two matrices: the name of the left one, and the edge to the right one."""
@@ -138,28 +155,56 @@ def _pays(layer: Factored, problem: Problem, count: int) -> bool:
     return with_factors <= count * weight
 
 
-class Inputs:
-    """What to differentiate a loss with respect to: parameters, and layers in place of weights."""
+class Arrivals:
+    """What arrives at layers, as a context in which losses are differentiated.
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        layers: Sequence[Factored],
-        columns: Sequence[int] | None = None,
-    ) -> None:
+    ``autograd.grad`` knows it as the gradient of an input, but as it was before the hooks of the
+    layer's output, if the layer itself is passed, too. So it is taken down behind them.
+    """
+
+    def __init__(self, layers: Sequence[Factored]) -> None:
+        self.layers = layers
+        self.handles: list[Any] = []
+        self.noted: dict[Node, Tensor | None] = {}
+
+    def __enter__(self) -> Arrivals:
+        self.handles = [
+            layer.node.register_prehook(partial(self._note, layer.node)) for layer in self.layers
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.noted.clear()
+
+    def _note(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
+        self.noted[node] = gradients[0]
+
+    def hand_out(self, found: Iterable[Tensor | None]) -> None:
+        """Give each layer the cotangent of one loss, as found for its edge if not taken down."""
+        for layer, cotangent in zip(self.layers, found, strict=True):
+            layer.cotangents.append(self.noted.pop(layer.node, cotangent))
+
+
+class Inputs:
+    """What to differentiate a loss with respect to: parameters, and layers in place of weights.
+
+    Rows are to be differentiated while its `arrivals` are watched.
+    """
+
+    def __init__(self, params: Sequence[Tensor], layers: Sequence[Factored]) -> None:
         held = {layer.column for layer in layers}
-        wanted = range(len(params)) if columns is None else columns
-        self.layers, self.width = layers, len(params)
-        self.columns = [column for column in wanted if column not in held]
+        self.arrivals, self.width = Arrivals(layers), len(params)
+        self.columns = [column for column in range(self.width) if column not in held]
         self.inputs: list[Tensor | GradientEdge] = [params[column] for column in self.columns]
-        self.inputs += [GradientEdge(layer.node, 0) for layer in layers]
+        self.inputs += [gradient_edge(layer.edge) for layer in layers]
 
     def sorted(self, found: Row) -> list[Tensor | None]:
         """The row of what was found, once the layers have been handed their cotangents."""
-        if len(found) == self.width and not self.layers:
+        if len(self.columns) == self.width:
             return list(found)
-        for layer, cotangent in zip(self.layers, found[len(self.columns) :], strict=True):
-            layer.cotangents.append(cotangent)
+        self.arrivals.hand_out(found[len(self.columns) :])
         row: list[Tensor | None] = [None] * self.width
         for column, gradient in zip(self.columns, found, strict=False):
             row[column] = gradient

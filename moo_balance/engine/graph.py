@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Edge: TypeAlias = tuple[Node, int]
 """An output of a node, where a gradient arrives."""
@@ -82,15 +84,25 @@ def edges_of(node: Node) -> list[Edge]:
     return [(after, output) for after, output in node.next_functions if after is not None]
 
 
-def reach(losses: Sequence[Tensor], nodes: Collection[Node]) -> dict[Node, int]:
-    """By how many losses each node is reached."""
+def reach(
+    losses: Sequence[Tensor],
+    nodes: Collection[Node],
+    after: Callable[[Node], Sequence[Edge]] = edges_of,
+) -> dict[Node, int]:
+    """By how many losses each node is reached.
+
+    Args:
+        losses: The losses.
+        nodes: All that they reach.
+        after: Where a node hands gradients on, if somebody knows that already.
+    """
     masks = dict.fromkeys(nodes, 0)
     for k, loss in enumerate(losses):
         masks[edge_of(loss)[0]] |= 1 << k
     # Autograd numbers nodes as they are recorded: each comes before those it was computed from.
     for node in sorted(nodes, key=lambda node: -node._sequence_nr()):
-        for after, _ in edges_of(node):
-            masks[after] |= masks[node]
+        for below, _ in after(node):
+            masks[below] |= masks[node]
     return {node: mask.bit_count() for node, mask in masks.items()}
 
 
@@ -103,3 +115,33 @@ def leaves_among(nodes: Iterable[Node], params: Sequence[Tensor]) -> list[int]:
         if type(node).__name__ == "AccumulateGrad"
     )
     return sorted(position[leaf] for leaf in leaves if leaf in position)
+
+
+def meets_hooks(edge: Edge) -> bool:
+    """Are there hooks that would see, more than once, a gradient that stops here on its way?
+
+    Those of modules are nodes. Those of tensors autograd does not show; so a gradient of zeros is
+    sent here, and no further: does it come back as it was, and has nobody touched it?
+    """
+    here, (node, output) = gradient_edge(edge), edge
+    if type(node).__name__ == "BackwardHookFunctionBackward":
+        return True
+    form = node._input_metadata[output]
+    probe = torch.zeros((), dtype=form.dtype, device=form.device).expand(form.shape)
+    try:
+        with _Untouched():  # type: ignore[no-untyped-call]
+            (found,) = torch.autograd.grad([here], [here], [probe], retain_graph=True)
+    except _TouchedError:
+        return True
+    return found is not probe
+
+
+class _TouchedError(Exception):
+    pass
+
+
+class _Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Nobody may compute anything."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _TouchedError

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from moo_balance.engine.base import (
     Engine,
@@ -19,25 +20,14 @@ from moo_balance.engine.base import (
     weighted_sum,
 )
 from moo_balance.engine.bottleneck import at_features
-from moo_balance.engine.differentiation import by_grad
-from moo_balance.engine.factored import Inputs
-from moo_balance.engine.graph import (
-    Edge,
-    checkpoints_reentrantly,
-    closed,
-    edge_of,
-    gradient_edge,
-    nodes_above,
-)
-from moo_balance.engine.jacobian import inner_products
-from moo_balance.engine.kept_rows import averaged, measured_columns, unscaled, with_layers
+from moo_balance.engine.descent import Descent
+from moo_balance.engine.graph import checkpoints_reentrantly, nodes_above
+from moo_balance.engine.jacobian import added
+from moo_balance.engine.kept_rows import measured_columns, unscaled
 from moo_balance.engine.parallel import in_static_graph
 from moo_balance.engine.portions import Portion, portions
-from moo_balance.engine.rows import Row, add
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
-
-Rows = list[list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -49,16 +39,22 @@ class Streaming(Engine):
     with each other and dropped. Once the weights are known, one ordinary backward pass of the
     weighted sum follows, so that hooks and data parallelism see what they always see.
 
-    Time: K passes, and one more. Memory beyond a plain step: K gradients of one portion, at most
-    `memory` · P numbers (or those of a single layer, if that has more), and K gradients at the
-    activations that cross a cut, in place of the K·P numbers of :class:`PerLoss`.
+    Time: K passes, and one more. Memory beyond a plain step, in place of the K·P numbers of
+    :class:`PerLoss`: K gradients of one portion's parameters, and K gradients at the activations
+    that cross the cut below it. Cuts are made where these are fewest. Linear layers stay factored
+    as in :class:`PerLoss`; then the K gradients at the cut above the layer are one of its factors,
+    and are not there twice.
 
-    A parameter that several portions use is kept until the last of them. Accumulation windows need
-    :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
+    A parameter that several portions use is kept until the last of them. Where somebody's hook on
+    an activation or a module would see a gradient in parts, there is no cut. Accumulation windows
+    need :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
 
     Args:
-        memory: How many numbers a portion may keep for all losses together, in multiples of the
-            number of parameters; above 0. Default 0.5.
+        memory: How many numbers may be kept for all losses together, in multiples of the number of
+            parameters; above 0. Default 0.5. What is too small to be noticed is not saved: 2²⁰
+            numbers (4 MiB in float32) may be kept whatever this says, so that a small model is one
+            portion. Where no cuts do with as much as is allowed, those are made that do with the
+            least, or with up to 2²⁰ numbers more.
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
             gradient of higher precision keeps its own.
 
@@ -79,33 +75,34 @@ class Streaming(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
             return at_features(problem, self.dtype)
-        return Streamed(problem, self)
+        return Streamed(problem, self.dtype, partial(portions, memory=self.memory))
 
 
 @dataclass
 class Streamed(Linearization):
-    """One batch: products on the way down, gradients in a pass of their own."""
+    """One batch: products on the way down, gradients in a pass of their own.
+
+    Args:
+        problem: The losses, and their parameters.
+        dtype: Precision of the Gramian at least.
+        plan: From a problem, the nodes that it reaches and the parameters that count to portions.
+    """
 
     problem: Problem
-    engine: Streaming
+    dtype: torch.dtype
+    plan: Callable[[Problem, Collection[Node], Collection[int]], list[Portion]]
 
     def gramian(self) -> Tensor:
         problem = self.problem
         nodes = nodes_above(problem.losses)
         _check_surroundings(problem, checkpoints_reentrantly(nodes))
-        columns = measured_columns(problem)
-        memory = self.engine.memory * sum(problem.params[column].numel() for column in columns)
-        plan = portions(problem, nodes, columns, memory)
+        plan = self.plan(problem, nodes, measured_columns(problem))
         _check_same_on_all_ranks(problem, plan)
-        descent = Descent(problem)
-        gramian: Tensor | None = None
+        descent, count = Descent(problem), len(problem.losses)
+        gramian = torch.zeros(count, count, dtype=self.dtype, device=problem.losses[0].device)
         for number, portion in enumerate(plan):
-            rows = descent.through(portion, number)
-            part = inner_products(rows, portion.last, self.engine.dtype)
-            part = with_layers(part, portion.layers, portion.last, self.engine.dtype)
-            portion.layers.clear()  # they hold gradients, too
-            gramian = part if gramian is None else gramian + part.to(gramian.device)
-        assert gramian is not None
+            for products, reached in descent.through(portion, number, self.dtype):
+                gramian = added(gramian, products.to(gramian.device), reached)
         return unscaled(gramian, problem)
 
     def accumulate(self, coefficients: Tensor) -> None:
@@ -113,61 +110,6 @@ class Streamed(Linearization):
 
     def combined(self, coefficients: Tensor) -> Tensor:
         return weighted_sum(self.problem, coefficients)
-
-
-class Descent:
-    """K gradients on their way down, at the edges that they have reached."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.count = len(problem.losses)
-        self.arrived: dict[Edge, list[Tensor | None]] = {}
-        self.unfinished: dict[int, list[Tensor | None]] = {}
-        for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
-            self._arrive(edge_of(loss), k, seed)
-
-    def through(self, portion: Portion, number: int) -> Rows:
-        """Pass a portion: K rows of parameters, whole where no later portion will add to them."""
-        here = [edge for edge in self.arrived if edge[0] in portion.nodes]
-        entering = {edge: self.arrived.pop(edge) for edge in here}
-        inputs = Inputs(self.problem.params, portion.layers, portion.columns)
-        below = [gradient_edge(edge) for edge in portion.leaving]
-        rows: Rows = []
-        with closed(portion.leaving if portion.is_led_back_to else ()):
-            for k in range(self.count):
-                found = self._differentiated(entering, k, [*below, *inputs.inputs])
-                for edge, cotangent in zip(portion.leaving, found, strict=False):
-                    self._arrive(edge, k, cotangent)
-                rows.append(inputs.sorted(found[len(below) :]))
-        names = (f"{name}, portion {number}" for name in self.problem.names)
-        return self._joined(averaged(zip(names, rows, strict=True), self.problem), portion)
-
-    def _differentiated(
-        self, entering: Mapping[Edge, list[Tensor | None]], k: int, inputs: Sequence[Any]
-    ) -> Row:
-        """One loss, from where it entered; what it entered with is let go afterwards."""
-        reached = {edge: each[k] for edge, each in entering.items() if each[k] is not None}
-        if not reached:
-            return [None] * len(inputs)
-        for each in entering.values():
-            each[k] = None
-        roots = [gradient_edge(edge) for edge in reached]
-        seeds = [cotangent for cotangent in reached.values() if cotangent is not None]
-        return by_grad(roots, seeds, inputs, retain_graph=True)
-
-    def _arrive(self, edge: Edge, k: int, cotangent: Tensor | None) -> None:
-        each = self.arrived.setdefault(edge, [None] * self.count)
-        each[k] = add(each[k], cotangent)
-
-    def _joined(self, rows: Rows, portion: Portion) -> Rows:
-        """With what earlier portions gave; and what later ones will add to is put aside."""
-        for column in portion.columns:
-            before = self.unfinished.pop(column, [None] * self.count)
-            for k, row in enumerate(rows):
-                row[column] = add(before[k], row[column])
-            if column not in portion.last:
-                self.unfinished[column] = [row[column] for row in rows]
-        return rows
 
 
 def _check_surroundings(problem: Problem, reentrant: bool) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.contestants import Stand
-from benchmarks.counts import WAYS, HostLooks, held_numbers
+from benchmarks.counts import WAYS, HostLooks, PeakNumbers, held_numbers
 from moo_balance import MGDA, BalancedOptimizer
+from moo_balance.engine import Problem, Streaming
 from tests.registry import NAMES, over_methods
 
 META = torch.device("meta")
@@ -94,3 +95,27 @@ def test_rows_are_really_counted():
 
 def test_streaming_holds_no_rows():
     assert held("streaming", 12) <= held("streaming", 3) + 9 * HEAD + SMALL * 4
+
+
+def test_streaming_holds_the_cotangents_of_one_cut_at_a_time():
+    count, width, batch = 32, 512, 128
+    stand = Stand.of(workloads.mlp(count, width=width, batch=batch), torch.device("cpu"))
+    losses = stand.outcome().losses
+    problem = Problem(list(losses), list(losses.values()), stand.params)
+    with PeakNumbers() as counted:
+        Streaming().linearize(problem).gramian()
+    heads = count * (width * OUTPUTS + OUTPUTS)
+    pieces = 2 * 2**17  # of them, side by side, and these multiplied
+    assert counted.most <= (count + 1) * batch * width + heads + pieces
+
+
+def test_numbers_are_counted_for_as_long_as_they_are_held():
+    with PeakNumbers() as counted:
+        kept = torch.ones(10)
+        view = kept[:5]
+        del kept
+        assert counted.now == 10
+        del view
+        assert counted.now == 0
+        torch.ones(3)
+    assert counted.most == 10

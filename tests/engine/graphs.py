@@ -285,6 +285,37 @@ def hooked() -> Graph:
     return Graph([weight.square().sum(), weight.sum()], [weight])
 
 
+Hook = Callable[[Tensor], Tensor]
+
+
+def doubled(gradient: Tensor) -> Tensor:
+    return 2 * gradient
+
+
+@graph
+def hooked_and_tied(hook: Hook = doubled) -> Graph:
+    """A hook on a parameter that is used in several places."""
+    weight = parameter(4, 4)
+    weight.register_hook(hook)
+    once = torch.tanh(drawn(3, 4, seed=1) @ weight)
+    twice = torch.tanh(once @ weight)
+    return Graph([twice.square().sum(), twice.sum(), once.sum()], [weight])
+
+
+@graph
+def hooked_in_between(hook: Hook = doubled) -> Graph:
+    """Hooks on what is passed on to two places, and to one; one that keeps its gradient."""
+    weights = [parameter(4, 4, seed=k) for k in range(4)]
+    stream = drawn(3, 4, seed=4) @ weights[0]
+    stream.register_hook(hook)
+    inner = torch.tanh(stream @ weights[1])
+    inner.register_hook(hook)
+    outer = stream + inner @ weights[2]
+    outer.retain_grad()
+    out = torch.tanh(outer @ weights[3])
+    return Graph([out.square().sum(), out.sum(), stream.exp().mean()], weights)
+
+
 @graph
 def bare() -> Graph:
     """Losses that are parameters themselves."""
@@ -334,6 +365,32 @@ def _wide(*losses: Callable[[Tensor], Tensor]) -> Graph:
 @graph
 def wide() -> Graph:
     return _wide(Tensor.sum, lambda out: out.square().sum(), lambda out: out.exp().mean())
+
+
+@graph
+def hooked_beside_a_way_around(hook: Hook = doubled) -> Graph:
+    """Hooks, of a tensor and of a module, within a block that the stream also passes by."""
+    weights = [parameter(4, 4, seed=k) for k in range(4)]
+    module = nn.Tanh()
+    module.register_full_backward_hook(lambda module, entering, leaving: (hook(entering[0]),))
+    stream = torch.tanh(drawn(3, 4, seed=4) @ weights[0])
+    inner = torch.tanh(stream @ weights[1])
+    inner.register_hook(hook)
+    outer = stream + torch.tanh(inner @ weights[2])
+    out = outer + module(module(outer) @ weights[3])
+    return Graph([out.square().sum(), out.sum(), stream.exp().mean()], weights)
+
+
+@graph
+def wide_and_hooked(hook: Hook = doubled) -> Graph:
+    """Hooks on the outputs of wide layers, the first of which has nothing but its weight."""
+    weights = [parameter(8, 9), parameter(8, 8, seed=1), parameter(8, 7, seed=2)]
+    value = drawn(2, 9, seed=3) @ weights[0].T
+    for weight in weights[1:]:
+        value.register_hook(hook)
+        value = torch.tanh(value) @ weight
+    value.register_hook(hook)
+    return Graph([value.sum(), value.square().sum(), value.exp().mean()], weights)
 
 
 @graph
