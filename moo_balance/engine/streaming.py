@@ -46,8 +46,9 @@ class Streaming(Engine):
     and are not there twice.
 
     A parameter that several portions use is kept until the last of them. Where somebody's hook on
-    an activation or a module would see a gradient in parts, there is no cut. Accumulation windows
-    need :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
+    an activation or a module would see a gradient in parts, there is no cut; a hook on an
+    activation is found by sending it zeros, where a cut is wanted. Accumulation windows need
+    :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
 
     Args:
         memory: How many numbers may be kept for all losses together, in multiples of the number of
