@@ -94,24 +94,21 @@ def factorable(
     Averages over ranks are not products of factors: with several ranks there are none. By how many
     losses each node is reached is found out, if it is needed and not given as `reaching`.
     """
-    if problem.parallel is not None or len(problem.losses) < 2:
+    count = len(problem.losses)
+    if problem.parallel is not None or count < 2:
         return []
     linear = {kind for kind in set(map(type, nodes)) if kind.__name__ in _LINEAR}
-    candidates = [node for node in nodes if type(node) in linear] if linear else []
+    candidates = [node for node in nodes if type(node) in linear and _pays(node, count)]
     if not candidates:
         return []
     columns = {id(param): k for k, param in enumerate(problem.params) if _is_plain(param)}
     found = [layer for node in candidates for layer in _layers_at(node, columns)]
-    count = len(problem.losses)
-    found = [(layer, way) for layer, way in found if _pays(layer, problem, count)]
-    if not found:
-        return []
     uses = Counter(after for node in nodes for after, _ in node.next_functions)
     reaching = reach(problem.losses, nodes) if reaching is None else reaching
     return [
         layer
         for layer, way in found
-        if all(uses[node] == 1 for node in way) and _pays(layer, problem, reaching[layer.node])
+        if all(uses[node] == 1 for node in way) and _pays(layer.node, reaching[layer.node])
     ]
 
 
@@ -120,6 +117,16 @@ _NARROWEST = 32
 
 _LINEAR = {"AddmmBackward0": ("_saved_mat1", 2), "MmBackward0": ("_saved_self", 1)}
 """Nodes of a product of two matrices: the name of the left one, and the edge to the right one."""
+
+
+def _pays(node: Any, count: int) -> bool:
+    """Fewer multiplications with factors than with gradients of so many losses?"""
+    name, _ = _LINEAR[type(node).__name__]
+    samples, inputs = getattr(node, name + "_sym_sizes")
+    outputs = node._saved_mat2_sym_sizes[1]
+    weight = inputs * outputs
+    with_factors = samples * (inputs + count * outputs) + count**2 * outputs + weight
+    return bool(with_factors <= count * weight)
 
 
 def _layers_at(node: Node, columns: dict[int, int]) -> Iterator[tuple[Factored, list[Node]]]:
@@ -144,15 +151,6 @@ def _is_plain(param: Tensor) -> bool:
         and param.is_floating_point()
         and not param._backward_hooks
     )
-
-
-def _pays(layer: Factored, problem: Problem, count: int) -> bool:
-    """Fewer multiplications with factors than with gradients of so many losses?"""
-    samples, inputs = layer.inputs.shape
-    weight = problem.params[layer.column].numel()
-    outputs = weight // max(inputs, 1)
-    with_factors = samples * (inputs + count * outputs) + count**2 * outputs + weight
-    return with_factors <= count * weight
 
 
 class Arrivals:
