@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from moo_balance.engine.base import Problem
 from moo_balance.engine.graph import Edge, gradient_edge, reach
-from moo_balance.engine.jacobian import cache_size, multiplies_exactly, symmetric
+from moo_balance.engine.products import cache_size, multiplies_exactly, symmetric
 from moo_balance.engine.rows import Row, numbers, weighted_tensor
 
 

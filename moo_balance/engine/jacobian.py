@@ -8,7 +8,6 @@ block's own losses.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from moo_balance.engine.products import (
+    FEW_APART,
+    assembled,
+    cache_size,
+    products_of,
+    sparse_products,
+    wide,
+)
 from moo_balance.engine.rows import Row, numbers, weighted_tensor
-
-_ON_HOST, _ON_DEVICE = 2**19, 2**25
-"""Numbers that are handled at once: on the host they shall stay in its cache."""
 
 _SMALL = 2**15
 """Up to here, on the host, a copy costs less than products of single gradients."""
-
-_FEW, _FEW_APART = 4, 8
-"""Up to so many vectors single dot products are faster than a matrix product; the more so where a
-matrix would have to be made of them."""
 
 
 class Jacobian:
@@ -53,7 +53,7 @@ class Jacobian:
                     sums[key][1].add_(products)
                 else:
                     sums[key] = block.reached, products
-        return _assembled(list(sums.values()), self.count, dtype)
+        return assembled(list(sums.values()), self.count, dtype)
 
     def combination(self, coefficients: Tensor) -> list[Tensor | None]:
         """The weighted sum of the rows, in memory of its own; uses them up."""
@@ -92,12 +92,12 @@ class Block(NamedTuple):
         """Inner products in summands, each of pieces that stay in the cache."""
         (gradients,) = self.found
         if any(gradient.is_sparse for gradient in gradients):
-            yield _sparse_products(gradients, dtype)
+            yield sparse_products(gradients, dtype)
             return
         lying, _ = _in_memory_order(gradients)
-        vectors = [_wide(gradient.reshape(-1), dtype) for gradient in lying]
+        vectors = [wide(gradient.reshape(-1), dtype) for gradient in lying]
         # Dot products read two at a time. Longer ones are as fast, but lose digits.
-        at_once = 2 if len(vectors) <= _FEW_APART else len(vectors)
+        at_once = 2 if len(vectors) <= FEW_APART else len(vectors)
         length = max(cache_size(vectors[0]) // at_once, 1)
         for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
             yield products_of(pieces)
@@ -152,7 +152,7 @@ class Flat(NamedTuple):
 
     def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """As those of a block."""
-        yield products_of([_wide(vector, dtype) for vector in self.vectors], self.matrix)
+        yield products_of([wide(vector, dtype) for vector in self.vectors], self.matrix)
 
     def combination(self, factors: Sequence[float | Tensor]) -> Iterator[tuple[int, Tensor]]:
         """As that of a block; the columns share memory."""
@@ -224,7 +224,7 @@ def _reached(gradients: Row) -> tuple[int, ...]:
 def _is_small(found: Sequence[Tensor]) -> bool:
     """Can these be put side by side with others, at a price below that of handling them alone?"""
     first = found[0]
-    limit = _SMALL if first.is_cpu else _ON_DEVICE
+    limit = _SMALL if first.is_cpu else cache_size(first)
     return first.numel() <= limit and True not in [gradient.is_sparse for gradient in found]
 
 
@@ -240,99 +240,3 @@ def _in_memory_order(found: Sequence[Tensor]) -> tuple[Sequence[Tensor], tuple[i
         return found, None
     size = first.numel()
     return [gradient.as_strided((size,), (1,)) for gradient in found], first.stride()
-
-
-def _wide(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a real vector of at least this precision."""
-    if vector.is_complex():
-        vector = torch.view_as_real(vector.resolve_conj()).reshape(-1)
-    return vector if vector.dtype == dtype else vector.to(torch.promote_types(vector.dtype, dtype))
-
-
-def products_of(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
-    """Inner products of vectors, which may be the rows of a matrix; symmetric to the bit."""
-    if len(vectors) <= (_FEW_APART if matrix is None else _FEW):
-        return _symmetric_table(
-            [[torch.dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
-        )
-    if matrix is None or matrix.dtype != vectors[0].dtype:
-        matrix = torch.stack(list(vectors))
-    if not multiplies_exactly(matrix):
-        matrix = matrix.double()
-    return symmetric(matrix @ matrix.T)
-
-
-def _sparse_products(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Inner products of gradients of one parameter of which some are sparse."""
-    wide = torch.promote_types(gradients[0].dtype, dtype)
-    vectors = [
-        g.to(wide).coalesce() if g.is_sparse else _wide(g.reshape(-1), dtype) for g in gradients
-    ]
-    return _symmetric_table(
-        [[_sparse_dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
-    )
-
-
-def _sparse_dot(left: Tensor, right: Tensor) -> Tensor:
-    if left.is_sparse and right.is_sparse:
-        return (left * right).sum()
-    if left.is_sparse or right.is_sparse:
-        sparse, dense = (left, right) if left.is_sparse else (right, left)
-        return (sparse.to_dense().reshape(-1) * dense).sum()
-    return torch.dot(left, right)
-
-
-def _symmetric_table(lower: Sequence[Sequence[Tensor]]) -> Tensor:
-    """A matrix from its entries on and below the diagonal."""
-    places = range(len(lower))
-    entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
-    return torch.stack(entries).view(len(lower), len(lower))
-
-
-def symmetric(products: Tensor) -> Tensor:
-    """Symmetric to the bit, which a matrix product is not."""
-    return products.tril() + products.tril(-1).T
-
-
-def multiplies_exactly(matrix: Tensor) -> bool:
-    """Does a matrix product keep float32? TF32 and its like would leave three digits."""
-    if matrix.device.type == "mps" or matrix.dtype == torch.float64:
-        return True
-    return matrix.is_cpu and torch.get_float32_matmul_precision() == "highest"
-
-
-def cache_size(tensor: Tensor) -> int:
-    """How many numbers to handle at once where this tensor lies."""
-    return _ON_HOST if tensor.is_cpu else _ON_DEVICE
-
-
-def _assembled(
-    parts: list[tuple[tuple[int, ...], Tensor]], count: int, dtype: torch.dtype
-) -> Tensor:
-    """All products in one matrix [K, K]."""
-    if not parts:
-        return torch.zeros(count, count, dtype=dtype)
-    parts.sort(key=lambda part: -len(part[0]))
-    reached, gramian = parts[0]
-    if len(reached) < count:
-        gramian = added(gramian.new_zeros(count, count), gramian, reached)
-    for reached, products in parts[1:]:
-        gramian = added(gramian, products.to(gramian.device), reached)
-    return gramian
-
-
-def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
-    """Add products of the losses in `reached` at their places, in the wider precision."""
-    gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
-    first, last = reached[0], reached[-1] + 1
-    if last - first == len(reached):
-        gramian[first:last, first:last].add_(products)
-        return gramian
-    places = _places(reached, gramian.device)
-    return gramian.index_put((places[:, None], places), products.to(gramian), accumulate=True)
-
-
-@lru_cache(maxsize=256)
-def _places(reached: tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices, kept: to bring them to a device is to wait for it."""
-    return torch.tensor(reached, device=device)

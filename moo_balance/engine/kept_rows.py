@@ -17,7 +17,8 @@ from moo_balance.engine.base import (
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import is_hooked, local_rows
 from moo_balance.engine.factored import Factored
-from moo_balance.engine.jacobian import Jacobian, added
+from moo_balance.engine.jacobian import Jacobian
+from moo_balance.engine.products import added
 from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from moo_balance.engine.sharded import is_sharded, sharded_inner_products
 

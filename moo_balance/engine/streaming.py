@@ -22,10 +22,10 @@ from moo_balance.engine.base import (
 from moo_balance.engine.bottleneck import at_features
 from moo_balance.engine.descent import Descent
 from moo_balance.engine.graph import checkpoints_reentrantly, nodes_above
-from moo_balance.engine.jacobian import added
 from moo_balance.engine.kept_rows import measured_columns, unscaled
 from moo_balance.engine.parallel import in_static_graph
 from moo_balance.engine.portions import Portion, portions
+from moo_balance.engine.products import added
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
 

@@ -154,7 +154,7 @@ def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> Non
 
 
 def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moo_balance.engine.jacobian._ON_HOST", 30)
+    monkeypatch.setattr("moo_balance.engine.products._ON_HOST", 30)
     rows: list[Row] = [[drawn(5, seed=5 * k + j) for j in range(8)] for k in range(2)]
     blocks = Jacobian([list(row) for row in rows]).blocks
     assert [len(block.columns) for block in blocks] == [3, 3, 2]
