@@ -27,7 +27,7 @@ from moo_balance.engine import (
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
-from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
+from moo_balance.screening import are_finite, changed, faulty_gradients, faulty_losses, versions
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 if TYPE_CHECKING:
@@ -143,8 +143,10 @@ class Balancer:
         if not staged.skip:
             if window.gradients is None:
                 coefficients = window.settled(statistics, coefficients, problem.names)
-            staged.screened = self._is_screened(staged, problem)
+            screened = self._is_screened(staged, problem)
             linearization.accumulate(coefficients)
+            if screened:
+                staged.screened = versions(param.grad for param in problem.params)
         staged.replays, staged.scaler = [*window.replays, *replays], scaler
         self.ledger.staged, self.ledger.accumulation = staged, None
 
@@ -186,12 +188,12 @@ class Balancer:
         On the host only, where it costs a look at each; and not of a shard, which one rank alone
         sees.
         """
-        if staged.screened or staged.scaler is not None:  # then the scaler has looked
-            return False
+        if staged.scaler is not None:
+            return False  # it has looked
         params = self.params
         if dist.is_available() and dist.is_initialized():
             params = [param for param in params if is_whole(param)]
-        if are_finite(param.grad for param in params):
+        if are_finite(changed((param.grad for param in params), staged.screened)):
             return False
         if self.nonfinite == "raise":
             names = " or ".join(f"`{name}`" for name in staged.present)
@@ -203,7 +205,7 @@ class Balancer:
         return True
 
     def _is_screened(self, staged: Staged, problem: Problem) -> bool:
-        """Is what is about to be written known to be finite, because every Gramian entry is?"""
+        """Is all that is about to be written known to be finite, since its Gramian is?"""
         whole = problem.measured is None and not problem.features
         looked = self.ledger.balance.gramian is not None and staged.valid is None
         return whole and looked and all(param.grad is None for param in problem.params)

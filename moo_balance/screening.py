@@ -7,13 +7,17 @@ wait, so there the answer stays on the device as a flag, and masks the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, NonFiniteError
 from moo_balance.weighting.base import Statistics
+
+Versions: TypeAlias = dict[int, tuple[Tensor, int]]
+"""Tensors by their identity, with a count of how often they were written to."""
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -66,13 +70,30 @@ def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
     )
 
 
-def are_finite(gradients: Iterable[Tensor | None]) -> bool:
+def versions(gradients: Iterable[Tensor | None]) -> Versions:
+    """What it takes to know gradients again, and whether somebody has written to them."""
+    return {id(g): (g, g._version) for g in gradients if g is not None}
+
+
+def changed(gradients: Iterable[Tensor | None], before: Versions) -> Iterator[Tensor]:
+    """Those that are others than before, or were written to."""
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        _, version = before.get(id(gradient), (gradient, None))
+        if version != gradient._version:
+            yield gradient
+
+
+def are_finite(gradients: Iterable[Tensor]) -> bool:
     """Are all entries finite, as far as the host can tell?"""
     values = [
         gradient._values() if gradient.is_sparse else gradient
         for gradient in gradients
-        if gradient is not None and on_host(gradient)
+        if on_host(gradient)
     ]
+    if not values:
+        return True
     found = torch.zeros(())
     try:
         # The check of GradScaler, which multiplies by one as it goes: one call for all of them.

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moo_balance import MGDA, BalancedOptimizer, NonFiniteError
+from moo_balance import MGDA, BalancedOptimizer, NonFiniteError, Sum
 from moo_balance.screening import are_finite
 from tests.problems import Toy, setup, train, whole_state
 from tests.registry import over, over_methods
@@ -34,6 +34,12 @@ over_values = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def spoiled(model, step, value):
     losses = model.losses(step)
     return {**losses, "b": Spoiled.apply(losses["b"], value)}
+
+
+def setup_of(weighting):
+    model = Toy()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, BalancedOptimizer(sgd, weighting)
 
 
 def stepped(optimizer, losses):
@@ -95,6 +101,42 @@ def test_they_are_found_behind_combine(method):
     with pytest.raises(NonFiniteError, match=r"gradient of .*`b`"):
         step()
     assert whole_state(model, optimizer) == before
+
+
+@pytest.mark.parametrize("how", ["written", "added", "replaced"])
+def test_they_are_found_behind_a_gramian_that_was_finite(how):
+    """Nobody looks again at gradients whose inner products were seen, unless they are changed."""
+    model, optimizer = setup_of(MGDA())
+    optimizer.zero_grad()
+    optimizer.backward(model.losses())
+    parameter = model.heads[2].bias
+    if how == "written":
+        parameter.grad[0] = math.nan
+    elif how == "added":
+        (parameter.sum() * math.nan).backward()
+    else:
+        parameter.grad = parameter.grad * math.nan
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+
+
+def test_a_gradient_that_was_there_before_is_looked_at():
+    model, optimizer = setup_of(MGDA())
+    model.heads[2].bias.grad = torch.full_like(model.heads[2].bias, math.nan)
+    optimizer.backward(model.losses())
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+
+
+def test_nobody_looks_twice(monkeypatch):
+    looked = []
+    monkeypatch.setattr("moo_balance.balancer.are_finite", lambda g: looked.extend(g) or True)
+    model, optimizer = setup_of(MGDA())
+    train(model, optimizer, range(2))
+    assert looked == []
+    model, optimizer = setup_of(Sum())
+    train(model, optimizer, range(1))
+    assert len(looked) == sum(p.grad is not None for p in model.parameters())
 
 
 def test_they_are_found_outside_of_the_measured_parameters():
