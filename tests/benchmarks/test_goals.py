@@ -96,6 +96,13 @@ def test_what_is_missed_is_explained_and_nothing_else():
         assert (f"- **{goal.path}** ({goal.text}): " in text) == missed
 
 
+def test_what_nobody_could_do_better_stands_beside_what_is_missed():
+    text = goals.section(RESULTS)
+    assert "MGDA, codec, K = 2: 1.300 (1.200)." in text
+    assert "FAMO, every 10, codec, K = 2: 1.050 (1.040)." in text
+    assert text.count("In brackets: the limit itself.") == 1
+
+
 def test_a_lower_bound_is_missed_from_below():
     goal = Goal("", "", 2.0, lambda results: {}, "", at_least=True)
     assert goal.excess(1.0) == 0.5
