@@ -27,7 +27,7 @@ from moo_balance.engine import (
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
-from moo_balance.screening import are_finite, changed, faulty_gradients, faulty_losses, versions
+from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class Balancer:
     @property
     def params(self) -> list[Tensor]:
         """The parameters that train, as of now."""
-        return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        listed = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        # PyTorch warns of a parameter that stands twice in a group, but takes it.
+        return list({id(param): param for param in listed}.values())
 
     @property
     def device(self) -> torch.device:
@@ -143,10 +145,7 @@ class Balancer:
         if not staged.skip:
             if window.gradients is None:
                 coefficients = window.settled(statistics, coefficients, problem.names)
-            screened = self._is_screened(staged, problem)
             linearization.accumulate(coefficients)
-            if screened:
-                staged.screened = versions(param.grad for param in problem.params)
         staged.replays, staged.scaler = [*window.replays, *replays], scaler
         self.ledger.staged, self.ledger.accumulation = staged, None
 
@@ -193,7 +192,7 @@ class Balancer:
         params = self.params
         if dist.is_available() and dist.is_initialized():
             params = [param for param in params if is_whole(param)]
-        if are_finite(changed((param.grad for param in params), staged.screened)):
+        if are_finite(param.grad for param in params if param.grad is not None):
             return False
         if self.nonfinite == "raise":
             names = " or ".join(f"`{name}`" for name in staged.present)
@@ -203,12 +202,6 @@ class Balancer:
                 'nonfinite="skip" to skip such steps.'
             )
         return True
-
-    def _is_screened(self, staged: Staged, problem: Problem) -> bool:
-        """Is all that is about to be written known to be finite, since its Gramian is?"""
-        whole = problem.measured is None and not problem.features
-        looked = self.ledger.balance.gramian is not None and staged.valid is None
-        return whole and looked and all(param.grad is None for param in problem.params)
 
     def check_drift(self, every: int) -> None:
         """After the first steps, and now and then: do all ranks still hold the same?"""

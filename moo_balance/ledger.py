@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.monitor import Balance
 from moo_balance.reevaluation import Replay
-from moo_balance.screening import Versions, sanitized
+from moo_balance.screening import sanitized
 from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
 
 if TYPE_CHECKING:
@@ -27,15 +27,13 @@ class Staged:
     """What ``backward`` worked out and ``step`` will make true, or nobody will.
 
     ``state`` covers all declared losses; ``valid`` is a flag on the device, or None where the host
-    has already looked; ``screened`` are the gradients that it has seen to be finite, ``skip`` says
-    that the step must not be taken.
+    has already looked; ``skip`` says that the step must not be taken.
     """
 
     names: tuple[str, ...]
     present: tuple[str, ...]
     state: State
     valid: Tensor | None = None
-    screened: Versions = field(default_factory=dict)
     skip: bool = False
     combined: bool = False
     replays: Sequence[Replay] = ()

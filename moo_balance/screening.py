@@ -7,17 +7,13 @@ wait, so there the answer stays on the device as a flag, and masks the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, NonFiniteError
 from moo_balance.weighting.base import Statistics
-
-Versions: TypeAlias = dict[int, tuple[Tensor, int]]
-"""Tensors by their identity, with a count of how often they were written to."""
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -68,21 +64,6 @@ def faulty_gradients(statistics: Statistics, scaled: bool) -> Tensor | None:
         "square root or a division at zero, train under a GradScaler if this is float16, or pass "
         'nonfinite="skip" to skip such steps.'
     )
-
-
-def versions(gradients: Iterable[Tensor | None]) -> Versions:
-    """What it takes to know gradients again, and whether somebody has written to them."""
-    return {id(g): (g, g._version) for g in gradients if g is not None}
-
-
-def changed(gradients: Iterable[Tensor | None], before: Versions) -> Iterator[Tensor]:
-    """Those that are others than before, or were written to."""
-    for gradient in gradients:
-        if gradient is None:
-            continue
-        _, version = before.get(id(gradient), (gradient, None))
-        if version != gradient._version:
-            yield gradient
 
 
 def are_finite(gradients: Iterable[Tensor]) -> bool:
