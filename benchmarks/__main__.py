@@ -62,8 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     docs = args.docs or (quick if args.quick else ROOT / "docs")
 
     torch.set_num_threads(settings.threads)
+    where = surroundings(settings)  # before the load is our own
     for part in [part for part in args.parts or PARTS if part != PAGE]:
-        _measure(part, settings, results)
+        _measure(part, settings, results, where)
     measured = read_results(results)
     if not measured:
         parser.error(f"nothing has been measured in {results} yet; leave out `{PAGE}` to do so")
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{page}")
 
 
-def _measure(part: str, settings: Settings, folder: Path) -> None:
-    where, start = surroundings(settings), time.perf_counter()
+def _measure(part: str, settings: Settings, folder: Path, where: dict[str, object]) -> None:
+    start = time.perf_counter()
     kept = write_results(folder, part, where, PARTS[part].run(settings))
     print(f"\n## {PARTS[part].TITLE}\n\n{setting(where)}\n")
     print(PARTS[part].section(kept["results"]))

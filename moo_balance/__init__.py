@@ -54,6 +54,15 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-__getattr__, __dir__ = lazily(
-    __name__, _HOMES, modules=("engine", "functional", "integrations", "weighting")
+_MODULES = (
+    "engine",
+    "errors",
+    "functional",
+    "integrations",
+    "monitor",
+    "optimizer",
+    "weighting",
 )
+
+if not TYPE_CHECKING:  # which is to tell of names that are not there
+    __getattr__, __dir__ = lazily(__name__, _HOMES, _MODULES)

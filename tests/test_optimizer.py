@@ -438,6 +438,26 @@ def test_the_gradients_handed_out_belong_to_nobody_else():
         assert other.grad.tolist() != [0.0, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_has_one_gradient():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight, weight], lr=0.1), MGDA())
+    optimizer.backward({"a": weight.sum(), "b": 2.0 * weight.sum()})
+    assert optimizer.balance.gramian.tolist() == [[3.0, 6.0], [6.0, 12.0]]
+    assert weight.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_gradient_with_a_graph_keeps_it():
+    weight, other = (nn.Parameter(torch.tensor(2.0)) for _ in range(2))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.5), Sum())
+    optimizer.backward({"a": weight.square()})
+    weight.grad = weight.grad + 3.0 * other
+    optimizer.step()
+    assert weight.item() == -3.0
+    weight.grad.backward()
+    assert other.grad.item() == 3.0
+
+
 def test_the_engine_may_be_chosen():
     model = Toy().float()
     optimizer = BalancedOptimizer(sgd(model), MGDA(), engine=PerLoss(dtype=torch.float64))

@@ -37,4 +37,5 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-__getattr__, __dir__ = lazily(__name__, _HOMES)
+if not TYPE_CHECKING:  # which is to tell of names that are not there
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -60,7 +60,7 @@ class AtFeatures(Linearization):
         cotangents, rows = differentiated_heads(problem)
         self.at_features = Jacobian(cotangents)
         self.above = Jacobian(rows, ())
-        gramian = self.at_features.gramian(self.dtype)
+        gramian = self.at_features.gramian(self.dtype, problem.losses[0].device)
         if problem.parallel is not None:
             # Of the mean loss, each rank holds the gradient at its own samples' features.
             gramian = gramian / problem.parallel.size**2

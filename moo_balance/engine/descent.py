@@ -44,7 +44,8 @@ class Descent:
         rows = self._joined(self._rows(portion, number), portion)
         last = {place for place, column in enumerate(portion.columns) if column in portion.last}
         if last:
-            yield Jacobian(rows, last).gramian(dtype), tuple(range(self.count))
+            products = Jacobian(rows, last).gramian(dtype, self.problem.losses[0].device)
+            yield products, tuple(range(self.count))
         yield from _used_up(portion.layers, dtype)
 
     def _rows(self, portion: Portion, number: int) -> Rows:

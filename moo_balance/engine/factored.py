@@ -25,7 +25,7 @@ from moo_balance.engine.products import cache_size, multiplies_exactly, symmetri
 from moo_balance.engine.rows import Row, numbers, weighted_tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Factored:
     """The K gradients of one linear layer's weight.
 
@@ -71,7 +71,7 @@ class Factored:
         And of one that leaves room there for their product with the matrix, and for the matrix.
         """
         found = [cotangent for cotangent in self.cotangents if cotangent is not None]
-        width = max(cache_size(like) // (4 * len(found) * len(like)), _NARROWEST)
+        width = max(cache_size(like) // (4 * len(found) * max(len(like), 1)), _NARROWEST)
         for parts in zip(*(torch.split(each, width, dim=1) for each in found), strict=True):
             yield torch.stack(parts).to(like.dtype)
 
@@ -105,11 +105,13 @@ def factorable(
     found = [layer for node in candidates for layer in _layers_at(node, columns)]
     uses = Counter(after for node in nodes for after, _ in node.next_functions)
     reaching = reach(problem.losses, nodes) if reaching is None else reaching
-    return [
+    layers = [
         layer
         for layer, way in found
         if all(uses[node] == 1 for node in way) and _pays(layer.node, reaching[layer.node])
     ]
+    # The order of nodes is that of their addresses. Sums must not depend on it.
+    return sorted(layers, key=lambda layer: layer.column)
 
 
 _NARROWEST = 32

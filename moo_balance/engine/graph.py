@@ -121,7 +121,7 @@ def meets_hooks(edge: Edge) -> bool:
     """Are there hooks that would see, more than once, a gradient that stops here on its way?
 
     Those of modules are nodes. Those of tensors autograd does not show; so a gradient of zeros is
-    sent here, and no further: does it come back as it was, and has nobody touched it?
+    sent here, and no further: does it come back as it was, and has nobody computed with it?
     """
     here, (node, output) = gradient_edge(edge), edge
     if type(node).__name__ == "BackwardHookFunctionBackward":

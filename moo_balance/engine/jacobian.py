@@ -43,7 +43,7 @@ class Jacobian:
         self.count, self.width = len(rows), len(rows[0])
         self.blocks = list(_blocks(rows, measured))
 
-    def gramian(self, dtype: torch.dtype) -> Tensor:
+    def gramian(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Inner products of the rows, shape [K, K], accumulated in `dtype` or wider."""
         sums: dict[Any, tuple[tuple[int, ...], Tensor]] = {}
         for block in self.blocks:
@@ -53,10 +53,11 @@ class Jacobian:
                     sums[key][1].add_(products)
                 else:
                     sums[key] = block.reached, products
-        return assembled(list(sums.values()), self.count, dtype)
+        empty = torch.zeros(self.count, self.count, dtype=dtype, device=device)
+        return assembled(list(sums.values()), empty)
 
     def combination(self, coefficients: Tensor) -> list[Tensor | None]:
-        """The weighted sum of the rows, in memory of its own; uses them up."""
+        """The weighted sum of the rows, in memory that is nobody else's; uses them up."""
         factors = numbers(coefficients)
         total: list[Tensor | None] = [None] * self.width
         while self.blocks:
@@ -67,10 +68,12 @@ class Jacobian:
         return total
 
 
-def inner_products(rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype) -> Tensor:
+def inner_products(
+    rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Gramian [K, K] of `rows` over the parameters at `columns`; leaves the rows alone."""
     kept = [[g if k in columns else None for k, g in enumerate(row)] for row in rows]
-    return Jacobian(kept).gramian(dtype)
+    return Jacobian(kept).gramian(dtype, device)
 
 
 class Block(NamedTuple):
@@ -157,7 +160,7 @@ class Flat(NamedTuple):
     def combination(self, factors: Sequence[float | Tensor]) -> Iterator[tuple[int, Tensor]]:
         """As that of a block; the columns share memory."""
         total = weighted_tensor(self.vectors, [factors[k] for k in self.reached])
-        pieces = torch.split(total, [place.size for place in self.places])
+        pieces = torch.unsafe_split_with_sizes(total, [place.size for place in self.places])
         for column, piece, place in zip(self.columns, pieces, self.places, strict=True):
             yield column, place.taken(piece)
 
@@ -170,10 +173,10 @@ class _Place(NamedTuple):
     strides: tuple[int, ...] | None
 
     def taken(self, piece: Tensor) -> Tensor:
-        """The gradient in its shape."""
+        """The gradient in its shape; no view to autograd, which would refuse to edit it."""
         if self.strides is None:
-            return piece.view(self.shape)
-        return piece.as_strided(self.shape, self.strides)
+            return piece.view(self.shape).detach()
+        return piece.as_strided(self.shape, self.strides).detach()
 
 
 def _blocks(

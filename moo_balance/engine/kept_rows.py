@@ -34,13 +34,13 @@ class KeptRows(Linearization):
 
     def gramian(self) -> Tensor:
         problem, rows = self.problem, self.take()
-        columns = measured_columns(problem)
+        columns, device = measured_columns(problem), problem.losses[0].device
         if is_sharded(problem.params):
-            gramian = sharded_inner_products(rows, columns, self.dtype)
+            gramian = sharded_inner_products(rows, columns, self.dtype, device)
             self.jacobian = Jacobian(rows, ())
         else:
             self.jacobian = Jacobian(rows, columns)
-            gramian = self.jacobian.gramian(self.dtype)
+            gramian = self.jacobian.gramian(self.dtype, device)
         return unscaled(with_layers(gramian, self.layers, columns, self.dtype), problem)
 
     def take(self) -> list[list[Tensor | None]]:
@@ -126,8 +126,7 @@ def with_layers(
     """Inner products, and those of factored gradients at `columns`."""
     for layer in layers:
         if layer.reached and layer.column in columns:
-            own = layer.products(dtype).to(gramian.device)
-            gramian = added(gramian, own, layer.reached)
+            gramian = added(gramian, layer.products(dtype), layer.reached)
     return gramian
 
 

@@ -85,11 +85,14 @@ def parted(survey: Survey, choose: Choice) -> list[Portion]:
 
 def _described(survey: Survey, cuts: Sequence[int]) -> list[Portion]:
     """What is reached from each part, and what leaves it."""
-    parts = [set(survey.order[a:b]) for a, b in pairwise([0, *cuts, len(survey.order)])]
-    parts[0] |= survey.roots & survey.leaves.keys()  # a loss that is a parameter itself
+    bounds = list(pairwise([0, *cuts, len(survey.order)]))
     found, later, below = list[Portion](), set[int](), set[Node]()
-    for part in reversed(parts):
-        edges = dict.fromkeys(edge for node in part for edge in survey.edges[node])
+    for start, end in reversed(bounds):
+        inner = survey.order[start:end]
+        edges = dict.fromkeys(edge for node in inner for edge in survey.edges[node])
+        part = set(inner)
+        if start == 0:
+            part |= survey.roots & survey.leaves.keys()  # a loss that is a parameter itself
         reached = survey.leaves.keys() & {*part, *(node for node, _ in edges)}
         columns = {survey.leaves[node] for node in reached}
         own = [layer for node, layer in survey.layers.items() if node in part]

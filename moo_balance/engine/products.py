@@ -77,24 +77,21 @@ def multiplies_exactly(matrix: Tensor) -> bool:
     return matrix.is_cpu and torch.get_float32_matmul_precision() == "highest"
 
 
-def assembled(
-    parts: list[tuple[tuple[int, ...], Tensor]], count: int, dtype: torch.dtype
-) -> Tensor:
-    """All products in one matrix [K, K]."""
-    if not parts:
-        return torch.zeros(count, count, dtype=dtype)
-    parts.sort(key=lambda part: -len(part[0]))
-    reached, gramian = parts[0]
-    if len(reached) < count:
-        gramian = added(gramian.new_zeros(count, count), gramian, reached)
-    for reached, products in parts[1:]:
-        gramian = added(gramian, products.to(gramian.device), reached)
+def assembled(parts: Sequence[tuple[tuple[int, ...], Tensor]], empty: Tensor) -> Tensor:
+    """All products in one matrix [K, K], of the kind of one that is empty."""
+    gramian = empty
+    for reached, products in sorted(parts, key=lambda part: -len(part[0])):
+        if gramian is empty and len(reached) == len(empty):
+            gramian = products.to(empty.device)
+        else:
+            gramian = added(gramian, products, reached)
     return gramian
 
 
 def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
     """Add products of the losses in `reached` at their places, in the wider precision."""
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
+    products = products.to(gramian.device)
     first, last = reached[0], reached[-1] + 1
     if last - first == len(reached):
         gramian[first:last, first:last].add_(products)

@@ -33,7 +33,7 @@ def is_whole(param: Tensor) -> bool:
 
 
 def sharded_inner_products(
-    rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype
+    rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Gramian of rows whose tensors may be DTensors.
 
@@ -47,9 +47,9 @@ def sharded_inner_products(
         if gradient is not None:
             families.setdefault(_family(gradient), []).append(column)
     local = [[_local(gradient) for gradient in row] for row in rows]
-    total = inner_products(local, [], dtype)
+    total = inner_products(local, [], dtype, device)
     for (mesh, dims), members in families.items():
-        products = inner_products(local, members, dtype)
+        products = inner_products(local, members, dtype, device)
         for dim in dims:
             dist.all_reduce(products, group=mesh.get_group(dim))
         total = total.to(products) + products

@@ -47,8 +47,10 @@ class Streaming(Engine):
 
     A parameter that several portions use is kept until the last of them. Where somebody's hook on
     an activation or a module would see a gradient in parts, there is no cut; a hook on an
-    activation is found by sending it zeros, where a cut is wanted. Accumulation windows need
-    :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
+    activation is found by sending it zeros, where a cut is wanted. One that only looks on, and
+    computes nothing, is not found: beside each loss's gradient it may see those zeros, and a
+    gradient twice. Accumulation windows need :class:`PerLoss`, as do sharded parameters and
+    reentrant checkpoints.
 
     Args:
         memory: How many numbers may be kept for all losses together, in multiples of the number of
@@ -103,7 +105,7 @@ class Streamed(Linearization):
         gramian = torch.zeros(count, count, dtype=self.dtype, device=problem.losses[0].device)
         for number, portion in enumerate(plan):
             for products, reached in descent.through(portion, number, self.dtype):
-                gramian = added(gramian, products.to(gramian.device), reached)
+                gramian = added(gramian, products, reached)
         return unscaled(gramian, problem)
 
     def accumulate(self, coefficients: Tensor) -> None:

@@ -394,6 +394,17 @@ def wide_and_hooked(hook: Hook = doubled) -> Graph:
 
 
 @graph
+def wide_on_an_empty_batch() -> Graph:
+    """An expert to whom no sample is sent."""
+    weight, expert = parameter(4, 3), parameter(4, 5, seed=1)
+    samples = drawn(2, 4, seed=2)
+    common, special = samples @ weight, samples[samples.sum(1) > 1e9] @ expert
+    return Graph(
+        [common.sum() + special.sum(), common.square().sum() - special.sum()], [weight, expert]
+    )
+
+
+@graph
 def wide_without_samples_for_one() -> Graph:
     """A loss that reaches nothing but a head, and one whose gradient is zero."""
     built = _wide(lambda out: out.square().sum(), lambda out: 0.0 * out.sum(), Tensor.sum)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from moo_balance.engine import Engine
+from moo_balance.engine import Engine, Problem
 from tests.engine.graphs import (
     Graph,
     clear,
@@ -102,6 +102,21 @@ def test_nobodys_memory_is_touched(engine: Engine, build: Build, asked: bool) ->
 
 
 @over_engines_and_graphs
+def test_gradients_may_be_edited_as_those_of_a_plain_pass(engine: Engine, build: Build) -> None:
+    """Under autograd, too, which refuses some views."""
+    built = build()
+    linearization = engine.linearize(built.problem())
+    linearization.gramian()
+    linearization.accumulate(coefficients(built))
+    grads = [p.grad for p in built.params if p.grad is not None and not p.grad.is_sparse]
+    versions = [grad._version for grad in grads]
+    for k, grad in enumerate(grads):
+        grad += torch.ones_like(grad, requires_grad=True)
+        assert [g._version for g in grads[k + 1 :]] == versions[k + 1 :]
+        grad.detach_()
+
+
+@over_engines_and_graphs
 @pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
 def test_combined_has_the_combination_as_its_gradient(
     engine: Engine, build: Build, asked: bool
@@ -155,6 +170,18 @@ def test_a_graph_that_is_not_kept_is_freed(engine: Engine, asked: bool) -> None:
     linearization.accumulate(coefficients(built))
     with pytest.raises(RuntimeError, match="second time"):
         built.losses[0].backward()
+
+
+@over_engines
+def test_a_gramian_is_where_the_losses_are(engine: Engine) -> None:
+    """Also if there is nothing but factors to take it from."""
+    with torch.device("meta"):
+        trunk, heads = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 3)
+        losses = list(heads(trunk(torch.randn(2, 64))).square().mean(0).unbind())
+    params = [*trunk.parameters(), *heads.parameters()]
+    for measured in (None, frozenset([id(trunk.weight)])):
+        problem = Problem(("a", "b", "c"), losses, params, measured, retain_graph=True)
+        assert engine.linearize(problem).gramian().is_meta
 
 
 @over_engines

@@ -10,6 +10,7 @@ from moo_balance.engine.jacobian import Jacobian, inner_products
 from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from tests.engine.graphs import drawn
 
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -48,18 +49,18 @@ def test_inner_products_over_chosen_columns(columns: list[int], dtype: torch.dty
         for row in rows
     ]
     jacobian = torch.stack(chosen).double()
-    found = inner_products(rows, columns, dtype)
+    found = inner_products(rows, columns, dtype, CPU)
     torch.testing.assert_close(found.double(), jacobian @ jacobian.T, rtol=1e-14, atol=1e-14)
     assert found.dtype == (torch.float64 if columns else dtype)
 
 
 def test_rows_that_reach_nothing_have_inner_products_of_zero() -> None:
-    assert inner_products([[None], [None]], [0], torch.float32).tolist() == [[0.0, 0.0]] * 2
+    assert inner_products([[None], [None]], [0], torch.float32, CPU).tolist() == [[0.0, 0.0]] * 2
 
 
 def test_a_lazily_conjugated_gradient_is_read_as_what_it_is() -> None:
     z, w = drawn(3, dtype=torch.complex128), drawn(3, seed=1, dtype=torch.complex128)
-    found = inner_products([[z.conj()], [w]], [0], torch.float64)
+    found = inner_products([[z.conj()], [w]], [0], torch.float64, CPU)
     cross = (z.real * w.real - z.imag * w.imag).sum()
     torch.testing.assert_close(found[0, 1], cross)
     torch.testing.assert_close(found[0, 0], z.abs().square().sum())
@@ -67,7 +68,7 @@ def test_a_lazily_conjugated_gradient_is_read_as_what_it_is() -> None:
 
 def test_half_precision_products_are_wide_before_they_are_summed() -> None:
     row = torch.full((1000,), 300.0, dtype=torch.float16)
-    assert inner_products([[row]], [0], torch.float32).item() == 9e7
+    assert inner_products([[row]], [0], torch.float32, CPU).item() == 9e7
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["numbers", "tensors"])
@@ -107,10 +108,10 @@ def test_long_gradients_are_multiplied_piece_by_piece(count: int) -> None:
     rows = [[drawn(700_001, seed=k).float(), drawn(5, seed=k).float()] for k in range(count)]
     jacobian = torch.stack([torch.cat(row).double() for row in rows])
     exact = jacobian @ jacobian.T
-    found = inner_products(rows, [0, 1], torch.float32)
+    found = inner_products(rows, [0, 1], torch.float32, CPU)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1.0)
     assert torch.equal(found, found.T)
-    wide = inner_products(rows, [0, 1], torch.float64)
+    wide = inner_products(rows, [0, 1], torch.float64, CPU)
     torch.testing.assert_close(wide, exact, rtol=1e-13, atol=1e-7)
 
 
@@ -144,7 +145,7 @@ def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> Non
     like = [torch.zeros_like(gradient) for gradient in rows[0]]
     jacobian = torch.stack([dense(row, like) for row in rows])
     torch.testing.assert_close(
-        inner_products(rows, [0, 1, 2], torch.float64), jacobian @ jacobian.T
+        inner_products(rows, [0, 1, 2], torch.float64, CPU), jacobian @ jacobian.T
     )
     factors = drawn(2, seed=7)
     total = combination(rows, factors)
@@ -159,7 +160,9 @@ def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatc
     blocks = Jacobian([list(row) for row in rows]).blocks
     assert [len(block.columns) for block in blocks] == [3, 3, 2]
     jacobian = torch.stack([torch.cat(list(row)) for row in rows])
-    torch.testing.assert_close(inner_products(rows, range(8), torch.float64), jacobian @ jacobian.T)
+    torch.testing.assert_close(
+        inner_products(rows, range(8), torch.float64, CPU), jacobian @ jacobian.T
+    )
     torch.testing.assert_close(torch.cat(combination(rows, torch.ones(2))), jacobian.sum(0))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance.engine import PerLoss, Problem
+from moo_balance.engine.factored import factorable
+from moo_balance.engine.graph import nodes_above
 from tests.engine.graphs import Graph, clear, drawn, gradient, naive_jacobian, parameter
 
 
@@ -74,6 +76,16 @@ def test_a_float64_gramian_of_float32_gradients_is_exact() -> None:
 
     assert gramian(PerLoss()).dtype == torch.float32
     torch.testing.assert_close(gramian(PerLoss(dtype=torch.float64)), exact, rtol=1e-14, atol=1e-9)
+
+
+def test_factored_layers_come_in_the_order_of_the_parameters() -> None:
+    """Autograd's nodes come in the order of their addresses, which another run does not repeat."""
+    layers = [nn.Linear(32, 32, bias=False) for _ in range(12)]
+    params = [layer.weight for layer in layers]
+    out = nn.Sequential(*layers)(drawn(2, 32).float())
+    problem = Graph([out.sum(), out.square().sum()], params).problem()
+    found = [layer.column for layer in factorable(problem, nodes_above(problem.losses))]
+    assert found == list(range(12))
 
 
 def micro_batches(weight: nn.Parameter, table: nn.Embedding) -> list[dict[str, Tensor]]:
