@@ -57,18 +57,18 @@ def _workloads(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _step(
-    title: str, names: Sequence[str], against: str, only: str = ""
+    title: str, names: Sequence[str], against: str, only: str = "", of: str = ""
 ) -> Callable[[Results], Readings]:
-    """Figures of some contestants, on the models whose name begins so."""
+    """Figures of some contestants, on the models whose name begins so; or of one beside each."""
 
     def read(results: Results) -> Readings:
         return {
-            f"{name}, {workload['name']}": entries[name][against][0]
+            f"{name}, {workload['name']}": entries[of or name][against][0]
             for workload in _workloads(results)
             if workload["name"].startswith(only)
             for entries in [workload["races"][title]["contestants"]]
             for name in names
-            if name in entries
+            if (of or name) in entries
         }
 
     return read
@@ -94,22 +94,6 @@ def _speedup(
             if fits and theirs and ours:
                 found[workload["name"]] = min(theirs) / min(ours)
         return found
-
-    return read
-
-
-def _limit(names: Sequence[str], only: str) -> Callable[[Results], Readings]:
-    """The limit as a multiple of a plain step."""
-
-    def read(results: Results) -> Readings:
-        return {
-            f"{name}, {workload['name']}": entries[LIMIT]["x plain"][0]
-            for workload in _workloads(results)
-            if workload["name"].startswith(only)
-            for entries in [workload["races"][ROWS]["contestants"]]
-            for name in names
-            if LIMIT in entries
-        }
 
     return read
 
@@ -214,7 +198,7 @@ GOALS = (
         1.25,
         _step(ROWS, ["AnalyticQP", "MGDA"], "x plain", only="codec"),
         "What is above the limit is spent as the line before says.",
-        floor=_limit(["AnalyticQP", "MGDA"], "codec"),
+        floor=_step(ROWS, ["AnalyticQP", "MGDA"], "x plain", only="codec", of=LIMIT),
         floor_is="the limit itself",
     ),
     Goal(

@@ -53,8 +53,7 @@ class Jacobian:
                     sums[key][1].add_(products)
                 else:
                     sums[key] = block.reached, products
-        empty = torch.zeros(self.count, self.count, dtype=dtype, device=device)
-        return assembled(list(sums.values()), empty)
+        return assembled(list(sums.values()), self.count, dtype, device)
 
     def combination(self, coefficients: Tensor) -> list[Tensor | None]:
         """The weighted sum of the rows, in memory that is nobody else's; uses them up."""

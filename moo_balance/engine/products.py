@@ -77,14 +77,21 @@ def multiplies_exactly(matrix: Tensor) -> bool:
     return matrix.is_cpu and torch.get_float32_matmul_precision() == "highest"
 
 
-def assembled(parts: Sequence[tuple[tuple[int, ...], Tensor]], empty: Tensor) -> Tensor:
-    """All products in one matrix [K, K], of the kind of one that is empty."""
-    gramian = empty
-    for reached, products in sorted(parts, key=lambda part: -len(part[0])):
-        if gramian is empty and len(reached) == len(empty):
-            gramian = products.to(empty.device)
-        else:
-            gramian = added(gramian, products, reached)
+def assembled(
+    parts: Sequence[tuple[tuple[int, ...], Tensor]],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """All products in one matrix [K, K], in `dtype` or wider."""
+    parts = sorted(parts, key=lambda part: -len(part[0]))
+    if parts and len(parts[0][0]) == count:
+        (_, gramian), *parts = parts
+        gramian = gramian.to(device)
+    else:
+        gramian = torch.zeros(count, count, dtype=dtype, device=device)
+    for reached, products in parts:
+        gramian = added(gramian, products, reached)
     return gramian
 
 

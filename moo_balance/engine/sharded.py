@@ -47,7 +47,7 @@ def sharded_inner_products(
         if gradient is not None:
             families.setdefault(_family(gradient), []).append(column)
     local = [[_local(gradient) for gradient in row] for row in rows]
-    total = inner_products(local, [], dtype, device)
+    total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
     for (mesh, dims), members in families.items():
         products = inner_products(local, members, dtype, device)
         for dim in dims:

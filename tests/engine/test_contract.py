@@ -176,7 +176,7 @@ def test_a_graph_that_is_not_kept_is_freed(engine: Engine, asked: bool) -> None:
 def test_a_gramian_is_where_the_losses_are(engine: Engine) -> None:
     """Also if there is nothing but factors to take it from."""
     with torch.device("meta"):
-        trunk, heads = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 3)
+        trunk, heads = nn.Linear(64, 64, bias=False), nn.Linear(64, 3)
         losses = list(heads(trunk(torch.randn(2, 64))).square().mean(0).unbind())
     params = [*trunk.parameters(), *heads.parameters()]
     for measured in (None, frozenset([id(trunk.weight)])):
