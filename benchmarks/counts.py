@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.contestants import balanced
 from moo_balance.engine import Streaming
-from moo_balance.weighting import State, Statistics, Weighted, Weighting
+from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 
 _COPY = torch.ops.aten._to_copy.default
 _LOOKS = {
@@ -100,10 +100,10 @@ class Pause(Weighting):
     uses_gramian: ClassVar[bool] = True
     look: Callable[[], None] = field(default=lambda: None)
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         self.look()
         equal = torch.full_like(statistics.losses, 1.0 / len(statistics.names))
-        return Weighted(equal, equal, state)
+        return WeightingOutput(equal, equal, state)
 
 
 def held_numbers(optimizer_step: Callable[[Weighting], Callable[[], None]]) -> int:

@@ -17,7 +17,7 @@ from benchmarks.tables import table
 from benchmarks.workloads import TINY, Workload, codec, mlp, resnet
 from moo_balance import MGDA
 from moo_balance.engine import Engine, Linearization, PerLoss, Problem
-from moo_balance.weighting import State, Statistics, Weighted, Weighting
+from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 
 TITLE = "Where the time goes"
 MAKES: tuple[Callable[[], Workload], ...] = (
@@ -65,7 +65,7 @@ class _MarkedWeighting(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         return self.inner.init(names, device)
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         with record_function(WEIGHTS):
             return self.inner.weights(statistics, state)
 

@@ -38,7 +38,7 @@ METHODS: dict[str, Weighting] = {
     "analytic-qp": mb.AnalyticQP(),
     "mgda": mb.MGDA(),
     "mgda-log": mb.MGDA(normalize="log"),
-    "mgda-smoothed": mb.Smoothed(mb.MGDA()),
+    "mgda-smoothed": mb.MovingAverage(mb.MGDA()),
     "tchebycheff": mb.Tchebycheff(preference=WORTH),
     "smooth-tchebycheff": mb.SmoothTchebycheff(preference=WORTH),
     "online-tchebycheff": mb.OnlineTchebycheff(preference=WORTH),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         ConvergenceError as ConvergenceError,
         NonFiniteError as NonFiniteError,
     )
-    from moo_balance.monitor import Balance as Balance, History as History
+    from moo_balance.monitor import History as History, StepMetrics as StepMetrics
     from moo_balance.optimizer import BalancedOptimizer as BalancedOptimizer
     from moo_balance.weighting import (
         FAMO as FAMO,
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
         AnalyticQP as AnalyticQP,
         BalancedTrajectory as BalancedTrajectory,
         FixedWeights as FixedWeights,
+        MovingAverage as MovingAverage,
         OnlineTchebycheff as OnlineTchebycheff,
         RandomWeights as RandomWeights,
-        Smoothed as Smoothed,
         SmoothTchebycheff as SmoothTchebycheff,
         Sum as Sum,
         SumLog as SumLog,
         Tchebycheff as Tchebycheff,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "FAMO": "weighting",
     "MGDA": "weighting",
     "AnalyticQP": "weighting",
-    "Balance": "monitor",
+    "StepMetrics": "monitor",
     "BalanceError": "errors",
     "BalanceValueError": "errors",
     "BalancedOptimizer": "optimizer",
@@ -46,7 +46,7 @@ _HOMES = {
     "OnlineTchebycheff": "weighting",
     "RandomWeights": "weighting",
     "SmoothTchebycheff": "weighting",
-    "Smoothed": "weighting",
+    "MovingAverage": "weighting",
     "Sum": "weighting",
     "SumLog": "weighting",
     "Tchebycheff": "weighting",

@@ -18,9 +18,9 @@ def check_arguments(
     optimizer: object,
     weighting: object,
     engine: object,
-    names: Sequence[str] | None,
+    loss_names: Sequence[str] | None,
     nonfinite: object,
-    drift_every: object,
+    check_ranks_every: object,
     process_group: object,
 ) -> None:
     """Refuse what does not fit, naming the argument."""
@@ -48,25 +48,25 @@ def check_arguments(
         raise BalanceValueError(
             f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
         )
-    if not isinstance(drift_every, int) or drift_every < 0:
+    if not isinstance(check_ranks_every, int) or check_ranks_every < 0:
         raise BalanceValueError(
-            "Parameter `drift_every` should be a whole number of steps, 0 for never. "
-            f"Found {drift_every!r}."
+            "Parameter `check_ranks_every` should be a whole number of steps, 0 for never. "
+            f"Found {check_ranks_every!r}."
         )
     if not (process_group in (None, "auto") or _is_group(process_group)):
         raise BalanceValueError(
             "Parameter `process_group` should be 'auto', None, or a torch.distributed.ProcessGroup "
             f"that this rank belongs to. Found {process_group!r}."
         )
-    if names is not None and (
-        isinstance(names, str)
-        or not names
-        or not all(isinstance(name, str) and name for name in names)
-        or len(set(names)) != len(names)
+    if loss_names is not None and (
+        isinstance(loss_names, str)
+        or not loss_names
+        or not all(isinstance(name, str) and name for name in loss_names)
+        or len(set(loss_names)) != len(loss_names)
     ):
         raise BalanceValueError(
-            "Parameter `names` should be a sequence of distinct, non-empty strings. "
-            f"Found {names!r}."
+            "Parameter `loss_names` should be a sequence of distinct, non-empty strings. "
+            f"Found {loss_names!r}."
         )
 
 
@@ -77,7 +77,7 @@ def _is_group(value: object) -> bool:
 def measured_params(
     params: Iterable[Tensor] | nn.Module | None, optimizer: Optimizer
 ) -> list[Tensor] | None:
-    """The parameters named by ``params=``, once it is known that the optimizer trains them."""
+    """The parameters named by ``shared_params=``, once it is known that the optimizer trains them."""
     if params is None:
         return None
     listed = list(params.parameters() if isinstance(params, nn.Module) else params)
@@ -86,7 +86,7 @@ def measured_params(
     if not listed or strangers:
         found = f"one of shape {tuple(strangers[0].shape)} that is not" if strangers else "none"
         raise BalanceValueError(
-            "Parameter `params` should hold parameters that the wrapped optimizer trains. "
+            "Parameter `shared_params` should hold parameters that the wrapped optimizer trains. "
             f"Found {found}. Pass a module or parameters that were given to the optimizer too."
         )
     return listed

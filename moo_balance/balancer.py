@@ -90,11 +90,10 @@ class Balancer:
         *,
         retain_graph: bool = False,
         features: Features = None,
-        exact: bool = False,
     ) -> Batch:
         """Losses at the door; nothing is differentiated yet."""
         self.ledger.check_observed()
-        measures = self.measured is not None and not exact
+        measures = self.measured is not None
         shared = check_features(features, measures, self.ledger.in_window)
         call = "gather" if self.ledger.accumulating else "balance"
         parallel = self._parallel()
@@ -108,7 +107,6 @@ class Balancer:
             retain_graph=retain_graph,
             parallel=parallel,
             features=shared,
-            exact=exact,
             vector=vector,
         )
         return Batch(problem, statistics)
@@ -153,8 +151,8 @@ class Balancer:
         """Stage a step whose backward pass somebody else will run."""
         if self.ledger.in_window:
             raise BalanceError(
-                "`combine` balances each batch by itself. Found a window of micro-batches. Use "
-                "`backward` within `accumulate`, or `combine` outside of it."
+                "`combined_loss` balances each batch by itself. Found a window of micro-batches. Use "
+                "`backward` within `accumulate`, or `combined_loss` outside of it."
             )
         if self.weighting.uses_gramian:
             self._check_static_graph(batch.problem, "combine")
@@ -261,7 +259,7 @@ class Balancer:
             # A loss scaler looks for NaN and skips the step; zero harms nobody else.
             nothing = torch.full_like(coefficients, 0.0 if scale is None else math.nan)
             coefficients = torch.where(staged.valid, coefficients, nothing)
-        ledger.balance.record(statistics, weighted.weights, coefficients)
+        ledger.metrics.record(statistics, weighted.weights, coefficients)
         return staged, coefficients
 
     def _evidence(

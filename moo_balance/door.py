@@ -31,7 +31,7 @@ def check_declared(names: Mapping[str, object] | Sequence[str], declared: Sequen
         if name not in declared:
             raise BalanceValueError(
                 f"Loss `{name}` was never declared. Found {_listed(declared)} so far. The first "
-                "call declares the names; give `names=[…]` to BalancedOptimizer if some losses "
+                "call declares the names; give `loss_names=[…]` to BalancedOptimizer if some losses "
                 "come later."
             )
 
@@ -76,9 +76,8 @@ def check_features(
         )
     if measured:
         raise BalanceValueError(
-            "Parameter `features` should not come together with `params=` of BalancedOptimizer: "
-            "inner products are taken over the one or the other. Found both. Leave out `params=`, "
-            "or pass `exact=True`."
+            "Parameter `features` should not come together with `shared_params=` of BalancedOptimizer: "
+            "inner products are taken over the one or the other. Found both. Leave out one."
         )
     return found
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
-from moo_balance.monitor import Balance
+from moo_balance.monitor import StepMetrics
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import sanitized
-from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 if TYPE_CHECKING:
     from moo_balance.engine import DataParallel, Window
@@ -111,7 +111,7 @@ class Ledger:
     skipped: int = 0
     staged: Staged | None = None
     awaiting: tuple[str, ...] | None = None
-    balance: Balance = field(default_factory=Balance)
+    metrics: StepMetrics = field(default_factory=StepMetrics)
     faults: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
     parallel: DataParallel | None = None
     accumulating: bool = False
@@ -151,7 +151,7 @@ class Ledger:
         state: State,
         faults: Tensor | None = None,
         overflow: Tensor | None = None,
-    ) -> tuple[Weighted, Staged]:
+    ) -> tuple[WeightingOutput, Staged]:
         """Ask the weighting; nothing of it is committed, nor even staged.
 
         `faults` and `overflow` [K] are flags on the device: where one is set the state stays as it
@@ -177,7 +177,7 @@ class Ledger:
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
         self.accumulation = None
-        # Trainers clear gradients between `combine` and `backward`, too.
+        # Trainers clear gradients between `combined_loss` and `backward`, too.
         if self.staged is not None and not self.staged.combined:
             self.staged = None
 
@@ -245,7 +245,7 @@ class Ledger:
         if self.staged is not None or self.accumulation is not None:
             raise BalanceError(
                 "A closure given to `step` should only compute the losses. Found gradients that "
-                "`backward` or `combine` has made already. Give the closure to `backward` and "
+                "`backward` or `combined_loss` has made already. Give the closure to `backward` and "
                 "call `step()` without it, or leave `backward` to `step`."
             )
 

@@ -15,8 +15,8 @@ from moo_balance.weighting.base import Statistics
 
 
 @dataclass(eq=False)
-class Balance:
-    """Figures of the last ``backward`` (or ``combine``), by name, on the device they were made on.
+class StepMetrics:
+    """Figures of the last ``backward`` (or ``combined_loss``), by name, on the device they were made on.
 
     Nothing is copied to the host until somebody asks. One object lives as long as its optimizer
     and is refilled in place, so a reference to it never goes stale.
@@ -103,7 +103,7 @@ class History:
         ...     optimizer.zero_grad()
         ...     _ = optimizer.backward({"a": w**2, "b": w**2})
         ...     optimizer.step()
-        ...     history.append(optimizer.balance)
+        ...     history.append(optimizer.metrics)
         >>> history.series("loss/a")
         ([0, 1], [1.0, 0.0])
     """
@@ -111,7 +111,7 @@ class History:
     def __init__(self) -> None:
         self._steps: list[dict[str, Tensor]] = []
 
-    def append(self, balance: Balance) -> None:
+    def append(self, balance: StepMetrics) -> None:
         """Add the figures of one step."""
         self._steps.append(balance.as_dict())
 

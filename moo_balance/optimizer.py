@@ -17,7 +17,7 @@ from moo_balance.checkpoint import BalanceState
 from moo_balance.engine import Engine, PerLoss
 from moo_balance.errors import BalanceError
 from moo_balance.ledger import Ledger
-from moo_balance.monitor import Balance
+from moo_balance.monitor import StepMetrics
 from moo_balance.proxy import OptimizerProxy, with_own_hooks
 from moo_balance.reevaluation import Replay, evaluated, summed
 from moo_balance.scaler import (
@@ -51,7 +51,7 @@ class BalancedOptimizer(OptimizerProxy):
         optimizer.step(closure)                  # the closure returns the losses, the step does
                                                  # zero_grad, backward, and all else
 
-        optimizer.combine(losses).backward()     # one scalar, for trainers that call backward
+        optimizer.combined_loss(losses).backward()     # one scalar, for trainers that call backward
         optimizer.step()
 
     ``backward`` stages what it learned and ``step`` commits it: a step that is skipped, or raises,
@@ -61,18 +61,18 @@ class BalancedOptimizer(OptimizerProxy):
         optimizer: Any ``torch.optim`` optimizer but ``LBFGS``.
         weighting: The method, such as ``FAMO()`` or ``MGDA()``. Its docstring says what the
             coefficients sum to; ``Sum()`` gives K ones, the log methods' sum to 1.
-        params: Parameters, or a module, over which inner products of gradients are taken, for
+        shared_params: Parameters, or a module, over which inner products of gradients are taken, for
             example those that all losses share. Every parameter of the optimizer receives its
             gradient in any case. Default: all of them.
         engine: How gradients are taken. Default: ``PerLoss()``.
-        names: Names of all losses, if the first call will not have them all.
+        loss_names: Names of all losses, if the first call will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator nothing waits for the
             check: the balance keeps its state, and ``log_dict`` reports.
         process_group: The ranks that see different data and share a model: losses are averaged
             over them, and the gradients that weights come from. Default ``"auto"``: all ranks once
             ``torch.distributed`` is initialised. None if each rank trains a model of its own.
-        drift_every: Compare parameters and balance over the ranks after each of the first three
+        check_ranks_every: Compare parameters and balance over the ranks after each of the first three
             steps and every so many; 0 for never. Default 1000.
 
     Raises:
@@ -86,7 +86,7 @@ class BalancedOptimizer(OptimizerProxy):
         >>> optimizer.zero_grad()
         >>> losses = optimizer.backward({"a": 0.5 * w[0] ** 2, "b": 2 * w[1] ** 2})
         >>> optimizer.step()
-        >>> {name: round(float(weight), 3) for name, weight in optimizer.balance.weights.items()}
+        >>> {name: round(float(weight), 3) for name, weight in optimizer.metrics.weights.items()}
         {'a': 0.941, 'b': 0.059}
     """
 
@@ -97,26 +97,28 @@ class BalancedOptimizer(OptimizerProxy):
         optimizer: Optimizer,
         weighting: Weighting,
         *,
-        params: Iterable[Tensor] | nn.Module | None = None,
+        shared_params: Iterable[Tensor] | nn.Module | None = None,
         engine: Engine | None = None,
-        names: Sequence[str] | None = None,
+        loss_names: Sequence[str] | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
         process_group: Any = "auto",
-        drift_every: int = 1000,
+        check_ranks_every: int = 1000,
     ) -> None:
-        check_arguments(optimizer, weighting, engine, names, nonfinite, drift_every, process_group)
+        check_arguments(
+            optimizer, weighting, engine, loss_names, nonfinite, check_ranks_every, process_group
+        )
         super().__init__(optimizer)
-        self._drift_every = drift_every
+        self._drift_every = check_ranks_every
         self._balancer = Balancer(
             optimizer=optimizer,
             engine=PerLoss() if engine is None else engine,
-            ledger=Ledger(weighting, None if names is None else tuple(names)),
-            measured=measured_params(params, optimizer),
+            ledger=Ledger(weighting, None if loss_names is None else tuple(loss_names)),
+            measured=measured_params(shared_params, optimizer),
             nonfinite=nonfinite,
             process_group=process_group,
         )
-        if names is not None:
-            weighting.init(names, torch.device("cpu"))  # does it fit these names?
+        if loss_names is not None:
+            weighting.init(loss_names, torch.device("cpu"))  # does it fit these names?
 
     # ------------------------------------------------------------------ gradients
 
@@ -127,7 +129,6 @@ class BalancedOptimizer(OptimizerProxy):
         grad_scaler: GradScaler | None = None,
         retain_graph: bool = False,
         features: Features | Callable[[], Features] = None,
-        exact: bool = False,
     ) -> Losses:
         """Add the balanced gradient to ``.grad``, in place of ``sum(losses.values()).backward()``.
 
@@ -145,8 +146,6 @@ class BalancedOptimizer(OptimizerProxy):
                 a different quantity: its min-norm point minimises an upper bound of the one over
                 parameters (Sener & Koltun's MGDA-UB), and is Pareto-stationary where that is as
                 long as the shared part can move its features in every direction.
-            exact: With `features`, take the Gramian over the parameters all the same: one pass
-                through each head, and K through the shared part.
 
         Returns:
             The losses.
@@ -169,7 +168,6 @@ class BalancedOptimizer(OptimizerProxy):
             loss_scale(grad_scaler),
             retain_graph=retain_graph,
             features=features() if callable(features) else features,
-            exact=exact,
         )
         if ledger.accumulating:
             self._balancer.gather(batch, replays, grad_scaler)
@@ -204,13 +202,12 @@ class BalancedOptimizer(OptimizerProxy):
         finally:
             ledger.accumulating = outer
 
-    def combine(
+    def combined_loss(
         self,
         losses: Losses,
         *,
         grad_scaler: GradScaler | None = None,
         features: Features = None,
-        exact: bool = False,
     ) -> Tensor:
         """One differentiable scalar whose gradient is the balanced gradient.
 
@@ -224,13 +221,11 @@ class BalancedOptimizer(OptimizerProxy):
             >>> from moo_balance import BalancedOptimizer, SumLog
             >>> w = torch.nn.Parameter(torch.tensor(2.0))
             >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), SumLog())
-            >>> optimizer.combine({"a": w, "b": w**2}).backward()
+            >>> optimizer.combined_loss({"a": w, "b": w**2}).backward()
             >>> round(float(w.grad), 4)
             2.0
         """
-        batch = self._balancer.admit(
-            losses, loss_scale(grad_scaler), features=features, exact=exact
-        )
+        batch = self._balancer.admit(losses, loss_scale(grad_scaler), features=features)
         return self._balancer.combine(batch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -249,14 +244,14 @@ class BalancedOptimizer(OptimizerProxy):
                 gradients, calls :meth:`backward`, steps, and evaluates the closure again, with
                 the same random numbers, for a method that watches the step. To clip gradients in
                 between, give the closure to :meth:`backward` instead. A closure that returns
-                something else is taken for a trainer's own, which has called ``combine`` and
+                something else is taken for a trainer's own, which has called ``combined_loss`` and
                 ``backward``.
 
         Returns:
             What the closure returned at first; without one, what the wrapped step returns.
 
         Raises:
-            BalanceError: Nothing was staged: ``backward`` or ``combine`` comes first. Or ranks
+            BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or ranks
                 have drifted apart.
             NonFiniteError: A gradient is not finite. Looked at on the host only, not of shards.
         """
@@ -298,12 +293,12 @@ class BalancedOptimizer(OptimizerProxy):
     # ------------------------------------------------------------------ what to look at
 
     @property
-    def balance(self) -> Balance:
+    def metrics(self) -> StepMetrics:
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
-        return self._balancer.ledger.balance
+        return self._balancer.ledger.metrics
 
     def log_dict(self, prefix: str = "moo/") -> dict[str, float]:
-        """The figures of :attr:`balance` as a flat dict of floats, for any logger.
+        """The figures of :attr:`metrics` as a flat dict of floats, for any logger.
 
         Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` behind
         the prefix. This is where the host waits for the device.
@@ -312,7 +307,7 @@ class BalancedOptimizer(OptimizerProxy):
             NonFiniteError: On an accelerator with ``nonfinite="raise"``: a loss was not finite.
         """
         ledger = self._balancer.ledger
-        figures = {**self.balance.as_floats(), "skipped": float(ledger.skipped)}
+        figures = {**self.metrics.as_floats(), "skipped": float(ledger.skipped)}
         if self._balancer.nonfinite == "raise":
             ledger.check_faults()
         return {prefix + key: value for key, value in figures.items()}
@@ -401,7 +396,7 @@ class BalancedOptimizer(OptimizerProxy):
         if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
             return self._wrapped.step()  # how torch.distributed.checkpoint makes up a fresh state
         raise BalanceError(
-            "`step` should follow `backward` or `combine`. Found neither since the last step. Call "
+            "`step` should follow `backward` or `combined_loss`. Found neither since the last step. Call "
             "`optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
             "of a window outside of `accumulate()`."
         )

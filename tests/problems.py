@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
-from moo_balance.weighting import State, Statistics, Weighted, Weighting
+from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 from tests.registry import NAMES, Method
 
 Losses = dict[str, Tensor]
@@ -157,7 +157,7 @@ class Scene:
         )
 
 
-def play(weighting: Weighting, scene: Scene) -> list[Weighted]:
+def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
     """Lead a weighting through a scene; its answer and the state that followed, step by step."""
     state: State = weighting.init(scene.names, torch.device("cpu"))
     answers = []

@@ -75,7 +75,7 @@ def at_once(optimizer, *batches):
 
 def run(method, form, steps=5, present=lambda number: NAMES, **arguments):
     """Train by windows; in micro-batch `number` only `present(number)` are there."""
-    model, optimizer = setup(method, names=NAMES, **arguments)
+    model, optimizer = setup(method, loss_names=NAMES, **arguments)
     for step in range(steps):
         batches = [
             lambda number=number: part(model, number, present(number)) for number in numbers(step)
@@ -106,7 +106,7 @@ def test_a_window_is_one_big_batch(method, form):
 def test_the_balance_speaks_of_the_whole_window(method):
     _, optimizer = run(method, by_closures, steps=3)
     _, other = run(method, at_once, steps=3)
-    assert optimizer.balance.as_floats() == pytest.approx(other.balance.as_floats(), rel=1e-6)
+    assert optimizer.metrics.as_floats() == pytest.approx(other.metrics.as_floats(), rel=1e-6)
 
 
 @over_methods
@@ -298,8 +298,8 @@ def spoiled(losses, kind):
 @pytest.mark.parametrize("kind", ["nan", "detached", "unknown", "shape"])
 @pytest.mark.parametrize("closing", [False, True])
 def test_an_error_in_a_window_leaves_it_as_it_was(method, kind, closing):
-    model, optimizer = setup(method, names=NAMES)
-    twin, other = setup(method, names=NAMES)
+    model, optimizer = setup(method, loss_names=NAMES)
+    twin, other = setup(method, loss_names=NAMES)
     with optimizer.accumulate():
         optimizer.backward(lambda: part(model, 0))
     gradient = snapshot(gradients(model))
@@ -353,7 +353,7 @@ def test_a_bound_holds_for_the_window_not_for_each_micro_batch(method):
     with optimizer.accumulate():
         optimizer.backward(shifted(0, -0.5))
     optimizer.backward(shifted(1, 1.5))
-    assert [float(loss) for loss in optimizer.balance.losses.values()] == pytest.approx([1.0] * 3)
+    assert [float(loss) for loss in optimizer.metrics.losses.values()] == pytest.approx([1.0] * 3)
     optimizer.zero_grad()
     with optimizer.accumulate():
         optimizer.backward(shifted(0, 0.5))
@@ -365,11 +365,11 @@ def test_a_bound_holds_for_the_window_not_for_each_micro_batch(method):
 def test_combine_in_a_window_is_refused(method):
     model, optimizer = setup(method)
     with optimizer.accumulate(), pytest.raises(BalanceError, match="Found a window"):
-        optimizer.combine(part(model, 0))
+        optimizer.combined_loss(part(model, 0))
     with optimizer.accumulate():
         optimizer.backward(part(model, 0))
     with pytest.raises(BalanceError, match="Found a window"):
-        optimizer.combine(part(model, 1))
+        optimizer.combined_loss(part(model, 1))
 
 
 @over_kinds

@@ -54,7 +54,7 @@ def test_the_scale_changes_nothing_at_all(method, scale):
     for step in range(3):
         step_scaled(model, optimizer, scaler, step)
         train(twin, other, [step])
-        assert snapshot(optimizer.balance.as_dict()) == snapshot(other.balance.as_dict())
+        assert snapshot(optimizer.metrics.as_dict()) == snapshot(other.metrics.as_dict())
     assert whole_state(model, optimizer) == whole_state(twin, other)
 
 
@@ -77,12 +77,12 @@ def test_combine_is_scaled_by_whoever_calls_backward(method):
         optimizer.zero_grad()
         optimizer.backward(model.losses(), grad_scaler=scaler)
         other.zero_grad()
-        combined = other.combine(twin.losses(), grad_scaler=scaler)
+        combined = other.combined_loss(twin.losses(), grad_scaler=scaler)
         scaler.scale(combined).backward()
         torch.testing.assert_close(
             flat_gradient(twin), flat_gradient(model), rtol=1e-12, atol=1e-12
         )
-        assert snapshot(other.balance.as_dict()) == snapshot(optimizer.balance.as_dict())
+        assert snapshot(other.metrics.as_dict()) == snapshot(optimizer.metrics.as_dict())
 
 
 @over_methods

@@ -55,14 +55,14 @@ def test_bad_losses_are_refused_and_nothing_changes(method):
     train(model, optimizer, range(2))
     before = whole_state(model, optimizer)
     grads = snapshot(gradients(model))
-    figures = snapshot(optimizer.balance.as_dict())
+    figures = snapshot(optimizer.metrics.as_dict())
     for fault, (edit, message) in FAULTS.items():
-        for call in (optimizer.backward, optimizer.combine, by_closure(optimizer)):
+        for call in (optimizer.backward, optimizer.combined_loss, by_closure(optimizer)):
             with pytest.raises(BalanceValueError, match=message):
                 call(edit(model.losses(2)))
         assert whole_state(model, optimizer) == before, fault
         assert snapshot(gradients(model)) == grads, fault
-        assert snapshot(optimizer.balance.as_dict()) == figures, fault
+        assert snapshot(optimizer.metrics.as_dict()) == figures, fault
 
 
 def by_closure(optimizer):
@@ -147,7 +147,7 @@ def test_step_before_backward_is_refused(method):
     model, optimizer = setup(method)
     for steps in range(2):
         before = whole_state(model, optimizer)
-        with pytest.raises(BalanceError, match="should follow `backward` or `combine`"):
+        with pytest.raises(BalanceError, match="should follow `backward` or `combined_loss`"):
             optimizer.step()
         assert whole_state(model, optimizer) == before
         train(model, optimizer, [steps])
@@ -222,7 +222,7 @@ def test_without_any_of_the_three_ways_the_next_call_names_them(method):
     optimizer.step()
     before = whole_state(model, optimizer)
     grads = snapshot(gradients(model))
-    for call in (optimizer.backward, optimizer.combine):
+    for call in (optimizer.backward, optimizer.combined_loss):
         with pytest.raises(BalanceError) as caught:
             call(model.losses(1))
         for way in (

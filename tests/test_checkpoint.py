@@ -188,10 +188,10 @@ def test_losses_that_come_in_another_order_keep_their_state(method):
     end = optimizer.state_dict()["balance"]
     checkpoint = saved(model, optimizer)
 
-    model, optimizer = resumed(method, checkpoint, names=NAMES[::-1])
+    model, optimizer = resumed(method, checkpoint, loss_names=NAMES[::-1])
     assert snapshot(optimizer.state_dict()["balance"]) == snapshot(end)
     optimizer.backward(dict(reversed(model.losses(4).items())))
-    assert tuple(optimizer.balance.losses) == NAMES
+    assert tuple(optimizer.metrics.losses) == NAMES
 
 
 def mismatched():
@@ -239,8 +239,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, e
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (FAMO(logits="sgd"), FAMO()),
-        (FAMO(), FAMO(logits="sgd")),
+        (FAMO(logit_optimizer="sgd"), FAMO()),
+        (FAMO(), FAMO(logit_optimizer="sgd")),
         (MGDA(every=3), MGDA()),
         (MGDA(), MGDA(every=3)),
         (Sum(), AnalyticQP()),
@@ -279,7 +279,7 @@ def test_a_fresh_checkpoint_loads():
 
 @over_methods
 def test_names_declared_before_the_first_step_travel_too(method):
-    optimizer, other = begin(method, names=NAMES)[1], begin(method)[1]
+    optimizer, other = begin(method, loss_names=NAMES)[1], begin(method)[1]
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["balance"]["names"] == list(NAMES)
 

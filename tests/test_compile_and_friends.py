@@ -155,7 +155,7 @@ def by_closure(optimizer, *batches):
 
 def by_combine(optimizer, *batches):
     optimizer.zero_grad()
-    optimizer.combine(summed(batch() for batch in batches)).backward()
+    optimizer.combined_loss(summed(batch() for batch in batches)).backward()
     optimizer.step()
 
 
@@ -176,7 +176,7 @@ def run(method, net, way, steps=4, forward=None):
         torch.manual_seed(step)
         numbers = (2 * step, 2 * step + 1)
         way(optimizer, *(lambda n=n: net.losses(draw(n), forward) for n in numbers))
-        balance = optimizer.balance
+        balance = optimizer.metrics
         notes.append((balance.coefficients, balance.gramian, torch.get_rng_state()))
     return notes
 

@@ -185,7 +185,7 @@ def test_a_single_loss_has_the_stated_coefficient(method):
     (plain,) = jacobian({"a": loss}, list(model.parameters()))
     optimizer.backward({"a": loss})
     expected = method.alone(loss.item())
-    assert optimizer.balance.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
+    assert optimizer.metrics.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
     close(flat_gradient(model), expected * plain, rtol=1e-12)
 
 
@@ -219,7 +219,7 @@ def test_a_zero_gradient_is_no_reason_to_fail(method, dead):
     for _ in range(4):
         optimizer.zero_grad()
         optimizer.backward(losses)
-        coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+        coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
         assert bool(coefficients.isfinite().all())
         assert bool(flat_gradient(model).isfinite().all())
         optimizer.step()
@@ -231,7 +231,7 @@ def test_narrow_parameters_get_finite_gradients_of_their_own_dtype(method, dtype
     model = Toy().to(dtype)
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
     train(model, optimizer, range(2))
-    assert bool(torch.stack([*optimizer.balance.coefficients.values()]).isfinite().all())
+    assert bool(torch.stack([*optimizer.metrics.coefficients.values()]).isfinite().all())
     assert all(p.grad.dtype == dtype and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
@@ -253,7 +253,7 @@ def test_the_gradient_is_the_combination_of_the_naive_jacobian(method):
         answer = weighting.weights(Statistics(NAMES, values, gramian, step), state)
         optimizer.zero_grad()
         optimizer.backward(lambda: model.losses(step))  # noqa: B023
-        found = torch.stack([*optimizer.balance.coefficients.values()])
+        found = torch.stack([*optimizer.metrics.coefficients.values()])
         close(found, answer.coefficients, rtol=1e-8)
         close(flat_gradient(model), found @ rows, rtol=1e-10, atol=1e-12 * float(rows.abs().max()))
         optimizer.step()
@@ -280,21 +280,21 @@ def test_combine_has_the_gradient_of_backward(method):
         optimizer.zero_grad()
         optimizer.backward(model.losses(step))
         other.zero_grad()
-        other.combine(twin.losses(step)).backward()
+        other.combined_loss(twin.losses(step)).backward()
         close(flat_gradient(twin), flat_gradient(model), rtol=1e-9, atol=1e-12)
         for run, net in ((optimizer, model), (other, twin)):
             run.step()
             if run.weighting.observes_step:
                 run.observe(net.losses(step))
-    assert snapshot(other.balance.names) == snapshot(optimizer.balance.names)
+    assert snapshot(other.metrics.names) == snapshot(optimizer.metrics.names)
 
 
 @over_methods
 def test_combine_returns_the_weighted_sum_of_the_losses(method):
     model, optimizer = setup(method)
     losses = model.losses()
-    combined = optimizer.combine(losses)
-    expected = sum(c * losses[name] for name, c in optimizer.balance.coefficients.items())
+    combined = optimizer.combined_loss(losses)
+    expected = sum(c * losses[name] for name, c in optimizer.metrics.coefficients.items())
     assert combined.shape == ()
     close(combined, expected, rtol=1e-12)
 

@@ -40,7 +40,7 @@ def test_the_state_of_an_absent_loss_waits(method, present):
     before = optimizer.state_dict()["balance"]
     train(model, optimizer, range(4, 8), present)
     after = optimizer.state_dict()["balance"]
-    assert tuple(optimizer.balance.names) == present
+    assert tuple(optimizer.metrics.names) == present
     assert after["names"] == list(NAMES)
     for name in set(NAMES) - set(present):
         assert rows_of(after, name) == rows_of(before, name)
@@ -52,7 +52,7 @@ def test_a_loss_that_returns_goes_on_from_where_it_was(method):
     model, optimizer = setup(method)
     for names in (NAMES, ("a",), NAMES, ("b", "c"), ("c",), NAMES):
         train(model, optimizer, [0, 1], names)
-        coefficients = optimizer.balance.coefficients
+        coefficients = optimizer.metrics.coefficients
         assert tuple(coefficients) == names
         total = torch.stack([*coefficients.values()]).sum()
         assert bool(total.isfinite())
@@ -62,14 +62,14 @@ def test_a_loss_that_returns_goes_on_from_where_it_was(method):
 @over_methods
 def test_those_present_are_balanced_among_themselves(method):
     """Never to have seen the third loss is the same as not to know of it."""
-    model, optimizer = setup(method, names=NAMES)
+    model, optimizer = setup(method, loss_names=NAMES)
     twin, other = setup(method, of=("a", "b"))
     for step in range(6):
         train(model, optimizer, [step], ("a", "b"))
         train(twin, other, [step], ("a", "b"))
         for kind in ("weights", "coefficients"):
-            found = torch.stack([*getattr(optimizer.balance, kind).values()])
-            expected = torch.stack([*getattr(other.balance, kind).values()])
+            found = torch.stack([*getattr(optimizer.metrics, kind).values()])
+            expected = torch.stack([*getattr(other.metrics, kind).values()])
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
 
 
@@ -79,10 +79,10 @@ def test_coefficients_of_those_present_keep_sum_and_sign(method):
     train(model, optimizer, range(3))
     for step, present in enumerate(SUBSETS, start=3):
         train(model, optimizer, [step], present)
-        coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+        coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
         assert method.negative or bool((coefficients >= 0).all())
         if method.total is not None:
-            losses = torch.stack([*optimizer.balance.losses.values()])
+            losses = torch.stack([*optimizer.metrics.losses.values()])
             total = coefficients.sum().item()
             assert total == pytest.approx(method.total(present, losses), rel=1e-9)
 
@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_the_present_losses(method):
     losses = model.losses(2, ("a", "c"))
     rows = jacobian(losses, list(model.parameters()))
     optimizer.backward(losses)
-    coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+    coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
     torch.testing.assert_close(flat_gradient(model), coefficients @ rows, rtol=1e-9, atol=1e-12)
     absent_head = model.heads[1]
     assert all(p.grad is None for p in absent_head.parameters())
@@ -105,10 +105,10 @@ def test_the_gradient_is_that_of_the_present_losses(method):
 @settings(max_examples=2)
 @given(pattern=st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=3, max_size=6))
 def test_no_pattern_of_absence_breaks_a_run(method, pattern):
-    model, optimizer = setup(method, names=NAMES)
+    model, optimizer = setup(method, loss_names=NAMES)
     for step, present in enumerate(pattern):
         train(model, optimizer, [step], sorted(present))
-        figures = torch.stack([*optimizer.balance.coefficients.values()])
+        figures = torch.stack([*optimizer.metrics.coefficients.values()])
         assert bool(figures.isfinite().all())
     twin, other = setup(method)
     twin.load_state_dict(model.state_dict())
@@ -134,11 +134,11 @@ def test_the_losses_after_a_step_are_those_before_it(method):
 
 @over_methods
 def test_names_can_be_declared_before_they_are_seen(method):
-    model, optimizer = setup(method, names=NAMES)
+    model, optimizer = setup(method, loss_names=NAMES)
     train(model, optimizer, [0], ("c",))
     train(model, optimizer, [1], NAMES[::-1])
     assert optimizer.state_dict()["balance"]["names"] == list(NAMES)
-    assert tuple(optimizer.balance.names) == NAMES
+    assert tuple(optimizer.metrics.names) == NAMES
 
 
 @over_some("Sum")

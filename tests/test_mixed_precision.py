@@ -96,7 +96,7 @@ def test_a_float16_network_is_balanced_like_its_float32_twin(method):
         for run in (optimizer, other):
             run._balancer.ledger.commit()
             run._balancer.ledger.awaiting = None
-        own, expected = optimizer.balance.as_floats(), other.balance.as_floats()
+        own, expected = optimizer.metrics.as_floats(), other.metrics.as_floats()
         assert own == pytest.approx(expected, rel=0.05, abs=0.02)
 
 
@@ -141,9 +141,9 @@ def test_a_scaler_that_scales_the_combined_loss_itself(method):
     model, optimizer = setup(method)
     twin, other = setup(method)
     scaler = scaler_at(2.0**16)
-    scaler.scale(optimizer.combine(model.losses())).backward()
+    scaler.scale(optimizer.combined_loss(model.losses())).backward()
     scaler.step(optimizer)
-    other.combine(twin.losses()).backward()
+    other.combined_loss(twin.losses()).backward()
     other.step()
     for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from moo_balance import MGDA, Balance, BalancedOptimizer, History, Sum
+from moo_balance import MGDA, BalancedOptimizer, History, StepMetrics, Sum
 from moo_balance.functional import cosine_similarity
 from moo_balance.monitor import to_floats
 from tests.problems import Toy, jacobian, setup, sgd, snapshot, train
@@ -24,7 +24,7 @@ def test_the_figures_are_those_of_the_last_backward(method):
     losses = model.losses(2)
     rows = jacobian(losses, list(model.parameters()))
     optimizer.backward(losses)
-    balance = optimizer.balance
+    balance = optimizer.metrics
     assert balance.names == NAMES
     assert snapshot(balance.losses) == snapshot({n: loss.detach() for n, loss in losses.items()})
     for figures in (balance.losses, balance.weights, balance.coefficients):
@@ -40,7 +40,7 @@ def test_the_figures_are_those_of_the_last_backward(method):
 
 
 def test_before_the_first_backward_there_is_nothing():
-    balance = Balance()
+    balance = StepMetrics()
     assert (balance.names, balance.gramian) == ((), None)
     assert balance.losses == balance.weights == balance.coefficients == balance.cosines == {}
     assert balance.as_floats() == {}
@@ -50,11 +50,11 @@ def test_before_the_first_backward_there_is_nothing():
 def test_a_reference_never_goes_stale():
     model = Toy()
     optimizer = BalancedOptimizer(sgd(model), Sum())
-    balance = optimizer.balance
+    balance = optimizer.metrics
     train(model, optimizer, range(2))
     losses = model.losses(2)
     optimizer.backward(losses)
-    assert optimizer.balance is balance
+    assert optimizer.metrics is balance
     assert balance.losses["a"].item() == losses["a"].item()
 
 
@@ -69,14 +69,14 @@ def test_log_dict_is_flat_floats(method):
     assert set(figures) == expected | {"moo/skipped"}
     assert all(type(value) is float and math.isfinite(value) for value in figures.values())
     for name in NAMES:
-        loss = optimizer.balance.losses[name].item()
+        loss = optimizer.metrics.losses[name].item()
         assert figures[f"moo/loss/{name}"] == pytest.approx(loss, rel=1e-6)
     assert set(optimizer.log_dict(prefix="")) == {key.removeprefix("moo/") for key in figures}
 
 
 def test_cosines_are_free_of_scale_and_nan_where_a_gradient_is_not_finite():
     gramian = torch.tensor([[4.0, -3.0, 1.0], [-3.0, 9.0, 2.0], [1.0, 2.0, 1.0]])
-    balance = Balance(NAMES, gramian)
+    balance = StepMetrics(NAMES, gramian)
     expected = cosine_similarity(gramian)
     assert snapshot(balance.cosines) == snapshot(
         {("a", "b"): expected[0, 1], ("a", "c"): expected[0, 2], ("b", "c"): expected[1, 2]}
@@ -106,7 +106,7 @@ def recorded(method):
     history = History()
     for step, names in enumerate((NAMES, ("a", "b"), NAMES, NAMES)):
         train(model, optimizer, [step], names)
-        history.append(optimizer.balance)
+        history.append(optimizer.metrics)
     return optimizer, history
 
 
@@ -117,7 +117,7 @@ def test_a_history_knows_at_which_steps_a_figure_was_there(method):
     assert history.series("loss/a")[0] == [0, 1, 2, 3]
     steps, values = history.series("loss/c")
     assert steps == [0, 2, 3]
-    assert values[-1] == pytest.approx(optimizer.balance.losses["c"].item(), rel=1e-6)
+    assert values[-1] == pytest.approx(optimizer.metrics.losses["c"].item(), rel=1e-6)
     assert history.series("loss/d") == ([], [])
     assert history.keys()[:3] == ["loss/a", "loss/b", "loss/c"]
     cosines = {"Sum": [], "MGDA-none": [0, 2, 3], "MGDA-every": [0, 3]}[method.id]
@@ -129,7 +129,7 @@ def test_a_history_is_not_changed_by_later_steps():
     optimizer = BalancedOptimizer(sgd(model), MGDA())
     history = History()
     train(model, optimizer, [0])
-    history.append(optimizer.balance)
+    history.append(optimizer.metrics)
     before = {key: history.series(key) for key in history.keys()}  # noqa: SIM118
     train(model, optimizer, range(1, 4))
     assert {key: history.series(key) for key in before} == before

@@ -97,7 +97,7 @@ def test_they_are_found_behind_combine(method):
     before = whole_state(model, optimizer)
 
     def step():
-        optimizer.combine(spoiled(model, 0, math.nan)).backward()
+        optimizer.combined_loss(spoiled(model, 0, math.nan)).backward()
         optimizer.step()
 
     with pytest.raises(NonFiniteError, match=r"gradient of .*`b`"):
@@ -194,7 +194,7 @@ def test_they_are_found_outside_of_the_measured_parameters():
     """A Gramian over some parameters does not see the others."""
     model = Toy()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = BalancedOptimizer(sgd, MGDA(), params=model.trunk)
+    optimizer = BalancedOptimizer(sgd, MGDA(), shared_params=model.trunk)
     optimizer.backward(model.losses())
     model.heads[2].bias.grad.fill_(math.nan)
     with pytest.raises(NonFiniteError):

@@ -199,7 +199,7 @@ def test_a_trainer_may_give_a_closure_of_its_own():
     for step in range(3):
 
         def closure(step=step):
-            combined = optimizer.combine(model.losses(step))
+            combined = optimizer.combined_loss(model.losses(step))
             optimizer.zero_grad()
             combined.backward()
             return combined.detach()
@@ -248,7 +248,7 @@ def test_zero_grad_between_combine_and_backward_keeps_the_step():
     """Trainers clear gradients there."""
     model = Toy()
     optimizer = BalancedOptimizer(sgd(model), Sum())
-    combined = optimizer.combine(model.losses())
+    combined = optimizer.combined_loss(model.losses())
     optimizer.zero_grad()
     combined.backward()
     optimizer.step()
@@ -285,7 +285,7 @@ def test_a_group_added_later_is_trained_and_measured(method):
     if method.gramian:
         optimizer.backward(model.losses())
         rows = jacobian(model.losses(), list(model.parameters()))
-        torch.testing.assert_close(optimizer.balance.gramian, rows @ rows.T)
+        torch.testing.assert_close(optimizer.metrics.gramian, rows @ rows.T)
 
 
 # ---------------------------------------------------------------------- which parameters
@@ -296,25 +296,25 @@ def test_a_group_added_later_is_trained_and_measured(method):
 def test_params_restrict_the_measure_and_nothing_else(method, as_module):
     model = Toy()
     shared = model.trunk if as_module else list(model.trunk.parameters())
-    optimizer = BalancedOptimizer(sgd(model), method.make(NAMES), params=shared)
+    optimizer = BalancedOptimizer(sgd(model), method.make(NAMES), shared_params=shared)
     optimizer.backward(model.losses())
     inner = jacobian(model.losses(), list(model.trunk.parameters()))
-    torch.testing.assert_close(optimizer.balance.gramian, inner @ inner.T, rtol=1e-12, atol=0)
-    coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+    torch.testing.assert_close(optimizer.metrics.gramian, inner @ inner.T, rtol=1e-12, atol=0)
+    coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
     rows = jacobian(model.losses(), list(model.parameters()))
     torch.testing.assert_close(flat_gradient(model), coefficients @ rows, rtol=1e-9, atol=1e-12)
 
 
 def test_params_survive_a_copy_as_the_copy_s_own():
     model = Toy()
-    optimizer = BalancedOptimizer(sgd(model), MGDA(), params=model.trunk)
+    optimizer = BalancedOptimizer(sgd(model), MGDA(), shared_params=model.trunk)
     for model, optimizer in (  # noqa: B020
         copy.deepcopy((model, optimizer)),
         pickle.loads(pickle.dumps((model, optimizer))),
     ):
         optimizer.backward(model.losses())
         inner = jacobian(model.losses(), list(model.trunk.parameters()))
-        torch.testing.assert_close(optimizer.balance.gramian, inner @ inner.T)
+        torch.testing.assert_close(optimizer.metrics.gramian, inner @ inner.T)
 
 
 def test_params_may_include_frozen_ones():
@@ -323,7 +323,7 @@ def test_params_may_include_frozen_ones():
     optimizer = BalancedOptimizer(
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
         MGDA(),
-        params=model.trunk,
+        shared_params=model.trunk,
     )
     train(model, optimizer, range(2))
 
@@ -372,7 +372,7 @@ def test_a_loss_that_reaches_no_trained_parameter_counts_as_zero(method):
         optimizer.backward(lambda: losses(step))  # noqa: B023
         rows = jacobian(losses(step), list(model.parameters()))
         assert not rows[2].any()
-        coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+        coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
         assert bool(coefficients.isfinite().all())
         torch.testing.assert_close(flat_gradient(model), coefficients @ rows, rtol=1e-9, atol=1e-12)
         optimizer.step()
@@ -397,7 +397,7 @@ def test_a_parameter_shared_by_two_modules_counts_once(method):
     params = list(model.parameters())
     optimizer.backward(model.losses())
     rows = jacobian(model.losses(), params)
-    coefficients = torch.stack([*optimizer.balance.coefficients.values()])
+    coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
     torch.testing.assert_close(flat_gradient(model), coefficients @ rows, rtol=1e-9, atol=1e-12)
 
 
@@ -443,7 +443,7 @@ def test_a_parameter_that_is_listed_twice_has_one_gradient():
     weight = nn.Parameter(torch.ones(3))
     optimizer = BalancedOptimizer(torch.optim.SGD([weight, weight], lr=0.1), MGDA())
     optimizer.backward({"a": weight.sum(), "b": 2.0 * weight.sum()})
-    assert optimizer.balance.gramian.tolist() == [[3.0, 6.0], [6.0, 12.0]]
+    assert optimizer.metrics.gramian.tolist() == [[3.0, 6.0], [6.0, 12.0]]
     assert weight.grad.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -462,7 +462,7 @@ def test_the_engine_may_be_chosen():
     model = Toy().float()
     optimizer = BalancedOptimizer(sgd(model), MGDA(), engine=PerLoss(dtype=torch.float64))
     optimizer.backward(model.losses())
-    assert optimizer.balance.gramian.dtype == torch.float64
+    assert optimizer.metrics.gramian.dtype == torch.float64
 
 
 # ---------------------------------------------------------------------- accumulation
@@ -496,8 +496,8 @@ def test_a_window_of_micro_batches_is_one_batch_of_their_sums(method):
         torch.testing.assert_close(flat_gradient(model), flat_gradient(twin), rtol=1e-7, atol=1e-9)
         other.step()
         for kind in ("losses", "weights", "coefficients"):
-            found = torch.stack([*getattr(optimizer.balance, kind).values()])
-            expected = torch.stack([*getattr(other.balance, kind).values()])
+            found = torch.stack([*getattr(optimizer.metrics, kind).values()])
+            expected = torch.stack([*getattr(other.metrics, kind).values()])
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -511,9 +511,9 @@ def test_between_two_refreshes_no_gramian_is_taken_and_weights_stay(method, monk
     weights = []
     for step in range(2 * every):
         train(model, optimizer, [step])
-        assert (optimizer.balance.gramian is not None) == (step % every == 0)
-        assert (optimizer.balance.cosines != {}) == (step % every == 0)
-        weights.append(torch.stack([*optimizer.balance.weights.values()]))
+        assert (optimizer.metrics.gramian is not None) == (step % every == 0)
+        assert (optimizer.metrics.cosines != {}) == (step % every == 0)
+        weights.append(torch.stack([*optimizer.metrics.weights.values()]))
     for window in (weights[:every], weights[every:]):
         for later in window:
             torch.testing.assert_close(later, window[0], rtol=1e-14, atol=0)
@@ -542,7 +542,7 @@ def test_lagged_uses_the_losses_of_the_next_batch():
     for _ in range(5):
         train(watching, one, [0])
         train(lagging, other, [0])
-        coefficients = [snapshot(run.balance.coefficients) for run in (one, other)]
+        coefficients = [snapshot(run.metrics.coefficients) for run in (one, other)]
         assert coefficients[0] == coefficients[1]
     assert snapshot(watching.state_dict()) == snapshot(lagging.state_dict())
 

@@ -153,7 +153,7 @@ def test_mgda_ends_on_the_pareto_set_and_no_loss_ever_rises(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "weighting",
-    [FAMO(), FAMO(decay=0.0), FAMO(logits="sgd", lr=1.0), AnalyticQP(), MGDA("log")],
+    [FAMO(), FAMO(decay=0.0), FAMO(logit_optimizer="sgd", lr=1.0), AnalyticQP(), MGDA("log")],
     ids=["FAMO", "FAMO-no-decay", "FAMO-sgd", "AnalyticQP", "MGDA-log"],
 )
 def test_runs_on_two_quadratics_end_on_the_pareto_set(weighting: Weighting, seed: int) -> None:

@@ -64,7 +64,8 @@ both_forms = pytest.mark.parametrize("take", [by_step, by_backward])
 
 @both_forms
 @pytest.mark.parametrize(
-    "weighting", [FAMO(decay=0.0, logits="sgd"), BalancedTrajectory(decay=0.0, logits="sgd")]
+    "weighting",
+    [FAMO(decay=0.0, logit_optimizer="sgd"), BalancedTrajectory(decay=0.0, logit_optimizer="sgd")],
 )
 def test_without_a_step_there_is_no_difference(take, weighting):
     """Common random numbers: at learning rate zero the losses after are those before."""
@@ -83,7 +84,7 @@ def test_the_difference_is_due_to_the_step_alone():
     """It vanishes with the learning rate, in proportion; other noise would not."""
 
     def change(lr):
-        model, optimizer = noisy(FAMO(decay=0.0, logits="sgd"), lr=lr)
+        model, optimizer = noisy(FAMO(decay=0.0, logit_optimizer="sgd"), lr=lr)
         by_step(model, optimizer)
         return optimizer.state_dict()["balance"]["state"]["logits"]
 

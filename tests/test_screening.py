@@ -96,7 +96,7 @@ def test_skipping_works_in_the_closure_form_and_for_combine(method):
     before = snapshot(model.state_dict())
     losses = optimizer.step(lambda: with_value(math.nan)(model.losses(1)))
     assert math.isnan(losses["b"].item())
-    optimizer.combine(with_value(math.nan)(model.losses(1))).backward()
+    optimizer.combined_loss(with_value(math.nan)(model.losses(1))).backward()
     optimizer.step()
     assert snapshot(model.state_dict()) == before
     assert balance_of(optimizer)["skipped"] == 2
@@ -181,7 +181,7 @@ def test_a_faulty_gradient_is_masked_and_named_too(method):
     before = balance_of(optimizer)
     take(model, optimizer, 2, with_nan_gradient)
     assert without_counters(balance_of(optimizer)) == without_counters(before)
-    assert all(c.item() == 0.0 for c in optimizer.balance.coefficients.values())
+    assert all(c.item() == 0.0 for c in optimizer.metrics.coefficients.values())
     with pytest.raises(NonFiniteError, match="`b`"):
         optimizer.log_dict()
 

@@ -120,7 +120,7 @@ def test_sparse_rows_have_the_gramian_of_dense_ones():
         model = Embedded(sparse)
         optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), MGDA())
         optimizer.backward(model.losses())
-        found.append(optimizer.balance.gramian)
+        found.append(optimizer.metrics.gramian)
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 

@@ -31,7 +31,7 @@ class BalancedTrainer(Trainer):
         if torch.is_grad_enabled():
             # The Trainer has `accelerator.prepare` wrap what it was given.
             optimizer = balanced(self.optimizer)
-            loss = optimizer.combine(losses, grad_scaler=self.accelerator.scaler)
+            loss = optimizer.combined_loss(losses, grad_scaler=self.accelerator.scaler)
         else:
             loss = torch.stack(list(losses.values())).sum()  # evaluation
         return (loss, losses) if return_outputs else loss

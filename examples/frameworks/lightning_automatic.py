@@ -15,7 +15,7 @@ from torch import Tensor
 
 from examples.frameworks.tiny import batches, codec
 from moo_balance import AnalyticQP, BalancedOptimizer
-from moo_balance.integrations.lightning import combine
+from moo_balance.integrations.lightning import combined_loss
 from moo_balance.weighting import Weighting
 
 
@@ -32,7 +32,7 @@ class Automatic(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def training_step(self, signal: Tensor, index: int) -> Tensor:
-        combined = combine(self, self.codec(signal))
+        combined = combined_loss(self, self.codec(signal))
         self.log_dict(self.optimizers().log_dict())
         return combined
 

@@ -15,7 +15,7 @@ from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.evaluation import Score, evaluate, mean_score
 from examples.lic.images import Photographs, RandomCrops
 from examples.lic.training import Recipe, Trace, train
-from moo_balance import AnalyticQP, Balance, BalancedTrajectory, FixedWeights
+from moo_balance import AnalyticQP, BalancedTrajectory, FixedWeights, StepMetrics
 from moo_balance.weighting import Weighting
 
 STANDARD = "standard"
@@ -110,7 +110,7 @@ class Comparison:
 
     photographs: Photographs
     plan: Plan
-    on_step: Callable[[float, str, Balance], object] = lambda lmbda, label, balance: None
+    on_step: Callable[[float, str, StepMetrics], object] = lambda lmbda, label, balance: None
 
     def __call__(self) -> list[Rung]:
         """Climb the ladder."""

@@ -23,7 +23,7 @@ from examples.lic import images, plots, report
 from examples.lic.comparison import Comparison, Plan, Rung
 from examples.lic.options import Parser, crop_side, positive
 from examples.lic.training import Recipe
-from moo_balance import Balance
+from moo_balance import StepMetrics
 
 QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5}
 
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shown_on(bar: tqdm) -> Callable[[float, str, Balance], None]:
-    def on_step(lmbda: float, label: str, balance: Balance) -> None:
+def _shown_on(bar: tqdm) -> Callable[[float, str, StepMetrics], None]:
+    def on_step(lmbda: float, label: str, balance: StepMetrics) -> None:
         bar.set_description(f"λ {lmbda:g}, {label}", refresh=False)
         if bar.n % 20 == 0:
             bar.set_postfix_str(f"{balance.losses['rate']:.2f} bpp", refresh=False)

@@ -144,7 +144,7 @@ class Session:
         else:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
-        self._schedule.step(sum(self.optimizer.balance.losses.values()))
+        self._schedule.step(sum(self.optimizer.metrics.losses.values()))
         for follow in self._followers:
             follow()
         self.taken += 1

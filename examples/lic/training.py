@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from examples.lic.schedules import SETTLED
 from examples.lic.session import Observer, Recipe, Session, normalize_gradient, rate_distortion
-from moo_balance import Balance, History
+from moo_balance import History, StepMetrics
 from moo_balance.weighting import Weighting
 
 __all__ = ["NAMES", "SETTLED", "Recipe", "Trace", "normalize_gradient", "rate_distortion", "train"]
@@ -48,7 +48,7 @@ class Trace:
 class _Recorder(Observer):
     """Keeps a trace of all steps."""
 
-    def __init__(self, on_step: Callable[[Balance], object]) -> None:
+    def __init__(self, on_step: Callable[[StepMetrics], object]) -> None:
         self.trace = Trace()
         self._on_step = on_step
         self._start = 0.0
@@ -58,8 +58,8 @@ class _Recorder(Observer):
 
     def after(self, session: Session) -> None:
         self.trace.seconds.append(time.perf_counter() - self._start)
-        self.trace.history.append(session.optimizer.balance)
-        self._on_step(session.optimizer.balance)
+        self.trace.history.append(session.optimizer.metrics)
+        self._on_step(session.optimizer.metrics)
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
     *,
     lmbda: float,
     seed: int,
-    on_step: Callable[[Balance], object] = lambda balance: None,
+    on_step: Callable[[StepMetrics], object] = lambda balance: None,
 ) -> Trace:
     """Train `model` in place.
 

@@ -23,7 +23,7 @@ class Problem(NamedTuple):
         names: What the losses are called.
         losses: K 0-d tensors, attached to a graph.
         params: The parameters that receive gradients; all require them.
-        measured: Identities of those over which inner products are taken (``params=`` of
+        measured: Identities of those over which inner products are taken (``shared_params=`` of
             ``BalancedOptimizer``); None for all.
         scale: What every gradient is multiplied by on its way through the graph, as
             ``GradScaler`` does against underflow; None for 1. Gramians are free of it, gradients
@@ -31,7 +31,6 @@ class Problem(NamedTuple):
         retain_graph: Keep the graph for another pass.
         parallel: The ranks whose gradients are averaged; None for one process.
         features: Tensors through which all losses are computed; empty if none were named.
-        exact: With features, take the Gramian over parameters all the same.
         vector: The losses side by side as :func:`side_by_side` has them, if somebody has them
             already.
     """
@@ -44,7 +43,6 @@ class Problem(NamedTuple):
     retain_graph: bool = False
     parallel: DataParallel | None = None
     features: Sequence[Tensor] = ()
-    exact: bool = False
     vector: Tensor | None = None
 
     def seeds(self) -> list[Tensor]:

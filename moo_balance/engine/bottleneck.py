@@ -13,7 +13,6 @@ from torch.autograd.graph import Node
 from moo_balance.engine.base import Linearization, Problem, weighted_backward, weighted_sum
 from moo_balance.engine.delivery import delivered
 from moo_balance.engine.differentiation import by_backward, by_grad, is_hooked
-from moo_balance.engine.factored import Inputs, factorable
 from moo_balance.engine.graph import (
     checkpoints_reentrantly,
     closed,
@@ -22,7 +21,7 @@ from moo_balance.engine.graph import (
     nodes_above,
 )
 from moo_balance.engine.jacobian import Jacobian
-from moo_balance.engine.kept_rows import KeptRows, averaged, unscaled
+from moo_balance.engine.kept_rows import averaged, unscaled
 from moo_balance.engine.rows import Row, add_rows, add_to_grads
 from moo_balance.engine.sharded import is_flattened, is_sharded
 from moo_balance.errors import BalanceError, BalanceValueError
@@ -39,11 +38,6 @@ class Heads(NamedTuple):
 
     cotangents: Rows
     rows: Rows
-
-
-def at_features(problem: Problem, dtype: torch.dtype) -> Linearization:
-    """The Gramian at the features that were named, or beyond them."""
-    return (ExactAtFeatures if problem.exact else AtFeatures)(problem, dtype)
 
 
 class AtFeatures(Linearization):
@@ -99,28 +93,6 @@ class AtFeatures(Linearization):
         self, at_features: Jacobian, coefficients: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         return _reached(self.problem.features, at_features.combination(coefficients))
-
-
-class ExactAtFeatures(KeptRows):
-    """Whole rows, of which the part above the features is found once and for all."""
-
-    def differentiate(self) -> Iterable[Row]:
-        problem = self.problem
-        nodes, below = nodes_above(problem.losses), nodes_above(problem.features)
-        reentrant = checkpoints_reentrantly(below)
-        if not reentrant:  # and before the heads are freed, which layers are looked for in, too
-            self.layers += [layer for layer in factorable(problem, nodes) if layer.node in below]
-        plan, heads = Inputs(problem.params, self.layers), differentiated_heads(problem)
-        last = len(problem.losses) - 1
-        for k, (cotangents, row) in enumerate(zip(*heads, strict=True)):
-            keep = k < last or _keeps_graph(problem)
-            roots, seeds = _reached(problem.features, cotangents)
-            if reentrant:
-                yield add_rows(row, by_backward(roots, seeds, problem.params, keep))
-            else:
-                with plan.arrivals:
-                    rest = plan.sorted(by_grad(roots, seeds, plan.inputs, keep))
-                yield add_rows(row, rest)
 
 
 def differentiated_heads(problem: Problem) -> Heads:

@@ -37,9 +37,9 @@ class PerLoss(Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
-            from moo_balance.engine.bottleneck import at_features
+            from moo_balance.engine.bottleneck import AtFeatures
 
-            return at_features(problem, self.dtype)
+            return AtFeatures(problem, self.dtype)
         return KeptRows(problem, self.dtype)
 
     def window(self) -> Window:

@@ -19,7 +19,7 @@ from moo_balance.engine.base import (
     weighted_backward,
     weighted_sum,
 )
-from moo_balance.engine.bottleneck import at_features
+from moo_balance.engine.bottleneck import AtFeatures
 from moo_balance.engine.descent import Descent
 from moo_balance.engine.graph import checkpoints_reentrantly, nodes_above
 from moo_balance.engine.kept_rows import measured_columns, unscaled
@@ -77,7 +77,7 @@ class Streaming(Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
-            return at_features(problem, self.dtype)
+            return AtFeatures(problem, self.dtype)
         return Streamed(problem, self.dtype, partial(portions, memory=self.memory))
 
 

@@ -61,29 +61,29 @@ def backward(
     return found
 
 
-def combine(module: Any, losses: Losses, optimizer: Any = None, **options: Any) -> Tensor:
+def combined_loss(module: Any, losses: Losses, optimizer: Any = None, **options: Any) -> Tensor:
     """One scalar to return from ``training_step``, whose gradient is the balanced gradient.
 
-    For automatic optimisation: ``BalancedOptimizer.combine`` with the trainer's loss scaler.
+    For automatic optimisation: ``BalancedOptimizer.combined_loss`` with the trainer's loss scaler.
 
     Args:
         module: The ``LightningModule``: ``self``, in ``training_step``.
         losses: Scalar tensors by name.
         optimizer: Which of ``self.optimizers()``. Default: the only one.
-        options: Those of ``BalancedOptimizer.combine``, such as ``features``.
+        options: Those of ``BalancedOptimizer.combined_loss``, such as ``features``.
 
     Raises:
-        BalanceError: As ``BalancedOptimizer.combine``.
+        BalanceError: As ``BalancedOptimizer.combined_loss``.
 
     Example::
 
         def training_step(self, batch, batch_index):
-            combined = combine(self, self.losses(batch))
+            combined = combined_loss(self, self.losses(batch))
             self.log_dict(self.optimizers().log_dict())
             return combined
     """
     inner = balanced(module.optimizers() if optimizer is None else optimizer)
-    return inner.combine(losses, grad_scaler=_scaler(module), **options)
+    return inner.combined_loss(losses, grad_scaler=_scaler(module), **options)
 
 
 def _scaler(module: Any) -> Any:

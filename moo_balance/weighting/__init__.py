@@ -13,8 +13,8 @@ if TYPE_CHECKING:
         GramianWeighting as GramianWeighting,
         State as State,
         Statistics as Statistics,
-        Weighted as Weighted,
         Weighting as Weighting,
+        WeightingOutput as WeightingOutput,
     )
     from moo_balance.weighting.famo import FAMO as FAMO
     from moo_balance.weighting.fixed import (
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         SumLog as SumLog,
     )
     from moo_balance.weighting.mgda import MGDA as MGDA
+    from moo_balance.weighting.moving_average import MovingAverage as MovingAverage
     from moo_balance.weighting.random_weights import RandomWeights as RandomWeights
-    from moo_balance.weighting.smoothed import Smoothed as Smoothed
     from moo_balance.weighting.tchebycheff import (
         OnlineTchebycheff as OnlineTchebycheff,
         SmoothTchebycheff as SmoothTchebycheff,
@@ -41,13 +41,13 @@ _HOMES = {
     "OnlineTchebycheff": "tchebycheff",
     "RandomWeights": "random_weights",
     "SmoothTchebycheff": "tchebycheff",
-    "Smoothed": "smoothed",
+    "MovingAverage": "moving_average",
     "State": "base",
     "Statistics": "base",
     "Sum": "fixed",
     "SumLog": "fixed",
     "Tchebycheff": "tchebycheff",
-    "Weighted": "base",
+    "WeightingOutput": "base",
     "Weighting": "base",
 }
 

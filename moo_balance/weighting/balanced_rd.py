@@ -19,8 +19,8 @@ from moo_balance.weighting.base import (
     GramianWeighting,
     State,
     Statistics,
-    Weighted,
     Weighting,
+    WeightingOutput,
     check_choice,
     check_every,
     check_range,
@@ -37,7 +37,7 @@ class BalancedTrajectory(Weighting):
     paper's constants with the descent and the shift of what appears to be the authors' code.
     As published:
 
-    * paper, Algorithm 1: ``BalancedTrajectory(logits="sgd")`` (it prints :math:`L_i` where its
+    * paper, Algorithm 1: ``BalancedTrajectory(logit_optimizer="sgd")`` (it prints :math:`L_i` where its
       footnote says :math:`1 + L_i`);
     * code: ``BalancedTrajectory(decay=3e-3)``, the default of its command line.
 
@@ -52,7 +52,7 @@ class BalancedTrajectory(Weighting):
         decay: :math:`\gamma \ge 0`. Default 1e-3 (paper, Section 4.1, chosen from a grid 0 … 0.015;
             0 did not converge there).
         shift: Added to each loss before the logarithm. Default 1 (paper's footnote, and code).
-        logits: ``"adam"`` (default, code) or ``"sgd"`` (paper); see :class:`FAMO`.
+        logit_optimizer: ``"adam"`` (default, code) or ``"sgd"`` (paper); see :class:`FAMO`.
         every: Watch each n-th step only. Default 1 (paper).
         lagged: Use the next batch's losses instead of an evaluation. Default False (paper).
 
@@ -71,7 +71,7 @@ class BalancedTrajectory(Weighting):
     lr: float = 0.025
     decay: float = 1e-3
     shift: float = 1.0
-    logits: Literal["adam", "sgd"] = "adam"
+    logit_optimizer: Literal["adam", "sgd"] = "adam"
     every: int = 1
     lagged: bool = False
 
@@ -85,7 +85,7 @@ class BalancedTrajectory(Weighting):
             lr=self.lr,
             decay=self.decay,
             shift=self.shift,
-            logits=self.logits,
+            logit_optimizer=self.logit_optimizer,
             every=self.every,
             lagged=self.lagged,
         )
@@ -100,7 +100,7 @@ class BalancedTrajectory(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         return self._famo.init(names, device)
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         return self._famo.weights(statistics, state)
 
     def observe(self, statistics: Statistics, state: State) -> State:

@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
     step: int = 0
 
 
-class Weighted(NamedTuple):
+class WeightingOutput(NamedTuple):
     """The answer of a weighting.
 
     ``weights`` [K] are the method's own (on the simplex unless its docstring says otherwise),
@@ -83,7 +83,7 @@ class Weighting(ABC):
         return {}
 
     @abstractmethod
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         """Weights and coefficients for this step, and the state that follows it."""
 
     def observe(self, statistics: Statistics, state: State) -> State:
@@ -113,13 +113,13 @@ class GramianWeighting(Weighting):
             return {}
         return {"weights": uniform(len(names), device)}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         if statistics.gramian is not None:
             weights = self.solve(statistics, statistics.gramian)
         else:
             weights = _renormalized(state["weights"])
         kept = {"weights": weights.to(state["weights"])} if self.every > 1 else {}
-        return Weighted(weights, self.coefficients(statistics, weights), kept)
+        return WeightingOutput(weights, self.coefficients(statistics, weights), kept)
 
 
 def _renormalized(weights: Tensor) -> Tensor:

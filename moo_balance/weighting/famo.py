@@ -14,8 +14,8 @@ from moo_balance.weighting.base import (
     PerLoss,
     State,
     Statistics,
-    Weighted,
     Weighting,
+    WeightingOutput,
     check_choice,
     check_every,
     check_names,
@@ -68,7 +68,7 @@ class FAMO(Weighting):
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
         shift: :math:`s_i`, likewise. Default 0. The code's 1e-8 is left out: a loss that is not
             above its bound is refused instead.
-        logits: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"`` (paper).
+        logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"`` (paper).
             Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning rate), so
             that plain descent with 0.025 hardly moves.
         every: Watch each n-th step only. Default 1 (paper).
@@ -87,7 +87,7 @@ class FAMO(Weighting):
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), FAMO())
         >>> losses = optimizer.step(lambda: {"a": w[0] ** 2, "b": 4 * w[1] ** 2})
-        >>> {name: round(float(c), 4) for name, c in optimizer.balance.coefficients.items()}
+        >>> {name: round(float(c), 4) for name, c in optimizer.metrics.coefficients.items()}
         {'a': 0.9412, 'b': 0.0588}
     """
 
@@ -95,7 +95,7 @@ class FAMO(Weighting):
     decay: float = 1e-3
     bounds: PerLoss = 0.0
     shift: PerLoss = 0.0
-    logits: Literal["adam", "sgd"] = "adam"
+    logit_optimizer: Literal["adam", "sgd"] = "adam"
     every: int = 1
     lagged: bool = False
 
@@ -105,7 +105,7 @@ class FAMO(Weighting):
         check_range(self, "decay", 0.0)
         check_range(self, "bounds", -math.inf)
         check_range(self, "shift", -math.inf)
-        check_choice(self, "logits", ("adam", "sgd"))
+        check_choice(self, "logit_optimizer", ("adam", "sgd"))
         check_every(self)
 
     @property
@@ -119,12 +119,12 @@ class FAMO(Weighting):
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
         state = {"logits": filled(0.0, len(names), device)}
-        if self.logits == "adam":
+        if self.logit_optimizer == "adam":
             for key in ("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"):
                 state[key] = filled(0.0, len(names), device)
         return {**state, "log_gaps": filled(math.nan, len(names), device)}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         gaps = gaps_above(self.bounds, self.shift, statistics)
         if statistics.step % self.every == 0:
             log_gaps = gaps.log().to(state["logits"].dtype)
@@ -132,7 +132,7 @@ class FAMO(Weighting):
                 state = self._update(log_gaps, state)
             state = {**state, "log_gaps": log_gaps}
         weights = torch.softmax(state["logits"], 0)
-        return Weighted(weights, log_coefficients(weights, gaps), state)
+        return WeightingOutput(weights, log_coefficients(weights, gaps), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
         return self._update(gaps_above(self.bounds, self.shift, statistics).log(), state)
@@ -149,7 +149,7 @@ class FAMO(Weighting):
         delta = (before - log_gaps).nan_to_num_(0.0)
         delta.sub_(weights.dot(delta)).mul_(weights)
         gradient = delta.add_(logits, alpha=self.decay)
-        if self.logits == "sgd":
+        if self.logit_optimizer == "sgd":
             return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
         return {**state, **_adam(gradient, seen, state, self.lr)}
 

@@ -12,8 +12,8 @@ from moo_balance.weighting.base import (
     PerLoss,
     State,
     Statistics,
-    Weighted,
     Weighting,
+    WeightingOutput,
     check_names,
     check_range,
     freeze_mappings,
@@ -44,9 +44,9 @@ class Sum(Weighting):
 
     uses_losses: ClassVar[bool] = False
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         ones = torch.ones_like(statistics.losses)
-        return Weighted(ones, ones, state)
+        return WeightingOutput(ones, ones, state)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class FixedWeights(Weighting):
         check_names("values", self.values, names, complete=True)
         return {}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         weights = statistics.losses.new_tensor(named_values(self.values, statistics.names))
-        return Weighted(weights, weights, state)
+        return WeightingOutput(weights, weights, state)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class SumLog(Weighting):
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_ends(self.bounds, self.shift, names)
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         gaps = gaps_above(self.bounds, self.shift, statistics)
         weights = torch.full_like(gaps, 1.0 / len(gaps))
         if self.renormalize:
-            return Weighted(weights, log_coefficients(weights, gaps), state)
-        return Weighted(weights, 1.0 / gaps, state)
+            return WeightingOutput(weights, log_coefficients(weights, gaps), state)
+        return WeightingOutput(weights, 1.0 / gaps, state)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.weighting.base import State, Statistics, Weighted, Weighting
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
@@ -53,10 +53,10 @@ class RandomWeights(Weighting):
                 f"Found {self.seed!r}."
             )
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         # Drawn on the host: K numbers, no synchronisation, and the same on every kind of device.
         mixed = (self.seed + statistics.step * _GOLDEN_RATIO_64) % 2**63
         generator = torch.Generator().manual_seed(mixed)
         normal = torch.randn(len(statistics.names), generator=generator, dtype=torch.float64)
         weights = torch.softmax(normal, 0).to(statistics.losses)
-        return Weighted(weights, weights, state)
+        return WeightingOutput(weights, weights, state)

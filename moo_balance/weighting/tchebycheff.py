@@ -21,8 +21,8 @@ from moo_balance.weighting.base import (
     PerLoss,
     State,
     Statistics,
-    Weighted,
     Weighting,
+    WeightingOutput,
     beside,
     check_choice,
     check_names,
@@ -84,7 +84,7 @@ class Tchebycheff(Weighting):
         check_names("ideal", self.ideal, names)
         return {"ideal": filled(math.inf, len(names), device)} if self.ideal == "running" else {}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         ideal: Tensor | float
         if isinstance(self.ideal, str):
             ideal = torch.minimum(state["ideal"], statistics.losses.to(state["ideal"]))
@@ -93,7 +93,7 @@ class Tchebycheff(Weighting):
             ideal = beside(self.ideal, statistics)
         preference = normalized_preference(self.preference, statistics)
         coefficients = tchebycheff(statistics.losses, preference, ideal, self.augment)
-        return Weighted(coefficients / coefficients.sum(), coefficients, state)
+        return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class SmoothTchebycheff(Weighting):
             return {}
         return {key: filled(0.0, len(names), device) for key in ("nadir", "seen")}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         if statistics.step < self.warmup_steps:
             return self._warm_up(statistics, state)
         losses, ideal = statistics.losses, beside(self.ideal, statistics)
@@ -191,15 +191,15 @@ class SmoothTchebycheff(Weighting):
             coefficients = smooth_tchebycheff_log(losses - ideal, preference, span, self.mu)
         else:
             coefficients = smooth_tchebycheff(losses, preference, ideal, nadir, self.mu)
-        return Weighted(coefficients / coefficients.sum(), coefficients, state)
+        return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
-    def _warm_up(self, statistics: Statistics, state: State) -> Weighted:
+    def _warm_up(self, statistics: Statistics, state: State) -> WeightingOutput:
         losses = statistics.losses.to(state["nadir"])
         seen = state["seen"] + 1.0
         nadir = state["nadir"] + (losses - state["nadir"]) / seen
         coefficients = 1.0 / (statistics.losses - beside(self.ideal, statistics))
         weights = torch.full_like(coefficients, 1.0 / len(coefficients))
-        return Weighted(weights, coefficients, {"nadir": nadir, "seen": seen})
+        return WeightingOutput(weights, coefficients, {"nadir": nadir, "seen": seen})
 
     def _nadir(self, statistics: Statistics, state: State) -> Tensor | float | None:
         if self.nadir is not None:
@@ -280,7 +280,7 @@ class OnlineTchebycheff(Weighting):
         start = 0.0 if self.update == "mirror" else 1.0 / len(names)
         return {key: filled(start, len(names), device)}
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         preference = normalized_preference(self.preference, statistics)
         gain = self.lr * preference * statistics.losses
         if self.update == "mirror":
@@ -294,7 +294,7 @@ class OnlineTchebycheff(Weighting):
             weights = torch.where(mass > 0, state["weights"] / mass, 1.0 / len(preference))
             state = {"weights": mass * project_simplex(weights + gain)}
         weights = weights.to(statistics.losses)
-        return Weighted(weights, weights * preference, state)
+        return WeightingOutput(weights, weights * preference, state)
 
 
 def _check_preference(weighting: Tchebycheff | SmoothTchebycheff | OnlineTchebycheff) -> None:

@@ -47,7 +47,7 @@ def test_ranks_take_the_step_of_one_process_on_the_joined_batch(
         reference.zero_grad()
         backward(alone, reference, share(step, alone=True), exact=exact)
         torch.testing.assert_close(
-            optimizer.balance.gramian, reference.balance.gramian, rtol=1e-12, atol=0
+            optimizer.metrics.gramian, reference.metrics.gramian, rtol=1e-12, atol=0
         )
         for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-13)

@@ -54,7 +54,7 @@ class Module(LightningModule):
 
     def training_step(self, batch, index):
         if self.automatic_optimization:
-            return lightning.combine(self, losses_of(self.net, batch))
+            return lightning.combined_loss(self, losses_of(self.net, batch))
         optimizer = self.optimizers()
         optimizer.zero_grad()
         lightning.backward(self, partial(losses_of, self.net, batch))

@@ -89,8 +89,8 @@ def test_autocast(method, make, dtype):
     for step in range(12):
         batch = share(step % 2, torch.float32)
         scaled_step(optimizer, scaler, lambda: losses(batch))  # noqa: B023
-        first = first or optimizer.balance.as_floats()
-    last = optimizer.balance.as_floats()
+        first = first or optimizer.metrics.as_floats()
+    last = optimizer.metrics.as_floats()
     assert_same_on_all_ranks(parameters(model), optimizer.state_dict()["balance"])
     assert any(last[key] < first[key] for key in first if key.startswith("loss/"))
 

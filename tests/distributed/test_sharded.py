@@ -108,18 +108,18 @@ def test_the_gramian_is_that_of_the_whole_gradients():
     optimizer.backward(losses_of(model, share(0)))
     alone.backward(losses_of(twin, share(0, alone=True)))
     torch.testing.assert_close(
-        optimizer.balance.gramian, alone.balance.gramian, rtol=1e-12, atol=1e-12
+        optimizer.metrics.gramian, alone.metrics.gramian, rtol=1e-12, atol=1e-12
     )
 
 
 def test_the_gramian_over_some_parameters():
     model, twin = sharded(Net()), Net()
-    optimizer = BalancedOptimizer(adam(model), MGDA(), params=model.trunk)
-    alone = BalancedOptimizer(adam(twin), MGDA(), params=twin.trunk, process_group=None)
+    optimizer = BalancedOptimizer(adam(model), MGDA(), shared_params=model.trunk)
+    alone = BalancedOptimizer(adam(twin), MGDA(), shared_params=twin.trunk, process_group=None)
     optimizer.backward(losses_of(model, share(0)))
     alone.backward(losses_of(twin, share(0, alone=True)))
     torch.testing.assert_close(
-        optimizer.balance.gramian, alone.balance.gramian, rtol=1e-12, atol=1e-12
+        optimizer.metrics.gramian, alone.metrics.gramian, rtol=1e-12, atol=1e-12
     )
 
 
@@ -246,7 +246,7 @@ def test_flat_parameters_refuse_a_gramian(method, original):
     model = FSDP1(Net(), device_id=torch.device("cpu"), use_orig_params=original)
     optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
     before = copy.deepcopy(optimizer.state_dict()["balance"])
-    for call in (optimizer.backward, optimizer.combine):
+    for call in (optimizer.backward, optimizer.combined_loss):
         with pytest.raises(BalanceError, match=r"Found parameters of .*\(FSDP1\).*`fully_shard`"):
             call(losses_of(model, share(0)))
     assert optimizer.state_dict()["balance"] == before

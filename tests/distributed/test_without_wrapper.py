@@ -75,7 +75,7 @@ def test_a_balance_that_drifted_is_found():
 def test_how_often_drift_is_looked_for(every, found):
     """After each of the first three steps, and every so many."""
     model = Net()
-    optimizer = BalancedOptimizer(adam(model), MGDA(), drift_every=every)
+    optimizer = BalancedOptimizer(adam(model), MGDA(), check_ranks_every=every)
     train(model, optimizer, range(3))
     with torch.no_grad():
         model.heads[0].bias += float(dist.get_rank())
@@ -186,5 +186,5 @@ def test_the_balance_speaks_of_the_mean_over_the_ranks():
     optimizer.backward(losses_of(model, share(0)))
     alone = BalancedOptimizer(adam(model), MGDA(), process_group=None)
     alone.backward(losses_of(model, share(0, alone=True)))
-    assert_same_on_all_ranks(optimizer.balance.as_floats())
+    assert_same_on_all_ranks(optimizer.metrics.as_floats())
     assert optimizer.log_dict() == pytest.approx(alone.log_dict(), rel=1e-6)

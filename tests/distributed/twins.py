@@ -72,7 +72,7 @@ def by_backward(optimizer: BalancedOptimizer, losses: Callable[[], dict[str, Ten
 
 def by_combine(optimizer: BalancedOptimizer, losses: Callable[[], dict[str, Tensor]]) -> None:
     optimizer.zero_grad()
-    optimizer.combine(losses()).backward()
+    optimizer.combined_loss(losses()).backward()
     optimizer.step()
     if optimizer.weighting.observes_step:
         with torch.no_grad():

@@ -317,8 +317,8 @@ def test_weights_come_from_the_features_and_gradients_reach_everything() -> None
     jacobian = naive_jacobian(Graph(list(losses.values()), list(net.parameters())))
     optimizer = optimizer_of(net)
     optimizer.backward(losses, features=net.features)
-    same(optimizer.balance.gramian, at_features @ at_features.T)
-    weights = torch.stack([*optimizer.balance.coefficients.values()])
+    same(optimizer.metrics.gramian, at_features @ at_features.T)
+    weights = torch.stack([*optimizer.metrics.coefficients.values()])
     same(gradient(Graph([], list(net.parameters()))), weights @ jacobian)
     optimizer.step()
 
@@ -337,7 +337,7 @@ def test_forms_of_the_argument(form: str) -> None:
         losses = net.losses(batch)
         features = [net.features] if form == "list" else net.features
         if form == "combine":
-            optimizer.combine(losses, features=features).backward()
+            optimizer.combined_loss(losses, features=features).backward()
         else:
             optimizer.backward(losses, features=features)
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
@@ -353,16 +353,16 @@ def test_features_do_no_harm_where_nobody_asks_for_a_gramian(weighting: Any) -> 
         losses = net.losses(drawn(6, 4))
         optimizer.backward(losses, features=net.features)
         optimizer.step()
-    assert optimizer.balance.gramian is None
+    assert optimizer.metrics.gramian is None
 
 
 def test_params_and_exact_measure_the_chosen_parameters() -> None:
     net = Net()
-    optimizer = optimizer_of(net, params=net.trunk)
+    optimizer = optimizer_of(net, shared_params=net.trunk)
     losses = net.losses(drawn(6, 4))
     jacobian = naive_jacobian(Graph(list(losses.values()), list(net.trunk.parameters())))
     optimizer.backward(losses, features=net.features, exact=True)
-    same(optimizer.balance.gramian, jacobian @ jacobian.T)
+    same(optimizer.metrics.gramian, jacobian @ jacobian.T)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_a_loss_that_passes_the_features_by_is_named() -> None:
 
 def test_params_without_exact() -> None:
     net = Net()
-    optimizer = optimizer_of(net, params=net.trunk)
+    optimizer = optimizer_of(net, shared_params=net.trunk)
     losses = net.losses(drawn(6, 4))
     with pytest.raises(BalanceValueError, match=r"`params=`.*exact=True"):
         optimizer.backward(losses, features=net.features)

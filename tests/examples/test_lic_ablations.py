@@ -57,7 +57,7 @@ def steps_of(weighting, count=4):
     optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), weighting)
     for _ in range(count):
         losses = optimizer.step(lambda: {"a": (w**2).sum(), "b": 3 * (w - 1).square().sum()})
-        yield {k: v.item() for k, v in losses.items()}, optimizer.balance, w.detach().clone()
+        yield {k: v.item() for k, v in losses.items()}, optimizer.metrics, w.detach().clone()
 
 
 def test_without_c_coefficients_are_weights_of_logarithms():

@@ -106,7 +106,7 @@ def test_every_weighting_trains_the_codec(name, pictures):
 def test_fixed_weights_are_shares(pictures):
     session = make_session(fixed(0.8), Recipe(1, 1e-3))
     session.run(make_stream(pictures))
-    coefficients = session.optimizer.balance.coefficients
+    coefficients = session.optimizer.metrics.coefficients
     assert coefficients == pytest.approx({"rate": 0.8, "distortion": 0.2})
 
 

@@ -16,7 +16,7 @@ from examples.lic.variable_rate import __main__ as cli, experiment, study
 from examples.lic.variable_rate.comparing import gap, loss_ratio
 from examples.lic.variable_rate.design import BEFORE, LONG, PLAIN, SINGLE, STATIC, Plan
 from examples.lic.variable_rate.experiment import fingerprint
-from moo_balance import Balance
+from moo_balance import StepMetrics
 from moo_balance.weighting import Statistics
 
 PLAN = Plan((0.005, 0.016, 0.05), Recipe(2, 1e-3), Recipe(2, 1e-3), 64, 1, 8, 8)
@@ -91,7 +91,7 @@ def test_levels_in_between_are_geometric_means():
 
 
 def test_weights_are_means_over_tenths_of_a_run():
-    trace, balance = Trace(), Balance()
+    trace, balance = Trace(), StepMetrics()
     for step in range(20):
         ones = torch.ones(2)
         coefficients = torch.tensor([step / 19, 1 - step / 19])

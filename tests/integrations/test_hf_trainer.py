@@ -1,4 +1,4 @@
-"""The Trainer of transformers takes the plain loop's steps through ``combine``."""
+"""The Trainer of transformers takes the plain loop's steps through ``combined_loss``."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_accumulated_gradients_add_up(trainer, method):
     made.train()
     twin, optimizer = model_and_optimizer(method)
     for batch in BATCHES[:2]:
-        optimizer.combine({name: loss / 2 for name, loss in twin(batch).items()}).backward()
+        optimizer.combined_loss({name: loss / 2 for name, loss in twin(batch).items()}).backward()
     optimizer.step()
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter, other)

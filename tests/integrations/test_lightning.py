@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.integrations import balanced
-from moo_balance.integrations.lightning import backward, combine
+from moo_balance.integrations.lightning import backward, combined_loss
 from tests.integrations.runs import (
     BATCHES,
     loader,
@@ -59,7 +59,7 @@ class Manual(Module):
 
 class Automatic(Module):
     def training_step(self, batch, index):
-        combined = combine(self, self.model(batch))
+        combined = combined_loss(self, self.model(batch))
         self.log_dict(self.optimizers().log_dict())
         return combined
 
@@ -179,7 +179,7 @@ class TestManual:
             assert type(optimizer) is not type(own)
             assert isinstance(optimizer, BalancedOptimizer)
             assert balanced(optimizer) is own
-            assert optimizer.balance is own.balance
+            assert optimizer.metrics is own.metrics
             assert optimizer.weighting is own.weighting
             assert optimizer.param_groups is own.param_groups
             assert optimizer.log_dict() == own.log_dict()

@@ -27,7 +27,7 @@ TWO = torch.tensor([[2.0, 4.0], [4.0, 10.0]], dtype=torch.float64)  # of (1, 1) 
     ("weighting", "golden"),
     [
         (BalancedTrajectory(decay=3e-3), (0.02499997, 0.04792268, 0.07082399)),
-        (BalancedTrajectory(logits="sgd"), (0.00021932, 0.00088437, 0.00122569)),
+        (BalancedTrajectory(logit_optimizer="sgd"), (0.00021932, 0.00088437, 0.00122569)),
     ],
     ids=["code", "paper"],
 )
@@ -39,7 +39,7 @@ def test_logits_are_those_of_the_reference_run(
         state = weighting.weights(shown(before, step=step), state).state
         state = weighting.observe(shown(after, step=step + 1), state)
         assert_near(state["logits"], (xi, -xi), 2e-8)
-    if weighting.logits == "adam":
+    if weighting.logit_optimizer == "adam":
         answer = weighting.weights(shown((0.46, 1.4)), state)
         assert_near(answer.weights, (0.53535290, 0.46464710), 1e-8)
         assert_near(answer.coefficients, (0.65445507, 0.34554493), 1e-8)

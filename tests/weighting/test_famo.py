@@ -54,7 +54,7 @@ def random_pairs(count: int, steps: int = 300) -> list[Pair]:
     [
         (FAMO(decay=0.0), (-0.02499998, -0.01106921, 0.00581391)),
         (FAMO(decay=0.01), (-0.02499998, -0.01104620, 0.00585085)),
-        (FAMO(decay=0.01, logits="sgd"), (-0.00033792, 0.00099914, 0.00170792)),
+        (FAMO(decay=0.01, logit_optimizer="sgd"), (-0.00033792, 0.00099914, 0.00170792)),
     ],
     ids=["adam", "adam-decay", "sgd-decay"],
 )
@@ -83,7 +83,7 @@ def test_logits_descend_as_a_parameter_under_the_torch_optimizer(logits: str, de
     xi = nn.Parameter(torch.zeros(5, dtype=torch.float64))
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[logits]
     optimizer = kind([xi], lr=0.025, weight_decay=decay)
-    found, _ = follow(FAMO(decay=decay, logits=logits), pairs)
+    found, _ = follow(FAMO(decay=decay, logit_optimizer=logits), pairs)
     for (before, after), ours in zip(pairs, found, strict=True):
         optimizer.zero_grad()
         (torch.softmax(xi, 0) @ (before.log() - after.log())).backward()
@@ -143,7 +143,7 @@ def test_lagged_with_every_learns_once_in_n_steps() -> None:
 @pytest.mark.parametrize("logits", ["adam", "sgd"])
 def test_a_loss_that_falls_faster_than_the_average_loses_weight(logits: str) -> None:
     before, after = vector((3.0, 1.0, 0.2)), vector((1.5, 0.9, 0.19))  # -50 %, -10 %, -5 %
-    weighting = FAMO(logits=logits)
+    weighting = FAMO(logit_optimizer=logits)
     found, _ = follow(weighting, [(before, after)])
     weights = torch.softmax(found[0], 0)
     assert weights[0] < 1 / 3 < min(weights[1], weights[2])
@@ -197,8 +197,8 @@ def test_an_absent_loss_waits_and_the_others_go_on_among_themselves() -> None:
     for key, value in after.items():
         assert torch.equal(value[1], before[key][1]), key
         assert not torch.equal(value[[0, 2]], before[key][[0, 2]]), key
-    assert set(optimizer.balance.coefficients) == {"a", "c"}
-    total = sum(optimizer.balance.coefficients.values())
+    assert set(optimizer.metrics.coefficients) == {"a", "c"}
+    total = sum(optimizer.metrics.coefficients.values())
     assert_near(total, vector((1.0,))[0], 1e-15)
     assert updates(step("abc")) == [4, 3, 4]
 
@@ -234,9 +234,9 @@ def final_point(weighting: FAMO | SumLog, steps: int) -> Tensor:
 
 def test_with_decay_it_ends_where_the_sum_of_logs_ends_and_without_it_does_not() -> None:
     end = final_point(SumLog(), 400)
-    decayed = final_point(FAMO(decay=0.1, logits="sgd", lr=2.0), 1000)
+    decayed = final_point(FAMO(decay=0.1, logit_optimizer="sgd", lr=2.0), 1000)
     assert torch.dist(decayed, end) < 1e-4
-    free = final_point(FAMO(decay=0.0, logits="sgd", lr=2.0), 1000)
+    free = final_point(FAMO(decay=0.0, logit_optimizer="sgd", lr=2.0), 1000)
     assert torch.dist(free, end) > 0.1
 
 
@@ -255,6 +255,6 @@ def test_state_has_a_row_per_loss_and_starts_uniform() -> None:
         ),
         (3,),
     )
-    assert set(FAMO(logits="sgd").init(("a",), CPU)) == {"logits", "log_gaps"}
+    assert set(FAMO(logit_optimizer="sgd").init(("a",), CPU)) == {"logits", "log_gaps"}
     answer = FAMO().weights(Statistics(("a", "b", "c"), torch.ones(3)), state)
     assert_near(answer.weights, (1 / 3,) * 3, 1e-7)

@@ -145,7 +145,7 @@ def test_losses_that_all_had_weight_zero_count_equally_until_the_next_refresh() 
         return {name: {"a": 1, "b": 3, "c": 5}[name] * parameter.sum() for name in present}
 
     optimizer.step(lambda: losses("abc"))
-    assert [float(w) for w in optimizer.balance.weights.values()] == [1.0, 0.0, 0.0]
+    assert [float(w) for w in optimizer.metrics.weights.values()] == [1.0, 0.0, 0.0]
     optimizer.step(lambda: losses("bc"))
-    assert {name: float(w) for name, w in optimizer.balance.weights.items()} == {"b": 0.5, "c": 0.5}
+    assert {name: float(w) for name, w in optimizer.metrics.weights.items()} == {"b": 0.5, "c": 0.5}
     assert parameter.grad.tolist() == [4.0, 4.0]

@@ -183,7 +183,7 @@ def test_the_warm_up_averages_each_loss_over_the_steps_that_had_it() -> None:
     now = parameter.new_tensor([seen[name][-1] for name in "abc"])
     top = vector((np.mean(seen["a"][:3]), np.mean(seen["b"][:3]), seen["c"][0]))
     expected = torch.softmax(now / top / 3 / 0.1, 0) / 3 / top
-    found = torch.stack(list(optimizer.balance.coefficients.values()))
+    found = torch.stack(list(optimizer.metrics.coefficients.values()))
     assert_near(found, expected, 1e-14)
 
 
@@ -262,4 +262,4 @@ def test_absent_losses_keep_their_share(update: str) -> None:
     assert abs(float(after[1] - before[1])) > 1e-3
     assert_near(after.sum(), vector((1.0,))[0], 1e-14)
     assert shares_after("a").tolist() == pytest.approx(after.tolist(), abs=1e-15)
-    assert optimizer.balance.weights["a"] == 1.0
+    assert optimizer.metrics.weights["a"] == 1.0

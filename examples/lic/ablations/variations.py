@@ -10,7 +10,7 @@ import torch
 
 from examples.lic.study.laboratory import SUM
 from moo_balance import AnalyticQP, BalancedTrajectory
-from moo_balance.weighting import State, Statistics, Weighted, Weighting
+from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 
 GAMMAS = (0.0, 5e-4, 1e-3, 5e-3, 1e-2, 1.5e-2)
 """The grid of the paper; 1e-3 is its choice, and the library's default."""
@@ -36,9 +36,9 @@ class NotRenormalized(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         return self.solution.init(names, device)
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         weights, _, state = self.solution.weights(statistics, state)
-        return Weighted(weights, weights / (statistics.losses + self.solution.shift), state)
+        return WeightingOutput(weights, weights / (statistics.losses + self.solution.shift), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
         return self.solution.observe(statistics, state)

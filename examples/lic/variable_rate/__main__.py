@@ -26,7 +26,7 @@ from examples.lic.training import Recipe
 from examples.lic.variable_rate import study
 from examples.lic.variable_rate.comparing import Results
 from examples.lic.variable_rate.design import Plan
-from moo_balance import Balance
+from moo_balance import StepMetrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _run(plan: Plan, options: argparse.Namespace, photographs: Photographs) -> R
     seeds = range(options.seed, options.seed + options.seeds)
     with tqdm(total=len(seeds) * plan.steps, unit="step", mininterval=0.5) as bar:
 
-        def on_step(balance: Balance) -> None:
+        def on_step(balance: StepMetrics) -> None:
             bar.update()
 
         return study.run_plan(plan, seeds, photographs, options.output / "runs", on_step)

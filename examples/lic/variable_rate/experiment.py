@@ -34,7 +34,7 @@ from examples.lic.variable_rate.design import (
 )
 from examples.lic.variable_rate.model import VariableRateCodec, step_for
 from examples.lic.variable_rate.training import every_level, name_of, post_train, random_level
-from moo_balance import Balance, FixedWeights
+from moo_balance import FixedWeights, StepMetrics
 
 PARTS_OF_A_RUN = 10
 """How often the weights of a run are written down, each time as a mean."""
@@ -48,7 +48,7 @@ class Experiment:
     plan: Plan
     seed: int
     folder: Path
-    on_step: Callable[[Balance], object] = lambda balance: None
+    on_step: Callable[[StepMetrics], object] = lambda balance: None
 
     def __call__(self) -> dict[str, dict[str, Any]]:
         """Every run by its name, as JSON."""

@@ -28,7 +28,7 @@ from examples.lic.variable_rate.design import (
     Plan,
 )
 from examples.lic.variable_rate.experiment import Experiment
-from moo_balance import Balance
+from moo_balance import StepMetrics
 
 SHORT = Plan((0.005, 0.016, 0.05), Recipe(200, lr=4e-3), Recipe(20, lr=1e-3), 64, 2, 8, 8)
 STUDIES: dict[str, tuple[Plan, Sequence[int]]] = {"short": (SHORT, (0,)), "full": (Plan(), (0, 1))}
@@ -51,7 +51,7 @@ def run_plan(
     seeds: Sequence[int],
     photographs: Photographs,
     folder: Path,
-    on_step: Callable[[Balance], object] = lambda balance: None,
+    on_step: Callable[[StepMetrics], object] = lambda balance: None,
 ) -> Results:
     """The same with a plan and photographs of one's own; at least one seed."""
     runs = {str(seed): Experiment(photographs, plan, seed, folder, on_step)() for seed in seeds}

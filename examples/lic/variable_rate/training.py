@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from examples.lic.training import Recipe, Trace, normalize_gradient
 from examples.lic.variable_rate.model import VariableRateCodec, step_for
-from moo_balance import Balance, BalancedOptimizer
+from moo_balance import BalancedOptimizer, StepMetrics
 from moo_balance.weighting import Weighting
 
 Choice = Callable[[Sequence[float], random.Random], Sequence[float]]
@@ -60,7 +60,7 @@ def post_train(
     *,
     seed: int,
     choose: Choice = every_level,
-    on_step: Callable[[Balance], object] = lambda balance: None,
+    on_step: Callable[[StepMetrics], object] = lambda balance: None,
 ) -> Trace:
     """Train a codec that has learned its highest λ for the others too, in place.
 
@@ -80,7 +80,7 @@ def post_train(
     trace = Trace()
     draw = random.Random(seed)
     adam = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-    optimizer = BalancedOptimizer(adam, weighting, names=[name_of(lmbda) for lmbda in lambdas])
+    optimizer = BalancedOptimizer(adam, weighting, loss_names=[name_of(lmbda) for lmbda in lambdas])
     schedule = recipe.schedule.begin(optimizer, recipe.steps)
 
     for index in range(recipe.steps):
@@ -92,7 +92,7 @@ def post_train(
         normalize_gradient(model.parameters())
         optimizer.step()
         trace.seconds.append(time.perf_counter() - start)
-        schedule.step(sum(optimizer.balance.losses.values()) / len(chosen))
-        trace.history.append(optimizer.balance)
-        on_step(optimizer.balance)
+        schedule.step(sum(optimizer.metrics.losses.values()) / len(chosen))
+        trace.history.append(optimizer.metrics)
+        on_step(optimizer.metrics)
     return trace

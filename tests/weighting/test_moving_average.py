@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moo_balance import FAMO, MGDA, FixedWeights, RandomWeights, Smoothed, SumLog
+from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
 from moo_balance.weighting import State, Weighting
 from tests.problems import Scene, play
 from tests.registry import NAMES
@@ -25,7 +25,7 @@ def test_a_fixed_momentum_is_the_moving_average(inner: Weighting, beta: float) -
     expected = [raw[0]]
     for wanted in raw[1:]:
         expected.append(beta * expected[-1] + (1 - beta) * wanted)
-    assert_near(answers(Smoothed(inner, beta)), torch.stack(expected), 1e-14)
+    assert_near(answers(MovingAverage(inner, beta)), torch.stack(expected), 1e-14)
 
 
 def test_the_adaptive_rule_averages_the_more_the_less_weights_move() -> None:
@@ -34,11 +34,11 @@ def test_the_adaptive_rule_averages_the_more_the_less_weights_move() -> None:
     for count, wanted in enumerate(raw[1:], start=2):
         beta = max(0.0, 1.0 - count * float((wanted - expected[-1]).abs().sum()))
         expected.append(beta * expected[-1] + (1 - beta) * wanted)
-    assert_near(answers(Smoothed(MGDA(), "adaptive")), torch.stack(expected), 1e-14)
+    assert_near(answers(MovingAverage(MGDA(), "adaptive")), torch.stack(expected), 1e-14)
 
 
 def test_the_adaptive_rule_follows_a_jump_at_once_and_holds_on_to_a_quiver() -> None:
-    weighting = Smoothed(MGDA(), "adaptive")
+    weighting = MovingAverage(MGDA(), "adaptive")
     gramians = [torch.diag(vector(d)) for d in ((1.0, 1.0), (9.0, 1.0), (9.1, 1.0))]
     state, seen = fresh(weighting, 2), []
     for step, gramian in enumerate(gramians):
@@ -52,7 +52,7 @@ def test_the_adaptive_rule_follows_a_jump_at_once_and_holds_on_to_a_quiver() -> 
 
 def test_the_total_is_that_of_the_method_in_the_same_step() -> None:
     inner = SumLog(renormalize=False)
-    raw, smoothed = answers(inner), answers(Smoothed(inner))
+    raw, smoothed = answers(inner), answers(MovingAverage(inner))
     assert_near(smoothed.sum(1), raw.sum(1), 1e-14)
     assert not torch.allclose(smoothed[1:], raw[1:], rtol=1e-2)
 
@@ -60,18 +60,18 @@ def test_the_total_is_that_of_the_method_in_the_same_step() -> None:
 @pytest.mark.parametrize("values", [(1.0, -0.5, 3.0), (1.0, -1.0, 0.0), (0.0, 0.0, 0.0)])
 def test_constant_weights_stay_what_they_are(values: tuple[float, ...]) -> None:
     inner = FixedWeights(dict(zip(NAMES, values, strict=True)))
-    assert_near(answers(Smoothed(inner)), answers(inner), 1e-15)
+    assert_near(answers(MovingAverage(inner)), answers(inner), 1e-15)
 
 
 def test_those_present_divide_the_whole_and_the_absent_share_waits() -> None:
-    weighting = Smoothed(MGDA(), 0.5)
+    weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([0.1, 0.3])}  # of "a" and "b"; "c" is away
     answer = weighting.weights(shown([1.0, 1.0], torch.eye(2).double(), 4), state)
     assert_near(answer.coefficients, (0.375, 0.625), 1e-15)
 
 
 def test_a_loss_that_is_new_starts_from_what_the_method_asks_for() -> None:
-    weighting = Smoothed(MGDA(), 0.5)
+    weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([1.0, float("nan")])}
     answer = weighting.weights(shown([1.0, 1.0], torch.eye(2).double(), 4), state)
     assert_near(answer.coefficients, (7 / 12, 5 / 12), 1e-15)  # (1, 1/2) is two to one
@@ -79,25 +79,25 @@ def test_a_loss_that_is_new_starts_from_what_the_method_asks_for() -> None:
 
 def test_the_method_inside_keeps_its_state_needs_and_bounds() -> None:
     inner = FAMO(bounds=-1.0, every=2)
-    weighting = Smoothed(inner)
+    weighting = MovingAverage(inner)
     state = fresh(weighting, 3)
     assert set(state) == {"shares", *(f"of it/{key}" for key in fresh(inner, 3))}
     assert weighting.observes_step
     assert weighting.every == 2
     assert not weighting.uses_gramian
     assert weighting.lower_bounds("abc") == [-1.0] * 3
-    assert Smoothed(MGDA(every=3)).uses_gramian
-    assert not Smoothed(RandomWeights()).uses_losses
+    assert MovingAverage(MGDA(every=3)).uses_gramian
+    assert not MovingAverage(RandomWeights()).uses_losses
 
 
 def test_smoothing_twice_is_allowed() -> None:
-    state = fresh(Smoothed(Smoothed(FAMO(lagged=True))), 2)
+    state = fresh(MovingAverage(MovingAverage(FAMO(lagged=True))), 2)
     assert "of it/of it/logits" in state
 
 
 def test_it_agrees_with_torchjd() -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
-    ours, theirs = Smoothed(MGDA(), 0.9), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting(), 0.9)
+    ours, theirs = MovingAverage(MGDA(), 0.9), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting(), 0.9)
     state = fresh(ours, 2)
     for step in range(5):
         rows = drawn(2, 7, seed=step)

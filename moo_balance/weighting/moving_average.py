@@ -1,4 +1,4 @@
-"""Smoothed: a moving average around any weighting."""
+"""MovingAverage: a moving average around any weighting."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.weighting.base import State, Statistics, Weighted, Weighting, check_range, filled
+from moo_balance.weighting.base import (
+    State,
+    Statistics,
+    Weighting,
+    WeightingOutput,
+    check_range,
+    filled,
+)
 
-_INNER = "of it/"
+_INNER = "inner/"
 
 
 @dataclass(frozen=True)
-class Smoothed(Weighting):
+class MovingAverage(Weighting):
     r"""Momentum on the weights of any method, which mini-batches make noisy.
 
     With :math:`\hat c` what the method asks for and :math:`\hat\lambda = \hat c / \lVert \hat c
@@ -52,9 +59,9 @@ class Smoothed(Weighting):
 
     Example:
         >>> import torch
-        >>> from moo_balance import MGDA, Smoothed
+        >>> from moo_balance import MGDA, MovingAverage
         >>> from moo_balance.weighting import Statistics
-        >>> weighting = Smoothed(MGDA(), beta=0.5)
+        >>> weighting = MovingAverage(MGDA(), beta=0.5)
         >>> state = weighting.init(("a", "b"), torch.device("cpu"))
         >>> for norms in (1.0, 1.0), (3.0, 1.0):
         ...     gramian = torch.diag(torch.tensor(norms))
@@ -70,7 +77,7 @@ class Smoothed(Weighting):
     def __post_init__(self) -> None:
         if not isinstance(self.weighting, Weighting):
             raise BalanceValueError(
-                "Parameter `weighting` of Smoothed should be an instance of a method such as "
+                "Parameter `weighting` of MovingAverage should be an instance of a method such as "
                 f"`MGDA()`. Found {self.weighting!r}."
             )
         if self.beta != "adaptive":
@@ -88,13 +95,13 @@ class Smoothed(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         return _joined(filled(math.nan, len(names), device), self.weighting.init(names, device))
 
-    def weights(self, statistics: Statistics, state: State) -> Weighted:
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         _, coefficients, inner = self.weighting.weights(statistics, _inner(state))
         shares, size = _normalized(coefficients.to(state["shares"]))
         before = torch.where(state["shares"].isnan(), shares, state["shares"])
         before, _ = _normalized(before)
         shares = before.lerp(shares, 1.0 - self._momentum(shares, before, statistics.step + 1))
-        return Weighted(shares, (size * shares).to(coefficients), _joined(shares, inner))
+        return WeightingOutput(shares, (size * shares).to(coefficients), _joined(shares, inner))
 
     def observe(self, statistics: Statistics, state: State) -> State:
         inner = self.weighting.observe(statistics, _inner(state))
