@@ -24,7 +24,7 @@ from tests.distributed.twins import (
     train,
 )
 from tests.engine.registry import Parted, everywhere
-from tests.registry import NAMES, over_some
+from tests.support.registry import NAMES, over_some
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 
