@@ -29,7 +29,7 @@ from tests.distributed.twins import (
     share,
 )
 from tests.problems import snapshot
-from tests.registry import NAMES, over_some
+from tests.support.registry import NAMES, over_some
 
 DTYPE = torch.float64
 

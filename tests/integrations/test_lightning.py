@@ -22,7 +22,7 @@ from tests.integrations.runs import (
     plain_run,
 )
 from tests.problems import flat_gradient, snapshot, whole_state
-from tests.registry import over_methods, over_some
+from tests.support.registry import over_methods, over_some
 
 pytestmark = [
     # Lightning says so of every loader that works in the training process.

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moo_balance.integrations.tensorboard import add_metrics
 from tests.integrations.runs import model_and_optimizer
-from tests.registry import over_some
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("TensorBoard")
 
