@@ -14,7 +14,6 @@ from moo_balance.engine.autograd import (
     edge_of,
     edges_of,
     gradient_shape,
-    leaf_of,
     recorded_order,
 )
 from moo_balance.engine.base import Problem
@@ -127,10 +126,8 @@ def _leaves(
     layers: Collection[LinearWeightGradient],
 ) -> dict[Node, int]:
     factored = {layer.param_index for layer in layers}
-    wanted = {id(problem.params[column]): column for column in columns if column not in factored}
-    ends = [node for node, after in edges.items() if not after]
-    variables = {node: id(leaf_of(node)) for node in ends}
-    return {node: wanted[found] for node, found in variables.items() if found in wanted}
+    wanted = {edge_of(problem.params[k])[0]: k for k in columns if k not in factored}
+    return {node: wanted[node] for node, after in edges.items() if not after and node in wanted}
 
 
 def _from_the_losses_down(edges: Mapping[Node, Sequence[Edge]], ends: set[Node]) -> list[Node]:
