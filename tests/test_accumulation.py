@@ -10,8 +10,9 @@ import torch
 
 from moo_balance import BalancedOptimizer, BalanceError, NonFiniteError
 from moo_balance.reevaluation import summed
-from tests.problems import (
-    Toy,
+from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.problems import (
+    SmallModel,
     flat_gradient,
     gradients,
     setup,
@@ -20,7 +21,6 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over, over_methods, over_some
 
 MICRO = 3
 
@@ -405,7 +405,7 @@ def test_a_gradient_that_is_nan_in_a_window_is_named_when_it_closes(method):
 @over_kinds
 def test_narrow_parameters_accumulate_in_their_own_precision(method):
     """As a plain loop does: the rows of a window have the dtype of their parameters."""
-    model = Toy().to(torch.bfloat16)
+    model = SmallModel().to(torch.bfloat16)
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
     by_closures(optimizer, *(lambda number=number: part(model, number) for number in range(MICRO)))
     assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moo_balance import BalancedOptimizer, BalanceError, Sum
-from tests.problems import (
+from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.problems import (
     Overflow,
-    Toy,
+    SmallModel,
     adam,
     flat_gradient,
     setup,
@@ -17,7 +18,6 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over, over_methods, over_some
 
 pytestmark = pytest.mark.capability("mixed precision with a GradScaler")
 
@@ -155,7 +155,7 @@ def test_a_disabled_scaler_is_none(method):
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_fused_and_foreach_steps_are_those_of_the_plain_optimizer(base, flags):
     """A fused step can unscale by itself; the wrapper must not let that happen twice, or never."""
-    model, twin = Toy(), Toy()
+    model, twin = SmallModel(), SmallModel()
     optimizer = BalancedOptimizer(base(model.parameters(), lr=0.01, **flags), Sum())
     plain = base(twin.parameters(), lr=0.01, **flags)
     scaler, other = grad_scaler(1024.0), grad_scaler(1024.0)
@@ -176,7 +176,7 @@ def total(model):
 @over_some("Sum", "MGDA-none", "AnalyticQP", "FAMO-lagged")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_and_scaler_train_a_float32_model(method, dtype):
-    model = Toy().float()
+    model = SmallModel().float()
     optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
     scaler = grad_scaler(1024.0)
     first = total(model)

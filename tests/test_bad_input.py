@@ -10,8 +10,17 @@ from torch import nn
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
 from moo_balance.errors import NonFiniteError
-from tests.problems import Toy, adam, gradients, setup, sgd, snapshot, train, whole_state
 from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.problems import (
+    SmallModel,
+    adam,
+    gradients,
+    setup,
+    sgd,
+    snapshot,
+    train,
+    whole_state,
+)
 
 
 def tensor(value, **arguments):
@@ -303,11 +312,11 @@ def test_a_graph_that_was_freed_stages_nothing(method):
 
 def arguments_at_fault():
     stranger = nn.Parameter(torch.zeros(2))
-    model = Toy()
+    model = SmallModel()
     inner = sgd(model)
     line_search = torch.optim.LBFGS(model.parameters())
     yield "optimizer", (None, Sum()), {}, "NoneType"
-    yield "optimizer", (model, Sum()), {}, "Toy"
+    yield "optimizer", (model, Sum()), {}, "SmallModel"
     yield "optimizer", (line_search, Sum()), {}, "line search"
     yield "optimizer", (BalancedOptimizer(inner, Sum()), Sum()), {}, "BalancedOptimizer"
     yield "weighting", (inner, FAMO), {}, "FAMO"
@@ -336,7 +345,7 @@ def test_arguments_of_the_optimizer_are_checked(argument, positional, keywords, 
 
 
 def test_named_arguments_are_checked_with_the_first_losses():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO(bounds={"d": 1.0}))
     before = whole_state(model, optimizer)
     with pytest.raises(BalanceValueError, match=r"`bounds`.*`d`"):

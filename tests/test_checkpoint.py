@@ -17,8 +17,8 @@ from moo_balance import (
     BalanceValueError,
     Sum,
 )
-from tests.problems import Toy, adam, setup, snapshot, train, whole_state
 from tests.registry import NAMES, over_methods, over_some
+from tests.support.problems import SmallModel, adam, setup, snapshot, train, whole_state
 
 pytestmark = pytest.mark.capability("checkpoint and resume to the last bit")
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, e
     ids=repr,
 )
 def test_a_checkpoint_of_other_settings_is_refused(before, after):
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), before)
     train(model, optimizer, range(2))
     with pytest.raises(BalanceValueError, match="`balance`"):
@@ -256,7 +256,7 @@ def test_a_checkpoint_of_other_settings_is_refused(before, after):
 
 
 def test_a_wrapped_checkpoint_that_does_not_fit_leaves_the_balance_alone():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     train(model, optimizer, range(3))
     checkpoint = copy.deepcopy(optimizer.state_dict())
@@ -270,7 +270,7 @@ def test_a_wrapped_checkpoint_that_does_not_fit_leaves_the_balance_alone():
 
 def test_a_fresh_checkpoint_loads():
     """Saved before the first step: names unknown, nothing to remember."""
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     other = BalancedOptimizer(adam(model), FAMO(lagged=True))
     other.load_state_dict(optimizer.state_dict())

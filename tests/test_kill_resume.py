@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import killed
-from tests.problems import snapshot
+from tests.support import resumable_run
+from tests.support.problems import snapshot
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(folder: Path, method: str, kill_at: int | None, delay: float) -> None:
     """Run to the end, or until `delay` seconds after that many steps of it."""
-    command = [sys.executable, "-m", "tests.killed", str(folder), method]
+    command = [sys.executable, "-m", "tests.support.resumable_run", str(folder), method]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -36,10 +36,10 @@ def test_a_killed_run_resumes_to_the_last_bit(method, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    killed.main(whole, method)
+    resumable_run.main(whole, method)
     chance = random.Random(0)
     for step in (1, 4, 8):
-        run(broken, method, step, chance.uniform(0, 2 * killed.PAUSE))
+        run(broken, method, step, chance.uniform(0, 2 * resumable_run.PAUSE))
         assert not (broken / "final.pt").exists()
     run(broken, method, None, 0.0)
     expected = torch.load(whole / "final.pt", weights_only=True)

@@ -7,8 +7,16 @@ import torch
 from torch.amp import GradScaler
 
 from moo_balance import BalancedOptimizer, BalanceError
-from tests.problems import Overflow, Toy, flat_gradient, setup, snapshot, train, whole_state
 from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.problems import (
+    Overflow,
+    SmallModel,
+    flat_gradient,
+    setup,
+    snapshot,
+    train,
+    whole_state,
+)
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-lagged", "AnalyticQP", "MGDA-none")
 
@@ -84,7 +92,7 @@ def test_a_scale_need_not_be_a_power_of_two(method, scale):
 @over_methods
 def test_a_float16_network_is_balanced_like_its_float32_twin(method):
     """Gramians of float16 rows are float32: at this scale their squares are far out of range."""
-    model, twin = Toy().float(), Toy().float()
+    model, twin = SmallModel().float(), SmallModel().float()
     optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), method.make(NAMES))
     other = BalancedOptimizer(torch.optim.SGD(twin.parameters(), lr=0.0), method.make(NAMES))
     scaler = scaler_at(2.0**8)

@@ -11,8 +11,8 @@ from moo_balance import MGDA, BalancedOptimizer, NonFiniteError
 from moo_balance.engine import Streaming
 from moo_balance.screening import are_finite
 from moo_balance.weighting import GramianWeighting
-from tests.problems import Toy, setup, train, whole_state
 from tests.registry import over, over_methods
+from tests.support.problems import SmallModel, setup, train, whole_state
 
 pytestmark = pytest.mark.capability("gradients that are not finite are refused or skipped")
 
@@ -39,7 +39,7 @@ def spoiled(model, step, value):
 
 
 def setup_of(weighting, **options):
-    model = Toy()
+    model = SmallModel()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, BalancedOptimizer(sgd, weighting, **options)
 
@@ -192,7 +192,7 @@ def test_gradients_may_be_made_in_inference_mode():
 
 def test_they_are_found_outside_of_the_measured_parameters():
     """A Gramian over some parameters does not see the others."""
-    model = Toy()
+    model = SmallModel()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = BalancedOptimizer(sgd, MGDA(), shared_params=model.trunk)
     optimizer.backward(model.losses())

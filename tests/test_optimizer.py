@@ -24,8 +24,9 @@ from moo_balance import (
     Sum,
 )
 from moo_balance.engine import PerLoss
-from tests.problems import (
-    Toy,
+from tests.registry import NAMES, over_methods, over_some
+from tests.support.problems import (
+    SmallModel,
     adam,
     flat_gradient,
     gradients,
@@ -36,7 +37,6 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over_methods, over_some
 
 
 def grouped(model):
@@ -51,14 +51,14 @@ def grouped(model):
 
 
 def test_it_is_an_optimizer_and_step_is_a_bound_method():
-    optimizer = BalancedOptimizer(sgd(Toy()), Sum())
+    optimizer = BalancedOptimizer(sgd(SmallModel()), Sum())
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert inspect.ismethod(optimizer.step)
     assert optimizer.step.__self__ is optimizer
 
 
 def test_groups_state_and_defaults_are_those_of_the_wrapped_optimizer():
-    model = Toy()
+    model = SmallModel()
     base = grouped(model)
     optimizer = BalancedOptimizer(base, Sum())
     train(model, optimizer, [0])
@@ -71,7 +71,7 @@ def test_groups_state_and_defaults_are_those_of_the_wrapped_optimizer():
 
 def test_assigned_groups_and_state_reach_the_wrapped_optimizer():
     """Some frameworks assign them anew when they move a model."""
-    model = Toy()
+    model = SmallModel()
     base = sgd(model)
     optimizer = BalancedOptimizer(base, Sum())
     for name in ("param_groups", "state", "defaults"):
@@ -84,7 +84,7 @@ def test_assigned_groups_and_state_reach_the_wrapped_optimizer():
 def test_nothing_is_written_into_the_wrapped_state(method):
     model, optimizer = setup(method, optimizer=adam)
     train(model, optimizer, range(2))
-    plain = adam(twin := Toy())
+    plain = adam(twin := SmallModel())
     sum(twin.losses().values()).backward()
     plain.step()
     keys = {frozenset(entry) for entry in plain.state.values()}
@@ -94,13 +94,13 @@ def test_nothing_is_written_into_the_wrapped_state(method):
 
 
 def test_the_repr_shows_method_and_wrapped_optimizer():
-    text = repr(BalancedOptimizer(adam(Toy()), AnalyticQP(projection="simplex")))
+    text = repr(BalancedOptimizer(adam(SmallModel()), AnalyticQP(projection="simplex")))
     assert text.startswith("BalancedOptimizer(AnalyticQP(projection='simplex'")
     assert "Adam (" in text
 
 
 def test_hooks_are_called_once_on_the_wrapper():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO())
     calls = []
 
@@ -126,7 +126,7 @@ def test_hooks_are_called_once_on_the_wrapper():
 
 
 def test_a_hook_may_replace_the_arguments_of_a_step():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), Sum())
     hook = optimizer.register_step_pre_hook(lambda self, *_: ((self,), {"closure": model.losses}))
     assert optimizer.step().keys() == model.losses().keys()
@@ -136,7 +136,7 @@ def test_a_hook_may_replace_the_arguments_of_a_step():
 
 
 def test_global_hooks_see_a_step_once():
-    model, calls = Toy(), []
+    model, calls = SmallModel(), []
     base = adam(model)
     optimizer = BalancedOptimizer(base, Sum())
     hooks = [
@@ -150,7 +150,7 @@ def test_global_hooks_see_a_step_once():
 
 
 def test_hooks_may_replace_what_is_saved_and_loaded():
-    optimizer = BalancedOptimizer(adam(Toy()), Sum())
+    optimizer = BalancedOptimizer(adam(SmallModel()), Sum())
     optimizer.register_state_dict_post_hook(lambda _, state: {**state, "rate": 0.5})
 
     def with_rate(_, state):
@@ -166,7 +166,7 @@ def test_hooks_may_replace_what_is_saved_and_loaded():
 
 
 def test_hooks_of_the_wrapped_optimizer_still_run():
-    model = Toy()
+    model = SmallModel()
     base = adam(model)
     calls = []
     base.register_step_post_hook(lambda *_: calls.append("stepped"))
@@ -175,7 +175,7 @@ def test_hooks_of_the_wrapped_optimizer_still_run():
 
 
 def test_a_step_returns_what_its_closure_returned():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), FAMO())
     losses = optimizer.step(model.losses)
     assert list(losses) == list(NAMES)
@@ -183,7 +183,7 @@ def test_a_step_returns_what_its_closure_returned():
 
 
 def test_backward_returns_the_losses():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), Sum())
     losses = model.losses()
     assert optimizer.backward(losses) is losses
@@ -192,9 +192,9 @@ def test_backward_returns_the_losses():
 
 def test_a_trainer_may_give_a_closure_of_its_own():
     """As Lightning does: the closure has called combine and backward, and returns anything."""
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), FAMO(lagged=True))
-    twin = Toy()
+    twin = SmallModel()
     other = BalancedOptimizer(sgd(twin), FAMO(lagged=True))
     for step in range(3):
 
@@ -210,7 +210,7 @@ def test_a_trainer_may_give_a_closure_of_its_own():
 
 
 def test_a_trainer_may_leave_out_a_batch():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), Sum())
     before = whole_state(model, optimizer)
     assert optimizer.step(lambda: None) is None
@@ -219,7 +219,7 @@ def test_a_trainer_may_leave_out_a_batch():
 
 def test_a_step_at_rate_zero_needs_no_losses():
     """Distributed checkpoints make up a fresh optimizer's state that way."""
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(torch.optim.Adam(model.parameters(), lr=0.0), FAMO())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -232,7 +232,7 @@ def test_a_step_at_rate_zero_needs_no_losses():
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_clears_like_the_wrapped_optimizer(set_to_none):
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), Sum())
     optimizer.backward(model.losses())
     optimizer.zero_grad(set_to_none=set_to_none)
@@ -246,7 +246,7 @@ def test_zero_grad_clears_like_the_wrapped_optimizer(set_to_none):
 
 def test_zero_grad_between_combine_and_backward_keeps_the_step():
     """Trainers clear gradients there."""
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), Sum())
     combined = optimizer.combined_loss(model.losses())
     optimizer.zero_grad()
@@ -259,7 +259,7 @@ def test_zero_grad_between_combine_and_backward_keeps_the_step():
 
 
 def test_groups_of_different_rates_step_at_their_own():
-    model, twin = Toy(), Toy()
+    model, twin = SmallModel(), SmallModel()
     optimizer, plain = BalancedOptimizer(grouped(model), Sum()), grouped(twin)
     for step in range(3):
         train(model, optimizer, [step], ("a", "b"))
@@ -271,7 +271,7 @@ def test_groups_of_different_rates_step_at_their_own():
 
 @over_some("Sum", "FAMO-adam", "MGDA-none")
 def test_a_group_added_later_is_trained_and_measured(method):
-    model = Toy()
+    model = SmallModel()
     base = torch.optim.SGD(model.trunk.parameters(), lr=0.01)
     optimizer = BalancedOptimizer(base, method.make(NAMES))
     before = snapshot(model.heads.state_dict())
@@ -294,7 +294,7 @@ def test_a_group_added_later_is_trained_and_measured(method):
 @over_some("MGDA-none", "AnalyticQP")
 @pytest.mark.parametrize("as_module", [True, False])
 def test_params_restrict_the_measure_and_nothing_else(method, as_module):
-    model = Toy()
+    model = SmallModel()
     shared = model.trunk if as_module else list(model.trunk.parameters())
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES), shared_params=shared)
     optimizer.backward(model.losses())
@@ -306,7 +306,7 @@ def test_params_restrict_the_measure_and_nothing_else(method, as_module):
 
 
 def test_params_survive_a_copy_as_the_copy_s_own():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), MGDA(), shared_params=model.trunk)
     for model, optimizer in (  # noqa: B020
         copy.deepcopy((model, optimizer)),
@@ -318,7 +318,7 @@ def test_params_survive_a_copy_as_the_copy_s_own():
 
 
 def test_params_may_include_frozen_ones():
-    model = Toy()
+    model = SmallModel()
     model.trunk.bias.requires_grad_(False)
     optimizer = BalancedOptimizer(
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
@@ -343,7 +343,7 @@ def test_frozen_parameters_are_left_alone(method):
 
 @over_methods
 def test_parameters_that_no_loss_reaches_are_no_reason_to_fail(method):
-    model = Toy()
+    model = SmallModel()
     unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = BalancedOptimizer(
         torch.optim.Adam([*model.parameters(), unused], lr=0.01), method.make(NAMES)
@@ -360,7 +360,7 @@ def test_parameters_that_no_loss_reaches_are_no_reason_to_fail(method):
 @over_methods
 def test_a_loss_that_reaches_no_trained_parameter_counts_as_zero(method):
     """Say, that of a part which another optimizer trains."""
-    model = Toy()
+    model = SmallModel()
     elsewhere = nn.Parameter(torch.ones((), dtype=torch.float64))
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
 
@@ -391,7 +391,7 @@ def test_with_all_parameters_frozen_a_step_does_nothing(method):
 
 @over_some("Sum", "MGDA-none", "FAMO-lagged")
 def test_a_parameter_shared_by_two_modules_counts_once(method):
-    model = Toy()
+    model = SmallModel()
     model.heads[1].weight = model.heads[0].weight
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
     params = list(model.parameters())
@@ -459,7 +459,7 @@ def test_a_gradient_with_a_graph_keeps_it():
 
 
 def test_the_engine_may_be_chosen():
-    model = Toy().float()
+    model = SmallModel().float()
     optimizer = BalancedOptimizer(sgd(model), MGDA(), engine=PerLoss(dtype=torch.float64))
     optimizer.backward(model.losses())
     assert optimizer.metrics.gramian.dtype == torch.float64
@@ -536,7 +536,7 @@ def test_between_two_watched_steps_nothing_has_to_be_shown(method):
 
 def test_lagged_uses_the_losses_of_the_next_batch():
     """On one and the same batch they are the losses after the step."""
-    watching, lagging = Toy(), Toy()
+    watching, lagging = SmallModel(), SmallModel()
     one = BalancedOptimizer(sgd(watching), FAMO())
     other = BalancedOptimizer(sgd(lagging), FAMO(lagged=True))
     for _ in range(5):
@@ -549,4 +549,4 @@ def test_lagged_uses_the_losses_of_the_next_batch():
 
 def test_the_weighting_is_there_to_be_asked():
     weighting = FixedWeights({"a": 1.0})
-    assert BalancedOptimizer(sgd(Toy()), weighting).weighting is weighting
+    assert BalancedOptimizer(sgd(SmallModel()), weighting).weighting is weighting

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 
 INPUTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 STEPS = 4

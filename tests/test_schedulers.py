@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from moo_balance import BalancedOptimizer, Sum
-from tests.problems import Toy, setup, snapshot, train, whole_state
 from tests.registry import over_some
+from tests.support.problems import SmallModel, setup, snapshot, train, whole_state
 
 pytestmark = pytest.mark.capability("every scheduler of torch.optim")
 
@@ -94,7 +94,7 @@ def rates(optimizer):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_is_the_same_as_on_the_plain_optimizer(name):
     """Rates, momenta and parameters, step by step; and no warning, which would be an error here."""
-    model, twin = Toy(), Toy()
+    model, twin = SmallModel(), SmallModel()
     optimizer, plain = BalancedOptimizer(grouped(model), Sum()), grouped(twin)
     scheduler, other = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
     seen = set()
@@ -139,14 +139,14 @@ def test_a_schedule_resumes_to_the_last_bit(method, name):
 
 def test_a_scheduler_that_steps_first_is_told_off_as_ever():
     """The wrapper's step is the one that torch watches."""
-    optimizer = BalancedOptimizer(grouped(Toy()), Sum())
+    optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     scheduler = schedules.StepLR(optimizer, step_size=3)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
         scheduler.step()
 
 
 def test_a_scheduler_on_a_copy_leaves_the_original_alone():
-    optimizer = BalancedOptimizer(grouped(Toy()), Sum())
+    optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     schedules.ExponentialLR(optimizer, 0.5)
     twin = copy.deepcopy(optimizer)
     second = schedules.ExponentialLR(twin, 0.5)

@@ -10,7 +10,8 @@ import torch
 from moo_balance import screening
 from moo_balance.errors import NonFiniteError
 from moo_balance.weighting import Statistics
-from tests.problems import (
+from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.problems import (
     flat_gradient,
     gradients,
     setup,
@@ -19,7 +20,6 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over, over_methods, over_some
 
 
 @pytest.fixture

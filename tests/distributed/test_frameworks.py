@@ -18,7 +18,8 @@ from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
 from moo_balance.integrations import accelerate, balanced, lightning
-from tests.distributed.twins import (
+from tests.registry import NAMES, over_some
+from tests.support.distributed import (
     STEPS,
     Net,
     adam,
@@ -28,8 +29,7 @@ from tests.distributed.twins import (
     parameters,
     share,
 )
-from tests.problems import snapshot
-from tests.registry import NAMES, over_some
+from tests.support.problems import snapshot
 
 DTYPE = torch.float64
 

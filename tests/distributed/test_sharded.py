@@ -23,7 +23,8 @@ from torch.distributed.tensor.parallel import (
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import PerLoss
-from tests.distributed.twins import (
+from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.distributed import (
     Net,
     adam,
     assert_equals_reference,
@@ -36,7 +37,6 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "AnalyticQP", "MGDA-none", "MGDA-every")
 over_steps = pytest.mark.parametrize(

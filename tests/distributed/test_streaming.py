@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import Streaming
-from tests.distributed.twins import (
+from tests.engine.registry import Parted, everywhere
+from tests.registry import NAMES, over_some
+from tests.support.distributed import (
     Net,
     Step,
     adam,
@@ -23,8 +25,6 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.engine.registry import Parted, everywhere
-from tests.registry import NAMES, over_some
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 

@@ -12,15 +12,15 @@ from transformers import PrinterCallback, TrainingArguments
 
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import BalanceError
-from tests.integrations.runs import (
+from tests.registry import over_some
+from tests.support.plain_runs import (
     BATCHES,
     model_and_optimizer,
     over_unobserving,
     plain_mixed_run,
     plain_run,
 )
-from tests.problems import whole_state
-from tests.registry import over_some
+from tests.support.problems import whole_state
 
 pytestmark = pytest.mark.capability("Trainer of transformers")
 

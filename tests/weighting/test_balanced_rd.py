@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from moo_balance import FAMO, MGDA, AnalyticQP, BalancedTrajectory
 from moo_balance.functional import project_simplex
-from tests.weighting.shown import assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import assert_near, drawn, fresh, names, shown, vector
 
 PAIRS = [
     ((0.5, 2.0), (0.45, 1.8)),

@@ -19,7 +19,7 @@ from moo_balance.weighting.base import (
     state_dtype,
     uniform,
 )
-from tests.weighting.shown import CPU, assert_near, drawn, fresh, shown, vector
+from tests.support.statistics import CPU, assert_near, drawn, fresh, shown, vector
 
 
 @dataclass(frozen=True)

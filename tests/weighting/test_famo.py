@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moo_balance import FAMO, BalancedOptimizer, SumLog
 from moo_balance.weighting import State, Statistics
-from tests.weighting.shown import CPU, assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import CPU, assert_near, drawn, fresh, names, shown, vector
 
 Pair = tuple[Tensor, Tensor]
 

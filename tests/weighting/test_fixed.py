@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moo_balance import BalancedOptimizer, FixedWeights, Sum, SumLog
-from tests.weighting.shown import assert_near, drawn, names, shown, vector
+from tests.support.statistics import assert_near, drawn, names, shown, vector
 
 
 def test_sum_is_the_gradient_of_the_sum() -> None:

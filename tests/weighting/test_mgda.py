@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import MGDA, BalancedOptimizer
-from tests.weighting.shown import assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import assert_near, drawn, fresh, names, shown, vector
 
 JACOBIAN = torch.tensor([[1, 2, 0, -1], [0, -1, 1, 0.5], [-2, 0.5, 0.3, 1]], dtype=torch.float64)
 LOSSES = vector((0.5, 2.0, 0.1))

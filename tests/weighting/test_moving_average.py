@@ -7,9 +7,9 @@ import torch
 
 from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
 from moo_balance.weighting import State, Weighting
-from tests.problems import Scene, play
 from tests.registry import NAMES
-from tests.weighting.shown import assert_near, drawn, fresh, shown, vector
+from tests.support.problems import Scene, play
+from tests.support.statistics import assert_near, drawn, fresh, shown, vector
 
 
 def answers(weighting: Weighting, seed: int = 0, steps: int = 6) -> torch.Tensor:

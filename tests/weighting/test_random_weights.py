@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moo_balance import RandomWeights
-from tests.weighting.shown import shown
+from tests.support.statistics import shown
 
 
 def weights(seed: int, step: int, count: int = 3) -> torch.Tensor:

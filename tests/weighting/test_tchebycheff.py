@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer, OnlineTchebycheff, SmoothTchebycheff, Tchebycheff
 from moo_balance.weighting import State, Weighting
-from tests.weighting.shown import assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import assert_near, drawn, fresh, names, shown, vector
 
 LOSSES = vector((0.5, 2.0, 0.1))
 PREFERENCE = {"a": 1.0, "b": 2.0, "c": 5.0}

@@ -24,7 +24,7 @@ def drawn(batch: int) -> Tensor:
     return torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
 
-class Toy(nn.Module):
+class SmallModel(nn.Module):
     """A shared trunk, and a head for each loss that the others do not reach."""
 
     def __init__(self) -> None:
@@ -64,14 +64,17 @@ def setup(
     of: Sequence[str] = NAMES,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = momentum,
     **arguments: Any,
-) -> tuple[Toy, BalancedOptimizer]:
+) -> tuple[SmallModel, BalancedOptimizer]:
     """A fresh model and its optimizer, balanced by the method of these losses."""
-    model = Toy()
+    model = SmallModel()
     return model, BalancedOptimizer(optimizer(model), method.make(of), **arguments)
 
 
 def train(
-    model: Toy, optimizer: BalancedOptimizer, batches: Sequence[int], names: Sequence[str] = NAMES
+    model: SmallModel,
+    optimizer: BalancedOptimizer,
+    batches: Sequence[int],
+    names: Sequence[str] = NAMES,
 ) -> None:
     """The loop of the documentation, with a closure for those who watch the step."""
     for batch in batches:

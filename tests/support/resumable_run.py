@@ -1,6 +1,6 @@
 """A run that saves after each step, for ``test_kill_resume`` to kill wherever it likes.
 
-    python -m tests.killed FOLDER METHOD
+    python -m tests.support.resumable_run FOLDER METHOD
 
 It resumes from what it finds in FOLDER, says so after each step, and ends with its parameters.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from moo_balance import BalancedOptimizer
-from tests.problems import Toy
 from tests.registry import METHODS, NAMES
+from tests.support.problems import SmallModel
 
 STEPS = 12
 PAUSE = 0.01
@@ -26,7 +26,7 @@ PAUSE = 0.01
 def main(folder: Path, method: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Toy()
+    model = SmallModel()
     weighting = next(row for row in METHODS if row.id == method).make(NAMES)
     optimizer = BalancedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), weighting)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
-from tests.problems import snapshot
 from tests.registry import NAMES, Method
+from tests.support.problems import snapshot
 
 STEPS = 20
 BATCH = 8

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from moo_balance import BalancedOptimizer
-from tests.problems import Losses, Toy, adam, whole_state
 from tests.registry import METHODS, NAMES, Method
+from tests.support.problems import Losses, SmallModel, adam, whole_state
 
 BATCHES = range(6)
 
@@ -21,8 +21,8 @@ over_unobserving = pytest.mark.parametrize(
 )
 
 
-class Model(Toy):
-    """The toy problem as frameworks want it: the forward pass of a batch returns its losses."""
+class Model(SmallModel):
+    """The small model as frameworks want it: the forward pass of a batch returns its losses."""
 
     def forward(self, batch: Any) -> Losses:
         return self.losses(int(batch))
