@@ -10,7 +10,6 @@ import torch
 
 from moo_balance import BalancedOptimizer, BalanceError, NonFiniteError
 from moo_balance.reevaluation import summed
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     SmallModel,
     flat_gradient,
@@ -21,6 +20,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 MICRO = 3
 

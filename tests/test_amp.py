@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moo_balance import BalancedOptimizer, BalanceError, Sum
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     Overflow,
     SmallModel,
@@ -18,6 +17,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 pytestmark = pytest.mark.capability("mixed precision with a GradScaler")
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
 from moo_balance.errors import NonFiniteError
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     SmallModel,
     adam,
@@ -21,6 +20,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 
 def tensor(value, **arguments):

@@ -17,8 +17,8 @@ from moo_balance import (
     BalanceValueError,
     Sum,
 )
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.problems import SmallModel, adam, setup, snapshot, train, whole_state
+from tests.support.registry import NAMES, over_methods, over_some
 
 pytestmark = pytest.mark.capability("checkpoint and resume to the last bit")
 

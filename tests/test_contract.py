@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from hypothesis import given, strategies as st
 import moo_balance
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
-from tests.registry import METHODS, NAMES, REFUSALS, over, over_methods, over_some
 from tests.support.problems import (
     Scene,
     SmallModel,
@@ -26,6 +26,16 @@ from tests.support.problems import (
     snapshot,
     train,
     whole_state,
+)
+from tests.support.registry import (
+    KINDS,
+    METHODS,
+    NAMES,
+    REFUSALS,
+    Kind,
+    over,
+    over_methods,
+    over_some,
 )
 
 
@@ -58,11 +68,19 @@ def test_ids_are_unique():
     assert len({method.id for method in METHODS}) == len(METHODS)
 
 
+def test_there_is_one_representative_of_each_kind():
+    assert [row.kind for row in KINDS] == list(get_args(Kind))
+    assert {row.kind for row in METHODS} == set(get_args(Kind))
+
+
 @over_methods
 def test_the_row_and_the_class_say_the_same(method):
     weighting = method.make(NAMES)
     assert weighting.uses_gramian == method.gramian
     assert weighting.observes_step == method.observes
+    known = not (weighting.uses_losses or weighting.uses_gramian)
+    assert known == (method.kind == "known")
+    assert (method.kind == "gramian-every") == (weighting.uses_gramian and weighting.every > 1)
     assert weighting.lower_bounds(NAMES) == method.bounds(NAMES)
 
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings, strategies as st
 
 from moo_balance import BalanceValueError
 from moo_balance.weighting import Statistics
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     Scene,
     flat_gradient,
@@ -20,6 +19,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 pytestmark = pytest.mark.capability("losses that are absent from a batch")
 

@@ -7,7 +7,6 @@ import torch
 from torch.amp import GradScaler
 
 from moo_balance import BalancedOptimizer, BalanceError
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     Overflow,
     SmallModel,
@@ -17,6 +16,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-lagged", "AnalyticQP", "MGDA-none")
 

@@ -11,8 +11,8 @@ import torch
 from moo_balance import MGDA, BalancedOptimizer, History, StepMetrics, Sum
 from moo_balance.functional import cosine_similarity
 from moo_balance.monitor import to_floats
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.problems import SmallModel, jacobian, setup, sgd, snapshot, train
+from tests.support.registry import NAMES, over_methods, over_some
 
 PAIRS = [("a", "b"), ("a", "c"), ("b", "c")]
 

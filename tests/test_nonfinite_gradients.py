@@ -11,8 +11,8 @@ from moo_balance import MGDA, BalancedOptimizer, NonFiniteError
 from moo_balance.engine import Streaming
 from moo_balance.screening import are_finite
 from moo_balance.weighting import GramianWeighting
-from tests.registry import over, over_methods
 from tests.support.problems import SmallModel, setup, train, whole_state
+from tests.support.registry import over, over_methods
 
 pytestmark = pytest.mark.capability("gradients that are not finite are refused or skipped")
 

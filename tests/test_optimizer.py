@@ -24,7 +24,6 @@ from moo_balance import (
     Sum,
 )
 from moo_balance.engine import PerLoss
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.problems import (
     SmallModel,
     adam,
@@ -37,6 +36,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over_methods, over_some
 
 
 def grouped(model):

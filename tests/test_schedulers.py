@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from moo_balance import BalancedOptimizer, Sum
-from tests.registry import over_some
 from tests.support.problems import SmallModel, setup, snapshot, train, whole_state
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("every scheduler of torch.optim")
 

@@ -10,7 +10,6 @@ import torch
 from moo_balance import screening
 from moo_balance.errors import NonFiniteError
 from moo_balance.weighting import Statistics
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.problems import (
     flat_gradient,
     gradients,
@@ -20,6 +19,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import BalancedOptimizer, BalanceError, NonFiniteError
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.distributed import (
     Net,
     adam,
@@ -22,6 +21,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import snapshot
+from tests.support.registry import NAMES, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "SumLog", "MGDA-none")
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, NonFiniteError, Sum
-from tests.registry import NAMES, over_some
 from tests.support.distributed import (
     Net,
     adam,
@@ -23,6 +22,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import whole_state
+from tests.support.registry import NAMES, over_some
 
 pytestmark = pytest.mark.capability("ranks that disagree are told")
 

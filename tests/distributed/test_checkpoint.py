@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.distributed import (
     Net,
     adam,
@@ -26,6 +25,7 @@ from tests.support.distributed import (
 )
 from tests.support.problems import snapshot
 from tests.support.rank_plugin import begin, own_rank
+from tests.support.registry import NAMES, over_methods, over_some
 
 pytestmark = pytest.mark.capability("distributed checkpoints, any number of ranks")
 

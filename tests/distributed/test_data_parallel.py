@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance import BalancedOptimizer, BalanceError
-from tests.registry import NAMES, over_methods, over_some
 from tests.support.distributed import (
     Net,
     adam,
@@ -24,6 +23,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import snapshot
+from tests.support.registry import NAMES, over_methods, over_some
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},

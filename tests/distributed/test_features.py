@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
-from tests.registry import NAMES
 from tests.support.distributed import Net, adam, share
+from tests.support.registry import NAMES
 
 
 class Exposed(Net):

@@ -18,7 +18,6 @@ from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
 from moo_balance.integrations import accelerate, balanced, lightning
-from tests.registry import NAMES, over_some
 from tests.support.distributed import (
     STEPS,
     Net,
@@ -30,6 +29,7 @@ from tests.support.distributed import (
     share,
 )
 from tests.support.problems import snapshot
+from tests.support.registry import NAMES, over_some
 
 DTYPE = torch.float64
 

@@ -10,7 +10,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import BalancedOptimizer
-from tests.registry import NAMES, over_some
 from tests.support.distributed import (
     STEPS,
     Net,
@@ -22,6 +21,7 @@ from tests.support.distributed import (
     share,
 )
 from tests.support.problems import snapshot
+from tests.support.registry import NAMES, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-none")
 

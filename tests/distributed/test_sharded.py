@@ -23,7 +23,6 @@ from torch.distributed.tensor.parallel import (
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import PerLoss
-from tests.registry import NAMES, over, over_methods, over_some
 from tests.support.distributed import (
     Net,
     adam,
@@ -37,6 +36,7 @@ from tests.support.distributed import (
     share,
     train,
 )
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "AnalyticQP", "MGDA-none", "MGDA-every")
 over_steps = pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import Streaming
 from tests.engine.registry import Parted, everywhere
-from tests.registry import NAMES, over_some
 from tests.support.distributed import (
     Net,
     Step,
@@ -25,6 +24,7 @@ from tests.support.distributed import (
     share,
     train,
 )
+from tests.support.registry import NAMES, over_some
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 

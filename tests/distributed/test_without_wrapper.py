@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
-from tests.registry import NAMES, over
 from tests.support.distributed import (
     Net,
     adam,
@@ -21,6 +20,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import whole_state
+from tests.support.registry import NAMES, over
 
 
 @pytest.mark.capability("data parallel without a wrapper")

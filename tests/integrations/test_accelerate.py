@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState, GradientState
 from moo_balance import BalanceError
 from moo_balance.integrations import balanced
 from moo_balance.integrations.accelerate import backward
-from tests.registry import over_methods, over_some
 from tests.support.plain_runs import (
     BATCHES,
     loader,
@@ -22,6 +21,7 @@ from tests.support.plain_runs import (
     plain_run,
 )
 from tests.support.problems import whole_state
+from tests.support.registry import over_methods, over_some
 
 pytestmark = pytest.mark.capability("Accelerate")
 

@@ -7,8 +7,8 @@ import torch
 
 from moo_balance import BalanceValueError
 from moo_balance.integrations import balanced
-from tests.registry import over_some
 from tests.support.plain_runs import model_and_optimizer
+from tests.support.registry import over_some
 
 
 @over_some("Sum")

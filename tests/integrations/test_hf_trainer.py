@@ -12,7 +12,6 @@ from transformers import PrinterCallback, TrainingArguments
 
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import BalanceError
-from tests.registry import over_some
 from tests.support.plain_runs import (
     BATCHES,
     model_and_optimizer,
@@ -21,6 +20,7 @@ from tests.support.plain_runs import (
     plain_run,
 )
 from tests.support.problems import whole_state
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("Trainer of transformers")
 

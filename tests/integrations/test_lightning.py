@@ -12,7 +12,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.integrations import balanced
 from moo_balance.integrations.lightning import backward, combined_loss
-from tests.registry import over_methods, over_some
 from tests.support.plain_runs import (
     BATCHES,
     loader,
@@ -23,6 +22,7 @@ from tests.support.plain_runs import (
     plain_run,
 )
 from tests.support.problems import flat_gradient, snapshot, whole_state
+from tests.support.registry import over_methods, over_some
 
 pytestmark = [
     # Lightning says so of every loader that works in the training process.

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
-from tests.registry import NAMES, Method
 from tests.support.problems import snapshot
+from tests.support.registry import NAMES, Method
 
 STEPS = 20
 BATCH = 8

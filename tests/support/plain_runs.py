@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from moo_balance import BalancedOptimizer
-from tests.registry import METHODS, NAMES, Method
 from tests.support.problems import Losses, SmallModel, adam, whole_state
+from tests.support.registry import METHODS, NAMES, Method
 
 BATCHES = range(6)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from moo_balance import BalancedOptimizer
-from tests.registry import METHODS, NAMES
 from tests.support.problems import SmallModel
+from tests.support.registry import METHODS, NAMES
 
 STEPS = 12
 PAUSE = 0.01

@@ -7,8 +7,8 @@ import torch
 
 from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
 from moo_balance.weighting import State, Weighting
-from tests.registry import NAMES
 from tests.support.problems import Scene, play
+from tests.support.registry import NAMES
 from tests.support.statistics import assert_near, drawn, fresh, shown, vector
 
 
