@@ -6,12 +6,11 @@ import copy
 import inspect
 
 import pytest
-import torch
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from moo_balance import BalancedOptimizer, Sum
-from tests.support.problems import SmallModel, setup, snapshot, train, whole_state
+from tests.support.problems import SmallModel, grouped, setup, snapshot, train, whole_state
 from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("every scheduler of torch.optim")
@@ -68,15 +67,6 @@ def test_every_public_scheduler_has_a_row():
         and cls is not schedules.LRScheduler
     }
     assert public | {"SWALR"} == set(SCHEDULERS)
-
-
-def grouped(model):
-    """Two groups, of different learning rates, with momentum for the schedulers that cycle it."""
-    groups = [
-        {"params": model.trunk.parameters()},
-        {"params": model.heads.parameters(), "lr": 0.002},
-    ]
-    return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
 
 
 def advance(scheduler, step):

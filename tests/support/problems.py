@@ -59,6 +59,15 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01)
 
 
+def grouped(model: SmallModel) -> torch.optim.Optimizer:
+    """Two groups of different learning rates."""
+    groups = [
+        {"params": model.trunk.parameters()},
+        {"params": model.heads.parameters(), "lr": 0.002},
+    ]
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+
 def setup(
     method: Method,
     of: Sequence[str] = NAMES,
