@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError, Sum
-from tests.problems import snapshot, whole_state
+from tests.support.problems import snapshot, whole_state
 
 pytestmark = pytest.mark.capability("every optimizer of torch.optim but LBFGS")
 

@@ -11,7 +11,7 @@ from benchmarks import workloads
 from benchmarks.contestants import FORWARD, PLAIN, Stand, limit
 from benchmarks.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.step_cost import CONTESTANTS, prepared
-from tests.problems import flat_gradient
+from tests.support.problems import flat_gradient
 
 # That of TorchJD's vmap over attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")

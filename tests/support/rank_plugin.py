@@ -1,4 +1,4 @@
-"""What makes a pytest under ``torchrun`` one rank of two: a plugin for it."""
+"""A pytest plugin that makes a run under ``torchrun`` one rank of two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.conftest import RANKS, REPORTS
+RANKS = 2
+REPORTS = "MOO_BALANCE_RANK_REPORTS"
+"""Names the folder to which each rank writes how its tests went; set on ranks only."""
 
 # How long one rank waits for the other before it gives up with an error.
 PATIENCE = timedelta(seconds=20)

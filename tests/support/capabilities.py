@@ -1,6 +1,6 @@
 """The README's table of what the tests show, written after a full run.
 
-    python -m tests.capabilities
+    python -m tests.support.capabilities
 
 ``capability_plugin`` keeps the record of the run, and fails one that shows something else.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 from moo_balance import weighting
 from moo_balance.weighting import Weighting
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RECORD = "moo_balance/capabilities"  # in pytest's cache
-BEGIN = "<!-- written by `python -m tests.capabilities` after a full run of the tests -->\n"
+BEGIN = "<!-- written by `python -m tests.support.capabilities` after a full run of the tests -->\n"
 END = "<!-- until here -->\n"
 
 METHODS = {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, Method
 
 STEPS = 20

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moo_balance import BalancedOptimizer
-from tests.problems import Losses, Toy, adam, whole_state
+from tests.support.problems import Losses, SmallModel, adam, whole_state
 from tests.support.registry import METHODS, NAMES, Method
 
 BATCHES = range(6)
@@ -21,8 +21,8 @@ over_unobserving = pytest.mark.parametrize(
 )
 
 
-class Model(Toy):
-    """The toy problem as frameworks want it: the forward pass of a batch returns its losses."""
+class Model(SmallModel):
+    """The small model as frameworks want it: the forward pass of a batch returns its losses."""
 
     def forward(self, batch: Any) -> Losses:
         return self.losses(int(batch))

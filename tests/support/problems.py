@@ -1,8 +1,8 @@
-"""Small problems for the tests: three losses of a small network, and statistics out of the blue."""
+"""Small problems for the tests: three losses of a small network, and random statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,14 +18,14 @@ Losses = dict[str, Tensor]
 
 
 @cache
-def drawn(batch: int) -> Tensor:
-    """Three inputs and a target, eight times."""
+def rows_of_batch(batch: int) -> Tensor:
+    """The batch of that number: eight rows of three inputs and a target."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
 
-class Toy(nn.Module):
-    """A shared trunk, and a head for each loss that the others do not reach."""
+class SmallModel(nn.Module):
+    """A shared trunk, and for each loss a head that the other losses do not reach."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Toy(nn.Module):
 
     def losses(self, batch: int = 0, names: Sequence[str] = NAMES) -> Losses:
         """Positive losses whose scales lie a factor of ten apart, on the batch of that number."""
-        draw = drawn(batch).to(self.trunk.weight)
+        draw = rows_of_batch(batch).to(self.trunk.weight)
         features = torch.tanh(self.trunk(draw[:, :3]))
         return {
             name: 10.0**k * (self.heads[k](features)[:, 0] - (k - 1) * draw[:, 3]).square().mean()
@@ -59,25 +59,59 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01)
 
 
+def grouped(model: SmallModel) -> torch.optim.Optimizer:
+    """Two groups of different learning rates."""
+    groups = [
+        {"params": model.trunk.parameters()},
+        {"params": model.heads.parameters(), "lr": 0.002},
+    ]
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+
 def setup(
     method: Method,
     of: Sequence[str] = NAMES,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = momentum,
     **arguments: Any,
-) -> tuple[Toy, BalancedOptimizer]:
+) -> tuple[SmallModel, BalancedOptimizer]:
     """A fresh model and its optimizer, balanced by the method of these losses."""
-    model = Toy()
+    model = SmallModel()
     return model, BalancedOptimizer(optimizer(model), method.make(of), **arguments)
 
 
 def train(
-    model: Toy, optimizer: BalancedOptimizer, batches: Sequence[int], names: Sequence[str] = NAMES
+    model: SmallModel,
+    optimizer: BalancedOptimizer,
+    batches: Sequence[int],
+    names: Sequence[str] = NAMES,
 ) -> None:
-    """The loop of the documentation, with a closure for those who watch the step."""
+    """The loop of the documentation, with a closure for methods that observe the step."""
     for batch in batches:
         optimizer.zero_grad()
         optimizer.backward(lambda: model.losses(batch, names))  # noqa: B023
         optimizer.step()
+
+
+def train_plainly(
+    model: SmallModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[int],
+    names: Sequence[str] = NAMES,
+) -> None:
+    """The loop without balancing: one backward pass of the sum."""
+    for batch in batches:
+        optimizer.zero_grad()
+        torch.stack([*model.losses(batch, names).values()]).sum().backward()
+        optimizer.step()
+
+
+def sum_losses(batches: Iterable[Losses]) -> Losses:
+    """Losses of several micro-batches, added up by name."""
+    total: Losses = {}
+    for losses in batches:
+        for name, loss in losses.items():
+            total[name] = total[name] + loss if name in total else loss
+    return total
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
@@ -104,6 +138,19 @@ def flat_gradient(model: nn.Module) -> Tensor:
             for p in model.parameters()
         ]
     )
+
+
+def as_vector(figures: Mapping[str, Tensor]) -> Tensor:
+    """Figures by name as one vector, such as ``optimizer.metrics.coefficients``."""
+    return torch.stack([*figures.values()])
+
+
+def assert_same_parameters(
+    model: nn.Module, twin: nn.Module, rtol: float = 1e-12, atol: float = 1e-12
+) -> None:
+    """Equal but for rounding: sums may be taken in another order."""
+    for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=rtol, atol=atol)
 
 
 def snapshot(value: Any) -> Any:
@@ -174,13 +221,24 @@ def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
     return answers
 
 
-class Overflow(torch.autograd.Function):
-    """Changes nothing on the way forth, and is too much for any dtype on the way back."""
+class _SpoiledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor such as NaN."""
 
     @staticmethod
-    def forward(ctx, value):
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return value.clone()
 
     @staticmethod
-    def backward(ctx, seed):
-        return seed * float("inf")
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output * ctx.factor, None
+
+
+def spoil_gradient(losses: Losses, factor: float, name: str = "b") -> Losses:
+    """The losses with their values; the gradient of one of them is multiplied by `factor`."""
+    return {**losses, name: _SpoiledGradient.apply(losses[name], factor)}
+
+
+def change_value(losses: Losses, value: float, name: str = "b") -> Losses:
+    """The losses with their gradients; one of them has this value instead of its own."""
+    return {**losses, name: losses[name] - losses[name].detach() + value}

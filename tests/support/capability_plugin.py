@@ -13,7 +13,7 @@ from collections import defaultdict
 import pytest
 
 from moo_balance.weighting import Weighting
-from tests.capabilities import RECORD, is_current
+from tests.support.capabilities import RECORD, is_current
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,6 +73,6 @@ class _Recorder:
         if self.is_stale:
             terminalreporter.write_line(
                 "The table in README.md is not what the tests showed. "
-                "Write it with `python -m tests.capabilities`.",
+                "Write it with `python -m tests.support.capabilities`.",
                 red=True,
             )
