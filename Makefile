@@ -43,7 +43,7 @@ docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumen
 	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
 
 bench: $(DEV)  ## measure what balancing costs, and write docs/benchmarks.md
-	$(BIN)/python -m benchmarks --threads $(THREADS)
+	$(BIN)/python -m benchmarks.speed --threads $(THREADS)
 
 clean:  ## remove caches and outputs (the environment in .venv stays)
 	rm -rf docs/_build runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
