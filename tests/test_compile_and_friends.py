@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance import BalancedOptimizer, BalanceError
-from moo_balance.reevaluation import summed
+from moo_balance._reevaluation import add_losses
 from tests.support.problems import snapshot, whole_state
 from tests.support.registry import NAMES, over_methods, over_some
 
@@ -150,12 +150,12 @@ over_trunks = pytest.mark.parametrize(
 
 
 def by_closure(optimizer, *batches):
-    optimizer.step(lambda: summed(batch() for batch in batches))
+    optimizer.step(lambda: add_losses(batch() for batch in batches))
 
 
 def by_combine(optimizer, *batches):
     optimizer.zero_grad()
-    optimizer.combined_loss(summed(batch() for batch in batches)).backward()
+    optimizer.combined_loss(add_losses(batch() for batch in batches)).backward()
     optimizer.step()
 
 
@@ -186,7 +186,7 @@ def assert_honest(net, notes):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     for step, (coefficients, gramian, stream) in enumerate(notes):
         torch.manual_seed(step)
-        losses = summed(net.losses(draw(n)) for n in (2 * step, 2 * step + 1))
+        losses = add_losses(net.losses(draw(n)) for n in (2 * step, 2 * step + 1))
         assert torch.equal(stream, torch.get_rng_state())
         if gramian is not None:
             rows = torch.stack([flat(net, loss) for loss in losses.values()])

@@ -198,7 +198,7 @@ def test_the_example_for_ddp():
 def test_the_example_for_fsdp2_resumes_to_the_last_bit(weighting, tmp_path):
     folders = [tmp_path]
     dist.broadcast_object_list(folders)
-    whole, parts, resumed = (fsdp2.sharded(weighting) for _ in range(3))
+    whole, parts, resumed = (fsdp2.build_sharded(weighting) for _ in range(3))
     fsdp2.train(*whole, steps=5)
     fsdp2.train(*parts, steps=3)
     fsdp2.save(*parts, folders[0])

@@ -166,7 +166,7 @@ def test_a_solve_can_start_from_the_last_solution() -> None:
     assert_near(state["weights"], dominant, 1e-12)
 
 
-def setup_with(weighting: Weighting) -> tuple[Toy, BalancedOptimizer]:
+def setup_with(weighting: Weighting) -> tuple[SmallModel, BalancedOptimizer]:
     model = SmallModel()
     return model, BalancedOptimizer(momentum(model), weighting)
 
