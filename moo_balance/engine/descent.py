@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moo_balance.engine.autograd import Edge, block_gradients, edge_of, gradient_edge
-from moo_balance.engine.base import Problem, Row, gradients
+from moo_balance.engine.autograd import Edge, edge_of, gradient_edge
+from moo_balance.engine.base import Problem, Row, gradients_of
 from moo_balance.engine.distributed import average_over_ranks
+from moo_balance.engine.features import _block_gradients as block_gradients
 from moo_balance.engine.jacobian import Jacobian, add
 from moo_balance.engine.linear import LinearWeightGradient, OutputGradientRecorder
 from moo_balance.engine.portions import Portion
@@ -102,7 +103,7 @@ def _differentiated(
         each[k] = None
     roots = [gradient_edge(edge) for edge in reached]
     seeds = [cotangent for cotangent in reached.values() if cotangent is not None]
-    return gradients(roots, seeds, inputs, retain_graph=True)
+    return gradients_of(roots, seeds, inputs, retain_graph=True)
 
 
 def _used_up(layers: Iterable[LinearWeightGradient], dtype: torch.dtype) -> Iterator[Products]:
