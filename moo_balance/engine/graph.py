@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,8 +100,7 @@ def reach(
     masks = dict.fromkeys(nodes, 0)
     for k, loss in enumerate(losses):
         masks[edge_of(loss)[0]] |= 1 << k
-    # Autograd numbers nodes as they are recorded: each comes before those it was computed from.
-    for node in sorted(nodes, key=lambda node: -node._sequence_nr()):
+    for node in in_recorded_order(nodes):
         for below, _ in after(node):
             masks[below] |= masks[node]
     return {node: mask.bit_count() for node, mask in masks.items()}
@@ -145,3 +145,19 @@ class _Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _TouchedError
+
+
+def in_recorded_order(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes, those recorded last first: each before the nodes that it passes gradients to."""
+    return sorted(nodes, key=lambda node: -node._sequence_nr())
+
+
+def leaf_of(node: Node) -> Any:
+    """The tensor whose ``.grad`` is accumulated at this node, or None."""
+    return getattr(node, "variable", None)
+
+
+def gradient_size(edge: Edge) -> int:
+    """Number of elements of the gradient that arrives at an edge."""
+    node, output = edge
+    return math.prod(node._input_metadata[output].shape)
