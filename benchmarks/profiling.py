@@ -41,9 +41,9 @@ class _Marked(Linearization):
         with record_function(GRAMIAN):
             return self.inner.gramian()
 
-    def accumulate(self, coefficients: Tensor) -> None:
+    def add_to_grad(self, coefficients: Tensor) -> None:
         with record_function(COMBINE):
-            self.inner.accumulate(coefficients)
+            self.inner.add_to_grad(coefficients)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         return self.inner.combined(coefficients)

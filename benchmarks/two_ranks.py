@@ -20,7 +20,7 @@ from benchmarks.tables import table
 from benchmarks.timing import Patience, Runner, Spread, race
 from benchmarks.workloads import TINY, Workload, codec, mlp
 from moo_balance import MGDA
-from moo_balance.engine import DataParallel
+from moo_balance.engine.distributed import RowAverager
 
 TITLE = "Two ranks"
 RANKS = 2
@@ -37,19 +37,19 @@ SILENT, OVERLAPPED, IN_TURN = (
 @contextmanager
 def _waiting() -> Iterator[None]:
     """Let each row arrive before the next one is differentiated."""
-    start = DataParallel.start
+    start = RowAverager.begin_all_reduce
 
-    def patient(self: DataParallel, *arguments: Any) -> Any:
+    def patient(self: RowAverager, *arguments: Any) -> Any:
         pending = start(self, *arguments)
         for bucket in pending.buckets:
             bucket.work.wait()
         return pending
 
-    DataParallel.start = patient  # type: ignore[method-assign]
+    RowAverager.begin_all_reduce = patient  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DataParallel.start = start  # type: ignore[method-assign]
+        RowAverager.begin_all_reduce = start  # type: ignore[method-assign]
 
 
 def _in_turn(step: Step) -> Step:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,23 +15,17 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from moo_balance import engine
+from moo_balance._distributed import Ranks, StepId
 from moo_balance.door import check_attached, check_features, check_losses, check_same
-from moo_balance.engine import (
-    Engine,
-    Linearization,
-    Problem,
-    is_whole,
-    side_by_side,
-)
+from moo_balance.engine import Engine, Linearization, Problem
+from moo_balance.engine.autograd import in_static_graph
+from moo_balance.engine.base import stack_losses
+from moo_balance.engine.distributed import RowAverager, is_whole
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.ledger import Accumulation, Ledger, Staged
 from moo_balance.reevaluation import Replay
 from moo_balance.screening import are_finite, faulty_gradients, faulty_losses
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
-
-if TYPE_CHECKING:
-    from moo_balance.engine import DataParallel
 
 Losses = Mapping[str, Tensor]
 Features = Tensor | Sequence[Tensor] | None
@@ -98,16 +92,21 @@ class Balancer:
         call = "gather" if self.ledger.accumulating else "balance"
         parallel = self._parallel()
         present, vector, statistics = self._values(losses, check_attached, call, parallel)
+        params = self.params
+        compared = None
+        if self.measured is not None:
+            chosen = set(map(id, self.measured))
+            compared = {k for k, param in enumerate(params) if id(param) in chosen}
         problem = Problem(
             names=statistics.names,
             losses=tuple(present.values()),
-            params=self.params,
-            measured=None if self.measured is None else frozenset(map(id, self.measured)),
+            params=params,
+            compared=compared,
             scale=scale,
             retain_graph=retain_graph,
-            parallel=parallel,
+            averager=None if parallel is None else parallel.averager,
             features=shared,
-            vector=vector,
+            stacked=vector,
         )
         return Batch(problem, statistics)
 
@@ -143,7 +142,7 @@ class Balancer:
         if not staged.skip:
             if window.gradients is None:
                 coefficients = window.settled(statistics, coefficients, problem.names)
-            linearization.accumulate(coefficients)
+            linearization.add_to_grad(coefficients)
         staged.replays, staged.scaler = [*window.replays, *replays], scaler
         self.ledger.staged, self.ledger.accumulation = staged, None
 
@@ -213,7 +212,7 @@ class Balancer:
         losses: Losses,
         check: Callable[[dict[str, Tensor]], None],
         call: str,
-        parallel: DataParallel | None,
+        parallel: Ranks | None,
     ) -> tuple[dict[str, Tensor], Tensor, Statistics]:
         """Losses in declared order, side by side, and their values averaged over the ranks."""
         ledger = self.ledger
@@ -229,11 +228,13 @@ class Balancer:
         if parallel is not None:
             device = next(iter(present.values())).device if present else self.device
             dtype = state_dtype(device)
-            moment = engine.Moment(repr(self.weighting), ledger.steps, call)
-            means = parallel.agree(present, ledger.names, moment, fault, device, dtype)
+            step_id = StepId(repr(self.weighting), ledger.steps, call)
+            means = parallel.synchronize_losses(
+                present, ledger.names, step_id, fault, device, dtype
+            )
             present = {name: present[name] for name in means}
             values = torch.stack(list(means.values()))
-        vector = side_by_side(tuple(present.values()))
+        vector = stack_losses(tuple(present.values()))
         if parallel is None:
             values = vector.detach().to(state_dtype(vector.device))
         return present, vector, Statistics(tuple(present), values, step=ledger.steps)
@@ -296,14 +297,14 @@ class Balancer:
             return
         _, coefficients = self._draft(statistics, None, problem.scale)
         known = window.settled(statistics, coefficients, problem.names)
-        self.engine.linearize(problem).accumulate(known)
+        self.engine.linearize(problem).add_to_grad(known)
 
     def _check_static_graph(self, problem: Problem, what: str) -> None:
         """Refuse what DDP's static graph cannot take, in the one step where it shows."""
         if (
-            problem.parallel is not None
+            problem.averager is not None
             and self.ledger.steps == 0
-            and engine.in_static_graph(problem.losses)
+            and in_static_graph(problem.losses)
         ):
             raise BalanceError(
                 "DistributedDataParallel should not have `static_graph=True` together with "
@@ -312,7 +313,7 @@ class Balancer:
                 "`find_unused_parameters` instead."
             )
 
-    def _parallel(self) -> DataParallel | None:
+    def _parallel(self) -> Ranks | None:
         """The ranks to agree with, if there are several."""
         ledger, group = self.ledger, self.process_group
         if group is None:
@@ -327,7 +328,7 @@ class Balancer:
             )
         group = dist.group.WORLD if group == "auto" else group
         if ledger.parallel is None or ledger.parallel.group is not group:
-            parallel = engine.DataParallel(group)
+            parallel = Ranks(RowAverager(group))
             if parallel.size == 1:
                 return None
             ledger.parallel = parallel

@@ -17,7 +17,8 @@ from moo_balance.screening import sanitized
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 if TYPE_CHECKING:
-    from moo_balance.engine import DataParallel, Window
+    from moo_balance._distributed import Ranks
+    from moo_balance.engine import Window
 
 _FORMAT = 1
 
@@ -113,7 +114,7 @@ class Ledger:
     awaiting: tuple[str, ...] | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
     faults: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    parallel: DataParallel | None = None
+    parallel: Ranks | None = None
     accumulating: bool = False
     accumulation: Accumulation | None = None
 

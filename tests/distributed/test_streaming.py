@@ -1,4 +1,4 @@
-"""Streaming on several ranks: rows are averaged portion by portion, the gradient by the wrapper."""
+"""Streaming on several ranks: rows are averaged segment by segment, the gradient by the wrapper."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.engine.registry import CutAt, everywhere
 from tests.registry import NAMES, over_some
+from tests.support.engines import CutAt, everywhere
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 
@@ -41,7 +41,7 @@ def test_ranks_take_the_step_of_one_process(method: Any, step: Step, wrap: dict[
 
 
 def test_static_graphs_are_refused() -> None:
-    """DDP records its hooks in a first backward pass, which portions are not."""
+    """DDP records its hooks in a first backward pass, which segments are not."""
     model = DDP(Net(), static_graph=True)
     optimizer = BalancedOptimizer(adam(model), MGDA(), engine=Streaming())
     with pytest.raises(BalanceError, match="static_graph"):
@@ -49,7 +49,7 @@ def test_static_graphs_are_refused() -> None:
 
 
 def test_cuts_that_differ_are_refused_on_all_ranks() -> None:
-    """Rows of a portion are averaged over the ranks, so that all must have the same portions."""
+    """Rows of a segment are averaged over the ranks, so that all must have the same segments."""
     model = Net()
     optimizer = BalancedOptimizer(adam(model), MGDA(), engine=CutAt(everywhere))
     losses = losses_of(model, share(0))

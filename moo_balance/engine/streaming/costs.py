@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from functools import cache
 from itertools import accumulate
-from math import inf
+from math import inf, prod
 
 from torch.autograd.graph import Node
 
-from moo_balance.engine.base import Problem
-from moo_balance.engine.factored import factorable
-from moo_balance.engine.graph import (
-    Edge,
+from moo_balance.engine.autograd import (
+    count_reaching_losses,
+    edge_of,
     edges_of,
-    gradient_size,
-    in_recorded_order,
-    leaf_of,
-    meets_hooks,
-    reach,
+    gradient_shape,
+    has_hook_at,
+    recorded_order,
 )
+from moo_balance.engine.base import Problem
+from moo_balance.engine.linear import find_linear_layers
 
 
 class GraphCosts:
-    """The nodes between losses and compared parameters, and the elements of K gradients there.
+    """The nodes between losses and parameters, and the elements of K gradients there.
 
     Cut ``c`` lies before the node at place ``c``. It is open if every gradient that crosses it is
     complete. Otherwise autograd would run nodes below the cut with no gradient to pass on::
@@ -36,90 +36,69 @@ class GraphCosts:
     So there is no cut between two uses of a parameter, where its K gradients are kept anyway.
 
     Attributes:
-        leaves: Positions of parameters, by the node at which a gradient is accumulated.
-        layers: Linear layers whose weight gradients stay factored, by node.
-        order: The nodes from the losses down, without ``leaves``.
-        completed: For each edge, the last place that adds to its gradient.
-        deferred: For layers, by place: elements of the gradients at the output, and the first cut
-            that these cross. A segment that begins there or later need not keep them.
-        crossing: For each open cut, the edges whose gradients cross it.
-        cut_size: For each cut, elements of these gradients; infinite if it is closed.
+        order: The nodes from the losses down; those that receive gradients of parameters, which
+            are in ``leaves``, left out.
+        spans: For each edge, the first and last place that add to its gradient, and the place that
+            receives it: for a parameter, the last one.
+        cut_size: For each cut, elements of the gradients that cross; infinite if it is closed.
         remaining: For each cut, elements that are kept after it if there are no more cuts.
     """
 
-    def __init__(
-        self, problem: Problem, nodes: Collection[Node], compared: Collection[int]
-    ) -> None:
+    def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
         edges = {node: edges_of(node) for node in nodes}
-        reaching = reach(problem.losses, nodes, edges.__getitem__)
-        layers = factorable(problem, nodes, reaching)
-        self.layers = {layer.node: layer for layer in layers if layer.column in compared}
-        factored = {layer.column for layer in self.layers.values()}
-        index = {id(problem.params[k]): k for k in compared if k not in factored}
-        found = {node: index.get(id(leaf_of(node))) for node in nodes}
-        self.leaves = {node: k for node, k in found.items() if k is not None}
-        self.order = _leading_nodes(edges, {*self.leaves, *self.layers})
-        self._hooked: dict[Edge, bool] = {}
-        self._count(problem, edges, reaching)
-
-    def kept(self, place: int, start: int) -> int:
-        """Elements that a segment which begins at cut `start` keeps for the node at `place`."""
-        elements, crossed = self.deferred.get(place, (0, 0))
-        return self.retained[place] + (elements if start < crossed else 0)
-
-    def meets_hooks(self, cut: int) -> bool:
-        """Whether a hook would see twice a gradient that crosses. Each edge is probed once."""
-        for edge in self.crossing[cut]:
-            if edge not in self._hooked:
-                self._hooked[edge] = meets_hooks(edge)
-        return any(self._hooked[edge] for edge in self.crossing[cut])
-
-    def _count(
-        self, problem: Problem, edges: Mapping[Node, Sequence[Edge]], reaching: Mapping[Node, int]
-    ) -> None:
-        count, place = len(self.order), {node: k for k, node in enumerate(self.order)}
-        users: dict[Edge, list[int]] = {}
+        reaching = count_reaching_losses(problem.losses, nodes, edges.__getitem__)
+        layers = find_linear_layers(problem, nodes, reaching)
+        self.layers = {layer.node: layer for layer in layers}
+        factored = {layer.param_index for layer in layers}
+        params = [(k, param) for k, param in enumerate(problem.params) if k not in factored]
+        self.leaves = {edge_of(param)[0]: k for k, param in params}
+        leading, order = {*self.leaves, *self.layers}, recorded_order(nodes)
+        for node in reversed(order):
+            if any(after in leading for after, _ in edges[node]):
+                leading.add(node)
+        self.order = [node for node in order if node in leading and node not in self.leaves]
+        place = {node: k for k, node in enumerate(self.order)}
+        self.spans: dict[tuple[Node, int], tuple[int, int, int]] = {}
         for k, node in enumerate(self.order):
             for edge in edges[node]:
-                if edge[0] in place or edge[0] in self.leaves:
-                    users.setdefault(edge, []).append(k)
-        self.completed = {edge: places[-1] for edge, places in users.items()}
-        self.retained, self.deferred = [0] * count, dict[int, tuple[int, int]]()
-        sizes, spans = dict[Edge, int](), dict[Edge, range]()
-        # +1 where a run of closed cuts begins, -1 after it: the running sum is above 0 within. All
-        # are closed if a loss is a parameter itself, as no segment would receive its gradient.
-        runs = [int(any(loss.grad_fn is None for loss in problem.losses)), *[0] * (count + 1)]
-        for edge, (first, *_, last) in ((edge, [p[0], *p]) for edge, p in users.items()):
-            node, end = edge[0], place.get(edge[0], last)
-            if end < last:  # recorded in several threads: the order does not hold
-                first, last = 0, count
-            runs[first + 1] += 1
-            runs[last + 1] -= 1
-            if node in self.leaves:
-                param = problem.params[self.leaves[node]]
-                self.retained[last] += param.numel() * reaching[node]
-            else:
-                sizes[edge] = gradient_size(edge) * reaching[node]
-                spans[edge] = range(last + 1, end + 1)
-            if node in self.layers:
-                self.deferred[end] = sizes[edge], last + 1
-        is_open = [not depth for depth in accumulate(runs)]
-        self.crossing: list[list[Edge]] = [[] for _ in range(count + 1)]
-        for edge, span in spans.items():
-            for cut in filter(is_open.__getitem__, span):
-                self.crossing[cut].append(edge)
-        self.cut_size = [
-            sum(map(sizes.__getitem__, crossing)) if is_open[cut] else inf
-            for cut, crossing in enumerate(self.crossing)
-        ]
-        kept = [self.kept(k, start=-1) for k in range(count)]
+                if edge[0] in leading:
+                    first, *_ = self.spans.get(edge, (k,))
+                    self.spans[edge] = first, k, place.get(edge[0], k)
+        self._has_hook_at = cache(has_hook_at)
+        self._count_elements(reaching)
+        # No segment would receive the gradient of a loss that is a parameter itself.
+        if any(loss.grad_fn is None for loss in problem.losses):
+            self.cut_size = [inf for _ in self.cut_size]
+
+    def kept(self, place: int, start: int) -> int:
+        """Elements that a segment which begins at cut `start` keeps for the node at `place`.
+
+        For a layer nothing is kept if its output gradient is complete when it enters the segment.
+        """
+        return sum(elements for last, elements in self._retained[place] if start <= last)
+
+    def has_hook_at(self, cut: int) -> bool:
+        """Whether a hook would see a gradient that crosses twice. Each edge is probed once."""
+        crossing = (edge for edge, (_, last, end) in self.spans.items() if last < cut <= end)
+        return any(map(self._has_hook_at, crossing))
+
+    def _count_elements(self, reaching: Mapping[Node, int]) -> None:
+        count, is_ordered = len(self.order), True
+        self._retained: list[list[tuple[int, int]]] = [[] for _ in self.order]
+        # How elements that cross, and gradients that would cross in parts, change at each cut.
+        size, parts = [0] * (count + 2), [0] * (count + 2)
+        for edge, (first, last, end) in self.spans.items():
+            shape = gradient_shape(edge)
+            elements = prod(shape or ()) * reaching[edge[0]]
+            if edge[0] in self.leaves or edge[0] in self.layers:
+                self._retained[end].append((last, elements))
+            size[last + 1] += elements
+            size[end + 1] -= elements
+            parts[first + 1] += 1
+            parts[last + 1] -= 1
+            # What was recorded in several threads is in no order.
+            is_ordered &= last <= end and shape is not None
+        crossing = zip(accumulate(size), accumulate(parts), strict=True)
+        self.cut_size = [inf if part or not is_ordered else whole for whole, part in crossing]
+        kept = [self.kept(k, start=0) for k in range(count)]
         self.remaining = list(accumulate(reversed(kept), initial=0))[::-1]
-
-
-def _leading_nodes(edges: Mapping[Node, Sequence[Edge]], ends: Collection[Node]) -> list[Node]:
-    """The nodes that lead to one of the ends, or are one, from the losses down; no leaves."""
-    leading, order = set(ends), in_recorded_order(edges)
-    for node in reversed(order):
-        if any(after in leading for after, _ in edges[node]):
-            leading.add(node)
-    return [node for node in order if node in leading and edges[node]]

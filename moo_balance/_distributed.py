@@ -1,24 +1,23 @@
-"""Training on several processes: what ranks must agree on, and rows averaged over them."""
+"""Several processes: ranks agree on the losses and the step, and hold the same parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moo_balance.engine.graph import nodes_above
-from moo_balance.engine.rows import Row
+from moo_balance.engine.distributed import RowAverager
 from moo_balance.errors import BalanceError
 
 _CALLS = ("balance", "gather", "observe")
 
 
-class Moment(NamedTuple):
-    """Where in which run a rank is: ranks at different ones would wait for each other for ever.
+class StepId(NamedTuple):
+    """A rank's position in the run. Ranks at different positions would deadlock in a collective.
 
     `call` says what is done with the losses: "balance", "gather" or "observe".
     """
@@ -34,27 +33,30 @@ class Moment(NamedTuple):
 
 
 @dataclass(eq=False)
-class DataParallel:
-    """A process group whose ranks see different data and shall take the same step.
+class Ranks:
+    """A process group whose ranks see different data and should take the same step.
 
     Every method is a collective: all ranks call it, and either all return or all raise.
     """
 
-    group: Any
+    averager: RowAverager
     names: Sequence[str] | None = None
-    layouts: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
-    """Parameters each loss has reached on any rank so far: what to send before it is known."""
+
+    @property
+    def group(self) -> Any:
+        """The process group."""
+        return self.averager.group
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return dist.get_world_size(self.group)
+        return self.averager.size
 
-    def agree(
+    def synchronize_losses(
         self,
         losses: Mapping[str, Tensor],
         declared: Sequence[str] | None,
-        moment: Moment,
+        step_id: StepId,
         fault: BalanceError | None,
         device: torch.device,
         dtype: torch.dtype,
@@ -64,14 +66,14 @@ class DataParallel:
         A fault that one rank found in its losses is raised there, and reported on all others.
         """
         if self.names is None or declared is None or set(declared) != set(self.names):
-            self.names = self._first_names(losses, declared, moment, fault)
+            self.names = self._first_names(losses, declared, step_id, fault)
         names, count = self.names, len(self.names)
         header = torch.zeros(2 * count + 3, dtype=dtype, device=device)
         for position, name in enumerate(names):
             if name in losses:
                 header[position] = losses[name].detach()
                 header[count + position] = 1.0
-        header[-3:] = header.new_tensor([fault is not None, moment.number, moment.number**2])
+        header[-3:] = header.new_tensor([fault is not None, step_id.number, step_id.number**2])
         dist.all_reduce(header, group=self.group)
         self._check_header(header[count:].tolist(), fault)
         means = header[:count] / self.size
@@ -81,12 +83,12 @@ class DataParallel:
         self,
         losses: Mapping[str, Tensor],
         declared: Sequence[str] | None,
-        moment: Moment,
+        step_id: StepId,
         fault: Exception | None,
     ) -> Sequence[str]:
         """The names that all ranks start from."""
-        report = (list(declared or losses), moment, None if fault is None else str(fault))
-        reports: list[tuple[list[str], Moment, str | None]] = [report] * self.size
+        report = (list(declared or losses), step_id, None if fault is None else str(fault))
+        reports: list[tuple[list[str], StepId, str | None]] = [report] * self.size
         dist.all_gather_object(reports, report, group=self.group)
         if fault is not None:
             raise fault
@@ -132,66 +134,6 @@ class DataParallel:
                     "to the graph, such as `0.0 * output.sum()`."
                 )
 
-    def start(self, name: str, row: Row, params: Sequence[Tensor]) -> PendingRow:
-        """Begin to average the gradient of a loss, while the next one is differentiated."""
-        layout = self.layouts.get((name, len(params)), ())
-        return PendingRow(name, row, layout, self._launch(row, layout, params))
-
-    def finish(self, pending: Sequence[PendingRow], params: Sequence[Tensor]) -> list[Row]:
-        """Wait for the averages. A parameter that no rank's loss reaches stays None."""
-        reached = self._reached_anywhere([p.row for p in pending], params)
-        rows: list[Row] = []
-        for row, columns in zip(pending, reached, strict=True):
-            averaged: list[Tensor | None] = [None] * len(params)
-            self._collect(row.buckets, averaged)
-            late = [column for column in columns if column not in row.layout]
-            self._collect(self._launch(row.row, late, params), averaged)
-            self.layouts[row.name, len(params)] = tuple(sorted({*row.layout, *columns}))
-            rows.append([g if k in columns else None for k, g in enumerate(averaged)])
-        return rows
-
-    def _reached_anywhere(
-        self, rows: Sequence[Row], params: Sequence[Tensor]
-    ) -> list[frozenset[int]]:
-        """For each row the parameters it reaches on any rank, in this very step."""
-        mask = [[float(gradient is not None) for gradient in row] for row in rows]
-        reached = torch.tensor(mask, device=params[0].device)
-        dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=self.group)
-        return [frozenset(k for k, there in enumerate(row) if there) for row in reached.tolist()]
-
-    def _launch(self, row: Row, layout: Sequence[int], params: Sequence[Tensor]) -> list[Bucket]:
-        """Flatten by dtype and device, and send."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for column in layout:
-            gradient = row[column]
-            if gradient is not None and gradient.is_sparse:
-                raise BalanceError(
-                    "Sparse gradients cannot be averaged over ranks row by row. Found one for a "
-                    f"parameter of shape {tuple(gradient.shape)}. Use `sparse=False`, or a method "
-                    "without a Gramian."
-                )
-            kinds.setdefault((params[column].dtype, params[column].device), []).append(column)
-        buckets = []
-        for (dtype, device), columns in kinds.items():
-            parts = [
-                torch.zeros(params[column].numel(), dtype=dtype, device=device)
-                if (gradient := row[column]) is None
-                else gradient.reshape(-1)
-                for column in columns
-            ]
-            flat = torch.cat(parts).div_(self.size)
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-            shapes = tuple((column, params[column].shape) for column in columns)
-            buckets.append(Bucket(shapes, flat, work))
-        return buckets
-
-    def _collect(self, buckets: Sequence[Bucket], averaged: list[Tensor | None]) -> None:
-        for bucket in buckets:
-            bucket.work.wait()
-            pieces = torch.split(bucket.flat, [shape.numel() for _, shape in bucket.shapes])
-            for (column, shape), piece in zip(bucket.shapes, pieces, strict=True):
-                averaged[column] = piece.view(shape)
-
     def check_drift(
         self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device
     ) -> None:
@@ -220,26 +162,3 @@ def _checksum(tensor: Tensor) -> Tensor:
     flat = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     values = flat.double().nan_to_num().reshape(-1)
     return torch.stack([values.sum(), values.dot(values)])
-
-
-class Bucket(NamedTuple):
-    """Gradients of one kind on their way around the ranks."""
-
-    shapes: tuple[tuple[int, torch.Size], ...]
-    flat: Tensor
-    work: Any
-
-
-class PendingRow(NamedTuple):
-    """A row on its way around the ranks."""
-
-    name: str
-    row: Row
-    layout: Sequence[int]
-    buckets: list[Bucket]
-
-
-def in_static_graph(losses: Sequence[Tensor]) -> bool:
-    """Do the losses come out of the first step of a DDP model with ``static_graph=True``?"""
-    wrappers = (getattr(node, "ddp_weakref", lambda: None)() for node in nodes_above(losses))
-    return any(ddp is not None and ddp.static_graph for ddp in wrappers)
