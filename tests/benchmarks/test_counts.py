@@ -12,7 +12,7 @@ from benchmarks.contestants import Stand
 from benchmarks.counts import WAYS, HostLooks, PeakNumbers, held_numbers
 from moo_balance import MGDA, BalancedOptimizer
 from moo_balance.engine import Problem, Streaming
-from tests.registry import NAMES, over_methods
+from tests.support.registry import NAMES, over_methods
 
 META = torch.device("meta")
 

@@ -23,8 +23,8 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.registry import NAMES, over_some
 from tests.support.engines import CutAt, everywhere
+from tests.support.registry import NAMES, over_some
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 
