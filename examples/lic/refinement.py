@@ -1,4 +1,4 @@
-"""Refine the latents of one image while the network stays as it is."""
+"""Refine the latents of one image while the network stays as it is (SGA, SGA+; see rounding.py)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.evaluation import Score, pad_to_multiple, psnr, to_pixels
-from examples.lic.refinement.rounding import PUBLISHED_STEPS, TWO_CLASS, Gumbel
+from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.rounding import PUBLISHED_STEPS, TWO_CLASS, Gumbel
 from moo_balance import BalancedOptimizer, Sum
 from moo_balance.weighting import Weighting
 
 Relaxation: TypeAlias = Callable[[Tensor, int], Tensor]
-"""A differentiable stand-in for rounding at a given step."""
+"""A differentiable replacement of rounding at a given step."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Refinement:
     """How to refine.
 
     Args:
-        relaxation: What stands in for rounding; the default is the best of the paper.
-        steps: Iterations of Adam; none leaves the encoder's latents. Default 2000 (paper).
+        relaxation: What replaces rounding; the default is the best of the paper.
+        steps: Iterations of Adam; 0 leaves the encoder's latents. Default 2000 (paper).
         lr: Adam's learning rate. Default 5e-3 (paper).
         weighting: How rate and λ · distortion are weighted. The default is their plain sum.
         centered: Round y - μ, as SGA+ does and as the codec is trained; False rounds y itself, as
@@ -75,13 +75,13 @@ def quantize(
 
 @torch.no_grad()
 def encode(model: MeanScaleHyperprior, image: Tensor) -> Latents:
-    """What the encoder makes of a uint8 image ``[3, H, W]`` of any size."""
+    """The encoder's latents of a uint8 image ``[3, H, W]`` of any size."""
     return Latents(*model.analyze(pad_to_multiple(_in_unit_range(image), model.stride)))
 
 
 @torch.no_grad()
 def score(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Score:
-    """Rate and PSNR as :func:`examples.lic.evaluation.score` has them, of latents as sent."""
+    """Rate and PSNR, as :func:`examples.lic.evaluation.evaluate` has them, of latents as sent."""
     decoded = to_pixels(_decode(model, sent, image)[0])
     return Score(sent.bits.item() / image[0].numel(), psnr(decoded, image))
 
@@ -98,32 +98,32 @@ def refine(
     """Optimise the latents of `image` for R + λ · 255² · MSE, and round them.
 
     Args:
-        model: A trained codec; its parameters, gradients and mode are left alone.
-        image: uint8 ``[3, H, W]`` of any size; what padding adds is not scored.
+        model: A trained codec; its parameters, gradients and mode are not changed.
+        image: uint8 ``[3, H, W]`` of any size; the padding is not scored.
         how: See :class:`Refinement`.
         lmbda: λ, not necessarily the one of training: another one moves the image along the
             rate-distortion curve of a model that was trained once.
-        seed: For the Gumbel noise: runs with equal seeds meet equal noise.
+        seed: For the Gumbel noise: runs with equal seeds see equal noise.
         on_step: Called before each step with its number and the unrounded latents, and once more
             at the end.
     """
     torch.manual_seed(seed)
     latents = Latents(*(latent.clone().requires_grad_() for latent in encode(model, image)))
     optimizer = BalancedOptimizer(torch.optim.Adam(latents, lr=how.lr), how.weighting)
-    with _frozen(model):
+    with _without_parameter_gradients(model):
         for step in range(how.steps):
             on_step(step, latents)
-            relaxation = partial(_relaxed, how.relaxation, step)
+            rounding = partial(_relax, how.relaxation, step)
             optimizer.zero_grad()
-            # A closure, so that a method that watches the step can evaluate the losses after it.
-            optimizer.backward(partial(_losses, model, image, latents, relaxation, how, lmbda))
+            # A closure, so that a method that observes the step can evaluate the losses after it.
+            optimizer.backward(partial(_losses, model, image, latents, rounding, how, lmbda))
             optimizer.step()
         on_step(how.steps, latents)
         with torch.no_grad():
             return quantize(model, latents, centered=how.centered)
 
 
-def _relaxed(relaxation: Relaxation, step: int, values: Tensor) -> Tensor:
+def _relax(relaxation: Relaxation, step: int, values: Tensor) -> Tensor:
     return relaxation(values, step)
 
 
@@ -150,8 +150,8 @@ def _in_unit_range(image: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: MeanScaleHyperprior) -> Iterator[None]:
-    """Take no gradient of the parameters: a third of the cost, and nothing left behind in them."""
+def _without_parameter_gradients(model: MeanScaleHyperprior) -> Iterator[None]:
+    """Take no gradient of the parameters: a third of the cost, and nothing left in them."""
     required = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in required:

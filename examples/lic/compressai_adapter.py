@@ -1,4 +1,4 @@
-"""CompressAI's codecs behind the interface of this folder's own.
+"""CompressAI's codecs with the interface of this folder's own.
 
 CompressAI is a library of its own with heavy requirements (``pip install compressai``), and nothing
 here imports it before one of its codecs is asked for.
@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from examples.lic.bitstream import BitstreamError
-from examples.lic.codec import Reconstruction
 from examples.lic.evaluation import pad_to_multiple
+from examples.lic.hyperprior import Reconstruction
 
 PREFIX = "compressai:"
 
-FROM_ZOO = ("bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor")
-"""Names after the prefix; an optional ``@1`` to ``@8`` chooses the widths of a quality."""
-
 CLASSES = {"elic2022-official": "Elic2022Official"}
-"""More of them, which CompressAI offers in one size and as a class alone."""
+"""Codecs that CompressAI offers only as a class, in one size."""
 
 
 class ArchitectureError(Exception):
@@ -51,15 +48,13 @@ class CompressAICodec(nn.Module):
 def build(name: str) -> CompressAICodec:
     """A fresh codec from ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``.
 
+    MODEL is any name of ``compressai.zoo.image_models`` or of :data:`CLASSES`; QUALITY, 1 where it
+    is not given, chooses the widths.
+
     Raises:
-        ArchitectureError: CompressAI cannot be imported, or does not know the model.
+        ArchitectureError: CompressAI cannot be imported, or has no such model or quality.
     """
     model, _, quality = name.removeprefix(PREFIX).partition("@")
-    if model not in (*FROM_ZOO, *CLASSES) or (quality or "1") not in "12345678":
-        raise ArchitectureError(
-            f"--arch {PREFIX}MODEL should name one of {', '.join((*FROM_ZOO, *CLASSES))}, with @1 "
-            f"to @8 for the widths of a quality. Found {name}. Choose one of these."
-        )
     try:
         from compressai import models
         from compressai.zoo import image_models
@@ -70,7 +65,18 @@ def build(name: str) -> CompressAICodec:
         ) from error
     if model in CLASSES:
         return CompressAICodec(getattr(models, CLASSES[model])())
-    return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
+    if model not in image_models:
+        raise ArchitectureError(
+            f"--arch {PREFIX}MODEL should name one of {', '.join((*image_models, *CLASSES))}. "
+            f"Found {name}. Choose one of these."
+        )
+    try:
+        return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
+    except (ValueError, KeyError) as error:
+        raise ArchitectureError(
+            f"--arch {PREFIX}{model}@QUALITY should be a quality that CompressAI has for this "
+            f"model. Found {quality} ({error}). Choose another, mostly 1 to 8."
+        ) from error
 
 
 class CompressAICoder:
@@ -110,9 +116,9 @@ class CompressAICoder:
         _, height, width, size, count = self._head.unpack_from(data)
         offset = self._head.size + size
         shape = json.loads(data[self._head.size : offset])
-        strings, ends = [], offset + 4 * count
+        strings, end = [], offset + 4 * count
         for length in struct.unpack_from(f">{count}I", data, offset):
-            strings.append([data[ends : ends + length]])
-            ends += length
+            strings.append([data[end : end + length]])
+            end += length
         decoded = self._codec.decompress(strings, shape)["x_hat"]
         return decoded[0, :, :height, :width]

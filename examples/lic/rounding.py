@@ -170,7 +170,7 @@ class Annealing:
         return min(self.maximum, self.start * math.exp(-self.rate * (step - self.delay)))
 
     def within(self, steps: int) -> Annealing:
-        """The same course in fewer steps than the 2000 for which it was published."""
+        """The same curve in fewer steps than the 2000 for which it was published."""
         part = steps / PUBLISHED_STEPS
         return replace(self, rate=self.rate / part, delay=round(self.delay * part))
 

@@ -3,6 +3,10 @@
 The architecture follows Minnen, Ballé & Toderici (NeurIPS 2018) without the context model, with
 GDN1 nonlinearities (Johnston et al. 2019) and, for the hyper-latent, one logistic distribution
 per channel, so that no auxiliary loss is needed.
+
+Images ``[B, 3, H, W]`` have values in [0, 1]; their latent ``y`` is ``[B, M, H/16, W/16]`` and
+their hyper-latent ``z`` is ``[B, N, H/64, W/64]``. *Symbols* are the integers that are coded: ``y``
+minus its predicted mean, ``z`` minus its median, rounded.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ class _LowerBound(torch.autograd.Function):
 def lower_bound(values: Tensor, bound: float) -> Tensor:
     """Return ``max(values, bound)``, with a gradient that lets clipped values come back.
 
-    Below the bound, descent steps that would raise the value pass and all others are masked;
+    Below the bound, updates that would raise the value pass and all others are masked;
     :func:`torch.clamp` masks both, so a clipped parameter would stay clipped for ever.
     """
     return _LowerBound.apply(values, bound)
@@ -87,16 +91,18 @@ def _interval_likelihood(
     return lower_bound(mass, LIKELIHOOD_FLOOR)
 
 
-def _noisy(values: Tensor) -> Tensor:
-    return values + torch.rand_like(values) - 0.5
+def add_noise(values: Tensor, width: Tensor | float = 1.0) -> Tensor:
+    """Add uniform noise from an interval of `width` around 0, the relaxation of rounding."""
+    return values + width * (torch.rand_like(values) - 0.5)
 
 
-def _round_straight_through(values: Tensor) -> Tensor:
+def round_straight_through(values: Tensor) -> Tensor:
+    """Round, with the gradient of the identity."""
     return values + (values.round() - values).detach()
 
 
 class Reconstruction(NamedTuple):
-    """What one pass through the codec yields."""
+    """The result of one pass through a codec."""
 
     images: Tensor
     """Decoded images ``[B, 3, H, W]``; not clamped."""
@@ -117,12 +123,12 @@ def _up(inputs: int, outputs: int) -> nn.Module:
     return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1)
 
 
-def _chain(
+def _stack(
     layer: Callable[[int, int], nn.Module],
     widths: Sequence[int],
     between: Callable[[int], nn.Module],
 ) -> list[nn.Module]:
-    """Layers from width to width, with a nonlinearity after each but the last."""
+    """Layers from width to width, with a nonlinearity after each except the last."""
     modules = [m for pair in pairwise(widths) for m in (layer(*pair), between(pair[1]))]
     return modules[:-1]
 
@@ -139,7 +145,7 @@ class MeanScaleHyperprior(nn.Module):
         latent_channels: Width `M` of the latent ``y``.
 
     In training mode the rate sees uniform noise and the distortion sees straight-through
-    rounding; in evaluation mode both see rounded symbols. Image sides are multiples of
+    rounding; in evaluation mode both see rounded symbols. Image sides must be multiples of
     :attr:`stride`.
     """
 
@@ -148,13 +154,13 @@ class MeanScaleHyperprior(nn.Module):
     def __init__(self, channels: int = 24, latent_channels: int = 32) -> None:
         super().__init__()
         n, m = channels, latent_channels
-        self.analysis = nn.Sequential(*_chain(_down, (3, n, n, n, m), GDN1))
-        self.synthesis = nn.Sequential(*_chain(_up, (m, n, n, n, 3), partial(GDN1, inverse=True)))
+        self.analysis = nn.Sequential(*_stack(_down, (3, n, n, n, m), GDN1))
+        self.synthesis = nn.Sequential(*_stack(_up, (m, n, n, n, 3), partial(GDN1, inverse=True)))
         self.hyper_analysis = nn.Sequential(
-            nn.Conv2d(m, n, 3, padding=1), _leaky(n), *_chain(_down, (n, n, n), _leaky)
+            nn.Conv2d(m, n, 3, padding=1), _leaky(n), *_stack(_down, (n, n, n), _leaky)
         )
         self.hyper_synthesis = nn.Sequential(
-            *_chain(_up, (n, n, n), _leaky), _leaky(n), nn.Conv2d(n, 2 * m, 3, padding=1)
+            *_stack(_up, (n, n, n), _leaky), _leaky(n), nn.Conv2d(n, 2 * m, 3, padding=1)
         )
         self.z_median = nn.Parameter(torch.zeros(n, 1, 1))
         self.z_log_scale = nn.Parameter(torch.zeros(n, 1, 1))
@@ -165,8 +171,8 @@ class MeanScaleHyperprior(nn.Module):
     def _initialize(self) -> None:
         """Keep the variance of signals from layer to layer, and start with a scale of 1.
 
-        PyTorch's default leaves a latent far below the quantisation step, which rounds to zero; a
-        short training was seen to lose a decibel to that.
+        PyTorch's default leaves a latent far below the quantisation step, which rounds to zero;
+        that cost a short training a decibel.
         """
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -203,10 +209,32 @@ class MeanScaleHyperprior(nn.Module):
     def forward(self, images: Tensor) -> Reconstruction:
         y, z = self.analyze(images)
         z = z - self.z_median
-        z = _noisy(z) if self.training else z.round()
+        z = add_noise(z) if self.training else z.round()
         mean, scale = self.predict(z + self.z_median)
 
-        centered = _round_straight_through(y - mean)
+        centered = round_straight_through(y - mean)
         decoded = self.synthesize(mean + centered)
-        symbols = _noisy(y - mean) if self.training else centered
+        symbols = add_noise(y - mean) if self.training else centered
         return Reconstruction(decoded, self.bits(symbols, scale, z))
+
+    # What an entropy coder needs; see bitstream.py.
+
+    def to_symbols(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The symbols of z and y, integers in the dtype of the images."""
+        y, z = self.analyze(images)
+        z = (z - self.z_median).round()
+        mean, _ = self.predict(z + self.z_median)
+        return z, (y - mean).round()
+
+    def z_scale(self) -> Tensor:
+        """Scale ``[N]`` of the logistic distribution of each channel's symbols."""
+        return self.z_log_scale.exp().flatten()
+
+    def y_scale(self, z_symbols: Tensor) -> Tensor:
+        """Standard deviations of the symbols of y, in their shape; not floored."""
+        return self.predict(z_symbols + self.z_median)[1]
+
+    def from_symbols(self, z_symbols: Tensor, y_symbols: Tensor) -> Tensor:
+        """Decoded images, not clamped."""
+        mean, _ = self.predict(z_symbols + self.z_median)
+        return self.synthesize(mean + y_symbols)
