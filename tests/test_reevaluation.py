@@ -195,6 +195,14 @@ def test_buffers_of_any_kind_are_put_back():
     assert [id(buffer) for buffer in (*first.buffers(), *second.buffers())] == before
 
 
+def test_buffers_of_modules_in_evaluation_mode_are_not_copied():
+    """A frozen codebook may be large; only a module in training mode has running statistics."""
+    counter = Counter(torch.zeros(())).eval()
+    optimizer = BalancedOptimizer(torch.optim.SGD(counter.parameters(), lr=0.1), FAMO())
+    optimizer.step(lambda: {"a": counter(), "b": 2 * counter()})
+    assert float(counter.count) == 4.0
+
+
 # ---------------------------------------------------------------------- compilers and autocast
 
 ROWS = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))

@@ -70,7 +70,7 @@ def test_every_public_scheduler_has_a_row():
 
 
 def advance(scheduler, step):
-    """A plateau has to be shown something: a loss that stops falling."""
+    """ReduceLROnPlateau is given a loss that stops falling."""
     if isinstance(scheduler, schedules.ReduceLROnPlateau):
         scheduler.step(max(1.0, 3.0 - step))
     else:
@@ -127,15 +127,15 @@ def test_a_schedule_resumes_to_the_last_bit(method, name):
     assert whole_state(twin, other) == whole_state(model, optimizer)
 
 
-def test_a_scheduler_that_steps_first_is_told_off_as_ever():
-    """The wrapper's step is the one that torch watches."""
+def test_a_scheduler_that_steps_first_warns_as_ever():
+    """PyTorch watches the step of the wrapper."""
     optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     scheduler = schedules.StepLR(optimizer, step_size=3)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
         scheduler.step()
 
 
-def test_a_scheduler_on_a_copy_leaves_the_original_alone():
+def test_a_scheduler_on_a_copy_does_not_change_the_original():
     optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     schedules.ExponentialLR(optimizer, 0.5)
     twin = copy.deepcopy(optimizer)
