@@ -49,7 +49,7 @@ class Streaming(Engine):
     that cross the cut below it. Linear layers stay factored as in :class:`PerLoss`.
 
     There is no cut where a gradient would cross in parts: within a residual block, beneath a skip
-    connection, or between two uses of one parameter (a recurrence, tied weights). Nor is there one
+    connection, or between two uses of a parameter (a recurrence, tied weights). Nor is there one
     where a hook on an activation or a module would see a gradient twice; hooks are found by
     sending zeros where a cut is wanted. A hook that only observes, and computes nothing, is not
     found: it may see those zeros, and a gradient twice. Accumulation windows need
@@ -58,8 +58,7 @@ class Streaming(Engine):
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
-            elements (4 MiB in float32) may be kept, so that a small model is one segment. Where no
-            cut does with what is allowed, the cuts are those that do with little.
+            elements (4 MiB in float32) may be kept, so that a small model is one segment.
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
             gradient of higher precision keeps its own.
 
@@ -138,12 +137,11 @@ def _check_same_on_all_ranks(problem: Problem, segments: Sequence[Segment]) -> N
     """Ranks average segment by segment, so they must have cut their graphs alike."""
     if problem.averager is None:
         return
-    digest = float(crc32(repr([segment.param_indices for segment in segments]).encode()))
+    digest = crc32(repr([segment.param_indices for segment in segments]).encode())
     device = problem.losses[0].device
     extremes = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=problem.averager.group)
-    highest, lowest = extremes.tolist()
-    if highest != -lowest:
+    if extremes.sum() != 0:  # the highest is not the lowest
         raise BalanceError(
             "The losses of all ranks should have the same graph under Streaming(). Found different "
             "ones. Leave out `engine=` to have PerLoss()."

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from math import inf, prod
 from typing import NamedTuple
 
 from torch.autograd.graph import Node
 
-from moo_balance.engine.autograd import Edge
+from moo_balance.engine.autograd import (
+    Edge,
+    count_reaching_losses,
+    edge_of,
+    edges_of,
+    gradient_shape,
+    has_hook_at,
+    recorded_order,
+)
 from moo_balance.engine.base import Problem
-from moo_balance.engine.linear import LinearWeightGradient
-from moo_balance.engine.streaming.costs import GraphCosts
+from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
 
 SLACK = 2**20
 """Elements, 4 MiB of them in float32: to save less than that is not worth a cut."""
 
 
 class Segment(NamedTuple):
-    """Nodes between two cuts, and what is differentiated there.
-
-    Args:
-        nodes: The nodes.
-        param_indices: Positions of the parameters that they use, factored weights left out.
-        layers: Linear layers with factored weights whose output gradients are completed here.
-        leaving: Edges from where gradients go on in later segments.
-    """
+    """Nodes between two cuts, and what is differentiated there."""
 
     nodes: set[Node]
-    param_indices: list[int]
-    layers: list[LinearWeightGradient]
-    leaving: list[Edge]
+    param_indices: list[int]  # of the parameters that the nodes use, without factored weights
+    layers: list[LinearWeightGradient]  # whose output gradients are completed by the nodes
+    leaving: list[Edge]  # where gradients go on in later segments
 
 
 def partition(
     problem: Problem, nodes: Collection[Node], elements_per_param: float
 ) -> list[Segment]:
-    """Segments from the losses down which keep about so many elements; none for a whole graph."""
+    """Segments from the losses down that keep about so many elements; none for a whole graph."""
     size = sum(param.numel() for param in problem.params)
     budget = max(elements_per_param * size, SLACK)
     if len(problem.losses) * size <= budget:
@@ -89,3 +91,78 @@ def build_segments(costs: GraphCosts, cuts: Sequence[int]) -> list[Segment]:
         if node in costs.layers:
             segment.layers.append(costs.layers[node])
     return segments
+
+
+class GraphCosts:
+    """The nodes between losses and parameters, and the elements of K gradients there.
+
+    Cut ``c`` lies before the node at place ``c``. It is open if every gradient that crosses it is
+    complete. Otherwise autograd would run nodes below the cut with no gradient to pass on::
+
+        place 0   loss          cut 1   open     the gradient of a crosses
+              1   a ---.        cut 2   closed   that of d would cross in two parts, one of which
+              2   b    |        cut 3   closed     place 3 has yet to compute
+              3   c    |        cut 4   open     that of d crosses
+              4   d <--'
+
+    So there is no cut between two uses of a parameter, where its K gradients are kept anyway.
+    """
+
+    def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
+        edges = {node: edges_of(node) for node in nodes}
+        reaching = count_reaching_losses(problem.losses, nodes, edges.__getitem__)
+        self.layers = {lay.node: lay for lay in find_linear_layers(problem, nodes, reaching)}
+        factored = {layer.param_index for layer in self.layers.values()}
+        others = set(range(len(problem.params))) - factored
+        self.leaves = {edge_of(problem.params[k])[0]: k for k in sorted(others)}
+        leading, order = {*self.leaves, *self.layers}, recorded_order(nodes)
+        for node in reversed(order):
+            if any(after in leading for after, _ in edges[node]):
+                leading.add(node)
+        self.order = [node for node in order if node in leading and node not in self.leaves]
+        # For each edge: the first and last place that add to its gradient, and the place that
+        # receives it. A parameter's gradient is received at the last place.
+        place = {node: k for k, node in enumerate(self.order)}
+        self.spans: dict[Edge, tuple[int, int, int]] = {}
+        for k, node in enumerate(self.order):
+            for edge in edges[node]:
+                if edge[0] in leading:
+                    first, *_ = self.spans.get(edge, (k,))
+                    self.spans[edge] = first, k, place.get(edge[0], k)
+        # No segment would receive the gradient of a loss that is a parameter itself.
+        self._count_elements(reaching, all(loss.grad_fn is not None for loss in problem.losses))
+        self._has_hook_at = cache(has_hook_at)
+
+    def kept(self, place: int, start: int) -> int:
+        """Elements that a segment which begins at cut `start` keeps for the node at `place`.
+
+        For a layer nothing is kept if its output gradient is complete when it enters the segment.
+        """
+        return sum(elements for last, elements in self._retained[place] if start <= last)
+
+    def has_hook_at(self, cut: int) -> bool:
+        """Whether a hook would see a gradient that crosses twice. Each edge is probed once."""
+        crossing = (edge for edge, (_, last, end) in self.spans.items() if last < cut <= end)
+        return any(map(self._has_hook_at, crossing))
+
+    def _count_elements(self, reaching: Mapping[Node, int], is_divisible: bool) -> None:
+        self._retained: list[list[tuple[int, int]]] = [[] for _ in self.order]
+        # Changes at each cut: of the elements that cross, and of how many gradients are in parts.
+        size, parts = ([0] * (len(self.order) + 2) for _ in range(2))
+        for edge, (first, last, end) in self.spans.items():
+            shape = gradient_shape(edge)
+            elements = prod(shape or ()) * reaching[edge[0]]
+            if edge[0] in self.leaves or edge[0] in self.layers:
+                self._retained[end].append((last, elements))
+            size[last + 1] += elements
+            size[end + 1] -= elements
+            parts[first + 1] += 1
+            parts[last + 1] -= 1
+            # What was recorded in several threads is in no order.
+            is_divisible &= last <= end and shape is not None
+        crossing = zip(accumulate(size), accumulate(parts), strict=True)
+        # Infinite where a cut is closed.
+        self.cut_size = [inf if p or not is_divisible else elements for elements, p in crossing]
+        # What is kept after each cut if there are no more cuts.
+        kept = [self.kept(k, start=0) for k in range(len(self.order))]
+        self.remaining = list(accumulate(reversed(kept), initial=0))[::-1]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from moo_balance.engine.autograd import Edge, edge_of, explain_donated_buffers, gradient_edge
-from moo_balance.engine.base import Problem, Row
+from moo_balance.engine.autograd import edge_of, gradient_edge
+from moo_balance.engine.base import Problem, Row, gradients
 from moo_balance.engine.distributed import average_over_ranks
 from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.linear import OutputGradientRecorder
@@ -41,15 +40,15 @@ class BackwardSweep:
         self, segment: Segment, number: int, dtype: torch.dtype
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Inner products of the gradients that are completed here, each with its losses."""
-        averager, count = self.problem.averager, len(self.arrived)
-        params = [self.problem.params[k] for k in segment.param_indices]
-        rows: Iterable[Row] = self._differentiate(segment, params)
-        if averager is not None and params:
-            names = [f"{name}, segment {number}" for name in self.problem.names]
-            rows = average_over_ranks(zip(names, rows, strict=True), averager, params)
-        jacobian = Jacobian([list(row) for row in rows])
-        if params:
-            yield jacobian.gramian(dtype, self.problem.losses[0].device), tuple(range(count))
+        problem, averager = self.problem, self.problem.averager
+        params = [problem.params[k] for k in segment.param_indices]
+        local = self._differentiate(segment, params)
+        if averager is None or not params:
+            rows = [list(row) for row in local]
+        else:
+            names = (f"{name}, segment {number}" for name in problem.names)
+            rows = average_over_ranks(zip(names, local, strict=True), averager, params)
+        yield Jacobian(rows).gramian(dtype, problem.losses[0].device), tuple(range(len(rows)))
         for layer in segment.layers:
             if layer.losses:
                 yield layer.products(dtype), layer.losses
@@ -63,22 +62,13 @@ class BackwardSweep:
             for arrived in self.arrived:
                 here = [edge for edge in arrived if edge[0] in segment.nodes]
                 entering = {edge: arrived.pop(edge) for edge in here}
-                gradients = _gradients(entering, inputs)
-                leaving = gradients[len(params) : len(inputs) - len(segment.layers)]
-                for edge, gradient in zip(segment.leaving, leaving, strict=True):
-                    if gradient is not None:
+                row: Row = [None] * len(inputs)
+                if entering:
+                    roots = [*map(gradient_edge, entering)]
+                    row = gradients(roots, [*entering.values()], inputs, retain_graph=True)
+                after_params = iter(row[len(params) :])
+                for edge in segment.leaving:
+                    if (gradient := next(after_params)) is not None:
                         arrived[edge] = gradient
-                recorder.append_to_layers(gradients[len(params) + len(leaving) :])
-                yield gradients[: len(params)]
-
-
-def _gradients(entering: Mapping[Edge, Tensor], inputs: Sequence[Any]) -> Row:
-    """The gradients of one loss, from where it has arrived."""
-    if not entering or not inputs:
-        return [None] * len(inputs)
-    roots, outputs = [*map(gradient_edge, entering)], [*entering.values()]
-    try:
-        return torch.autograd.grad(roots, inputs, outputs, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        explain_donated_buffers(error)
-        raise
+                recorder.append_to_layers(after_params)
+                yield row[: len(params)]
