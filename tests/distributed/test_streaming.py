@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import Streaming
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     Step,
     adam,
