@@ -43,7 +43,7 @@ def everywhere(costs: GraphCosts) -> list[int]:
 
 def in_little_memory(costs: GraphCosts) -> list[int]:
     """The cuts of a budget that no segment fits into."""
-    return choose_cuts(costs, budget=0, slack=0)
+    return choose_cuts(costs, budget=0)
 
 
 ENGINES: dict[str, Engine] = {

@@ -23,8 +23,7 @@ from moo_balance.engine.autograd import (
 from moo_balance.engine.base import Problem
 from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
 
-SLACK = 2**20
-"""Elements, 4 MiB of them in float32: to save less than that is not worth a cut."""
+NEGLIGIBLE = 2**20  # elements, 4 MiB of them in float32: to save less is not worth a cut
 
 
 class Segment(NamedTuple):
@@ -41,40 +40,38 @@ def partition(
 ) -> list[Segment]:
     """Segments from the losses down that keep about so many elements; none for a whole graph."""
     size = sum(param.numel() for param in problem.params)
-    budget = max(elements_per_param * size, SLACK)
+    budget = max(elements_per_param * size, NEGLIGIBLE)
     if len(problem.losses) * size <= budget:
         return []
     costs = GraphCosts(problem, nodes)
     return build_segments(costs, choose_cuts(costs, budget))
 
 
-def choose_cuts(costs: GraphCosts, budget: float, slack: float = SLACK) -> list[int]:
+def choose_cuts(costs: GraphCosts, budget: float) -> list[int]:
     """Where to cut: one segment after the other takes what fits into the budget.
 
-    Walk down until the segment keeps more than the budget. Then go back to the narrowest cut, at
-    most to half of what the segment could have: so no node is walked past many times. If the
-    budget is too small for every cut, as when a wide activation crosses each of them, it is what
-    the best cut needs, and some slack.
+    Walk down until the segment keeps more than the budget. Then go back to the narrowest cut of
+    those that the budget allows, or of all if a wide activation crosses each of them; but at most
+    to half of what the segment could have. So no node is walked past many times.
     """
-    cuts, start, place = list[int](), 0, 0
-    kept, limit, candidates = 0, budget, list[tuple[int, int]]()
+    cuts, start, place, kept = list[int](), 0, 0, 0
+    candidates: dict[int, int] = {}  # with the elements that are kept above the cut
     while place < len(costs.order):
         kept += costs.kept(place, start)
-        if kept > limit and candidates:
-            fitting = [(k, cut) for k, cut in candidates if k + costs.cut_size[cut] <= limit]
-            half = fitting[-1][0] / 2
-            fitting.sort(key=lambda pair: (pair[0] < half, costs.cut_size[pair[1]], -pair[1]))
-            found = next((cut for _, cut in fitting if not costs.has_hook_at(cut)), None)
-            limit, candidates = budget, []
+        if kept > budget and candidates:
+            allowed = [c for c, k in candidates.items() if k + costs.cut_size[c] <= budget]
+            allowed = allowed or [*candidates]
+            half = candidates[allowed[-1]] / 2
+            allowed.sort(key=lambda c: (candidates[c] < half, costs.cut_size[c], -c))
+            found = next((c for c in allowed if not costs.has_hook_at(c)), None)
+            candidates = {}
             if found is not None:
                 cuts.append(found)
                 start, place, kept = found, found, 0
                 continue
         place += 1
         if kept and costs.cut_size[place] < costs.remaining[place]:
-            needed = kept + costs.cut_size[place] + slack
-            limit = max(budget, min(limit, needed) if candidates else needed)
-            candidates.append((kept, place))
+            candidates[place] = kept
     return cuts
 
 
@@ -85,6 +82,7 @@ def build_segments(costs: GraphCosts, cuts: Sequence[int]) -> list[Segment]:
     for edge, (_, last, _) in costs.spans.items() if cuts else ():
         segment, node = segments[bisect_right(cuts, last)], edge[0]
         if node in costs.leaves:
+            segment.nodes.add(node)
             segment.param_indices.append(costs.leaves[node])
         elif node not in segment.nodes:
             segment.leaving.append(edge)
@@ -111,33 +109,34 @@ class GraphCosts:
     def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
         edges = {node: edges_of(node) for node in nodes}
         reaching = count_reaching_losses(problem.losses, nodes, edges.__getitem__)
-        self.layers = {lay.node: lay for lay in find_linear_layers(problem, nodes, reaching)}
-        factored = {layer.param_index for layer in self.layers.values()}
-        others = set(range(len(problem.params))) - factored
-        self.leaves = {edge_of(problem.params[k])[0]: k for k in sorted(others)}
+        layers = find_linear_layers(problem, nodes, reaching)
+        factored = {layer.param_index for layer in layers}
+        self.layers = {layer.node: layer for layer in layers}
+        self.leaves = {edge_of(p)[0]: k for k, p in enumerate(problem.params) if k not in factored}
         leading, order = {*self.leaves, *self.layers}, recorded_order(nodes)
         for node in reversed(order):
             if any(after in leading for after, _ in edges[node]):
                 leading.add(node)
-        self.order = [node for node in order if node in leading and node not in self.leaves]
-        # For each edge: the first and last place that add to its gradient, and the place that
-        # receives it. A parameter's gradient is received at the last place.
+        self.order = [node for node in order if edges[node]]
         place = {node: k for k, node in enumerate(self.order)}
-        self.spans: dict[Edge, tuple[int, int, int]] = {}
+        # For each edge: the first and last place that add to its gradient, and the place that
+        # receives it; for a parameter the last one. A loss may be a parameter itself.
+        roots = [edge for edge in map(edge_of, problem.losses) if edge[0] in self.leaves]
+        self.spans: dict[Edge, tuple[int, int, int]] = dict.fromkeys(roots, (0, 0, 0))
+        is_divisible = True
         for k, node in enumerate(self.order):
             for edge in edges[node]:
+                end = place.get(edge[0], k)
+                is_divisible &= k <= end  # not if nodes were recorded in several threads
                 if edge[0] in leading:
                     first, *_ = self.spans.get(edge, (k,))
-                    self.spans[edge] = first, k, place.get(edge[0], k)
-        # No segment would receive the gradient of a loss that is a parameter itself.
-        self._count_elements(reaching, all(loss.grad_fn is not None for loss in problem.losses))
+                    self.spans[edge] = first, k, end
+        self._count_elements(reaching, is_divisible)
         self._has_hook_at = cache(has_hook_at)
 
     def kept(self, place: int, start: int) -> int:
-        """Elements that a segment which begins at cut `start` keeps for the node at `place`.
-
-        For a layer nothing is kept if its output gradient is complete when it enters the segment.
-        """
+        """Elements that a segment which begins at cut `start` keeps for the node at `place`."""
+        # For a layer none, if its output gradient is already complete when it enters the segment.
         return sum(elements for last, elements in self._retained[place] if start <= last)
 
     def has_hook_at(self, cut: int) -> bool:
@@ -146,9 +145,10 @@ class GraphCosts:
         return any(map(self._has_hook_at, crossing))
 
     def _count_elements(self, reaching: Mapping[Node, int], is_divisible: bool) -> None:
-        self._retained: list[list[tuple[int, int]]] = [[] for _ in self.order]
+        count = len(self.order)
+        self._retained: list[list[tuple[int, int]]] = [[] for _ in range(count + 1)]
         # Changes at each cut: of the elements that cross, and of how many gradients are in parts.
-        size, parts = ([0] * (len(self.order) + 2) for _ in range(2))
+        size, parts = [0] * (count + 2), [0] * (count + 2)
         for edge, (first, last, end) in self.spans.items():
             shape = gradient_shape(edge)
             elements = prod(shape or ()) * reaching[edge[0]]
@@ -158,11 +158,10 @@ class GraphCosts:
             size[end + 1] -= elements
             parts[first + 1] += 1
             parts[last + 1] -= 1
-            # What was recorded in several threads is in no order.
-            is_divisible &= last <= end and shape is not None
+            is_divisible &= shape is not None
+        # Elements that cross each cut, infinite if it is closed; and what is kept after it if there
+        # are no more cuts.
         crossing = zip(accumulate(size), accumulate(parts), strict=True)
-        # Infinite where a cut is closed.
         self.cut_size = [inf if p or not is_divisible else elements for elements, p in crossing]
-        # What is kept after each cut if there are no more cuts.
-        kept = [self.kept(k, start=0) for k in range(len(self.order))]
+        kept = [self.kept(k, start=0) for k in range(count)]
         self.remaining = list(accumulate(reversed(kept), initial=0))[::-1]
