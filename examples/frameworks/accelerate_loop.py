@@ -1,6 +1,6 @@
 """Accelerate: gradient accumulation, clipping, checkpoints.
 
-Mixed precision is ``Accelerator(mixed_precision="bf16")``, and no other line changes.
+For mixed precision only one line changes: ``Accelerator(mixed_precision="bf16")``.
 
     python -m examples.frameworks.accelerate_loop
 """
@@ -36,7 +36,7 @@ def train(
     for epoch in range(epochs):
         for signal in loader:
             with accelerator.accumulate(model):
-                # `partial`, not `lambda: model(signal)`, which would see the last micro-batch.
+                # `lambda: model(signal)` would read `signal` later: in the last micro-batch.
                 backward(accelerator, optimizer, partial(model, signal))
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)

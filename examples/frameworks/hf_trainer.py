@@ -1,6 +1,6 @@
-"""The Trainer of transformers: its loss is the combined one.
+"""The Trainer of transformers: `compute_loss` returns the combined loss.
 
-A method that watches the step needs ``lagged=True`` here.
+A method that observes the step needs ``lagged=True`` here.
 
     python -m examples.frameworks.hf_trainer
 """
@@ -29,7 +29,7 @@ class BalancedTrainer(Trainer):
     ) -> Any:
         losses = model(**inputs)
         if torch.is_grad_enabled():
-            # The Trainer has `accelerator.prepare` wrap what it was given.
+            # `self.optimizer` is the wrapper that `accelerator.prepare` returned.
             optimizer = unwrap_optimizer(self.optimizer)
             loss = optimizer.combined_loss(losses, grad_scaler=self.accelerator.scaler)
         else:
@@ -42,7 +42,7 @@ class BalancedTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
+def build_trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
     model = codec()
     optimizer = BalancedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), weighting)
     settings = {
@@ -62,4 +62,4 @@ def trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
 
 
 if __name__ == "__main__":
-    trainer(BalancedTrajectory(lagged=True)).train()
+    build_trainer(BalancedTrajectory(lagged=True)).train()

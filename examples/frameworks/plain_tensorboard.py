@@ -1,6 +1,6 @@
-"""A loop of one's own: scheduler, clipping, checkpoints, TensorBoard.
+"""A plain loop with scheduler, clipping, checkpoints and TensorBoard.
 
-Stopped and run again, it resumes from its last epoch.
+If it is stopped and run again, it resumes after its last complete epoch.
 
     python -m examples.frameworks.plain_tensorboard
     tensorboard --logdir runs/tensorboard
@@ -20,7 +20,7 @@ from moo_balance.integrations.tensorboard import add_metrics
 
 
 def train(folder: Path, epochs: int = 3, grouped: bool = False) -> Codec:
-    """Resume from the checkpoint in `folder`, if there is one, and leave one there each epoch."""
+    """Resume from the checkpoint in `folder`, if there is one, and save one after each epoch."""
     model = codec()
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
     optimizer = BalancedOptimizer(adam, BalancedTrajectory())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -16,6 +17,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@cache
 def widest_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it; Apple's "mps" has not."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -18,7 +18,7 @@ from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
 from moo_balance.integrations import accelerate, lightning, unwrap_optimizer
-from tests.distributed.twins import (
+from tests.support.distributed import (
     STEPS,
     Net,
     adam,
@@ -28,7 +28,7 @@ from tests.distributed.twins import (
     parameters,
     share,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_some
 
 DTYPE = torch.float64
@@ -198,7 +198,7 @@ def test_the_example_for_ddp():
 def test_the_example_for_fsdp2_resumes_to_the_last_bit(weighting, tmp_path):
     folders = [tmp_path]
     dist.broadcast_object_list(folders)
-    whole, parts, resumed = (fsdp2.sharded(weighting) for _ in range(3))
+    whole, parts, resumed = (fsdp2.build_sharded(weighting) for _ in range(3))
     fsdp2.train(*whole, steps=5)
     fsdp2.train(*parts, steps=3)
     fsdp2.save(*parts, folders[0])
