@@ -181,10 +181,8 @@ def _pictures(folder: Path | None, *, quick: bool) -> Pictures:
         held_out = images.bundled().held_out
         pictures = {name: partial(_same, image) for name, image in held_out.items()}
     else:
-        paths = images.list_images(folder)
-        modes, faults = images.read_modes(paths)
-        images.check(faults, len(paths))
-        print(*images.conversions(modes), sep="\n")
+        paths, notes = images.check_headers(images.list_images(folder))
+        print("".join(f"{note}\n" for note in notes), end="")
         pictures = {str(p.relative_to(folder)): partial(images.read_image, p) for p in paths}
     if quick:
         name, load = next(iter(pictures.items()))

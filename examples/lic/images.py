@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,10 +56,9 @@ def bundled() -> Photographs:
         "china": load_sample_image("china.jpg"),
         "flower": load_sample_image("flower.jpg"),
     }
-    return Photographs(
-        {name: _to_tensor(pixels) for name, pixels in train.items()},
-        {name: _to_tensor(pixels) for name, pixels in held_out.items()},
-    )
+    return Photographs(*(
+        {name: _to_tensor(pixels) for name, pixels in role.items()} for role in (train, held_out)
+    ))  # fmt: skip
 
 
 def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photographs:
@@ -112,46 +112,41 @@ def read_image(path: Path, *, min_side: int = 1) -> Tensor:
     Raises:
         ImageError: It cannot be read, or a side is shorter than `min_side` pixels.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = _to_rgb(ImageOps.exif_transpose(image))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    with _open(path) as image:
+        pixels = _to_rgb(ImageOps.exif_transpose(image))
     _check_side(path, *pixels.shape[:2], min_side)
     return _to_tensor(pixels)
 
 
-def read_modes(
-    paths: Sequence[Path], *, min_side: int = 1
-) -> tuple[dict[Path, str], list[ImageError]]:
+def check_headers(
+    paths: Sequence[Path], *, min_side: int = 1, skip: bool = False
+) -> tuple[list[Path], list[str]]:
     """Read every file's header, so that a bad one is found now and not after days of training.
 
     Returns:
-        The modes of the images that can be used, and an error for each of the others.
+        The images that can be used, and notes on those left out or not stored as 8-bit RGB.
+
+    Raises:
+        ImageError: One cannot be read or is too small; with `skip`, all of them.
     """
-    modes, faults = {}, []
+    usable, faults, converted = [], [], []
     for path in paths:
         try:
-            modes[path] = _read_mode(path, min_side)
+            with _open(path) as image:
+                _check_side(path, image.height, image.width, min_side)
         except ImageError as error:
             faults.append(error)
-    return modes, faults
-
-
-def check(faults: Sequence[ImageError], count: int) -> None:
-    """Raise the first fault among `count` images, if there is one, and say how many there are."""
-    if faults:
-        more = f" {len(faults)} of {count} images have such a fault." if faults[1:] else ""
+        else:
+            usable.append(path)
+            converted += [] if image.mode == "RGB" else [f"{path.name} ({image.mode})"]
+    if faults and not (skip and usable):
+        more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
-
-
-def conversions(modes: Mapping[Path, str]) -> list[str]:
-    """A sentence on the images whose mode is not 8-bit RGB, if there are any."""
-    names = [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return [f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."]
+    notes = [f"Left out {len(faults)}, the first because: {faults[0]}"] if faults else []
+    if converted:
+        more = f" and {len(converted) - 3} more" if converted[3:] else ""
+        notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
+    return usable, notes
 
 
 def _read_all(
@@ -165,25 +160,21 @@ def _read_all(
         if budget <= 0:
             notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
             break
-    notes += conversions(read_modes(list(images))[0])
+    notes += check_headers(list(images))[1]
     return {str(path): image for path, image in images.items()}
 
 
-def _read_mode(path: Path, min_side: int) -> str:
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            _check_range(image)
-            mode, (width, height) = image.mode, image.size
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range")
+            yield image
     except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    _check_side(path, height, width, min_side)
-    return mode
-
-
-def _unreadable(path: Path, error: Exception) -> ImageError:
-    known = not isinstance(error, UnidentifiedImageError)
-    reason = str(error) if known else "not an image format that Pillow knows"
-    return ImageError(f"{path} cannot be read ({reason}). Repair or remove it.")
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = str(error) if known else "not an image format that Pillow knows"
+        raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.") from None
 
 
 def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
@@ -194,16 +185,10 @@ def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
         )
 
 
-def _check_range(image: Image.Image) -> None:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-
-
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip and not scale
         gray = np.asarray(image).astype(np.float64) / 257
         return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    _check_range(image)
     if image.has_transparency_data:
         # The colour of transparent pixels is not part of the picture.
         image = image.convert("RGBA")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -58,26 +59,26 @@ class Log(Observer):
             figures |= _validate(trainer, self._held_out)
         if not (figures and self._works):
             return
-        try:
+        with self._full_disk_allowed():
             if logs:
                 add_balance(self._writer, trainer.optimizer, trainer.taken, prefix="")
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, trainer.taken)
-        except OSError as error:
-            self._give_up(error)
 
     def end(self, trainer: Trainer) -> None:
-        try:
-            if self._works:
-                self._writer.close()
-        except OSError as error:
-            self._give_up(error)
+        with self._full_disk_allowed():
+            self._writer.close()
         threading.excepthook = self._hook
 
-    def _give_up(self, error: OSError) -> None:
-        self._works = False
-        print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
-              "Training goes on without it.", file=sys.stderr)  # fmt: skip
+    @contextmanager
+    def _full_disk_allowed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._works:
+                print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
+                      "Training goes on without it.", file=sys.stderr)  # fmt: skip
+            self._works = False
 
     def _ignore_full_disk(self, fault: threading.ExceptHookArgs) -> None:
         """TensorBoard's own thread prints a traceback of an error that is reported anyway."""
