@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +12,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-TRAIN_BYTES = 2**29
-"""How much of a folder is held in memory to train on; the rest of a larger one is left out."""
-
-EVAL_BYTES = 2**25
-"""The same for held-out images: every trained model is evaluated on all of them in full."""
+MOST = 200
+"""Most images of a folder that are held in memory."""
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are taken for images."""
@@ -89,9 +85,16 @@ def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photograp
                 f"The held-out images should not be trained on. Found {min(shared)} in both "
                 f"{folder} and {held_out}. Move it out of one of them."
             )
-    notes: list[str] = []
-    train = _read_all(train_paths, TRAIN_BYTES, crop, notes)
-    return Photographs(train, _read_all(eval_paths, EVAL_BYTES, 1, notes), notes)
+    roles, notes = [], []
+    for paths, min_side in ((train_paths, crop), (eval_paths, 1)):
+        if len(paths) > MOST:
+            raise ImageError(
+                f"At most {MOST} images should be held in memory. Found {len(paths)}. Name a "
+                "smaller folder; the train command reads images of any folder as it needs them."
+            )
+        roles.append({str(path): read_image(path, min_side=min_side) for path in paths})
+        notes += check_headers(paths)[1]
+    return Photographs(*roles, notes)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -147,21 +150,6 @@ def check_headers(
         more = f" and {len(converted) - 3} more" if converted[3:] else ""
         notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
     return usable, notes
-
-
-def _read_all(
-    paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
-) -> dict[str, Tensor]:
-    images: dict[Path, Tensor] = {}
-    # In shuffled order, so that what fits into the budget is a fair sample of the folder.
-    for path in random.Random(0).sample(paths, len(paths)):
-        images[path] = read_image(path, min_side=min_side)
-        budget -= images[path].numel()
-        if budget <= 0:
-            notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
-            break
-    notes += check_headers(list(images))[1]
-    return {str(path): image for path, image in images.items()}
 
 
 @contextmanager

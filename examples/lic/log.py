@@ -100,11 +100,9 @@ class Progress(Observer):
         self._title, self._seconds = title, seconds
 
     def begin(self, trainer: Trainer) -> None:
-        self._bar = tqdm(
-            total=trainer.recipe.steps, initial=trainer.taken, unit="step", disable=None,
-            mininterval=0.5, desc=self._title,
-        )  # fmt: skip
-        self._interval = self._seconds if self._bar.disable else 1.0
+        steps, terminal = trainer.recipe.steps, sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=trainer.taken, desc=self._title, disable=not terminal)
+        self._interval = 1.0 if terminal else self._seconds
         self._last = time.monotonic()
 
     def after(self, trainer: Trainer) -> None:
@@ -116,8 +114,8 @@ class Progress(Observer):
         text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
         self._bar.set_postfix_str(text, refresh=False)
         if self._bar.disable:
-            print(f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            progress = f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}"
+            print(progress, file=sys.stderr, flush=True)
 
     def end(self, trainer: Trainer) -> None:
         self._bar.close()

@@ -1,7 +1,7 @@
 """When the learning rate falls: at fixed points of a run, or when the loss no longer does.
 
-A schedule is a value; :meth:`start` gives the scheduler of a run, which takes each step's loss (none of a
-skipped step) and can be saved and resumed.
+A schedule is a value; ``start`` gives the scheduler of a run, which takes each step's loss, or None
+for a skipped step, and can be saved and resumed.
 """
 
 from __future__ import annotations

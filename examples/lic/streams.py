@@ -34,9 +34,7 @@ class Crops(Dataset[Tensor | ImageError]):
         skip_broken: Take the next image of the epoch in place of a broken one.
     """
 
-    def __init__(
-        self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False
-    ) -> None:
+    def __init__(self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False):
         self._sources, self._side, self._seed = sources, crop, seed
         self._tries = len(sources) if skip_broken else 1
 

@@ -8,7 +8,6 @@ from argparse import Namespace
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from examples.lic import demo
 from examples.lic.__main__ import main
@@ -25,8 +24,7 @@ def results(tmp_path_factory):
     picture = torch.linspace(0, 255, 96 * 70).reshape(1, 96, 70).expand(3, -1, -1).to(torch.uint8)
     photographs = Photographs({"train": picture}, {"held out": picture.flip(-1)})
     options = Namespace(lambdas=[0.01], steps=3, finetune_steps=3, crop=64, batch=1, seed=0)
-    with tqdm(disable=True) as bar:
-        return Comparison(photographs, options, tmp_path_factory.mktemp("demo"), bar)()
+    return Comparison(photographs, options, tmp_path_factory.mktemp("demo"))()
 
 
 def test_runs_of_one_lambda_share_start_crops_and_noise(results):
