@@ -78,17 +78,28 @@ def made_up(**shifts):
 
 
 @pytest.mark.parametrize(
-    ("own", "line"),
+    ("own", "verdict", "line"),
     [
-        (0.5, "held constant: fine-tuned, Solution 1 (+0.50 dB [+0.50, +0.50], p 0, corrected 0);"),
-        (0.0, "explains the result: fine-tuned, Solution 1; fine-tuned, Solution 2."),
-        (-0.5, "compared with own mean weights: fine-tuned, Solution 1 (−0.50 dB"),
+        (0.5, "better", "remain: fine-tuned, Solution 1 (better); fine-tuned, Solution 2 (better)"),
+        (0.0, "not distinguishable", "Differences that remain: none. Hints that do not: none."),
+        (-0.5, "worse", "remain: fine-tuned, Solution 1 (worse); fine-tuned, Solution 2 (worse)"),
     ],
 )
-def test_the_summary_says_what_the_intervals_show(own, line):
+def test_the_summary_says_what_the_intervals_show(own, verdict, line):
     text, _ = report.page(made_up(own=own, rest=0.5))
-    assert line in text
-    assert text.count(": nowhere.") == 2
+    summary = text[: text.index("Verdicts on all baselines")]
+    assert line in summary
+    assert summary.count(f"| {verdict} |") == 2
+
+
+def test_a_difference_that_a_correction_takes_away_is_a_hint():
+    results = made_up()
+    seeds = results["experiments"]["Fine-tuned"]["seeds"].values()
+    for curves, gap in zip(seeds, (0.1, 0.15, 0.2), strict=True):
+        for run in curves["Solution 1"]["own mean weights"]:
+            run["scores"] = {name: (bpp, psnr - gap) for name, (bpp, psnr) in run["scores"].items()}
+    text, _ = report.page(results)  # p is 0.037, and twice that once corrected
+    assert "Differences that remain: none. Hints that do not: fine-tuned, Solution 1 (be" in text
 
 
 def test_the_page_counts_verdicts_and_tells_tuning_and_resolution():
@@ -105,7 +116,8 @@ def test_a_page_of_too_few_seeds_says_so():
     results["experiments"]["Fine-tuned"] = experiment(seeds=2)
     text, _ = report.page(results)
     assert "No comparison has the 3 seeds that a verdict needs." in text
-    assert "- Too few seeds to tell: fine-tuned, Solution 1; fine-tuned, Solution 2." in text
+    summary = text[: text.index("Verdicts on all baselines")]
+    assert summary.count("| too few seeds |") == 2
 
 
 def test_results_are_rounded(tmp_path):
