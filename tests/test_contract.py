@@ -111,14 +111,15 @@ def test_a_configuration_is_a_frozen_value(method):
 
 
 @over_methods
-def test_a_state_is_one_entry_per_loss_or_one_for_all(method):
+def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
     weighting = method.make(NAMES)
     states = [weighting.init(NAMES, torch.device("cpu"))]
     states += [answer.state for answer in play(weighting, Scene.drawn())]
     for state in states:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         assert shapes == {key: tuple(value.shape) for key, value in states[0].items()}
-        assert set(shapes.values()) <= {(), (len(NAMES),)}
+        assert set(shapes.values()) <= {(), (len(NAMES),), (len(NAMES),) * 2}
+        assert {value.dtype for value in state.values()} <= {torch.float64}
 
 
 @over_methods

@@ -268,11 +268,11 @@ class PowerOfLength(GramianWeighting):
     def __init__(self, power):
         self.power = power
 
-    def solve(self, statistics, gramian):
-        return gramian.diagonal() ** (self.power / 2)
+    def solve(self, statistics, gramian, state):
+        return {"weights": gramian.diagonal() ** (self.power / 2)}
 
-    def coefficients(self, statistics, weights):
-        return weights
+    def coefficients(self, statistics, state):
+        return state["weights"]
 
 
 def test_infinite_coefficients_are_refused():

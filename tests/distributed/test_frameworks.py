@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
-from moo_balance.integrations import accelerate, balanced, lightning
+from moo_balance.integrations import accelerate, lightning, unwrap_optimizer
 from tests.support.distributed import (
     STEPS,
     Net,
@@ -124,7 +124,7 @@ class TestAccelerate:
                 accelerate.backward(accelerator, optimizer, losses)
                 optimizer.step()
                 optimizer.zero_grad()
-        return net, balanced(optimizer)
+        return net, unwrap_optimizer(optimizer)
 
     @over_some("FAMO-adam", "MGDA-every")
     def test_a_step_for_each_batch(self, method):
@@ -198,7 +198,7 @@ def test_the_example_for_ddp():
 def test_the_example_for_fsdp2_resumes_to_the_last_bit(weighting, tmp_path):
     folders = [tmp_path]
     dist.broadcast_object_list(folders)
-    whole, parts, resumed = (fsdp2.sharded(weighting) for _ in range(3))
+    whole, parts, resumed = (fsdp2.build_sharded(weighting) for _ in range(3))
     fsdp2.train(*whole, steps=5)
     fsdp2.train(*parts, steps=3)
     fsdp2.save(*parts, folders[0])
