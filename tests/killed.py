@@ -16,7 +16,7 @@ import torch
 
 from moo_balance import BalancedOptimizer
 from tests.problems import Toy
-from tests.registry import METHODS, NAMES
+from tests.support.registry import METHODS, NAMES
 
 STEPS = 12
 PAUSE = 0.01

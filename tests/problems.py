@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
-from tests.registry import NAMES, Method
+from tests.support.registry import NAMES, Method
 
 Losses = dict[str, Tensor]
 

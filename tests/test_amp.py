@@ -17,7 +17,7 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 pytestmark = pytest.mark.capability("mixed precision with a GradScaler")
 

@@ -11,7 +11,7 @@ from torch import nn
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
 from moo_balance.errors import NonFiniteError
 from tests.problems import Toy, adam, gradients, setup, sgd, snapshot, train, whole_state
-from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 
 def tensor(value, **arguments):

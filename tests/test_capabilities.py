@@ -12,7 +12,7 @@ pytest_plugins = ["pytester"]
 TESTS = """
 import pytest
 from moo_balance import FAMO, Sum
-from tests.registry import over_some
+from tests.support.registry import over_some
 
 @pytest.mark.capability("flying")
 @over_some("FAMO-adam", "Sum")

@@ -18,7 +18,7 @@ from moo_balance import (
     Sum,
 )
 from tests.problems import Toy, adam, setup, snapshot, train, whole_state
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 pytestmark = pytest.mark.capability("checkpoint and resume to the last bit")
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.reevaluation import summed
 from tests.problems import snapshot, whole_state
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 FEATURES = 6
 

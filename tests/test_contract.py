@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -26,7 +27,16 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import METHODS, NAMES, REFUSALS, over, over_methods, over_some
+from tests.support.registry import (
+    KINDS,
+    METHODS,
+    NAMES,
+    REFUSALS,
+    Kind,
+    over,
+    over_methods,
+    over_some,
+)
 
 
 def weightings() -> set[type[Weighting]]:
@@ -58,11 +68,19 @@ def test_ids_are_unique():
     assert len({method.id for method in METHODS}) == len(METHODS)
 
 
+def test_there_is_one_representative_of_each_kind():
+    assert [row.kind for row in KINDS] == list(get_args(Kind))
+    assert {row.kind for row in METHODS} == set(get_args(Kind))
+
+
 @over_methods
 def test_the_row_and_the_class_say_the_same(method):
     weighting = method.make(NAMES)
     assert weighting.uses_gramian == method.gramian
     assert weighting.observes_step == method.observes
+    known = not (weighting.uses_losses or weighting.uses_gramian)
+    assert known == (method.kind == "known")
+    assert (method.kind == "gramian-every") == (weighting.uses_gramian and weighting.every > 1)
     assert weighting.lower_bounds(NAMES) == method.bounds(NAMES)
 
 
@@ -93,14 +111,15 @@ def test_a_configuration_is_a_frozen_value(method):
 
 
 @over_methods
-def test_a_state_is_one_entry_per_loss_or_one_for_all(method):
+def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
     weighting = method.make(NAMES)
     states = [weighting.init(NAMES, torch.device("cpu"))]
     states += [answer.state for answer in play(weighting, Scene.drawn())]
     for state in states:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         assert shapes == {key: tuple(value.shape) for key, value in states[0].items()}
-        assert set(shapes.values()) <= {(), (len(NAMES),)}
+        assert set(shapes.values()) <= {(), (len(NAMES),), (len(NAMES),) * 2}
+        assert {value.dtype for value in state.values()} <= {torch.float64}
 
 
 @over_methods

@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 
 from moo_balance import BalancedOptimizer, BalanceError
 from tests.problems import Overflow, Toy, flat_gradient, setup, snapshot, train, whole_state
-from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-lagged", "AnalyticQP", "MGDA-none")
 

@@ -12,7 +12,7 @@ from moo_balance import MGDA, BalancedOptimizer, History, StepMetrics, Sum
 from moo_balance.functional import cosine_similarity
 from moo_balance.monitor import to_floats
 from tests.problems import Toy, jacobian, setup, sgd, snapshot, train
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 PAIRS = [("a", "b"), ("a", "c"), ("b", "c")]
 

@@ -12,7 +12,7 @@ from moo_balance.engine import Streaming
 from moo_balance.screening import are_finite
 from moo_balance.weighting import GramianWeighting
 from tests.problems import Toy, setup, train, whole_state
-from tests.registry import over, over_methods
+from tests.support.registry import over, over_methods
 
 pytestmark = pytest.mark.capability("gradients that are not finite are refused or skipped")
 

@@ -36,7 +36,7 @@ from tests.problems import (
     train,
     whole_state,
 )
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 
 def grouped(model):

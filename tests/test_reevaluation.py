@@ -9,7 +9,7 @@ from torch import nn
 from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
 from moo_balance.reevaluation import RandomState, Replay, same_conditions
 from tests.problems import snapshot, whole_state
-from tests.registry import over_methods
+from tests.support.registry import over_methods
 
 pytestmark = pytest.mark.capability("dropout and BatchNorm in methods that watch the step")
 

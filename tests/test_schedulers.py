@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR
 
 from moo_balance import BalancedOptimizer, Sum
 from tests.problems import Toy, setup, snapshot, train, whole_state
-from tests.registry import over_some
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("every scheduler of torch.optim")
 

@@ -20,7 +20,7 @@ from benchmarks.speed.tables import table
 from benchmarks.speed.timing import Budget, Runner, Spread, interleave
 from benchmarks.speed.workloads import TINY, Workload, codec, mlp
 from moo_balance import MGDA
-from moo_balance.engine import DataParallel
+from moo_balance.engine.distributed import RowAverager
 
 TITLE = "Two ranks"
 RANKS = 2
@@ -37,19 +37,19 @@ NOT_AVERAGED, OVERLAPPED, SEQUENTIAL = (
 @contextmanager
 def _without_overlap() -> Iterator[None]:
     """Wait for each row's average before the next loss is differentiated."""
-    start = DataParallel.start
+    start = RowAverager.begin_all_reduce
 
-    def start_and_wait(self: DataParallel, *arguments: Any) -> Any:
+    def start_and_wait(self: RowAverager, *arguments: Any) -> Any:
         pending = start(self, *arguments)
         for bucket in pending.buckets:
             bucket.work.wait()
         return pending
 
-    DataParallel.start = start_and_wait  # type: ignore[method-assign]
+    RowAverager.begin_all_reduce = start_and_wait  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DataParallel.start = start  # type: ignore[method-assign]
+        RowAverager.begin_all_reduce = start  # type: ignore[method-assign]
 
 
 def _sequential(step: Step) -> Step:

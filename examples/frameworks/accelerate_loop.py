@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from examples.frameworks.tiny import batches, codec
 from moo_balance import FAMO, BalancedOptimizer
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.accelerate import backward
 from moo_balance.weighting import Weighting
 
@@ -42,10 +42,10 @@ def train(
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        accelerator.log(balanced(optimizer).log_dict(), step=epoch)
+        accelerator.log(unwrap_optimizer(optimizer).log_dict(), step=epoch)
     return model, optimizer
 
 
 if __name__ == "__main__":
     _, trained = train(Accelerator(gradient_accumulation_steps=2), FAMO())
-    print({key: round(value, 3) for key, value in balanced(trained).log_dict().items()})
+    print({key: round(value, 3) for key, value in unwrap_optimizer(trained).log_dict().items()})

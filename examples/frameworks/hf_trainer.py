@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples.frameworks.tiny import codec, signals
 from moo_balance import BalancedOptimizer, BalancedTrajectory
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.weighting import Weighting
 
 
@@ -30,7 +30,7 @@ class BalancedTrainer(Trainer):
         losses = model(**inputs)
         if torch.is_grad_enabled():
             # `self.optimizer` is the wrapper that `accelerator.prepare` returned.
-            optimizer = balanced(self.optimizer)
+            optimizer = unwrap_optimizer(self.optimizer)
             loss = optimizer.combined_loss(losses, grad_scaler=self.accelerator.scaler)
         else:
             loss = torch.stack(list(losses.values())).sum()  # evaluation
@@ -38,7 +38,7 @@ class BalancedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(balanced(self.optimizer).log_dict())
+            logs.update(unwrap_optimizer(self.optimizer).log_dict())
         super().log(logs, start_time)
 
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from examples.frameworks.tiny import Codec, batches, codec
 from moo_balance import BalancedOptimizer, BalancedTrajectory
-from moo_balance.integrations.tensorboard import add_balance
+from moo_balance.integrations.tensorboard import add_metrics
 
 
 def train(folder: Path, epochs: int = 3, grouped: bool = False) -> Codec:
@@ -41,7 +41,7 @@ def train(folder: Path, epochs: int = 3, grouped: bool = False) -> Codec:
                 optimizer.backward(partial(model, signal))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-                add_balance(writer, optimizer, step=4 * epoch + index, grouped=grouped)
+                add_metrics(writer, optimizer, step=4 * epoch + index, grouped=grouped)
             scheduler.step()
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save({**states, "epoch": epoch + 1}, saved)

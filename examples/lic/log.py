@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from examples.lic.diagnostics import Probe
 from examples.lic.session import Observer, Session
-from moo_balance.integrations.tensorboard import add_balance
+from moo_balance.integrations.tensorboard import add_metrics
 
 
 class Log(Observer):
@@ -45,7 +45,7 @@ class Log(Observer):
         threading.excepthook = self._hook
 
     def _add(self, session: Session, writer: SummaryWriter) -> None:
-        add_balance(writer, session.optimizer, session.taken, prefix="")
+        add_metrics(writer, session.optimizer, session.taken, prefix="")
         figures = {**self._probe.figures, "lr": session.optimizer.param_groups[0]["lr"]}
         for name, value in figures.items():
             writer.add_scalar(f"step/{name}", value, session.taken)

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moo_balance.engine.base import Problem
-from moo_balance.engine.differentiation import by_grad
-from moo_balance.engine.factored import Arrivals, Factored
-from moo_balance.engine.graph import Edge, closed, edge_of, gradient_edge
-from moo_balance.engine.jacobian import Jacobian
-from moo_balance.engine.kept_rows import averaged
+from moo_balance.engine.autograd import Edge, block_gradients, edge_of, gradient_edge
+from moo_balance.engine.base import Problem, Row, gradients
+from moo_balance.engine.distributed import average_over_ranks
+from moo_balance.engine.jacobian import Jacobian, add
+from moo_balance.engine.linear import LinearWeightGradient, OutputGradientRecorder
 from moo_balance.engine.portions import Portion
-from moo_balance.engine.rows import Row, add
 
 Rows = list[list[Tensor | None]]
 Products = tuple[Tensor, tuple[int, ...]]
@@ -30,7 +28,7 @@ class Descent:
         self.count = len(problem.losses)
         self.arrived: dict[Edge, list[Tensor | None]] = {}
         self.unfinished: dict[int, list[Tensor | None]] = {}
-        for k, (loss, seed) in enumerate(zip(problem.losses, problem.seeds(), strict=True)):
+        for k, (loss, seed) in enumerate(zip(problem.losses, problem.grad_outputs(), strict=True)):
             self._arrive(edge_of(loss), k, seed)
 
     def through(self, portion: Portion, number: int, dtype: torch.dtype) -> Iterator[Products]:
@@ -39,7 +37,7 @@ class Descent:
         First those of layers whose cotangents are what enters: these are let go on the way.
         """
         for layer in portion.entered:
-            layer.cotangents = list(self.arrived.get(layer.edge, ()))
+            layer.output_gradients = list(self.arrived.get(layer.edge, ()))
         yield from _used_up(portion.entered, dtype)
         rows = self._joined(self._rows(portion, number), portion)
         last = {place for place, column in enumerate(portion.columns) if column in portion.last}
@@ -51,15 +49,16 @@ class Descent:
     def _rows(self, portion: Portion, number: int) -> Rows:
         """K rows of the portion's parameters."""
         params = [self.problem.params[column] for column in portion.columns]
-        parallel = self.problem.parallel if params else None
-        problem = self.problem._replace(params=params, parallel=parallel)
+        averager = self.problem.averager if params else None
         here = [edge for edge in self.arrived if edge[0] in portion.nodes]
         entering = {edge: self.arrived.pop(edge) for edge in here}
-        names = (f"{name}, portion {number}" for name in problem.names)
+        names = (f"{name}, portion {number}" for name in self.problem.names)
         open_to_later = portion.leaving if portion.is_led_back_to else ()
-        with closed(open_to_later), Arrivals(portion.layers) as arrivals:
+        with block_gradients(open_to_later), OutputGradientRecorder(portion.layers) as arrivals:
             rows = (self._row(portion, entering, k, params, arrivals) for k in range(self.count))
-            return averaged(zip(names, rows, strict=True), problem)
+            if averager is None:
+                return [list(row) for row in rows]
+            return average_over_ranks(zip(names, rows, strict=True), averager, params)
 
     def _row(
         self,
@@ -67,7 +66,7 @@ class Descent:
         entering: Mapping[Edge, list[Tensor | None]],
         k: int,
         params: Sequence[Tensor],
-        arrivals: Arrivals,
+        arrivals: OutputGradientRecorder,
     ) -> Row:
         """One loss; what it enters with is let go afterwards."""
         edges = (*portion.leaving, *(layer.edge for layer in portion.layers))
@@ -75,7 +74,7 @@ class Descent:
         row = [next(found) for _ in params]
         for edge, cotangent in zip(portion.leaving, found, strict=False):
             self._arrive(edge, k, cotangent)
-        arrivals.hand_out(found)
+        arrivals.append_to_layers(found)
         return row
 
     def _arrive(self, edge: Edge, k: int, cotangent: Tensor | None) -> None:
@@ -103,12 +102,12 @@ def _differentiated(
         each[k] = None
     roots = [gradient_edge(edge) for edge in reached]
     seeds = [cotangent for cotangent in reached.values() if cotangent is not None]
-    return by_grad(roots, seeds, inputs, retain_graph=True)
+    return gradients(roots, seeds, inputs, retain_graph=True)
 
 
-def _used_up(layers: Iterable[Factored], dtype: torch.dtype) -> Iterator[Products]:
+def _used_up(layers: Iterable[LinearWeightGradient], dtype: torch.dtype) -> Iterator[Products]:
     """Products of factored gradients, which are let go."""
     for layer in layers:
-        if layer.reached:
-            yield layer.products(dtype), layer.reached
-        layer.cotangents = []
+        if layer.losses:
+            yield layer.products(dtype), layer.losses
+        layer.output_gradients = []

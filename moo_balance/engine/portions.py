@@ -9,10 +9,10 @@ from itertools import pairwise
 
 from torch.autograd.graph import Node
 
+from moo_balance.engine.autograd import Edge, has_hook_at
 from moo_balance.engine.base import Problem
 from moo_balance.engine.cuts import SMALL, sparing
-from moo_balance.engine.factored import Factored, factorable
-from moo_balance.engine.graph import Edge, meets_hooks
+from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
 from moo_balance.engine.survey import Survey
 
 Choice = Callable[[Survey], Sequence[int]]
@@ -37,8 +37,8 @@ class Portion:
     columns: list[int]
     last: set[int]
     leaving: list[Edge]
-    entered: list[Factored]
-    layers: list[Factored]
+    entered: list[LinearWeightGradient]
+    layers: list[LinearWeightGradient]
 
     @property
     def is_led_back_to(self) -> bool:
@@ -65,14 +65,14 @@ def portions(
 
 
 def _whole(problem: Problem, nodes: Collection[Node], columns: Collection[int]) -> Portion:
-    layers = [layer for layer in factorable(problem, nodes) if layer.column in columns]
-    others = set(columns) - {layer.column for layer in layers}
+    layers = [layer for layer in find_linear_layers(problem, nodes) if layer.param_index in columns]
+    others = set(columns) - {layer.param_index for layer in layers}
     return Portion(set(nodes), sorted(others), others, [], [], layers)
 
 
 def parted(survey: Survey, choose: Choice) -> list[Portion]:
     """Portions between cuts that are chosen; but none where somebody's hook would see a part."""
-    hooked = cache(meets_hooks)
+    hooked = cache(has_hook_at)
     while True:
         cuts = choose(survey)
         met = {cut: [*filter(hooked, survey.around(cut))] for cut in cuts}

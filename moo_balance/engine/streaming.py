@@ -12,21 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from moo_balance.engine.autograd import has_reentrant_checkpoint, in_static_graph, nodes_above
 from moo_balance.engine.base import (
     Engine,
     Linearization,
     Problem,
+    remove_loss_scale,
     weighted_backward,
     weighted_sum,
 )
-from moo_balance.engine.bottleneck import AtFeatures
 from moo_balance.engine.descent import Descent
-from moo_balance.engine.graph import checkpoints_reentrantly, nodes_above
-from moo_balance.engine.kept_rows import measured_columns, unscaled
-from moo_balance.engine.parallel import in_static_graph
+from moo_balance.engine.distributed import is_flattened, is_sharded
+from moo_balance.engine.features import FeatureGramian
 from moo_balance.engine.portions import Portion, portions
-from moo_balance.engine.products import added
-from moo_balance.engine.sharded import is_flattened, is_sharded
+from moo_balance.engine.products import add_products
 from moo_balance.errors import BalanceError, BalanceValueError
 
 
@@ -77,7 +76,7 @@ class Streaming(Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
-            return AtFeatures(problem, self.dtype)
+            return FeatureGramian(problem, self.dtype)
         return Streamed(problem, self.dtype, partial(portions, memory=self.memory))
 
 
@@ -98,17 +97,18 @@ class Streamed(Linearization):
     def gramian(self) -> Tensor:
         problem = self.problem
         nodes = nodes_above(problem.losses)
-        _check_surroundings(problem, checkpoints_reentrantly(nodes))
-        plan = self.plan(problem, nodes, measured_columns(problem))
+        _check_surroundings(problem, has_reentrant_checkpoint(nodes))
+        columns = range(len(problem.params)) if problem.compared is None else problem.compared
+        plan = self.plan(problem, nodes, columns)
         _check_same_on_all_ranks(problem, plan)
         descent, count = Descent(problem), len(problem.losses)
         gramian = torch.zeros(count, count, dtype=self.dtype, device=problem.losses[0].device)
         for number, portion in enumerate(plan):
             for products, reached in descent.through(portion, number, self.dtype):
-                gramian = added(gramian, products, reached)
-        return unscaled(gramian, problem)
+                gramian = add_products(gramian, products, reached)
+        return remove_loss_scale(gramian, problem.scale)
 
-    def accumulate(self, coefficients: Tensor) -> None:
+    def add_to_grad(self, coefficients: Tensor) -> None:
         weighted_backward(self.problem, coefficients)
 
     def combined(self, coefficients: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
         found = "sharded parameters"
     elif reentrant:
         found = "a reentrant checkpoint (or pass `use_reentrant=False`)"
-    elif problem.parallel is not None and in_static_graph(problem.losses):
+    elif problem.averager is not None and in_static_graph(problem.losses):
         found = "DistributedDataParallel with `static_graph=True`"
     if found is not None:
         raise BalanceError(
@@ -133,12 +133,12 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
 
 def _check_same_on_all_ranks(problem: Problem, plan: Sequence[Portion]) -> None:
     """Ranks average portion by portion, so they must have cut their graphs alike."""
-    if problem.parallel is None:
+    if problem.averager is None:
         return
     digest = float(crc32(repr([portion.columns for portion in plan]).encode()))
     device = problem.losses[0].device
     extremes = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=problem.parallel.group)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=problem.averager.group)
     highest, lowest = extremes.tolist()
     if highest != -lowest:
         raise BalanceError(

@@ -8,9 +8,17 @@ from math import inf, prod
 
 from torch.autograd.graph import Node
 
+from moo_balance.engine.autograd import (
+    Edge,
+    count_reaching_losses,
+    edge_of,
+    edges_of,
+    gradient_shape,
+    leaf_of,
+    recorded_order,
+)
 from moo_balance.engine.base import Problem
-from moo_balance.engine.factored import Factored, factorable
-from moo_balance.engine.graph import Edge, edge_of, edges_of, reach
+from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
 
 
 class Survey:
@@ -39,9 +47,9 @@ class Survey:
     def __init__(self, problem: Problem, nodes: Collection[Node], columns: Collection[int]) -> None:
         self.roots = {edge_of(loss)[0] for loss in problem.losses}
         self.edges = {node: edges_of(node) for node in nodes}
-        reaching = reach(problem.losses, nodes, self.edges.__getitem__)
-        layers = factorable(problem, nodes, reaching)
-        self.layers = {layer.node: layer for layer in layers if layer.column in columns}
+        reaching = count_reaching_losses(problem.losses, nodes, self.edges.__getitem__)
+        layers = find_linear_layers(problem, nodes, reaching)
+        self.layers = {layer.node: layer for layer in layers if layer.param_index in columns}
         self.leaves = _leaves(problem, self.edges, columns, self.layers.values())
         self.order = _from_the_losses_down(self.edges, {*self.leaves, *self.layers})
         self.rows = [0] * len(self.order)
@@ -116,12 +124,12 @@ def _leaves(
     problem: Problem,
     edges: Mapping[Node, Sequence[Edge]],
     columns: Collection[int],
-    layers: Collection[Factored],
+    layers: Collection[LinearWeightGradient],
 ) -> dict[Node, int]:
-    factored = {layer.column for layer in layers}
+    factored = {layer.param_index for layer in layers}
     wanted = {id(problem.params[column]): column for column in columns if column not in factored}
     ends = [node for node, after in edges.items() if not after]
-    variables = {node: id(getattr(node, "variable", None)) for node in ends}
+    variables = {node: id(leaf_of(node)) for node in ends}
     return {node: wanted[found] for node, found in variables.items() if found in wanted}
 
 
@@ -131,8 +139,7 @@ def _from_the_losses_down(edges: Mapping[Node, Sequence[Edge]], ends: set[Node])
     Autograd numbers them as they are recorded, so that each comes before those it was computed
     from, unless a model computes in several threads.
     """
-    inner = [node for node, after in edges.items() if after]
-    inner.sort(key=lambda node: node._sequence_nr())
+    inner = recorded_order([node for node, after in edges.items() if after])[::-1]
     leading, others = set(ends), list[Node]()
     for node in inner:
         if any(after in leading for after, _ in edges[node]):
@@ -145,4 +152,5 @@ def _from_the_losses_down(edges: Mapping[Node, Sequence[Edge]], ends: set[Node])
 
 
 def _width(node: Node, output: int) -> int:
-    return prod(node._input_metadata[output].shape)
+    shape = gradient_shape((node, output))
+    return 2**62 if shape is None else prod(shape)

@@ -16,9 +16,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it; Apple's "mps" has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def widest(tensor: Tensor) -> Tensor:
-    """Promote to float64 where the device has it (Apple's "mps" does not)."""
-    return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.to(torch.float64)
+    """Promote to the widest dtype of the device."""
+    return tensor.to(widest_dtype(tensor.device))
 
 
 def precision(tensor: Tensor) -> float:

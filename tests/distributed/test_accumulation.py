@@ -21,7 +21,7 @@ from tests.distributed.twins import (
     train,
 )
 from tests.problems import snapshot
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "SumLog", "MGDA-none")
 

@@ -22,7 +22,7 @@ from tests.distributed.twins import (
     train,
 )
 from tests.problems import whole_state
-from tests.registry import NAMES, over_some
+from tests.support.registry import NAMES, over_some
 
 pytestmark = pytest.mark.capability("ranks that disagree are told")
 

@@ -25,7 +25,7 @@ from tests.distributed.twins import (
     train,
 )
 from tests.problems import snapshot
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_methods, over_some
 
 pytestmark = pytest.mark.capability("distributed checkpoints, any number of ranks")
 

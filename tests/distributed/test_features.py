@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from tests.distributed.twins import Net, adam, share
-from tests.registry import NAMES
+from tests.support.registry import NAMES
 
 
 class Exposed(Net):

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
-from moo_balance.integrations import accelerate, balanced, lightning
+from moo_balance.integrations import accelerate, lightning, unwrap_optimizer
 from tests.distributed.twins import (
     STEPS,
     Net,
@@ -29,7 +29,7 @@ from tests.distributed.twins import (
     share,
 )
 from tests.problems import snapshot
-from tests.registry import NAMES, over_some
+from tests.support.registry import NAMES, over_some
 
 DTYPE = torch.float64
 
@@ -124,7 +124,7 @@ class TestAccelerate:
                 accelerate.backward(accelerator, optimizer, losses)
                 optimizer.step()
                 optimizer.zero_grad()
-        return net, balanced(optimizer)
+        return net, unwrap_optimizer(optimizer)
 
     @over_some("Sum", "FAMO-adam", "AnalyticQP", "MGDA-every")
     def test_a_step_for_each_batch(self, method):

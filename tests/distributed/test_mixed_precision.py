@@ -21,7 +21,7 @@ from tests.distributed.twins import (
     share,
 )
 from tests.problems import snapshot
-from tests.registry import NAMES, over_some
+from tests.support.registry import NAMES, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-none")
 

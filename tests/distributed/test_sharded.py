@@ -36,7 +36,7 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.registry import NAMES, over, over_methods, over_some
+from tests.support.registry import NAMES, over, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "AnalyticQP", "MGDA-none", "MGDA-every")
 over_steps = pytest.mark.parametrize(

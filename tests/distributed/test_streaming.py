@@ -23,8 +23,8 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.engine.registry import Parted, everywhere
-from tests.registry import NAMES, over_some
+from tests.support.engines import Parted, everywhere
+from tests.support.registry import NAMES, over_some
 
 over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 

@@ -20,7 +20,7 @@ from tests.distributed.twins import (
     train,
 )
 from tests.problems import whole_state
-from tests.registry import NAMES, over
+from tests.support.registry import NAMES, over
 
 
 @pytest.mark.capability("data parallel without a wrapper")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
 from tests.problems import snapshot
-from tests.registry import NAMES, Method
+from tests.support.registry import NAMES, Method
 
 STEPS = 20
 BATCH = 8

@@ -19,13 +19,13 @@ def problem(weight: Tensor, dtypes: Sequence[torch.dtype], scale: float | None =
     return Problem(names=["a", "b"], losses=losses, params=[weight], scale=factor)
 
 
-def test_seeds_have_the_dtype_of_their_loss_and_carry_the_scale() -> None:
+def test_grad_outputs_have_the_dtype_of_their_loss_and_carry_the_scale() -> None:
     weight = nn.Parameter(torch.ones(2))
     mixed = problem(weight, [torch.float16, torch.float64], scale=8.0)
-    assert [seed.dtype for seed in mixed.seeds()] == [torch.float16, torch.float64]
-    assert [seed.item() for seed in mixed.seeds()] == [8.0, 8.0]
+    assert [output.dtype for output in mixed.grad_outputs()] == [torch.float16, torch.float64]
+    assert [output.item() for output in mixed.grad_outputs()] == [8.0, 8.0]
     plain = problem(weight, [torch.float32, torch.float32])
-    assert [seed.item() for seed in plain.seeds()] == [1.0, 1.0]
+    assert [output.item() for output in plain.grad_outputs()] == [1.0, 1.0]
 
 
 def test_weighted_sum_and_backward_agree_across_dtypes() -> None:

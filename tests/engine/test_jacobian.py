@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moo_balance.engine.jacobian import Jacobian, inner_products
-from moo_balance.engine.rows import Row, add_rows, add_to_grads
-from tests.engine.graphs import drawn
+from moo_balance.engine.base import Row
+from moo_balance.engine.jacobian import Jacobian, add_rows, add_to_grad, inner_products
+from tests.support.engine_graphs import drawn
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
@@ -24,7 +24,7 @@ def dense(row: Row, like: list[Tensor]) -> Tensor:
 
 
 def combination(rows: list[Row], coefficients: Tensor) -> Row:
-    return Jacobian([list(row) for row in rows]).combination(coefficients)
+    return Jacobian([list(row) for row in rows]).combine(coefficients)
 
 
 def some_rows() -> tuple[list[Row], list[Tensor]]:
@@ -76,7 +76,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
     on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:  # as on an accelerator, where reading a coefficient would wait
-        monkeypatch.setattr("moo_balance.engine.jacobian.numbers", Tensor.unbind)
+        monkeypatch.setattr("moo_balance.engine.jacobian.as_scalars", Tensor.unbind)
     rows, like = some_rows()
     before = [dense(row, like).clone() for row in rows]
     factors = drawn(3, seed=5)
@@ -93,7 +93,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 def test_coefficients_on_the_device_serve_gradients_of_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moo_balance.engine.jacobian.numbers", lambda c: c.float().unbind())
+    monkeypatch.setattr("moo_balance.engine.jacobian.as_scalars", lambda c: c.float().unbind())
     rows = [[drawn(3, seed=k).to(dtype), drawn(2, seed=9 + k).to(dtype)] for k in range(3)]
     factors = drawn(3, seed=5)
     expected = factors @ torch.stack([torch.cat(row).double() for row in rows])
@@ -123,7 +123,7 @@ def test_nobody_else_keeps_the_gradients() -> None:
     rows = [list(row) for row in some_rows()[0]]
     jacobian = Jacobian(rows)
     assert rows == [[]] * 3
-    jacobian.combination(torch.ones(3))
+    jacobian.combine(torch.ones(3))
     assert jacobian.blocks == []
 
 
@@ -155,10 +155,10 @@ def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> Non
 
 
 def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moo_balance.engine.products._ON_HOST", 30)
+    monkeypatch.setattr("moo_balance.engine.products._CPU_CHUNK", 30)
     rows: list[Row] = [[drawn(5, seed=5 * k + j) for j in range(8)] for k in range(2)]
     blocks = Jacobian([list(row) for row in rows]).blocks
-    assert [len(block.columns) for block in blocks] == [3, 3, 2]
+    assert [len(block.param_indices) for block in blocks] == [3, 3, 2]
     jacobian = torch.stack([torch.cat(list(row)) for row in rows])
     torch.testing.assert_close(
         inner_products(rows, range(8), torch.float64, CPU), jacobian @ jacobian.T
@@ -174,7 +174,7 @@ def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
     expected = combination(rows, torch.ones(3))[0].to_dense()
     if first is not None:
         expected = expected + first.to_dense()
-    add_to_grads(combination(rows, torch.ones(3)), like)
+    add_to_grad(combination(rows, torch.ones(3)), like)
     torch.testing.assert_close(like[0].grad.to_dense(), expected)
 
 

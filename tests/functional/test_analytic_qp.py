@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import analytic_qp_weights, scale_gramian
-from tests.functional.gradients import Operations, gramian_of, jacobians, property_test
+from tests.support.gradients import Operations, gramian_of, jacobians, property_test
 
 DOUBLE = torch.float64
 

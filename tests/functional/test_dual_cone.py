@@ -7,7 +7,7 @@ from scipy.optimize import nnls
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
 from moo_balance.functional import dual_cone, project_dual_cone
-from tests.functional.gradients import gramian_of, jacobians, property_test, relative_products
+from tests.support.gradients import gramian_of, jacobians, property_test, relative_products
 
 
 def uniform(rows):

@@ -7,7 +7,7 @@ from hypothesis import given
 from moo_balance.functional import _host, cosine_similarity, min_norm_weights
 from moo_balance.functional._host import directions
 from moo_balance.functional._matrix import EPS, Few, Many
-from tests.functional.gradients import gramian_of, jacobians, property_test
+from tests.support.gradients import gramian_of, jacobians, property_test
 
 DOUBLE = torch.float64
 over_kinds = pytest.mark.parametrize("kind", [Few, Many])

@@ -20,7 +20,7 @@ from moo_balance.functional import (
 )
 from moo_balance.functional._host import directions
 from moo_balance.functional.gramian import share_between_equals
-from tests.functional.gradients import (
+from tests.support.gradients import (
     Operations,
     gramian_of,
     jacobians,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from moo_balance import BalancedOptimizer
 from tests.problems import Losses, Toy, adam, whole_state
-from tests.registry import METHODS, NAMES, Method
+from tests.support.registry import METHODS, NAMES, Method
 
 BATCHES = range(6)
 

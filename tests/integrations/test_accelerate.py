@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from moo_balance import BalanceError
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.accelerate import backward
 from tests.integrations.runs import (
     BATCHES,
@@ -21,7 +21,7 @@ from tests.integrations.runs import (
     plain_run,
 )
 from tests.problems import whole_state
-from tests.registry import over_methods, over_some
+from tests.support.registry import over_methods, over_some
 
 pytestmark = pytest.mark.capability("Accelerate")
 
@@ -137,8 +137,8 @@ def test_the_figures_are_within_reach(method):
     model, optimizer = model_and_optimizer(method)
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
     train(accelerator, model, prepared_optimizer, BATCHES[:1])
-    assert balanced(prepared_optimizer) is optimizer
-    assert "moo/loss/a" in balanced(prepared_optimizer).log_dict()
+    assert unwrap_optimizer(prepared_optimizer) is optimizer
+    assert "moo/loss/a" in unwrap_optimizer(prepared_optimizer).log_dict()
 
 
 @over_some("Sum")

@@ -20,7 +20,7 @@ from tests.integrations.runs import (
     plain_run,
 )
 from tests.problems import whole_state
-from tests.registry import over_some
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("Trainer of transformers")
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
 from moo_balance import BalancedOptimizer, BalanceError
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.lightning import backward, combined_loss
 from tests.integrations.runs import (
     BATCHES,
@@ -22,7 +22,7 @@ from tests.integrations.runs import (
     plain_run,
 )
 from tests.problems import flat_gradient, snapshot, whole_state
-from tests.registry import over_methods, over_some
+from tests.support.registry import over_methods, over_some
 
 pytestmark = [
     # Lightning says so of every loader that works in the training process.
@@ -178,7 +178,7 @@ class TestManual:
             own = module.optimizer
             assert type(optimizer) is not type(own)
             assert isinstance(optimizer, BalancedOptimizer)
-            assert balanced(optimizer) is own
+            assert unwrap_optimizer(optimizer) is own
             assert optimizer.metrics is own.metrics
             assert optimizer.weighting is own.weighting
             assert optimizer.param_groups is own.param_groups

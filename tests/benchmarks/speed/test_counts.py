@@ -12,7 +12,7 @@ from benchmarks.speed.counts import MODES, HostSyncs, PeakElements, held_element
 from benchmarks.speed.implementations import Setup
 from moo_balance import MGDA, BalancedOptimizer
 from moo_balance.engine import Problem, Streaming
-from tests.registry import NAMES, over_methods
+from tests.support.registry import NAMES, over_methods
 
 META = torch.device("meta")
 

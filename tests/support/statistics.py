@@ -1,4 +1,4 @@
-"""Shorthand: what a weighting is shown, in float64."""
+"""What a weighting gets to see, in float64 and by short names."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ def vector(values: Iterable[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-def shown(
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def statistics_of(
     losses: Sequence[float] | Tensor, gramian: Tensor | None = None, step: int = 0
 ) -> Statistics:
+    """Statistics with losses named "a", "b" and so on, in the dtype of the Gramian."""
     losses = losses if isinstance(losses, Tensor) else vector(losses)
+    losses = losses if gramian is None else losses.to(gramian.dtype)
     return Statistics(names(len(losses)), losses, gramian, step)
 
 
-def fresh(weighting: Weighting, count: int) -> State:
+def initial_state(weighting: Weighting, count: int) -> State:
     return weighting.init(names(count), CPU)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, the same each time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def assert_near(actual: Tensor, expected: Iterable[float] | Tensor, atol: float) -> None:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
 from moo_balance.engine import Linearization, PerLoss
-from tests.engine.graphs import Graph, drawn, gradient, naive_jacobian, parameter
 from tests.engine.test_per_loss import Counted
+from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter
 
 
 @dataclass
@@ -213,26 +213,17 @@ def test_the_gramian_is_that_at_the_features(build: Callable[[], Split], scale: 
 
 
 @over_splits
-@pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
 @pytest.mark.parametrize("form", ["accumulate", "combined", "unasked"])
-def test_the_gradient_is_the_combination(
-    build: Callable[[], Split], exact: bool, form: str
-) -> None:
+def test_the_gradient_is_the_combination(build: Callable[[], Split], form: str) -> None:
     expected, built = naive_jacobian(build().graph), build()
-    linearization = built.linearize(exact=exact)
+    linearization = built.linearize()
     if form != "unasked":
         linearization.gramian()
     if form == "combined":
         linearization.combined(coefficients(built)).backward()
     else:
-        linearization.accumulate(coefficients(built))
+        linearization.add_to_grad(coefficients(built))
     same(gradient(built.graph), coefficients(built) @ expected)
-
-
-@over_splits
-def test_exact_is_the_gramian_over_parameters(build: Callable[[], Split]) -> None:
-    jacobian, built = naive_jacobian(build().graph), build()
-    same(built.linearize(exact=True).gramian(), jacobian @ jacobian.T)
 
 
 @over_splits
@@ -241,7 +232,7 @@ def test_gradients_that_are_there_are_added_to(build: Callable[[], Split]) -> No
     for _ in range(2):
         linearization = built.linearize(retain_graph=True)
         linearization.gramian()
-        linearization.accumulate(coefficients(built))
+        linearization.add_to_grad(coefficients(built))
     same(gradient(built.graph), 2 * coefficients(built) @ expected)
 
 
@@ -256,14 +247,13 @@ def counted() -> tuple[Split, dict[str, list[int]]]:
     return Split(Graph(losses, [below, *heads]), [features]), passes
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_how_often_the_parts_are_passed(exact: bool) -> None:
+def test_how_often_the_parts_are_passed() -> None:
     built, passes = counted()
-    linearization = built.linearize(exact=exact)
+    linearization = built.linearize()
     linearization.gramian()
-    assert passes == {"encoder": [2 if exact else 0], "first": [1], "second": [1]}
-    linearization.accumulate(torch.ones(2))
-    assert passes == {"encoder": [2 if exact else 1], "first": [1], "second": [1]}
+    assert passes == {"encoder": [0], "first": [1], "second": [1]}
+    linearization.add_to_grad(torch.ones(2))
+    assert passes == {"encoder": [1], "first": [1], "second": [1]}
 
 
 def test_no_hook_of_ours_stays_behind() -> None:
@@ -280,7 +270,7 @@ def test_a_graph_that_is_not_kept_is_freed() -> None:
     for loss in built.graph.losses:  # each has a head to itself
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
-    linearization.accumulate(torch.ones(2))
+    linearization.add_to_grad(torch.ones(2))
     with pytest.raises(RuntimeError, match="second time"):
         built.features[0].sum().backward()
 
@@ -356,15 +346,6 @@ def test_features_do_no_harm_where_nobody_asks_for_a_gramian(weighting: Any) -> 
     assert optimizer.metrics.gramian is None
 
 
-def test_params_and_exact_measure_the_chosen_parameters() -> None:
-    net = Net()
-    optimizer = optimizer_of(net, shared_params=net.trunk)
-    losses = net.losses(drawn(6, 4))
-    jacobian = naive_jacobian(Graph(list(losses.values()), list(net.trunk.parameters())))
-    optimizer.backward(losses, features=net.features, exact=True)
-    same(optimizer.metrics.gramian, jacobian @ jacobian.T)
-
-
 @pytest.mark.parametrize(
     ("features", "match"),
     [
@@ -388,11 +369,11 @@ def test_a_loss_that_passes_the_features_by_is_named() -> None:
         optimizer_of(net).backward(losses, features=net.features)
 
 
-def test_params_without_exact() -> None:
+def test_features_and_shared_params_are_refused_together() -> None:
     net = Net()
     optimizer = optimizer_of(net, shared_params=net.trunk)
     losses = net.losses(drawn(6, 4))
-    with pytest.raises(BalanceValueError, match=r"`params=`.*exact=True"):
+    with pytest.raises(BalanceValueError, match=r"`features`.*`shared_params=`"):
         optimizer.backward(losses, features=net.features)
 
 

@@ -1,6 +1,9 @@
-"""All methods, what each of them promises, and what they refuse.
+"""All methods: their kinds, what each of them promises, and what they refuse.
 
-The contract suites run over ``METHODS`` and ``REFUSALS``: a new row inherits every test.
+``METHODS`` is the only list of methods in the tests: a new row inherits every test. Mathematics is
+tested over all rows, by ``over_methods`` and ``over``. What can only differ by the *kind* of a
+method (windows, loss scalers, checkpoints, ranks ...) is tested over ``KINDS``, one row of each
+kind, by ``over_kinds``. ``REFUSALS`` are configurations that are refused.
 """
 
 from __future__ import annotations
@@ -60,6 +63,18 @@ def average(names: Names, losses: Tensor) -> float:
     return 1.0 / len(names)
 
 
+Kind = Literal["known", "losses", "lagged", "observing", "gramian", "gramian-every"]
+"""What a step asks for before its coefficients are known:
+
+* ``known``: nothing of the same step; the coefficients are known before its losses;
+* ``losses``: the losses;
+* ``lagged``: the losses, with which those of the step before are compared, too;
+* ``observing``: the losses, and once the step is taken the losses of the same batch again;
+* ``gramian``: inner products of gradients;
+* ``gramian-every``: those of each n-th step only.
+"""
+
+
 @dataclass(frozen=True)
 class Method:
     """A configuration and its promises.
@@ -67,13 +82,12 @@ class Method:
     Args:
         id: Name of the row.
         make: Builds the weighting for losses of these names.
-        gramian: Does it look at gradients?
-        observes: Does it watch the step?
+        kind: What a step of it asks for.
         bounds: What each loss must stay above.
         total: What the coefficients sum to, from names and losses; None if unstated.
         alone: The coefficient of a loss that is the only one, from its value.
-        negative: May a coefficient be negative?
-        equivariant: Does permuting the losses permute the weights?
+        negative: Whether a coefficient may be negative.
+        equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
             divided by their sum. None if unstated.
@@ -81,8 +95,7 @@ class Method:
 
     id: str
     make: Callable[[Names], Weighting]
-    gramian: bool = False
-    observes: bool = False
+    kind: Kind = "losses"
     bounds: Callable[[Names], list[float]] = unbounded
     total: Callable[[Names, Tensor], float] | None = one
     alone: Callable[[float], float] = lambda loss: 1.0
@@ -92,6 +105,16 @@ class Method:
 
     def __repr__(self) -> str:
         return self.id
+
+    @property
+    def gramian(self) -> bool:
+        """Whether it needs inner products of gradients."""
+        return self.kind in ("gramian", "gramian-every")
+
+    @property
+    def observes(self) -> bool:
+        """Whether it needs the losses after a step."""
+        return self.kind == "observing"
 
 
 fixed = by_name(1.0, 0.5, 3.0)
@@ -110,43 +133,47 @@ def low_bounds_shifted(names: Names) -> list[float]:
     return [value - 0.5 for value in low_bounds(names)]
 
 
-def famo(id: str, observes: bool = True, **arguments: object) -> Method:
+def famo(id: str, kind: Kind = "observing", **arguments: object) -> Method:
     """FAMO without bounds: equal relative improvement, whatever the units of the losses."""
     return Method(
         f"FAMO-{id}",
         lambda names: FAMO(**arguments),
-        observes=observes,
+        kind=kind,
         bounds=positive,
         scaling="shares",
     )
 
 
-def trajectory(id: str, observes: bool = True, **arguments: object) -> Method:
+def trajectory(id: str, kind: Kind = "observing", **arguments: object) -> Method:
     return Method(
         f"BalancedTrajectory-{id}",
         lambda names: BalancedTrajectory(**arguments),
-        observes=observes,
+        kind=kind,
         bounds=above_minus_one,
     )
 
 
-def mgda(id: str, bounds=unbounded, scaling=None, **arguments: object) -> Method:
+def mgda(
+    id: str, kind: Kind = "gramian", bounds=unbounded, scaling=None, **arguments: object
+) -> Method:
     return Method(
-        f"MGDA-{id}", lambda names: MGDA(**arguments), gramian=True, bounds=bounds, scaling=scaling
+        f"MGDA-{id}", lambda names: MGDA(**arguments), kind=kind, bounds=bounds, scaling=scaling
     )
 
 
 METHODS = [
-    Method("Sum", lambda names: Sum(), total=count, scaling="unchanged"),
+    Method("Sum", lambda names: Sum(), kind="known", total=count, scaling="unchanged"),
     Method(
         "FixedWeights",
         lambda names: FixedWeights(fixed(names)),
+        kind="known",
         total=lambda names, losses: sum(fixed(names).values()),
         scaling="unchanged",
     ),
     Method(
         "FixedWeights-adversarial",
         lambda names: FixedWeights(adversarial(names)),
+        kind="known",
         total=lambda names, losses: sum(adversarial(names).values()),
         negative=True,
         scaling="unchanged",
@@ -173,58 +200,59 @@ METHODS = [
     Method(
         "RandomWeights",
         lambda names: RandomWeights(seed=3),
+        kind="known",
         equivariant=False,
         scaling="unchanged",
     ),
     famo("adam"),
     famo("sgd", logit_optimizer="sgd", lr=2.0),
     famo("no-decay", decay=0.0),
-    famo("lagged", observes=False, lagged=True),
-    famo("lagged-sgd", observes=False, lagged=True, logit_optimizer="sgd"),
+    famo("lagged", kind="lagged", lagged=True),
+    famo("lagged-sgd", kind="lagged", lagged=True, logit_optimizer="sgd"),
     famo("every", every=3),
-    famo("lagged-every", observes=False, lagged=True, every=2),
+    famo("lagged-every", kind="lagged", lagged=True, every=2),
     Method(
         "FAMO-bounds",
         lambda names: FAMO(bounds=low(names), shift=0.5),
-        observes=True,
+        kind="observing",
         bounds=low_bounds_shifted,
     ),
     trajectory("defaults"),
     trajectory("paper", logit_optimizer="sgd"),
     trajectory("code", decay=3e-3),
-    trajectory("lagged", observes=False, lagged=True),
+    trajectory("lagged", kind="lagged", lagged=True),
     trajectory("every", every=2),
     Method(
         "BalancedTrajectory-no-shift",
         lambda names: BalancedTrajectory(shift=0.0),
-        observes=True,
+        kind="observing",
         bounds=positive,
         scaling="shares",
     ),
-    Method("AnalyticQP", lambda names: AnalyticQP(), gramian=True, bounds=above_minus_one),
+    Method("AnalyticQP", lambda names: AnalyticQP(), kind="gramian", bounds=above_minus_one),
     Method(
         "AnalyticQP-simplex",
         lambda names: AnalyticQP(projection="simplex"),
-        gramian=True,
+        kind="gramian",
         bounds=above_minus_one,
     ),
     Method(
         "AnalyticQP-exact",
         lambda names: AnalyticQP(projection="exact"),
-        gramian=True,
+        kind="gramian",
         bounds=above_minus_one,
     ),
     Method(
         "AnalyticQP-no-shift",
         lambda names: AnalyticQP(shift=0.0),
-        gramian=True,
+        kind="gramian",
         bounds=positive,
         scaling="shares",
     ),
     Method(
         "AnalyticQP-raw",
         lambda names: AnalyticQP(projection="simplex", shift=0.0, renormalize=False),
-        gramian=True,
+        kind="gramian",
         bounds=positive,
         total=None,
         alone=lambda loss: 1 / loss,
@@ -233,7 +261,7 @@ METHODS = [
     Method(
         "AnalyticQP-every",
         lambda names: AnalyticQP(every=3),
-        gramian=True,
+        kind="gramian-every",
         bounds=above_minus_one,
     ),
     mgda("none"),
@@ -241,8 +269,15 @@ METHODS = [
     mgda("loss", normalize="loss", bounds=positive, scaling="unchanged"),
     mgda("loss+", normalize="loss+", bounds=positive),
     mgda("log", normalize="log", bounds=positive, scaling="shares"),
-    mgda("every", every=3),
-    mgda("log-every", normalize="log", every=2, bounds=positive, scaling="shares"),
+    mgda("every", kind="gramian-every", every=3),
+    mgda(
+        "log-every",
+        kind="gramian-every",
+        normalize="log",
+        every=2,
+        bounds=positive,
+        scaling="shares",
+    ),
     Method("Tchebycheff", lambda names: Tchebycheff(), total=average),
     Method(
         "Tchebycheff-augmented",
@@ -289,36 +324,39 @@ METHODS = [
         alone=lambda loss: 1 / loss,
         scaling="inverse",
     ),
-    Method("OnlineTchebycheff", lambda names: OnlineTchebycheff(), total=average),
+    Method("OnlineTchebycheff", lambda names: OnlineTchebycheff(), kind="known", total=average),
     Method(
         "OnlineTchebycheff-projected",
         lambda names: OnlineTchebycheff(lr=1.0, update="projected"),
+        kind="known",
         total=average,
     ),
     Method(
         "OnlineTchebycheff-preference",
         lambda names: OnlineTchebycheff(preference=preference(names)),
+        kind="known",
         total=None,
     ),
-    Method("MovingAverage-MGDA", lambda names: MovingAverage(MGDA()), gramian=True),
+    Method("MovingAverage-MGDA", lambda names: MovingAverage(MGDA()), kind="gramian"),
     Method(
         "MovingAverage-adaptive",
         lambda names: MovingAverage(MGDA(normalize="l2"), beta="adaptive"),
-        gramian=True,
+        kind="gramian",
         scaling="unchanged",
     ),
     Method(
         "MovingAverage-every",
         lambda names: MovingAverage(AnalyticQP(every=3), beta=0.5),
-        gramian=True,
+        kind="gramian-every",
         bounds=above_minus_one,
     ),
     Method(
-        "MovingAverage-FAMO", lambda names: MovingAverage(FAMO()), observes=True, bounds=positive
+        "MovingAverage-FAMO", lambda names: MovingAverage(FAMO()), kind="observing", bounds=positive
     ),
     Method(
         "MovingAverage-adversarial",
         lambda names: MovingAverage(FixedWeights(adversarial(names))),
+        kind="known",
         total=lambda names, losses: sum(adversarial(names).values()),
         negative=True,
         scaling="unchanged",
@@ -332,12 +370,25 @@ def over(rows: Callable[[Method], bool]) -> pytest.MarkDecorator:
 
 
 def over_some(*ids: str) -> pytest.MarkDecorator:
-    """Run a test for the rows with these ids, where one of each kind will do."""
+    """Run a test for the rows with these ids."""
     chosen = {method.id: method for method in METHODS}
     return pytest.mark.parametrize("method", [chosen[id] for id in ids], ids=repr)
 
 
 over_methods = over(lambda method: True)
+
+_REPRESENTATIVES: dict[Kind, str] = {
+    "known": "FixedWeights",
+    "losses": "SumLog",
+    "lagged": "FAMO-lagged",
+    "observing": "FAMO-adam",
+    "gramian": "AnalyticQP",
+    "gramian-every": "MGDA-every",
+}
+KINDS = [next(row for row in METHODS if row.id == id) for id in _REPRESENTATIVES.values()]
+"""One row of each kind."""
+
+over_kinds = over(lambda method: method in KINDS)
 
 
 @dataclass(frozen=True)
@@ -384,7 +435,7 @@ REFUSALS = [
             ("decay", -1e-3),
             ("decay", NAN),
             ("shift", NAN),
-            ("logits", "rmsprop"),
+            ("logit_optimizer", "rmsprop"),
             ("every", 0),
             ("every", 1.5),
         )

@@ -1,52 +1,29 @@
-"""An optimizer that is another one to everybody who asks."""
+"""Base class of an optimizer that wraps another one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch.optim import Optimizer
 
-Step = TypeVar("Step", bound=Callable[..., Any])
+from moo_balance._torch_internals import hooks_of, initialize_hooks
 
 
-def with_own_hooks(step: Step) -> Step:
-    """Run the step hooks that were registered on a proxy.
-
-    In place of PyTorch's own decoration of ``step``, which would record it for the profiler and run
-    the global hooks as well: the wrapped optimizer does that, once.
-    """
-
-    @wraps(step)
-    def hooked(self: OptimizerProxy, *args: Any, **kwargs: Any) -> Any:
-        for before in self._optimizer_step_pre_hooks.values():
-            replaced = before(self, (self, *args), kwargs)
-            if replaced is not None:
-                (_, *args), kwargs = replaced  # type: ignore[assignment]
-        result = step(self, *args, **kwargs)
-        for after in self._optimizer_step_post_hooks.values():
-            after(self, (self, *args), kwargs)
-        return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]
-    return cast(Step, hooked)
-
-
-class OptimizerProxy(Optimizer):
+class OptimizerWrapper(Optimizer):
     """Forwards groups, state and defaults to a wrapped optimizer, and owns none of them.
 
     They are properties, because a copied reference goes stale when a state dict is loaded or a
     framework prepares the optimizer anew. Nothing is ever written into the wrapped ``state``.
+    Hooks registered on the wrapper see the wrapper.
     """
 
-    _kept: tuple[str, ...] = ("_wrapped",)
-    """Attributes that survive a copy or a pickle: not ``step``, which schedulers patch."""
+    _pickled: tuple[str, ...] = ("_wrapped",)
+    """Attributes that a copy or a pickle keeps. ``step`` is not among them: schedulers replace it
+    on the instance."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._wrapped = optimizer
-        # Hooks and the profiling of `step`, without a second copy of groups and state.
-        super().__setstate__({})
+        self.__setstate__({"_wrapped": optimizer})
 
     @property
     def optimizer(self) -> Optimizer:
@@ -85,9 +62,23 @@ class OptimizerProxy(Optimizer):
         self._wrapped.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in self._kept}
+        return {key: self.__dict__[key] for key in self._pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Attributes first: the parent reads `defaults`, which lives in the wrapped optimizer.
+        # Attributes first: PyTorch reads `defaults`, which are the wrapped optimizer's.
         self.__dict__.update(state)
-        super().__setstate__({})
+        initialize_hooks(self)
+        # The dictionaries themselves, so that a step without hooks only finds them empty.
+        self._step_hooks = hooks_of(self, "step_pre"), hooks_of(self, "step_post")
+
+    def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `step` between the step hooks that were registered on the wrapper."""
+        before, after = self._step_hooks
+        for hook in before.values():
+            replaced = hook(self, (self, *args), kwargs)
+            if replaced is not None:
+                (_, *args), kwargs = replaced  # type: ignore[assignment]
+        result = step(*args, **kwargs)
+        for hook in after.values():
+            hook(self, (self, *args), kwargs)
+        return result

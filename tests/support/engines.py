@@ -1,4 +1,4 @@
-"""All engines: add a row, and it has to pass every test of this folder."""
+"""All engines: add a row, and it has to pass every test of the engine contract."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moo_balance.engine.cuts import finest, sparing
 from moo_balance.engine.portions import Choice, Portion, parted
 from moo_balance.engine.streaming import Streamed
 from moo_balance.engine.survey import Survey
-from tests.engine.graphs import GRAPHS
+from tests.support.engine_graphs import GRAPHS
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,26 @@ over_engines = pytest.mark.parametrize("engine", list(ENGINES.values()), ids=lis
 # Portions of a graph cannot be differentiated where autograd does not see all of it.
 REFUSED_BY_STREAMING = {"checkpointed_reentrant"}
 
+# Every graph is in float64 already, so that an engine with a Gramian in float64 does nothing else.
 PAIRS = {
     f"{graph}-{name}": (engine, build)
     for name, engine in ENGINES.items()
     for graph, build in GRAPHS.items()
-    if isinstance(engine, PerLoss) or graph not in REFUSED_BY_STREAMING
+    if not name.endswith("float64")
+    and (isinstance(engine, PerLoss) or graph not in REFUSED_BY_STREAMING)
 }
 
 over_engines_and_graphs = pytest.mark.parametrize(
     ("engine", "build"), list(PAIRS.values()), ids=list(PAIRS)
+)
+
+# Without a Gramian all engines take the same ordinary pass of the weighted sum.
+CASES = {f"{name}-gramian": (*pair, True) for name, pair in PAIRS.items()} | {
+    f"{name}-losses_only": (PerLoss(), build, False) for name, build in GRAPHS.items()
+}
+
+over_engines_graphs_and_gramians = pytest.mark.parametrize(
+    ("engine", "build", "with_gramian"),
+    list(CASES.values()),
+    ids=list(CASES),
 )
