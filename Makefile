@@ -22,7 +22,7 @@ demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and comp
 	$(BIN)/python -m examples.lic
 
 lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic_report.md (under two hours)
-	$(BIN)/python -m examples.lic.study --workers 2 --docs docs
+	$(BIN)/python -m benchmarks.lic --workers 2 --docs docs
 
 test: $(DEV)  ## run the test suite
 	$(BIN)/python -m pytest

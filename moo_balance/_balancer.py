@@ -146,12 +146,12 @@ class Balancer:
             features = read_features(features, self.shared_params is not None, record.in_window)
         call = "accumulate" if record.accumulating else "backward"
         present, stacked, values = self._read(partial(read_losses, losses, record.names), call)
-        params, compared = self.params, None
+        names, params, compared = tuple(present), self.params, None
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
         problem = Problem(
-            names=tuple(present),
+            names=names,
             losses=tuple(present.values()),
             params=params,
             compared=compared,
@@ -161,7 +161,7 @@ class Balancer:
             features=features or (),
             stacked=stacked,
         )
-        statistics = Statistics(problem.names, values, step=record.steps)
+        statistics = Statistics(names, values, step=record.steps)
         return Batch(problem, statistics, scaling, reevaluations)
 
     def _read(

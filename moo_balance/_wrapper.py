@@ -22,6 +22,8 @@ class OptimizerWrapper(Optimizer):
     """Attributes that a copy or a pickle keeps. ``step`` is not among them: schedulers replace it
     on the instance."""
 
+    _wrapped: Optimizer
+
     def __init__(self, optimizer: Optimizer) -> None:
         self.__setstate__({"_wrapped": optimizer})
 
@@ -77,7 +79,7 @@ class OptimizerWrapper(Optimizer):
         for hook in before.values():
             replaced = hook(self, (self, *args), kwargs)
             if replaced is not None:
-                (_, *args), kwargs = replaced  # type: ignore[assignment]
+                (_, *args), kwargs = replaced
         result = step(*args, **kwargs)
         for hook in after.values():
             hook(self, (self, *args), kwargs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import capabilities
-from tests.capabilities import BEGIN, END, METHODS, table
+from tests.support import capabilities
+from tests.support.capabilities import BEGIN, END, METHODS, table
 
 pytest_plugins = ["pytester"]
 
@@ -50,7 +50,7 @@ def run(pytester, monkeypatch):
     def run(tests=TESTS, shown=SHOWN, arguments=()):
         (folder / "test_file.py").write_text(tests)
         readme.write_text(f"Before.\n{BEGIN}\n{table(shown)}\n{END}After.\n")
-        return pytester.inline_run("-p", "tests.capability_plugin", *arguments).ret
+        return pytester.inline_run("-p", "tests.support.capability_plugin", *arguments).ret
 
     run.readme = readme
     return run

@@ -15,9 +15,9 @@ from hypothesis import given, strategies as st
 import moo_balance
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
-from tests.problems import (
+from tests.support.problems import (
     Scene,
-    Toy,
+    SmallModel,
     flat_gradient,
     jacobian,
     play,
@@ -247,7 +247,7 @@ def test_a_zero_gradient_is_no_reason_to_fail(method, dead):
 @over_methods
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_parameters_get_finite_gradients_of_their_own_dtype(method, dtype):
-    model = Toy().to(dtype)
+    model = SmallModel().to(dtype)
     optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
     train(model, optimizer, range(2))
     assert bool(torch.stack([*optimizer.metrics.coefficients.values()]).isfinite().all())

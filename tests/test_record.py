@@ -64,7 +64,8 @@ def test_a_commit_applies_what_was_staged_and_nothing_before() -> None:
     assert (record.names, record.state, record.steps) == (None, None, 0)
     record.commit(staged, observes=True)
     assert (record.names, record.steps, record.awaiting) == (NAMES, 1, ("a", "b"))
-    assert record.state is staged.state and record.staged is None
+    assert record.state is staged.state
+    assert record.staged is None
 
 
 def test_a_skipped_step_is_counted_and_leaves_the_state() -> None:

@@ -1,1 +1,1 @@
-"""Learned image compression with balanced losses; ``python -m examples.lic`` runs the demo."""
+"""Learned image compression: a codec, its training with balanced losses, and its evaluation."""

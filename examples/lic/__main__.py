@@ -1,6 +1,37 @@
-import sys
+"""Learned image compression with balanced losses.
 
-from examples.lic.demo import main
+python -m examples.lic             compare standard and balanced training, about five minutes
+python -m examples.lic train       train a codec with any weighting
+python -m examples.lic evaluate    code images to files with trained codecs, compare curves
+
+Each has --help and, to see that it works, --quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from examples.lic import options
+
+COMMANDS = ("demo", "train", "evaluate")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit code."""
+    name, *rest = arguments or ["demo"]
+    if name.startswith("-") and name not in ("-h", "--help"):
+        name, rest = "demo", list(arguments)
+    if name not in COMMANDS:
+        print(__doc__, file=sys.stderr if name[0] != "-" else sys.stdout)
+        return 2 if name[0] != "-" else 0
+    try:
+        return import_module(f"examples.lic.{name}").main(rest)
+    except options.FAULTS as error:
+        print(f"error: {options.describe(error)}", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,14 @@
-"""From images to bytes and back: the codec's symbols through a range coder.
+"""From images to bytes and back: a codec's symbols through a range coder.
 
-The hyper-latent is coded first, with a table for each channel from its logistic distribution; what
-it predicts then tells the decoder how each symbol of the latent was coded. Both ends have to make
-the same prediction, and this is what is assumed about floating point:
+The hyper-latent is coded first, with a table for each channel from its logistic distribution; from
+it the decoder predicts how each symbol of the latent was coded. Both ends have to make the same
+prediction, and this is what is assumed about floating point:
 
-- Symbols are integers, differences from mean or median. The mean shifts them and takes no part in
-  their probabilities, so only the scale must be the same at both ends.
-- The scale chooses one of :data:`SCALES`. It is computed in float64, from integers that both ends
-  have: thread counts and machines may differ in the last digits, and the choices differ only if a
-  scale lies that close to the border between two entries. Then a checksum of the symbols tells.
-- The picture is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
+- The scale of each symbol is replaced by the nearest of :data:`SCALES`. It is computed in float64,
+  from integers that both ends have: thread counts and machines may differ in the last digits, and
+  the choices differ only if a scale lies that close to the border between two entries. A checksum
+  of the symbols detects that.
+- The image is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
   device and PyTorch that evaluated it, and to some 1e-6 elsewhere.
 """
 
@@ -18,15 +17,15 @@ from __future__ import annotations
 import copy
 import struct
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import constriction
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from examples.lic.codec import SCALE_FLOOR, MeanScaleHyperprior
 from examples.lic.evaluation import pad_to_multiple, to_pixels
+from examples.lic.hyperprior import SCALE_FLOOR
 
 # Attributes, not modules: constriction is one compiled extension.
 Categorical = constriction.stream.model.Categorical
@@ -35,16 +34,33 @@ RangeEncoder = constriction.stream.queue.RangeEncoder
 RangeDecoder = constriction.stream.queue.RangeDecoder
 
 SCALES = np.exp(np.linspace(np.log(SCALE_FLOOR), np.log(256.0), 128))
-"""Standard deviations that the coder knows; the nearest one is at most 3.1 % off."""
+"""Standard deviations that the coder uses; the nearest one is at most 3.1 % off."""
 
 _BORDERS = torch.from_numpy(np.sqrt(SCALES[1:] * SCALES[:-1]))
 
 LARGEST = 2**15 - 1
-"""Bound on symbols; a trained codec stays within some hundred."""
+"""Bound on the absolute value of symbols; those of a trained codec stay within some hundred."""
+
+LATENT_STEP = 4
+"""Positions of y along each side for one position of z."""
 
 
 class BitstreamError(Exception):
     """Bytes that cannot be decoded, or an image that cannot be encoded; says why."""
+
+
+class SymbolCodec(Protocol):
+    """What :class:`Coder` asks of a codec; see :class:`MeanScaleHyperprior` for each."""
+
+    stride: int
+
+    def to_symbols(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def z_scale(self) -> Tensor: ...
+
+    def y_scale(self, z_symbols: Tensor) -> Tensor: ...
+
+    def from_symbols(self, z_symbols: Tensor, y_symbols: Tensor) -> Tensor: ...
 
 
 class _Header(NamedTuple):
@@ -61,12 +77,12 @@ _LAYOUT = struct.Struct(">2sIHHHHI")
 _MAGIC = b"m\x01"  # format 1
 
 
-def fingerprint(model: torch.nn.Module) -> int:
-    """A checksum of all weights, by which a decoder knows that it is the encoder's model."""
+def fingerprint(model: nn.Module) -> int:
+    """A checksum of all weights, by which a decoder recognises the encoder's model."""
     total = 0
     for name, value in sorted(model.state_dict().items()):
-        pixels = value.detach().cpu().contiguous().numpy()
-        total = zlib.crc32(pixels.tobytes(), zlib.crc32(name.encode(), total))
+        array = value.detach().cpu().contiguous().numpy()
+        total = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), total))
     return total
 
 
@@ -76,10 +92,10 @@ class Coder:
     Example::
 
         data = Coder(model).encode(image)     # bytes; image is uint8 [3, H, W]
-        image = Coder(model).decode(data)     # uint8, what the codec itself reconstructs
+        image = Coder(model).decode(data)     # uint8, equal to the codec's own reconstruction
     """
 
-    def __init__(self, model: MeanScaleHyperprior) -> None:
+    def __init__(self, model: SymbolCodec) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._precise = copy.deepcopy(self._model).double()
         self._fingerprint = fingerprint(model)
@@ -115,12 +131,12 @@ class Coder:
         return to_pixels(self.decode_exactly(data))
 
     def decode_exactly(self, data: bytes) -> Tensor:
-        """The same before it is rounded to 8 bits: float32, not clamped."""
-        header = self._checked_header(data)
+        """The same before it is rounded to 8 bits: float32 ``[3, H, W]``, not clamped."""
+        header = self._read_header(data)
         words = np.frombuffer(data[_LAYOUT.size :], dtype="<u4").astype(np.uint32)
         try:
             z, y = self._decode_symbols(header, RangeDecoder(words))
-        except AssertionError:  # how constriction speaks of data that it cannot have written
+        except AssertionError:  # constriction's error for data that it cannot have written
             z = y = np.zeros(0, np.int32)
         if _checksum(z, y) != header.checksum:
             raise BitstreamError(
@@ -135,10 +151,8 @@ class Coder:
     def _symbols(self, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Integers of hyper-latent ``[N, h, w]`` and latent ``[M, 4h, 4w]``."""
         images = image[None].to(self._device, torch.float32) / 255
-        y, z = self._model.analyze(pad_to_multiple(images, self._model.stride))
-        z_symbols = (z - self._model.z_median).round()
-        mean, _ = self._model.predict(z_symbols + self._model.z_median)
-        return _to_integers(z_symbols), _to_integers((y - mean).round())
+        z, y = self._model.to_symbols(pad_to_multiple(images, self._model.stride))
+        return _to_integers(z), _to_integers(y)
 
     def _encode_symbols(self, header: _Header, z: np.ndarray, y: np.ndarray) -> bytes:
         encoder = RangeEncoder()
@@ -153,18 +167,19 @@ class Coder:
         self, header: _Header, decoder: RangeDecoder
     ) -> tuple[np.ndarray, np.ndarray]:
         stride = self._model.stride
-        shape = (-(-header.height // stride), -(-header.width // stride))
+        height, width = -(-header.height // stride), -(-header.width // stride)
         tables = self._z_tables(header.largest_z)
-        z = np.stack([decoder.decode(table, shape[0] * shape[1]) for table in tables])
-        z = (z - header.largest_z).reshape(-1, *shape).astype(np.int32)
+        z = np.stack([decoder.decode(table, height * width) for table in tables])
+        z = (z - header.largest_z).reshape(-1, height, width).astype(np.int32)
         scales = self._scales(z)
         gaussian = _gaussian(header.largest_y)
         y = decoder.decode(gaussian, np.zeros_like(scales), scales)
-        return z, y.reshape(-1, 4 * shape[0], 4 * shape[1])
+        return z, y.reshape(-1, LATENT_STEP * height, LATENT_STEP * width)
 
+    @torch.no_grad()
     def _z_tables(self, largest: int) -> list[Categorical]:
         """For each channel the probabilities of −largest … largest, and one to spare."""
-        scale = self._precise.z_log_scale.exp().flatten().cpu().numpy()
+        scale = self._precise.z_scale().cpu().numpy()
         distance = np.abs(np.arange(-largest, largest + 2))
         ends = (np.array([[0.5], [-0.5]]) - distance)[:, None] / scale[:, None]
         upper, lower = 1 / (1 + np.exp(-ends.clip(-700, 700)))
@@ -172,24 +187,24 @@ class Coder:
 
     @torch.no_grad()
     def _scales(self, z: np.ndarray) -> np.ndarray:
-        """The scale in the table that comes nearest to the predicted one, for each symbol of y."""
+        """The entry of the table that is nearest to the predicted scale, for each symbol of y."""
         sent = torch.from_numpy(z)[None].to(self._device, torch.float64)
-        _, scale = self._precise.predict(sent + self._precise.z_median)
+        scale = self._precise.y_scale(sent)
         return SCALES[torch.bucketize(scale.flatten().cpu(), _BORDERS).numpy()]
 
     @torch.no_grad()
     def _synthesize(self, z: np.ndarray, y: np.ndarray) -> Tensor:
-        """What the codec makes of its symbols, in the memory layout of its own pass."""
-        z_symbols, y_symbols = (
-            torch.from_numpy(symbols)[None]
-            .to(self._device, torch.float32)
-            .contiguous(memory_format=torch.channels_last)
-            for symbols in (z, y)
+        """The decoded image, from symbols in the memory layout of the codec's own pass."""
+        return self._model.from_symbols(
+            *(
+                torch.from_numpy(symbols)[None]
+                .to(self._device, torch.float32)
+                .contiguous(memory_format=torch.channels_last)
+                for symbols in (z, y)
+            )
         )
-        mean, _ = self._model.predict(z_symbols + self._model.z_median)
-        return self._model.synthesize(mean + y_symbols)
 
-    def _checked_header(self, data: bytes) -> _Header:
+    def _read_header(self, data: bytes) -> _Header:
         if len(data) < _LAYOUT.size or len(data) % 4 != _LAYOUT.size % 4 or data[:2] != _MAGIC:
             raise BitstreamError(
                 "This should be an image that was encoded by this example, and all of it. Found "

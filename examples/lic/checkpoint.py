@@ -1,4 +1,10 @@
-"""Checkpoints: written whole or not at all, read with a word on what does not fit."""
+"""Checkpoints: written whole or not at all, with a clear error for what does not fit.
+
+One format for all runs: ``format``; ``run``, the settings that a resumed run has to share
+(:meth:`examples.lic.runs.Run.as_dict`); ``images``, which of them it saw; ``taken``, the steps;
+the states of ``model``, ``optimizer``, ``schedule``, and where there are any ``ema`` and
+``auxiliary``; ``crops``, the place in their stream; ``random``, the random states of each process.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +20,12 @@ import torch
 from torch import nn
 
 from examples.lic import architectures
+from examples.lic.variable_rate import VariableRateCodec
 
-FORMAT = 1
-"""Raised when what a checkpoint holds changes its meaning."""
+FORMAT = 2
+"""Raised when the content of a checkpoint changes its meaning."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(Exception):
@@ -24,7 +33,7 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Put `content` at `path`, so that whatever happens there is the old file or the new one.
+    """Put `content` at `path`; whatever happens, the old file or the new one is there.
 
     Raises:
         CheckpointError: The disk is full, or the folder cannot be written to. The old file is as
@@ -37,18 +46,16 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
         old = "The one that was there is as it was. " if path.exists() else ""
-        advice = "Free some space" if error.errno in _FULL else "Make the folder writable"
+        advice = "Free some space" if error.errno in _NO_SPACE else "Make the folder writable"
         raise CheckpointError(
             f"The checkpoint {path} could not be saved ({error.strerror}). {old}{advice}."
         ) from error
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file beside `path`, see it reach the disk, and only then give it the name."""
-    part = path.with_name(f"{path.name}.part")
+    """Write a file next to `path`, wait until it is on the disk, and only then rename it."""
+    # A name of this process, since two may be writing the same file.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -62,7 +69,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return what was saved at `path`, on the CPU.
+    """Return the content of the checkpoint at `path`, on the CPU.
 
     Raises:
         CheckpointError: There is no such file, or it is no checkpoint of a codec.
@@ -71,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(
-            f"There is no checkpoint {path}. `python -m examples.lic.train` makes one."
+            f"There is no checkpoint {path}. `python -m examples.lic train` makes one."
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -80,7 +87,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} should be a checkpoint of `python -m examples.lic.train`, format {FORMAT}. "
+            f"{path} should be a checkpoint of `python -m examples.lic train`, format {FORMAT}. "
             "Found something else. Name another file."
         )
     return content
@@ -98,24 +105,31 @@ def trained_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def load_weights(model: nn.Module, path: Path, arch: str) -> None:
-    """Start `model`, built as `arch`, from the trained weights at `path`.
+def load_start(model: nn.Module, path: Path, arch: str) -> None:
+    """Set `model`, built as `arch`, to the trained weights at `path`.
+
+    A variable-rate codec may start from its fixed-rate base, whose λ then has a step of 1.
 
     Raises:
         CheckpointError: The checkpoint holds another architecture.
     """
     content = load(path)
-    if content["arch"] != arch:
+    weights, found = trained_weights(content), content["run"]["arch"]
+    if found == arch:
+        model.load_state_dict(weights)
+    elif isinstance(model, VariableRateCodec) and found == architectures.base_of(arch):
+        model.base.load_state_dict(weights)
+        model.highest.fill_(content["run"]["lambdas"][-1])
+    else:
         raise CheckpointError(
-            f"{path} should hold a codec of the architecture {arch}. Found {content['arch']}. "
-            f"Choose --arch {content['arch']}, or another checkpoint."
+            f"{path} should hold a codec of the architecture {arch}. Found {found}. Choose "
+            f"--arch {found}, or another checkpoint."
         )
-    model.load_state_dict(trained_weights(content))
 
 
 def load_codec(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The codec at `path` as evaluation wants it, and all else that the checkpoint says."""
+    """The codec at `path` in evaluation mode, and all else that the checkpoint holds."""
     content = load(path)
-    model = architectures.build(content["arch"])
+    model = architectures.build(content["run"]["arch"])
     model.load_state_dict(trained_weights(content))
     return model.eval(), content

@@ -4,111 +4,207 @@
 
     python -m examples.lic                       # bundled photographs, about five minutes
     python -m examples.lic --images my-photos    # a folder of your own
-    python -m examples.lic --quick               # seconds, to see that everything works
+
+Standard models for three λ, each trained from the one before; then from each of their checkpoints
+the same further steps six times over: with the standard sum, with the two solutions of Balanced
+R-D, and with fixed weights, those that the solutions arrived at and lower ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-import torch
 from tqdm import tqdm
 
-from examples.lic import images, plots, report
-from examples.lic.comparison import Comparison, Plan, Rung
-from examples.lic.options import Parser, crop_side, positive
-from examples.lic.training import Recipe
-from moo_balance import StepMetrics
+from examples.lic import images, options, plots
+from examples.lic.bd import gap_above
+from examples.lic.checkpoint import load_codec
+from examples.lic.evaluation import Score, evaluate, mean_score
+from examples.lic.images import Photographs
+from examples.lic.runs import Run, train
+from examples.lic.training import Observer, Recipe, Recorder, Trainer
+from examples.lic.weightings import EQUAL, SOLUTIONS, fixed
+from moo_balance.weighting import Weighting
 
-QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5}
+STANDARD = "standard"
+
+RIVALS = {
+    "fixed as Solution 1": ("Solution 1", 1.0),
+    "fixed as Solution 2": ("Solution 2", 1.0),
+    "fixed, lower rate": ("Solution 1", 0.5),
+}
+"""Fixed weights: those that a balanced run arrived at, with this part of its distortion weight."""
+
+SENTENCE = (
+    "Rows of one λ share checkpoint, crops and noise: balancing takes that checkpoint to another "
+    "rate, about where a plain sum with λ' goes, so any gain is only in the last column (PSNR "
+    "above fixed weights at the same rate; – where their rates do not reach), and as it changes "
+    "with the seed, a run of minutes shows how balancing works, not whether it gains the few per "
+    "cent that were published."
+)
+
+COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"
+QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5, "output": Path("runs/lic/quick")}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Result:
+    """A trained model: mean score on the held-out images, and the metrics of its training."""
+
+    score: Score
+    record: Recorder
+    lmbda: float
+
+    def fixed_weights(self, part: float) -> Weighting:
+        """The coefficients that the run arrived at, with `part` of the distortion's; sum 1."""
+        mean = self.record.late_mean("coefficient")
+        return fixed(mean["rate"] / (mean["rate"] + part * mean["distortion"]))
+
+    @property
+    def effective_lambda(self) -> float:
+        """The λ' of a plain sum whose gradient has the direction of these coefficients."""
+        mean = self.record.late_mean("coefficient")
+        return self.lmbda * mean["distortion"] / mean["rate"]
+
+
+class _Bar(Observer):
+    """Shares one progress bar among all runs."""
+
+    def __init__(self, bar: tqdm, label: str) -> None:
+        self._bar, self._label = bar, label
+
+    def begin(self, trainer: Trainer) -> None:
+        self._bar.set_description(self._label, refresh=False)
+
+    def after(self, trainer: Trainer) -> None:
+        self._bar.update()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Carries out all runs; their checkpoints are in `folder`, a subfolder for each method."""
+
+    photographs: Photographs
+    chosen: argparse.Namespace
+    folder: Path
+    bar: tqdm
+
+    def __call__(self) -> dict[float, dict[str, Result]]:
+        """For each λ, the results by method; ``"checkpoint"`` is what the others started from."""
+        results, start = {}, None
+        for lmbda in sorted(self.chosen.lambdas):
+            recipe = Recipe(self.chosen.steps, lr=1e-3, clip="unit")
+            point = {"checkpoint": self._run("checkpoint", lmbda, EQUAL, recipe, start)}
+            start = self._path("checkpoint", lmbda)
+            # Same start, same crops, same noise: only the weighting differs.
+            recipe = Recipe(self.chosen.finetune_steps, lr=5e-4, clip="unit")
+            for name, weighting in {STANDARD: EQUAL, **SOLUTIONS}.items():
+                point[name] = self._run(name, lmbda, weighting, recipe, start)
+            for name, (solution, part) in RIVALS.items():
+                weighting = point[solution].fixed_weights(part)
+                point[name] = self._run(name, lmbda, weighting, recipe, start)
+            results[lmbda] = point
+        return results
+
+    def _run(
+        self, name: str, lmbda: float, weighting: Weighting, recipe: Recipe, start: Path | None
+    ) -> Result:
+        chosen, path, record = self.chosen, self._path(name, lmbda), Recorder()
+        run = Run(
+            "small", (lmbda,), weighting, recipe, chosen.crop, chosen.batch, chosen.seed, start
+        )
+        path.unlink(missing_ok=True)  # of an earlier demonstration
+        bar = _Bar(self.bar, f"λ {lmbda:g}, {name}")
+        train(run, list(self.photographs.train.values()), path, observers=[record, bar])
+        scores = evaluate(load_codec(path)[0], self.photographs.held_out)
+        return Result(mean_score(scores), record, lmbda)
+
+    def _path(self, name: str, lmbda: float) -> Path:
+        return (
+            self.folder / name.replace(",", "").replace(" ", "-").lower() / f"lambda-{lmbda!r}.pt"
+        )
+
+
+def gap(point: Mapping[str, Result], method: str) -> float | None:
+    """PSNR of `method` above fixed weights from the same checkpoint, at the same rate, in dB."""
+    curve = [point[name].score for name in (STANDARD, *RIVALS)]
+    return gap_above(point[method].score, curve)
+
+
+def table(results: Mapping[float, Mapping[str, Result]]) -> str:
+    """One row for each model."""
+    names = ("λ", "method", "bpp", "PSNR/dB", "ms/step", "last w_R : w_D", "λ'", "gap/dB")
+    lines = [COLUMNS.format(*names)]
+    for lmbda, point in results.items():
+        lines.append("─" * len(lines[0]))
+        for name, result in point.items():
+            above = gap(point, name) if name in SOLUTIONS else None
+            last = result.record.last("weight")
+            row = (
+                f"{lmbda:g}", name, f"{result.score.bpp:.3f}", f"{result.score.psnr:.2f}",
+                f"{result.record.milliseconds:.1f}",
+                f"{last['rate']:.2f} : {last['distortion']:.2f}",
+                f"{result.effective_lambda:.2g}",
+                ("–" if name in SOLUTIONS else "") if above is None else f"{above:+.2f}",
+            )  # fmt: skip
+            lines.append(COLUMNS.format(*row).replace("-", "−"))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit code."""
-    options = _parse(arguments)
-    try:
-        photographs = _photographs(options)
-        options.output.mkdir(parents=True, exist_ok=True)
-    except (images.ImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(options.threads)
-    plan = Plan(
-        lambdas=sorted(options.lambdas),
-        ladder=Recipe(options.steps, lr=1e-3),
-        finetuning=Recipe(options.finetune_steps, lr=5e-4),
-        crop=options.crop,
-        batch=options.batch,
-        seed=options.seed,
-    )
-    print(f"Trains on {_listed(photographs.train)}; held out: {_listed(photographs.held_out)}.")
-    for note in photographs.notes:
-        print(note)
-    with tqdm(total=plan.total_steps, unit="step", mininterval=0.5, smoothing=0.05) as bar:
-        rungs = Comparison(photographs, plan, _shown_on(bar))()
-    print(f"\n{report.table(rungs)}\n\n{fill(report.SENTENCE, 88)}\n")
-    for path in _write(rungs, plan, options.output):
-        print(path)
+    chosen = _parse(arguments)
+    photographs = images.bundled()
+    if chosen.images is not None:
+        photographs = images.from_folders(chosen.images, chosen.eval_images, crop=chosen.crop)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    for role, pictures in (("Trains on", photographs.train), ("Held out:", photographs.held_out)):
+        print(role, ", ".join(pictures) if len(pictures) < 6 else f"{len(pictures)} images")
+    print(*photographs.notes, sep="\n")
+    runs = 1 + len(SOLUTIONS) + len(RIVALS)
+    total = len(chosen.lambdas) * (chosen.steps + runs * chosen.finetune_steps)
+    with tqdm(total=total, unit="step", mininterval=0.5, smoothing=0.05) as bar:
+        results = Comparison(photographs, chosen, chosen.output, bar)()
+    print(f"\n{table(results)}\n\n{fill(SENTENCE, 88)}\n")
+    scores = {x: {name: r.score for name, r in point.items()} for x, point in results.items()}
+    markers = dict.fromkeys(RIVALS, ".") | {"checkpoint": "x", STANDARD: "s"}
+    markers |= dict(zip(SOLUTIONS, "o^", strict=True))
+    figure = plots.starts_figure(scores, markers=markers, line=(STANDARD, *RIVALS))
+    figure.savefig(chosen.output / "rate-distortion.png")
+    content = {
+        str(x): {
+            name: {**r.score._asdict(), "effective_lambda": r.effective_lambda}
+            for name, r in point.items()
+        }
+        for x, point in results.items()
+    }
+    (chosen.output / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print(chosen.output / "rate-distortion.png", chosen.output / "results.json", sep="\n")
     return 0
 
 
-def _shown_on(bar: tqdm) -> Callable[[float, str, StepMetrics], None]:
-    def on_step(lmbda: float, label: str, balance: StepMetrics) -> None:
-        bar.set_description(f"λ {lmbda:g}, {label}", refresh=False)
-        if bar.n % 20 == 0:
-            bar.set_postfix_str(f"{balance.losses['rate']:.2f} bpp", refresh=False)
-        bar.update()
-
-    return on_step
-
-
-def _photographs(options: argparse.Namespace) -> images.Photographs:
-    if options.images is None:
-        return images.bundled()
-    return images.from_folders(options.images, options.eval_images, crop=options.crop)
-
-
-def _listed(pictures: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(pictures) if len(pictures) <= 5 else f"{len(pictures)} images"
-
-
-def _write(rungs: Sequence[Rung], plan: Plan, folder: Path) -> Iterator[Path]:
-    figures = {
-        "rate-distortion.png": plots.rate_distortion_figure(rungs),
-        "weights.png": plots.weights_figure(rungs),
-    }
-    for name, figure in figures.items():
-        figure.savefig(folder / name)
-        yield folder / name
-    path = folder / "results.json"
-    path.write_text(json.dumps(report.as_json(rungs, plan), indent=1), encoding="utf-8")
-    yield path
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m examples.lic",
-        description="Train a small image codec, standard and balanced, and compare.",
-    )
-    add = parser.add
-    parser.add_images()
-    add("--output", "for figures and results", type=Path, metavar="DIR", default=Path("runs/lic"))
-    add("--lambdas", "rungs of the ladder", type=positive(float), nargs="+", metavar="λ",
-        default=[0.0035, 0.013, 0.05])  # fmt: skip
-    add("--steps", "standard steps on each rung", type=positive(int), metavar="N", default=1500)
-    add("--finetune-steps", "further steps of each method", type=positive(int), metavar="N",
-        default=400)  # fmt: skip
-    add("--batch", "crops in a step", type=positive(int), metavar="N", default=2)
-    add("--crop", "side of the crops, a multiple of 64", type=crop_side, metavar="N", default=128)
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = options.Parser("", "Train a small image codec, standard and balanced, and compare.")
+    add, whole = parser.add, options.positive(int)
+    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
+    add("--eval-images", "held out; if not given, the last fifth of --images by name",
+        type=Path, metavar="DIR")  # fmt: skip
+    add("--output", "for checkpoints, figure and results", type=Path, metavar="DIR",
+        default=Path("runs/lic/demo"))  # fmt: skip
+    add("--lambdas", "of the standard models", type=options.positive(float), nargs="+",
+        metavar="λ", default=[0.0035, 0.013, 0.05])  # fmt: skip
+    add("--steps", "of each standard model", type=whole, metavar="N", default=1500)
+    add("--finetune-steps", "further steps of each method", type=whole, metavar="N", default=400)
+    add("--batch", "crops in a step", type=whole, metavar="N", default=2)
+    add("--crop", "side of the crops, a multiple of 64", type=options.crop_side, metavar="N",
+        default=128)  # fmt: skip
     add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
-    parser.add_threads()
-    parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        vars(options).update(QUICK)
-    return options
+    chosen = parser.parse(arguments, QUICK)
+    if chosen.eval_images is not None and chosen.images is None:
+        parser.error("--eval-images needs --images")
+    return chosen

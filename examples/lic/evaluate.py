@@ -2,55 +2,130 @@
 
 ::
 
-    python -m examples.lic.evaluate runs/lic/standard runs/lic/solution1 --anchor standard
-    python -m examples.lic.evaluate runs/lic/standard --images kodak
+    python -m examples.lic evaluate runs/lic/standard runs/lic/solution1 --anchor standard
+    python -m examples.lic evaluate runs/lic/standard --images kodak
 
 Every image is encoded to a file, which is read back and decoded. The checkpoints of one folder make
-one curve, which has the folder's name.
+one curve, which has the folder's name; a variable-rate codec has a point for each of its λ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.lic import curves, images, options
-from examples.lic.bitstream import BitstreamError
+from examples.lic import images, options, plots
+from examples.lic.architectures import coder_for
+from examples.lic.bd import CurveError, compare, t_interval
 from examples.lic.checkpoint import CheckpointError, load_codec
-from examples.lic.compressai_codecs import ArchitectureError
-from examples.lic.curves import Point
-from examples.lic.measurement import MS_SSIM_SIDE, measure
+from examples.lic.evaluation import MS_SSIM_SIDE, Measurement, Score, measure
+from examples.lic.variable_rate import VariableRateCodec
 
-FAULTS = (images.ImageError, CheckpointError, ArchitectureError, BitstreamError, OSError)
-
+QUICK = {"output": Path("runs/lic/quick")}
 QUICK_SIDE = 192
-"""Of the part of the first image that ``--quick`` codes."""
+"""Of the part of the first image that ``--quick`` codes, in pixels."""
+
+COLUMNS = "{:<22}{:>8}{:>9}{:>11}{:>10}{:>10}"
+
+Pictures = Mapping[str, Callable[[], Tensor]]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate; returns the exit code."""
+@dataclass(frozen=True)
+class Point:
+    """One codec at one λ, and the results on each image; its means are over the images."""
+
+    checkpoint: str
+    curve: str
+    lmbda: float
+    images: dict[str, Measurement]
+
+    def mean(self, name: str) -> float | None:
+        """Of ``"bpp"``, ``"estimated_bpp"``, ``"psnr"``, ``"ms_ssim"``; None if one has none."""
+        values = [getattr(m, name) for m in self.images.values()]
+        return None if None in values else fmean(values)
+
+    def score(self, image: str | None = None) -> Score:
+        """Of one image, or the mean, by true size."""
+        return self.images[image].score if image else Score(self.mean("bpp"), self.mean("psnr"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate; returns the exit code, 1 if a decoded image is not the codec's own."""
     chosen = _parse(arguments)
-    torch.set_num_threads(chosen.threads)
     torch.backends.cudnn.deterministic = True  # or a decoder on a GPU need not agree with itself
+    points = list(_evaluate(chosen))
+    curves: dict[str, list[Point]] = {}
+    for point in sorted(points, key=Point.score):
+        curves.setdefault(point.curve, []).append(point)
+    print(table(curves))
+    small = [name for name, m in points[0].images.items() if m.ms_ssim is None]
+    if small:
+        print(f"No MS-SSIM: it needs sides of {MS_SSIM_SIDE} pixels, unlike {', '.join(small)}.")
+    others = [name for name in curves if chosen.anchor not in (None, name)]
+    sentences = [compare_curves(curves, name, chosen.anchor) for name in others]
+    print("".join(f"{sentence}\n" for sentence in sentences), end="")
+    drawn = {
+        name: [tuple(p.mean(x) for x in ("bpp", "psnr", "ms_ssim")) for p in curve]
+        for name, curve in curves.items()
+    }
+    paths = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
+    plots.curves_figure(drawn, f"Mean of {len(points[0].images)} images").savefig(paths[0])
+    content = {"points": [asdict(point) for point in points], "comparisons": sentences}
+    paths[1].write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(*paths, sep="\n")
+    exact = [m.exact for point in points for m in point.images.values()]
+    print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
+    return 0 if all(exact) else 1
+
+
+def table(curves: Mapping[str, Sequence[Point]]) -> str:
+    """One row for each point: means over the images."""
+    head = COLUMNS.format("curve", "λ", "bpp", "estimated", "PSNR/dB", "MS-SSIM")
+    lines = [head]
+    for name, curve in curves.items():
+        lines.append("─" * len(head))
+        for point in curve:
+            bpp, estimated, psnr, similarity = map(
+                point.mean, ("bpp", "estimated_bpp", "psnr", "ms_ssim")
+            )
+            last = "–" if similarity is None else f"{similarity:.4f}"
+            row = (name, f"{point.lmbda:g}", f"{bpp:.4f}", f"{estimated:.4f}", f"{psnr:.2f}", last)
+            lines.append(COLUMNS.format(*row))
+    return "\n".join(lines)
+
+
+def compare_curves(curves: Mapping[str, Sequence[Point]], test: str, anchor: str) -> str:
+    """BD-rate and BD-PSNR of the mean curves and of each image's, or why there are none."""
+
+    def delta(image: str | None) -> object:
+        return compare(*([p.score(image) for p in curves[name]] for name in (test, anchor)))
+
     try:
-        points = _evaluated(chosen)
-        _report(points, chosen)
-    except FAULTS as error:
-        print(f"error: {options.sentence(error)}", file=sys.stderr)
-        return 2
-    return _exactness(points)
+        mean = delta(None)
+        text = (
+            f"{test} against {anchor}: BD-rate {mean.rate:+.2f} %, BD-PSNR {mean.psnr:+.3f} dB, "
+            f"over {mean.psnr_overlap:.0%} of the PSNR range"
+        )
+    except CurveError as error:
+        return f"{test} against {anchor}: no BD-rate. {error}"
+    try:
+        mean, low, high = t_interval([delta(image).rate for image in curves[test][0].images])
+    except CurveError as error:
+        return f"{text}; not for each image. {error}"
+    return f"{text}; image by image {mean:+.2f} %, 95 % interval [{low:+.2f}, {high:+.2f}]."
 
 
-def _evaluated(chosen: argparse.Namespace) -> list[Point]:
-    """Every checkpoint on every image; all checkpoints are read before the first is used."""
+def _evaluate(chosen: argparse.Namespace) -> Iterator[Point]:
+    """Every codec on every image; all checkpoints are read before the first is used."""
     paths = _checkpoints(chosen.checkpoints)
     names = _curve_names(paths)
     if chosen.anchor is not None and chosen.anchor not in names.values():
@@ -58,28 +133,34 @@ def _evaluated(chosen: argparse.Namespace) -> list[Point]:
             f"--anchor should be one of {', '.join(sorted(set(names.values())))}, the folders of "
             f"the checkpoints. Found {chosen.anchor}. Choose one of these."
         )
-    codecs = {path: load_codec(path) for path in paths}
-    for path, (_, content) in codecs.items():
-        if content["taken"] < content["settings"]["steps"]:
-            print(f"{path} is at step {content['taken']} of {content['settings']['steps']}.")
-    pictures = _quick(_pictures(chosen.images)) if chosen.quick else _pictures(chosen.images)
-    points = []
-    for path, (model, content) in tqdm(codecs.items(), unit="checkpoint", disable=None):
-        folder = chosen.output / "files" / names[path].strip("/").replace("/", "_") / path.stem
-        found = measure(model.to(chosen.device), pictures, folder)
-        points.append(Point(path, names[path], content["lmbda"], content["settings"], found))
-    return points
+    codecs: list[tuple[Path, float, nn.Module]] = []
+    for path in paths:
+        model, content = load_codec(path)
+        if content["taken"] < content["run"]["steps"]:
+            print(f"{path} is at step {content['taken']} of {content['run']['steps']}.")
+        for lmbda in content["run"]["lambdas"]:
+            codec = model.at(lmbda) if isinstance(model, VariableRateCodec) else model
+            codecs.append((path, lmbda, codec))
+    pictures = _pictures(chosen.images, quick=chosen.quick)
+    for path, lmbda, codec in tqdm(codecs, unit="codec", disable=None):
+        coder = coder_for(codec.to(chosen.device))
+        folder = chosen.output / "files" / names[path].strip("/").replace("/", "_")
+        measured = {
+            name: measure(codec, coder, load, folder / f"lambda-{lmbda!r}" / f"{name}.bin")
+            for name, load in pictures.items()
+        }
+        yield Point(str(path), names[path], lmbda, measured)
 
 
 def _checkpoints(arguments: Sequence[Path]) -> list[Path]:
-    """Files as they are, and for each folder what is in it."""
+    """Files as they are, and for each folder its checkpoints."""
     paths = []
     for argument in arguments:
         inside = sorted(argument.glob("*.pt")) if argument.is_dir() else [argument]
         if not inside:
             raise CheckpointError(
                 f"{argument} holds no checkpoints (*.pt). Train some with "
-                "`python -m examples.lic.train`, or name another folder."
+                "`python -m examples.lic train`, or name another folder."
             )
         paths += inside
     return list(dict.fromkeys(paths))
@@ -95,57 +176,32 @@ def _curve_names(paths: Sequence[Path]) -> dict[Path, str]:
     }
 
 
-def _pictures(folder: Path | None) -> dict[str, Callable[[], Tensor]]:
+def _pictures(folder: Path | None, *, quick: bool) -> Pictures:
     if folder is None:
-        return {name: partial(_same, image) for name, image in images.bundled().held_out.items()}
-    paths = images.list_images(folder)
-    modes, faults = images.read_modes(paths)
-    images.check(faults, len(paths))
-    note = images.conversions(modes)
-    if note is not None:
-        print(note)
-    return {str(path.relative_to(folder)): partial(images.read_pixels, path) for path in paths}
+        held_out = images.bundled().held_out
+        pictures = {name: partial(_same, image) for name, image in held_out.items()}
+    else:
+        paths = images.list_images(folder)
+        modes, faults = images.read_modes(paths)
+        images.check(faults, len(paths))
+        print(*images.conversions(modes), sep="\n")
+        pictures = {str(p.relative_to(folder)): partial(images.read_image, p) for p in paths}
+    if quick:
+        name, load = next(iter(pictures.items()))
+        pictures = {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
+    return pictures
 
 
 def _same(image: Tensor) -> Tensor:
     return image
 
 
-def _quick(pictures: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    name, load = next(iter(pictures.items()))
-    return {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
-
-
-def _report(points: Sequence[Point], chosen: argparse.Namespace) -> None:
-    print(curves.table(points))
-    small = sorted(n for n, m in points[0].measurements.items() if m.ms_ssim is None)
-    if small:
-        print(f"MS-SSIM needs sides of {MS_SSIM_SIDE} pixels; without it: {', '.join(small)}.")
-    comparisons = [] if chosen.anchor is None else curves.comparisons(points, chosen.anchor)
-    for comparison in comparisons:
-        print(comparison.sentence())
-    title = "bundled photographs" if chosen.images is None else chosen.images.name
-    figure = chosen.output / "rate-distortion.png"
-    curves.figure(points, title).savefig(figure)
-    results = chosen.output / "results.json"
-    content = curves.as_json(points, comparisons)
-    results.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"{figure}\n{results}")
-
-
-def _exactness(points: Sequence[Point]) -> int:
-    exact = [m.exact for point in points for m in point.measurements.values()]
-    print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
-    return 0 if all(exact) else 1
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser(
-        prog="python -m examples.lic.evaluate",
-        description="Code images with trained codecs, and compare curves of rate and distortion.",
+        "evaluate", "Code images with trained codecs, and compare curves of rate and distortion."
     )
     add = parser.add
-    add("checkpoints", "files of examples.lic.train, or folders of them", type=Path, nargs="+",
+    add("checkpoints", "files of the train command, or folders of them", type=Path, nargs="+",
         metavar="CHECKPOINT")  # fmt: skip
     add("--images", "code this folder, not the bundled held-out photographs", type=Path,
         metavar="DIR")  # fmt: skip
@@ -153,10 +209,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", "for files, figure and results", type=Path, metavar="DIR",
         default=Path("runs/lic/evaluation"))  # fmt: skip
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
-    parser.add_threads()
-    parser.add_argument("--quick", action="store_true", help="a part of the first image alone")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return parser.parse(arguments, QUICK)

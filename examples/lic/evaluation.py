@@ -1,30 +1,30 @@
-"""Rate and distortion on whole images."""
+"""Rate and distortion on whole images: estimated, and by the sizes of real files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+from pytorch_msssim import ms_ssim
 from torch import Tensor, nn
 from torch.nn import functional
+
+MS_SSIM_SIDE = 161
+"""Least side of an image that still has pixels for the window at the coarsest of five scales."""
 
 
 class Score(NamedTuple):
     """A point of the rate-distortion plane."""
 
     bpp: float
-    """Estimated bits per pixel: information content of the rounded symbols under the model."""
+    """Bits per pixel."""
     psnr: float
     """Peak signal-to-noise ratio of the decoded 8-bit image, in dB."""
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until both sides of ``[B, C, H, W]`` are multiples."""
-    height, width = images.shape[-2:]
-    return functional.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
@@ -33,14 +33,43 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
+def squared_error(decibels: float) -> float:
+    """255² times the mean squared error, of pixels in [0, 1], that has this PSNR."""
+    return 255**2 * 10 ** (-decibels / 10)
+
+
+def rate_distortion_loss(score: Score, lmbda: float) -> float:
+    """R + λ · 255² · MSE of a score."""
+    bpp, decibels = score
+    return bpp + lmbda * squared_error(decibels)
+
+
+def mean_score(scores: Mapping[str, Score]) -> Score:
+    """Plain mean over the images of bits per pixel and of dB."""
+    return Score(*(fmean(axis) for axis in zip(*scores.values(), strict=True)))
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until both sides of ``[B, C, H, W]`` are multiples."""
+    height, width = images.shape[-2:]
+    return functional.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def crop_center(image: Tensor, side: int) -> Tensor:
+    """The central square of ``[C, H, W]``, or as much of it as there is."""
+    height, width = image.shape[-2:]
+    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
+    return image[:, top : top + side, left : left + side]
+
+
 def to_pixels(decoded: Tensor) -> Tensor:
-    """A decoded image as it is shown: uint8, on the CPU."""
+    """A decoded image in 8 bits: uint8, on the CPU."""
     return (decoded.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, image: Tensor) -> tuple[Tensor, float]:
-    """What a codec in evaluation mode makes of one uint8 image ``[3, H, W]`` of any size.
+    """Pass one uint8 image ``[3, H, W]`` of any size through a codec in evaluation mode.
 
     Returns:
         The decoded image, float and not clamped, and the estimated bits; the padding is coded too.
@@ -52,22 +81,99 @@ def reconstruct(model: nn.Module, image: Tensor) -> tuple[Tensor, float]:
     return decoded[0, :, :height, :width], sum(bits.values()).item()
 
 
-def score(model: nn.Module, image: Tensor) -> Score:
-    """Code one uint8 image; the padding is coded, and its pixels are not counted."""
-    decoded, bits = reconstruct(model, image)
-    return Score(bits / image[0].numel(), psnr(to_pixels(decoded), image))
-
-
 def evaluate(model: nn.Module, images: Mapping[str, Tensor]) -> dict[str, Score]:
-    """Score every image with rounded symbols, and leave the model in the mode it was in."""
+    """Score uint8 images by estimated rate; the model is left in the mode it was in.
+
+    The rate is the information content of the rounded symbols under the model. Padding is coded,
+    and its pixels are not counted.
+    """
     was_training = model.training
     model.eval()
     try:
-        return {name: score(model, image) for name, image in images.items()}
+        scores = {}
+        for name, image in images.items():
+            decoded, bits = reconstruct(model, image)
+            scores[name] = Score(bits / image[0].numel(), psnr(to_pixels(decoded), image))
+        return scores
     finally:
         model.train(was_training)
 
 
-def mean_score(scores: Mapping[str, Score]) -> Score:
-    """Plain mean over the images of bits per pixel and of dB."""
-    return Score(fmean(s.bpp for s in scores.values()), fmean(s.psnr for s in scores.values()))
+class ImageCoder(Protocol):
+    """From images to bytes and back."""
+
+    def encode(self, image: Tensor) -> bytes: ...
+
+    def decode_exactly(self, data: bytes) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of coding one image to a file."""
+
+    pixels: int
+    size: int
+    """Bytes of the file, header included."""
+    estimated_bits: float
+    """Information content of the symbols under the model."""
+    psnr: float
+    """In dB."""
+    ms_ssim: float | None
+    """None for an image too small for it."""
+    exact: bool
+    """Whether the decoded image equals the codec's own reconstruction bit by bit, before both are
+    rounded to 8 bits. CompressAI's autoregressive codecs decode symbol by symbol and need not."""
+
+    @property
+    def bpp(self) -> float:
+        """Bits of the file per pixel."""
+        return 8 * self.size / self.pixels
+
+    @property
+    def estimated_bpp(self) -> float:
+        """The same by the estimate."""
+        return self.estimated_bits / self.pixels
+
+    @property
+    def score(self) -> Score:
+        """The point of the rate-distortion plane, by true size."""
+        return Score(self.bpp, self.psnr)
+
+
+def measure(
+    model: nn.Module, coder: ImageCoder, image: Callable[[], Tensor], file: Path
+) -> Measurement:
+    """Code one image to a file, read it back, decode it and compare.
+
+    Args:
+        model: The codec, in evaluation mode.
+        coder: Its coder; see ``architectures.coder_for``.
+        image: Loads a uint8 image ``[3, H, W]``.
+        file: Receives the bytes.
+
+    Raises:
+        BitstreamError: The image cannot be coded.
+    """
+    reference = image()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(coder.encode(reference))
+    data = file.read_bytes()
+    decoded = coder.decode_exactly(data)
+    own, bits = reconstruct(model, reference)
+    pixels = to_pixels(decoded)
+    return Measurement(
+        pixels=reference[0].numel(),
+        size=len(data),
+        estimated_bits=bits,
+        psnr=psnr(pixels, reference),
+        ms_ssim=structural_similarity(pixels, reference),
+        exact=torch.equal(decoded.clamp(0, 1), own.clamp(0, 1)),
+    )
+
+
+def structural_similarity(image: Tensor, reference: Tensor) -> float | None:
+    """MS-SSIM of two uint8 images ``[3, H, W]``; None where a side is below 161 pixels."""
+    if min(image.shape[-2:]) < MS_SSIM_SIDE:
+        return None
+    pair = (x[None].to(torch.float32) for x in (image, reference))
+    return ms_ssim(*pair, data_range=255).item()

@@ -1,4 +1,4 @@
-"""Photographs: the bundled ones, folders of the user's own, and random crops from them."""
+"""Photographs: the bundled ones, and folders of the user's own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 TRAIN_BYTES = 2**29
-"""How much of a training folder is kept in memory; the rest of a larger folder is left out."""
+"""How much of a folder is held in memory to train on; the rest of a larger one is left out."""
 
 EVAL_BYTES = 2**25
 """The same for held-out images: every trained model is evaluated on all of them in full."""
 
-
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""What counts as an image in a folder that may hold other files too."""
-
+"""The files of a folder that are taken for images."""
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""How Pillow says that a file is no image, or a broken one."""
+"""Pillow's errors for a file that is no image, or a broken one."""
 
 
 class ImageError(Exception):
@@ -33,7 +31,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images by name, each uint8 ``[3, H, W]``, and what the user should know about them."""
+    """Images by name, each uint8 ``[3, H, W]``, and notes for the user about them."""
 
     train: Mapping[str, Tensor]
     held_out: Mapping[str, Tensor]
@@ -41,7 +39,7 @@ class Photographs:
 
 
 def bundled() -> Photographs:
-    """Return the photographs that scikit-image and scikit-learn carry."""
+    """Return the photographs that scikit-image and scikit-learn contain."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -64,7 +62,7 @@ def bundled() -> Photographs:
 
 
 def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photographs:
-    """Return the images of the user's folders, subfolders included.
+    """Read the images of the user's folders, subfolders included.
 
     Args:
         folder: Images to train on, each at least ``crop`` pixels high and wide.
@@ -108,29 +106,28 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def read_image(path: Path, *, min_side: int = 1) -> tuple[Tensor, str]:
-    """Return the image at ``path`` as uint8 ``[3, H, W]``, and the mode it was stored in."""
+def read_image(path: Path, *, min_side: int = 1) -> Tensor:
+    """Return the image at ``path`` as uint8 ``[3, H, W]``.
+
+    Raises:
+        ImageError: It cannot be read, or a side is shorter than `min_side` pixels.
+    """
     try:
         with Image.open(path) as image:
-            pixels, mode = _to_rgb(ImageOps.exif_transpose(image)), image.mode
+            pixels = _to_rgb(ImageOps.exif_transpose(image))
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     _check_side(path, *pixels.shape[:2], min_side)
-    return _to_tensor(pixels), mode
-
-
-def read_pixels(path: Path) -> Tensor:
-    """The image at `path` as uint8 ``[3, H, W]``."""
-    return read_image(path)[0]
+    return _to_tensor(pixels)
 
 
 def read_modes(
     paths: Sequence[Path], *, min_side: int = 1
 ) -> tuple[dict[Path, str], list[ImageError]]:
-    """Look at every file's header, so that a bad one is found now and not after days of training.
+    """Read every file's header, so that a bad one is found now and not after days of training.
 
     Returns:
-        The modes of the images that can be used, and what is wrong with the others.
+        The modes of the images that can be used, and an error for each of the others.
     """
     modes, faults = {}, []
     for path in paths:
@@ -146,6 +143,30 @@ def check(faults: Sequence[ImageError], count: int) -> None:
     if faults:
         more = f" {len(faults)} of {count} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
+
+
+def conversions(modes: Mapping[Path, str]) -> list[str]:
+    """A sentence on the images whose mode is not 8-bit RGB, if there are any."""
+    names = [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return [f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."]
+
+
+def _read_all(
+    paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
+) -> dict[str, Tensor]:
+    images: dict[Path, Tensor] = {}
+    # In shuffled order, so that what fits into the budget is a fair sample of the folder.
+    for path in random.Random(0).sample(paths, len(paths)):
+        images[path] = read_image(path, min_side=min_side)
+        budget -= images[path].numel()
+        if budget <= 0:
+            notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
+            break
+    notes += conversions(read_modes(list(images))[0])
+    return {str(path): image for path, image in images.items()}
 
 
 def _read_mode(path: Path, min_side: int) -> str:
@@ -173,15 +194,6 @@ def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
         )
 
 
-def conversions(modes: Mapping[Path, str]) -> str | None:
-    """A sentence on the images whose mode is not 8-bit RGB; None if there are none."""
-    names = [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
-    if not names:
-        return None
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."
-
-
 def _check_range(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
@@ -193,7 +205,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     _check_range(image)
     if image.has_transparency_data:
-        # Whatever colour hides behind transparent pixels is not part of the picture.
+        # The colour of transparent pixels is not part of the picture.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
@@ -201,49 +213,3 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def _read_all(
-    paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
-) -> dict[str, Tensor]:
-    images: dict[str, Tensor] = {}
-    modes: dict[Path, str] = {}
-    # In shuffled order, so that what fits into the budget is a fair sample of the folder.
-    for path in random.Random(0).sample(paths, len(paths)):
-        image, mode = read_image(path, min_side=min_side)
-        images[str(path)] = image
-        modes[path] = mode
-        budget -= image.numel()
-        if budget <= 0:
-            notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
-            break
-    if (note := conversions(modes)) is not None:
-        notes.append(note)
-    return images
-
-
-class RandomCrops:
-    """An endless, seeded stream of batches ``[B, 3, crop, crop]`` in [0, 1], half of them mirrored.
-
-    Two streams with equal arguments yield equal batches, which is how runs are paired.
-    """
-
-    def __init__(self, images: Mapping[str, Tensor], *, crop: int, batch: int, seed: int) -> None:
-        self._images = list(images.values())
-        self._crop = crop
-        self._batch = batch
-        self._random = random.Random(seed)
-
-    def __next__(self) -> Tensor:
-        crops = torch.stack([self._draw() for _ in range(self._batch)])
-        return crops.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
-
-    def __iter__(self) -> RandomCrops:
-        return self
-
-    def _draw(self) -> Tensor:
-        image = self._random.choice(self._images)
-        top = self._random.randint(0, image.shape[1] - self._crop)
-        left = self._random.randint(0, image.shape[2] - self._crop)
-        crop = image[:, top : top + self._crop, left : left + self._crop]
-        return crop.flip(-1) if self._random.random() < 0.5 else crop

@@ -1,66 +1,122 @@
-"""TensorBoard: losses, weights, coefficients, and what the steps did to the losses."""
+"""What a training run reports: TensorBoard, held-out images, and progress on the terminal."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from examples.lic.diagnostics import Probe
-from examples.lic.session import Observer, Session
+from examples.lic.evaluation import evaluate, mean_score
+from examples.lic.training import Observer, Trainer
+from examples.lic.variable_rate import VariableRateCodec
 from moo_balance.integrations.tensorboard import add_metrics
 
 
 class Log(Observer):
-    """Writes every n-th step down. A full disk ends the log, and not the training.
+    """Writes every n-th step to TensorBoard. A full disk ends the log, and not the training.
 
     Args:
         folder: For the event files.
-        every: Steps between entries.
-        first: The step to come. Entries from there on, of a run that was killed after its last
-            checkpoint, are struck out: these steps are taken again.
+        every: Steps between entries: losses, weights, coefficients, learning rate, and the cosines
+            between gradients where the weighting computes a Gramian.
+        held_out: uint8 images ``[3, H, W]`` that are scored every `validate_every` steps and at
+            the end, as ``held out/bpp`` (estimated) and ``held out/psnr`` in dB; at its highest λ
+            for a variable-rate codec.
+        validate_every: Steps between two validations.
     """
 
-    def __init__(self, folder: Path, *, every: int, first: int) -> None:
-        self._folder, self._probe = folder, Probe(every)
-        self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=first)
-        self._hook, threading.excepthook = threading.excepthook, self._quiet
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        held_out: Mapping[str, Tensor] | None = None,
+        validate_every: int = 1000,
+    ) -> None:
+        self._folder, self._every = folder, every
+        self._held_out, self._validate_every = held_out or {}, validate_every
 
-    def before(self, session: Session, images: Tensor) -> None:
-        self._probe.before(session, images)
+    def begin(self, trainer: Trainer) -> None:
+        # Entries of a run that was killed after its last checkpoint are purged: these steps are
+        # taken again.
+        self._writer = SummaryWriter(self._folder, purge_step=trainer.taken + 1)
+        self._works = True
+        self._hook, threading.excepthook = threading.excepthook, self._ignore_full_disk
 
-    def after(self, session: Session) -> None:
-        self._probe.after(session)
-        if session.taken % self._probe.every == 0:
-            self._write(partial(self._add, session))
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._write(SummaryWriter.close)
-        threading.excepthook = self._hook
-
-    def _add(self, session: Session, writer: SummaryWriter) -> None:
-        add_metrics(writer, session.optimizer, session.taken, prefix="")
-        figures = {**self._probe.figures, "lr": session.optimizer.param_groups[0]["lr"]}
-        for name, value in figures.items():
-            writer.add_scalar(f"step/{name}", value, session.taken)
-
-    def _write(self, action: Callable[[SummaryWriter], object]) -> None:
-        if self._writer is None:
+    def after(self, trainer: Trainer) -> None:
+        figures: dict[str, float] = {}
+        logs = trainer.taken % self._every == 0
+        if logs:
+            figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
+        if self._held_out and (trainer.complete or trainer.taken % self._validate_every == 0):
+            figures |= _validate(trainer, self._held_out)
+        if not (figures and self._works):
             return
         try:
-            action(self._writer)
+            if logs:
+                add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, trainer.taken)
         except OSError as error:
-            print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
-                  "Training goes on without it.", file=sys.stderr)  # fmt: skip
-            self._writer = None
+            self._give_up(error)
 
-    def _quiet(self, fault: threading.ExceptHookArgs) -> None:
-        """TensorBoard's own thread prints a traceback of what this one is told anyway."""
+    def end(self, trainer: Trainer) -> None:
+        try:
+            if self._works:
+                self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+        threading.excepthook = self._hook
+
+    def _give_up(self, error: OSError) -> None:
+        self._works = False
+        print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
+              "Training goes on without it.", file=sys.stderr)  # fmt: skip
+
+    def _ignore_full_disk(self, fault: threading.ExceptHookArgs) -> None:
+        """TensorBoard's own thread prints a traceback of an error that is reported anyway."""
         if not isinstance(fault.exc_value, OSError):
             self._hook(fault)
+
+
+def _validate(trainer: Trainer, images: Mapping[str, Tensor]) -> dict[str, float]:
+    model = trainer.model
+    codec = model.at(model.highest.item()) if isinstance(model, VariableRateCodec) else model
+    score = mean_score(evaluate(codec, images))
+    return {"held out/bpp": score.bpp, "held out/psnr": score.psnr}
+
+
+class Progress(Observer):
+    """A bar with the losses on a terminal; elsewhere a line every `seconds`."""
+
+    def __init__(self, title: str, *, seconds: float = 30.0) -> None:
+        self._title, self._seconds = title, seconds
+
+    def begin(self, trainer: Trainer) -> None:
+        self._bar = tqdm(
+            total=trainer.recipe.steps, initial=trainer.taken, unit="step", disable=None,
+            mininterval=0.5, desc=self._title,
+        )  # fmt: skip
+        self._interval = self._seconds if self._bar.disable else 1.0
+        self._last = time.monotonic()
+
+    def after(self, trainer: Trainer) -> None:
+        self._bar.update()
+        if time.monotonic() - self._last < self._interval:
+            return
+        self._last = time.monotonic()
+        losses = trainer.optimizer.metrics.losses.items()
+        text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._bar.disable:
+            print(f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    def end(self, trainer: Trainer) -> None:
+        self._bar.close()

@@ -1,71 +1,61 @@
-"""When the learning rate falls: at fixed points of a run, or when the loss no longer does."""
+"""When the learning rate falls: at fixed points of a run, or when the loss no longer does.
+
+A schedule is a value; :meth:`start` gives the scheduler of a run, which takes each step's loss and
+can be saved and resumed.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
-SETTLED = 0.7
-"""The fraction of a run after which the learning rate falls, and weights are taken for settled."""
-
-
-class Running(ABC):
-    """A schedule under way: hears of each step's loss, and can be saved and resumed."""
-
-    @abstractmethod
-    def step(self, loss: Tensor) -> None: ...
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Schedule(ABC):
-    """What a recipe says about the learning rate."""
-
-    @abstractmethod
-    def begin(self, optimizer: Optimizer, steps: int) -> Running:
-        """Start a run of so many steps."""
+FIRST_FALL = 0.7
+"""The fraction of a run after which the learning rate falls first."""
 
 
 @dataclass(frozen=True)
-class Milestones(Schedule):
+class Milestones:
     """The learning rate falls to `factor` of itself after each of these fractions of the run."""
 
-    at: tuple[float, ...] = (SETTLED, 0.9)
+    at: tuple[float, ...] = (FIRST_FALL, 0.9)
     factor: float = 0.3
 
-    def begin(self, optimizer: Optimizer, steps: int) -> Running:
+    def start(self, optimizer: Optimizer, steps: int) -> AtMilestones:
+        """Begin a run of so many steps."""
         milestones = [int(fraction * steps) for fraction in self.at]
-        return _AtMilestones(MultiStepLR(optimizer, milestones, gamma=self.factor))
+        return AtMilestones(MultiStepLR(optimizer, milestones, gamma=self.factor))
 
 
 @dataclass(frozen=True)
-class Plateau(Schedule):
+class Plateau:
     """It falls to `factor` once the mean loss of `every` steps has not fallen `patience` times.
 
-    The loss is R + λD of the training crops, whatever the weighting minimises: held-out images
-    have no say in training. `every` steps stand for an epoch; factor and patience are the paper's.
+    The loss is that of the training crops, equally weighted whatever the weighting minimises:
+    held-out images have no part in training. `every` steps stand for an epoch; factor and patience
+    are those of Balanced R-D.
     """
 
     every: int = 500
     patience: int = 10
     factor: float = 0.5
 
-    def begin(self, optimizer: Optimizer, steps: int) -> Running:
+    def start(self, optimizer: Optimizer, steps: int) -> OnPlateau:
+        """Begin a run of so many steps."""
         scheduler = ReduceLROnPlateau(optimizer, factor=self.factor, patience=self.patience)
-        return _OnPlateau(scheduler, self.every)
+        return OnPlateau(scheduler, self.every)
 
 
-class _AtMilestones(Running):
+Schedule: TypeAlias = Milestones | Plateau
+
+
+class AtMilestones:
+    """The scheduler of :class:`Milestones`."""
+
     def __init__(self, scheduler: MultiStepLR) -> None:
         self._scheduler = scheduler
 
@@ -82,13 +72,13 @@ class _AtMilestones(Running):
         self._scheduler.load_state_dict(state)
 
 
-class _OnPlateau(Running):
+class OnPlateau:
+    """The scheduler of :class:`Plateau`."""
+
     def __init__(self, scheduler: ReduceLROnPlateau, every: int) -> None:
-        self._scheduler = scheduler
-        self._every = every
-        self._seen = 0
-        # On the host once in `every` steps only.
-        self._total = torch.zeros(())
+        self._scheduler, self._every = scheduler, every
+        # Read on the host only once in `every` steps.
+        self._total, self._seen = torch.zeros(()), 0
 
     def step(self, loss: Tensor) -> None:
         self._total = self._total.to(loss.device) + loss
@@ -98,11 +88,8 @@ class _OnPlateau(Running):
             self._total, self._seen = torch.zeros(()), 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "scheduler": self._scheduler.state_dict(),
-            "total": self._total.cpu(),
-            "seen": self._seen,
-        }
+        scheduler, total = self._scheduler.state_dict(), self._total.cpu()
+        return {"scheduler": scheduler, "total": total, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scheduler.load_state_dict(state["scheduler"])

@@ -1,4 +1,4 @@
-"""Training crops for long runs: read from disk by workers, and resumed where they stopped."""
+"""Training crops: read from disk by workers or from memory, and resumed where they stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,45 +20,57 @@ from examples.lic.images import (
     check,
     conversions,
     list_images,
+    read_image,
     read_modes,
-    read_pixels,
 )
 
-
-def _pixels(source: Path | Tensor) -> Tensor:
-    """An image as uint8 ``[3, H, W]``, from its file or from memory."""
-    return source if isinstance(source, Tensor) else read_pixels(source)
+Sources: TypeAlias = Sequence[Path] | Sequence[Tensor]
+"""Images to train on: files, or uint8 tensors ``[3, H, W]``."""
 
 
 class Crops(Dataset[Tensor | ImageError]):
-    """Crop number `i` of a run: a function of the seed and `i` alone.
+    """Crop number `i` of a run, uint8 ``[3, crop, crop]``: a function of the seed and `i` only.
 
-    Every epoch goes through all images once, in an order of its own. A broken image is returned as
-    an error and raised where the batches are used: a worker would wrap it into a traceback.
+    Every epoch goes through all images once, in an order of its own; half of the crops are
+    mirrored. A broken image is returned as an error and raised where the batches are used: a
+    worker would wrap it into a traceback.
+
+    Args:
+        sources: The images, each at least `crop` pixels high and wide.
+        crop: Side of the crops in pixels.
+        seed: Of their order and places.
+        skip_broken: Take the next image of the epoch in place of a broken one.
     """
 
-    def __init__(self, sources: Sequence[Path] | Sequence[Tensor], *, crop: int, seed: int) -> None:
-        self.side = crop
-        self._sources, self._seed = sources, seed
+    def __init__(
+        self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False
+    ) -> None:
+        self._sources, self._side, self._seed = sources, crop, seed
+        self._tries = len(sources) if skip_broken else 1
 
     @property
     def identity(self) -> str:
-        """Says whether two runs see the same images."""
+        """Two runs with equal ones see the same images, by name or size."""
         names = [s.name if isinstance(s, Path) else str(tuple(s.shape)) for s in self._sources]
         return f"{len(names)} images, {zlib.crc32(' '.join(names).encode()):08x}"
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
         epoch, place = divmod(index, len(self._sources))
         order = _order(self._seed, epoch, len(self._sources))
-        try:
-            image = _pixels(self._sources[order[place]])
-        except ImageError as error:
-            return error
-        chance = random.Random(f"{self._seed}/{index}")
-        top = chance.randint(0, image.shape[1] - self.side)
-        left = chance.randint(0, image.shape[2] - self.side)
-        crop = image[:, top : top + self.side, left : left + self.side]
-        return crop.flip(-1) if chance.random() < 0.5 else crop
+        for attempt in range(self._tries):
+            source = self._sources[order[(place + attempt) % len(order)]]
+            try:
+                image = source if isinstance(source, Tensor) else read_image(source)
+                return self._crop(image, random.Random(f"{self._seed}/{index}"))
+            except ImageError as error:
+                fault = error
+        return fault
+
+    def _crop(self, image: Tensor, draw: random.Random) -> Tensor:
+        top = draw.randint(0, image.shape[1] - self._side)
+        left = draw.randint(0, image.shape[2] - self._side)
+        crop = image[:, top : top + self._side, left : left + self._side]
+        return crop.flip(-1) if draw.random() < 0.5 else crop
 
 
 @lru_cache(maxsize=4)
@@ -82,11 +94,12 @@ def _blocks(first: int, length: int, stride: int) -> Iterator[range]:
 
 
 class CropStream(Iterator[Tensor]):
-    """An endless stream of batches ``[B, 3, crop, crop]`` in [0, 1] that knows where it is.
+    """An endless stream of batches ``[B, 3, crop, crop]`` in [0, 1] that can be resumed.
 
     Args:
-        crops: Where they come from.
-        batch: How many to a batch.
+        crops: The dataset; streams of equal seeds yield equal batches, which is how runs are
+            paired.
+        batch: Crops in a batch.
         workers: Processes that read ahead; 0 reads in this one.
         rank: Of `world` streams that share the crops among them, this one.
     """
@@ -119,32 +132,34 @@ class CropStream(Iterator[Tensor]):
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
-            # Crops carry their own seeds; without this a loader takes one from torch's stream.
+            # Crops have their own seeds; without this a loader takes one from torch's stream.
             generator=torch.Generator(),
         )
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches were taken; what workers have read ahead does not count."""
+        """The number of batches taken; what workers have read ahead does not count."""
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._taken, self._batches = state["taken"], None
 
 
-def folder_crops(
-    folder: Path, *, crop: int, seed: int, skip: bool = False
-) -> tuple[Crops, list[str]]:
-    """Crops of the images below `folder`, and what the user should know about them.
+def find_sources(
+    folder: Path | None, *, crop: int, skip: bool = False
+) -> tuple[Sources, list[str]]:
+    """Images to train on, and notes for the user about them.
 
     Args:
-        folder: Of images, subfolders included.
-        crop: Side of the crops.
-        seed: Of their order and places.
-        skip: Leave out what is too small or broken, where it is an error else.
+        folder: Of images, subfolders included; None for the bundled photographs.
+        crop: Side of the crops in pixels.
+        skip: Leave out what is too small or broken, which is an error otherwise.
 
     Raises:
         ImageError: The folder is missing or empty, or an image is broken or too small.
     """
+    if folder is None:
+        train = bundled().train
+        return list(train.values()), [f"Trains on {', '.join(train)}."]
     paths = list_images(folder)
     modes, faults = read_modes(paths, min_side=crop)
     if not (skip and modes):
@@ -152,12 +167,4 @@ def folder_crops(
     notes = [f"{len(modes)} images in {folder}."]
     if faults:
         notes.append(f"Left out {len(faults)}, the first because: {faults[0]}")
-    note = conversions(modes)
-    notes += [] if note is None else [note]
-    return Crops(list(modes), crop=crop, seed=seed), notes
-
-
-def bundled_crops(*, crop: int, seed: int) -> tuple[Crops, list[str]]:
-    """Crops of the photographs that come with the example."""
-    train = bundled().train
-    return Crops(list(train.values()), crop=crop, seed=seed), [f"Trains on {', '.join(train)}."]
+    return list(modes), notes + conversions(modes)

@@ -1,30 +1,200 @@
-"""The training loop, one and the same for every way of weighting rate against distortion."""
+"""The training loop: losses, gradients, learning rate, averaged weights, exact resuming."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean, median
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from examples.lic.schedules import SETTLED
-from examples.lic.session import Observer, Recipe, Session, normalize_gradient, rate_distortion
-from moo_balance import History, StepMetrics
+from examples.lic.losses import Objective
+from examples.lic.schedules import FIRST_FALL, Milestones, Schedule
+from moo_balance import BalancedOptimizer, History
 from moo_balance.weighting import Weighting
-
-__all__ = ["NAMES", "SETTLED", "Recipe", "Trace", "normalize_gradient", "rate_distortion", "train"]
-
-NAMES = ("rate", "distortion")
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What a training run looked like."""
+class Recipe:
+    """How a codec is trained, whatever weights its losses.
 
-    history: History = field(default_factory=History)
-    seconds: list[float] = field(default_factory=list)
+    Args:
+        steps: How many.
+        lr: Adam's learning rate at the start.
+        schedule: When it falls; by default twice to 0.3 of itself near the end.
+        clip: Bound on the norm of the gradient, positive, infinite for none; or ``"unit"``, which
+            scales the gradient to norm 1, see :func:`normalize_gradient`.
+        ema: Decay in (0, 1) of a moving average of the parameters, such as 0.999; None for none.
+        auxiliary_lr: Learning rate of the auxiliary loss, in codecs that have one (CompressAI's).
+        nonfinite: Raise at a NaN or infinite loss or gradient, or skip the step.
+    """
+
+    steps: int
+    lr: float
+    schedule: Schedule = field(default=Milestones())
+    clip: float | Literal["unit"] = 1.0
+    ema: float | None = None
+    auxiliary_lr: float = 1e-3
+    nonfinite: Literal["raise", "skip"] = "raise"
+
+
+class Observer:
+    """Watches a training run, which goes the same way with and without it."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """Called before the first step to come."""
+
+    def after(self, trainer: Trainer) -> None:
+        """Called after each step."""
+
+    def end(self, trainer: Trainer) -> None:
+        """Called at the end, also when an error ends the run."""
+
+
+class Trainer:
+    """A training run that can be stopped between any two steps, saved, and resumed exactly.
+
+    Args:
+        objective: The codec and its losses, on the device to train on.
+        weighting: Any weighting of ``moo_balance``.
+        recipe: Steps, learning rate, and what is done to gradients.
+        seed: For the quantisation noise: runs with equal seeds and crops see equal noise.
+    """
+
+    def __init__(
+        self, objective: Objective, weighting: Weighting, recipe: Recipe, *, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.objective, self.model, self.recipe = objective, objective.model, recipe
+        self.model.train()
+        self.taken = 0
+        self.stop = False
+        """Set it, and the run ends after the step under way."""
+        self.device = next(self.model.parameters()).device
+        self.parameters, quantiles = _split(self.model)
+        adam = torch.optim.Adam(self.parameters, lr=recipe.lr)
+        self.optimizer = BalancedOptimizer(
+            adam, weighting, loss_names=objective.names, nonfinite=recipe.nonfinite
+        )
+        self._scheduler = recipe.schedule.start(self.optimizer, recipe.steps)
+        self._parts: dict[str, Any] = {}
+        self._parts.update(model=self.model, optimizer=self.optimizer, schedule=self._scheduler)
+        self._after_step: list[Callable[[], object]] = []
+        if quantiles:
+            auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
+            self._parts["auxiliary"] = auxiliary
+            self._after_step.append(partial(fit_quantiles, self.model, auxiliary))
+        if recipe.ema is not None:
+            ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            self._parts["ema"] = ema
+            self._after_step.append(partial(ema.update_parameters, self.model))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are taken."""
+        return self.taken >= self.recipe.steps
+
+    def run(self, crops: Iterator[Tensor], observers: Sequence[Observer] = ()) -> None:
+        """Take the steps that are left, on batches ``[B, 3, H, W]`` in [0, 1]."""
+        begun: list[Observer] = []
+        try:
+            for observer in observers:
+                observer.begin(self)
+                begun.append(observer)
+            while not self.complete and not self.stop:
+                self._step(next(crops).to(self.device, non_blocking=True))
+                for observer in observers:
+                    observer.after(self)
+        finally:
+            for observer in begun:
+                observer.end(self)
+
+    def _step(self, images: Tensor) -> None:
+        self.objective.begin_step(self.taken, self.recipe.steps)
+        self.optimizer.zero_grad()
+        # A closure, so that a method that observes the step can evaluate the losses after it.
+        self.optimizer.backward(partial(self.objective, images))
+        if self.recipe.clip == "unit":
+            normalize_gradient(self.parameters)
+        else:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        losses = self.optimizer.metrics.losses.values()
+        self._scheduler.step(sum(losses) / len(losses))
+        for action in self._after_step:
+            action()
+        self.taken += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        random = {"host": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            random["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+        return {**state, "taken": self.taken, "random": random}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.taken = state["taken"]
+        torch.set_rng_state(state["random"]["host"].cpu())
+        if "device" in state["random"] and self.device.type != "cpu":
+            module = torch.get_device_module(self.device)
+            module.set_rng_state(state["random"]["device"].cpu(), self.device)
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the losses, and those that CompressAI leaves to the auxiliary one."""
+    main, quantiles = [], []
+    for name, parameter in model.named_parameters():
+        (quantiles if name.endswith(".quantiles") else main).append(parameter)
+    return main, quantiles
+
+
+def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """CompressAI's second optimizer: fits the quantiles of its entropy bottleneck to the data.
+
+    They get no gradient from rate or distortion, and nothing else gets one from
+    ``model.aux_loss()``.
+    """
+    optimizer.zero_grad()
+    model.aux_loss().backward()
+    optimizer.step()
+
+
+def normalize_gradient(parameters: Iterable[nn.Parameter]) -> None:
+    """Scale the gradient over all parameters to norm 1; a zero gradient stays zero.
+
+    For comparisons of weightings. Clipping handicaps one side of them: Adam does not depend on the
+    scale of gradients, but a bound does, and the scale is what a weighting changes.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    torch._foreach_div_(gradients, norm.clamp(min=torch.finfo(norm.dtype).tiny))
+
+
+class Recorder(Observer):
+    """Keeps the metrics and the time of every step."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.seconds: list[float] = []
+        """From step to step."""
+        self._last = 0.0
+
+    def begin(self, trainer: Trainer) -> None:
+        self._last = time.perf_counter()
+
+    def after(self, trainer: Trainer) -> None:
+        self.history.append(trainer.optimizer.metrics)
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
 
     @property
     def milliseconds(self) -> float:
@@ -32,57 +202,19 @@ class Trace:
         return 1e3 * median(self.seconds)
 
     def last(self, kind: str) -> dict[str, float]:
-        """The last ``"loss"``, ``"weight"`` or ``"coefficient"`` of each objective."""
-        return {name: self.history.series(f"{kind}/{name}")[1][-1] for name in NAMES}
+        """The last ``"loss"``, ``"weight"`` or ``"coefficient"`` of each loss, by its name."""
+        return {name: values[-1] for name, values in self._series(kind).items()}
 
-    def settled(self, kind: str) -> dict[str, float]:
+    def late_mean(self, kind: str) -> dict[str, float]:
         """The same as a mean over the steps after the learning rate has first fallen.
 
-        Where a run ends is decided here; the mean over all steps says little about a method that
+        These decide where a run ends; the mean over all steps says little about a method that
         spends half of them on the way to its weights.
         """
-        first = int(SETTLED * len(self.history))
-        return {name: fmean(self.history.series(f"{kind}/{name}")[1][first:]) for name in NAMES}
+        first = int(FIRST_FALL * len(self.history))
+        return {name: fmean(values[first:]) for name, values in self._series(kind).items()}
 
-
-class _Recorder(Observer):
-    """Keeps a trace of all steps."""
-
-    def __init__(self, on_step: Callable[[StepMetrics], object]) -> None:
-        self.trace = Trace()
-        self._on_step = on_step
-        self._start = 0.0
-
-    def before(self, session: Session, images: Tensor) -> None:
-        self._start = time.perf_counter()
-
-    def after(self, session: Session) -> None:
-        self.trace.seconds.append(time.perf_counter() - self._start)
-        self.trace.history.append(session.optimizer.metrics)
-        self._on_step(session.optimizer.metrics)
-
-
-def train(
-    model: nn.Module,
-    crops: Iterator[Tensor],
-    weighting: Weighting,
-    recipe: Recipe,
-    *,
-    lmbda: float,
-    seed: int,
-    on_step: Callable[[StepMetrics], object] = lambda balance: None,
-) -> Trace:
-    """Train `model` in place.
-
-    Args:
-        model: The codec, on the device to train on.
-        crops: Batches of images, one of which each step takes.
-        weighting: Any weighting of ``moo_balance``.
-        recipe: Steps, learning rate, and what is done to gradients.
-        lmbda: λ, the price of distortion: larger means more bits and a better picture.
-        seed: For the quantisation noise: runs with equal seeds and crops meet equal noise.
-        on_step: Called after each step with its losses and weights.
-    """
-    recorder = _Recorder(on_step)
-    Session(model, weighting, recipe, lmbda=lmbda, seed=seed).run(crops, [recorder])
-    return recorder.trace
+    def _series(self, kind: str) -> dict[str, list[float]]:
+        prefix = f"{kind}/"
+        keys = [key for key in self.history.keys() if key.startswith(prefix)]  # noqa: SIM118
+        return {key.removeprefix(prefix): self.history.series(key)[1] for key in keys}

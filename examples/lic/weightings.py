@@ -1,4 +1,4 @@
-"""The ways of weighting rate against distortion, by the names that the command line knows."""
+"""The ways of weighting rate against distortion, by the names of the command line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from moo_balance.weighting import Weighting
 
 
 def fixed(rate: float) -> FixedWeights:
-    """Fixed weights that sum to 1: `rate` for the rate, the rest for the distortion."""
+    """Fixed weights that sum to 1: `rate`, in (0, 1), for the rate, the rest for the distortion."""
     return FixedWeights({"rate": rate, "distortion": 1.0 - rate})
 
 
+EQUAL = fixed(0.5)
+"""R + λD as weights that sum to 1, like the coefficients of the two solutions."""
+
+SOLUTIONS: dict[str, Weighting] = {
+    "Solution 1": BalancedTrajectory(),
+    "Solution 2": AnalyticQP(),
+}
+"""The two methods of Balanced R-D (arXiv 2502.20161), with the paper's shift of 1."""
+
 WEIGHTINGS: dict[str, Weighting] = {
     "standard": Sum(),
-    "fixed": fixed(0.5),
+    "fixed": EQUAL,
     "solution1": BalancedTrajectory(),
     "solution1-lagged": BalancedTrajectory(lagged=True),
     "solution2": AnalyticQP(),
@@ -44,4 +53,4 @@ WEIGHTINGS: dict[str, Weighting] = {
     "famo": FAMO(),
     "log-mgda": MGDA(normalize="log"),
 }
-"""Those of the paper carry its shift of 1 in the logarithms; see the README on what it is for."""
+"""Of the two losses, or of the losses of several λ (then not those named after one of the two)."""

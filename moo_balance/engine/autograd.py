@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,38 +30,28 @@ _SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order is found 
 _METADATA = "_input_metadata"  # of nodes; without it, the shape of a gradient is not known
 _ACCUMULATE, _LEAF = "AccumulateGrad", "variable"  # without them, no layer is factored
 _TENSOR_HOOKS = "_backward_hooks"  # of tensors; without it, parameters may have hooks
-_BACKWARD_CLASS = "_backward_cls"  # of functions; without it, names tell the kind of a node
-_CHECKPOINT = "CheckpointFunction"  # without it, reentrant checkpoints are not recognized
-_MODULE_HOOK = "BackwardHookFunction"  # without it, any node that Python defines may be a hook
+_BACKWARD_CLASS = "_backward_cls"  # of functions; without this name or one of the next two, any
+_CHECKPOINT = "CheckpointFunction"  # node that Python defines may be a reentrant checkpoint
+_MODULE_HOOK = "BackwardHookFunction"  # or the hook of a module
 _DISPATCH_MODE = "TorchDispatchMode"  # without it, any activation may have a hook
 _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself reports the conflict
-_FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, they are not refused
+_FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
-_TRANSPOSE = "TBackward0"  # of nodes; without it or what follows, no layer is factored
+_TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
 
 
 class _Product(NamedTuple):
-    """What a node of a matrix product is called and saves: see `MatrixProduct`."""
+    """What a node of ``coefficient * left @ right`` saves, and its edge to the right factor."""
 
-    node: str
-    right_edge: int
     left: str
-    left_sizes: str
-    right_sizes: str
-    coefficient: str | None = None
+    right_edge: int
+    coefficient: str | None
 
 
-_PRODUCTS = [
-    _Product(
-        "AddmmBackward0",
-        2,
-        "_saved_mat1",
-        "_saved_mat1_sym_sizes",
-        "_saved_mat2_sym_sizes",
-        "_saved_alpha",
-    ),
-    _Product("MmBackward0", 1, "_saved_self", "_saved_self_sym_sizes", "_saved_mat2_sym_sizes"),
-]
+_PRODUCTS = {  # without one of these names, no layer is factored
+    "AddmmBackward0": _Product("_saved_mat1", 2, "_saved_alpha"),
+    "MmBackward0": _Product("_saved_self", 1, None),
+}
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -174,20 +163,20 @@ class MatrixProduct(NamedTuple):
     """A node where ``left @ right`` was computed, [samples, inputs] times [inputs, outputs]."""
 
     node: Any
-    names: _Product
+    saved: _Product
     samples: int
     inputs: int
     outputs: int
 
     def left(self) -> Tensor:
         """The left factor."""
-        return getattr(self.node, self.names.left).detach()  # type: ignore[no-any-return]
+        return getattr(self.node, self.saved.left).detach()  # type: ignore[no-any-return]
 
     def right_leaf(self) -> tuple[Tensor | None, bool, list[Node]]:
         """The leaf that is the right factor; whether it is transposed; the nodes on the way."""
-        after, _ = self.node.next_functions[self.names.right_edge]
-        coefficient = self.names.coefficient
-        if after is None or (coefficient and getattr(self.node, coefficient) != 1):
+        after, _ = self.node.next_functions[self.saved.right_edge]
+        coefficient = self.saved.coefficient
+        if after is None or (coefficient and getattr(self.node, coefficient, None) != 1):
             return None, False, []
         path, transposed = [after], type(after).__name__ == _TRANSPOSE
         if transposed:
@@ -197,18 +186,18 @@ class MatrixProduct(NamedTuple):
 
 def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
     """The nodes of products of two matrices."""
-    known: dict[type, _Product] = {}
+    kinds = {}
     for kind in set(map(type, nodes)):
-        for names in _PRODUCTS:
-            if kind.__name__ == names.node and all(hasattr(kind, n) for n in names[2:] if n):
-                known[kind] = names
+        saved = _PRODUCTS.get(kind.__name__)
+        if saved and hasattr(kind, saved.left) and hasattr(kind, saved.left + _SIZES):
+            kinds[kind] = saved
     found = []
-    for node in nodes if known else ():
-        if type(node) in known:
-            names = known[type(node)]
-            samples, inputs = getattr(node, names.left_sizes)
-            _, outputs = getattr(node, names.right_sizes)
-            found.append(MatrixProduct(node, names, samples, inputs, outputs))
+    for node in nodes if kinds else ():
+        if type(node) in kinds and hasattr(node, _RIGHT + _SIZES):
+            saved = kinds[type(node)]
+            samples, inputs = getattr(node, saved.left + _SIZES)
+            _, outputs = getattr(node, _RIGHT + _SIZES)
+            found.append(MatrixProduct(node, saved, samples, inputs, outputs))
     return found
 
 
@@ -221,11 +210,13 @@ def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:
     module = sys.modules.get("torch.utils.checkpoint")  # if not imported, no graph contains one
     if module is None:
         return False
-    reentrant = getattr(getattr(module, _CHECKPOINT, None), _BACKWARD_CLASS, ())
-    for kind in set(map(type, nodes)):
-        if issubclass(kind, reentrant) or kind.__name__ == f"{_CHECKPOINT}Backward":
-            return True
-    return False
+    reentrant = _node_class(module, _CHECKPOINT)
+    return any(issubclass(kind, reentrant) for kind in set(map(type, nodes)))
+
+
+def _node_class(module: Any, function: str) -> Any:
+    """Class of the nodes of a ``torch.autograd.Function``; if it is not known, of all of them."""
+    return getattr(getattr(module, function, None), _BACKWARD_CLASS, BackwardCFunction)
 
 
 def has_hooks(tensors: Sequence[Tensor]) -> bool:
@@ -247,8 +238,7 @@ def has_hook_at(edge: Edge) -> bool:
     anything is computed on the way. A hook that does neither stays unnoticed.
     """
     node, output = edge
-    module_hook = getattr(torch.nn.modules._functions, _MODULE_HOOK, None)
-    if isinstance(node, getattr(module_hook, _BACKWARD_CLASS, BackwardCFunction)):
+    if isinstance(node, _node_class(sys.modules.get("torch.nn.modules._functions"), _MODULE_HOOK)):
         return True
     metadata = getattr(node, _METADATA, None)
     no_operations = _no_operations(_DISPATCH_MODE)
@@ -277,28 +267,6 @@ def _no_operations(name: str) -> Any:
         raise _OperationError
 
     return base and type("NoOperations", (base,), {"__torch_dispatch__": refuse})
-
-
-@contextmanager
-def block_gradients(edges: Iterable[Edge]) -> Iterator[None]:
-    """Let no gradient pass through these edges.
-
-    Gradients *at* the edges are still returned. Nodes after them receive only what arrives by
-    other paths.
-    """
-    handles = [node.register_prehook(_drop(output)) for node, output in edges]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _drop(output: int) -> Any:
-    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(None if k == output else g for k, g in enumerate(gradients))
-
-    return hook
 
 
 def explain_donated_buffers(error: RuntimeError) -> None:

@@ -137,7 +137,7 @@ def weighted_backward(problem: Problem, coefficients: Tensor) -> None:
     torch.autograd.backward(losses, coefficients.to(losses), retain_graph=problem.retain_graph)
 
 
-def gradients(
+def gradients_of(
     roots: Sequence[Any], grad_outputs: Sequence[Tensor], inputs: Sequence[Any], retain_graph: bool
 ) -> Row:
     """``autograd.grad`` from tensors or edges to tensors or edges; None where nothing arrives."""
@@ -158,7 +158,7 @@ def gradients_through_hooks(
     params: Sequence[Tensor],
     retain_graph: bool,
 ) -> Row:
-    """As ``gradients``, by way of ``backward`` and ``.grad``: for graphs that work with hooks."""
+    """As :func:`gradients_of`, by way of ``backward`` and ``.grad``, where hooks do the work."""
     before = [param.grad for param in params]
     for param in params:
         param.grad = None

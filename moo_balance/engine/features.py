@@ -10,8 +10,9 @@ c_1 row_1 + ... + c_K row_K                           ------------> heads' .grad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from moo_balance.engine.autograd import (
-    block_gradients,
+    Edge,
     edge_of,
     has_hooks,
     has_reentrant_checkpoint,
@@ -31,7 +32,7 @@ from moo_balance.engine.base import (
     Linearization,
     Problem,
     Row,
-    gradients,
+    gradients_of,
     gradients_through_hooks,
     precomputed_gradient,
     remove_loss_scale,
@@ -90,7 +91,7 @@ class FeatureGramian(Linearization):
         problem = self.problem
         roots, cotangents = self._roots(at_features, coefficients)
         reentrant = has_reentrant_checkpoint(nodes_above(roots))
-        take = gradients_through_hooks if reentrant else gradients
+        take = gradients_through_hooks if reentrant else gradients_of
         row = take(roots, cotangents, problem.params, _retains_graph(problem))
         row = add_rows(of_heads.combine(coefficients), row)
         if problem.averager is None:
@@ -133,11 +134,11 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
     found = HeadGradients([], [])
     # Usually nothing that is asked for comes before the features. But a parameter may be used on
     # both sides, and one feature may be computed from another.
-    with block_gradients(map(edge_of, problem.features)):
+    with _block_gradients(map(edge_of, problem.features)):
         for k, (loss, output) in enumerate(
             zip(problem.losses, problem.grad_outputs(), strict=True)
         ):
-            each = list(gradients([loss], [output], inputs, retain[k]))
+            each = list(gradients_of([loss], [output], inputs, retain[k]))
             cotangents = each[: len(problem.features)]
             if all(cotangent is None for cotangent in cotangents):
                 raise _not_between(problem.names[k])
@@ -147,6 +148,28 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
             found.cotangents.append(cotangents)
             found.rows.append(row)
     return found
+
+
+@contextmanager
+def _block_gradients(edges: Iterable[Edge]) -> Iterator[None]:
+    """Let no gradient pass through these edges.
+
+    Gradients *at* the edges are still returned. Nodes after them receive only what arrives by
+    other paths.
+    """
+    handles = [node.register_prehook(_drop(output)) for node, output in edges]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(output: int) -> Any:
+    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if k == output else g for k, g in enumerate(gradients))
+
+    return hook
 
 
 def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:

@@ -98,7 +98,8 @@ class PerLossLinearization(Linearization):
 
     def gramian(self) -> Tensor:
         problem, dtype = self.problem, self.dtype
-        compared, device = problem.compared, problem.losses[0].device
+        device = problem.losses[0].device
+        compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
         rows = self._rows(sharded)
         if sharded:
@@ -192,7 +193,8 @@ def differentiate(
     params, count = problem.params, len(problem.losses)
     nodes = nodes_above(problem.losses)
     reentrant = has_reentrant_checkpoint(nodes)
-    _check_wrapper(problem, sharded, reentrant)
+    if reentrant and problem.averager is not None and not sharded:
+        raise _reentrant_on_ranks()
     inputs = None
     if layers is not None and problem.averager is None and not (sharded or reentrant):
         layers += find_linear_layers(problem, nodes)
@@ -236,28 +238,16 @@ def _average(
 
 
 def _has_shards(problem: Problem) -> bool:
-    """Whether a parameter is sharded. In a single process none is."""
-    return _is_distributed() and is_sharded(problem.params)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _check_wrapper(problem: Problem, sharded: bool, reentrant: bool) -> None:
-    """Refuse wrappers that go wrong at the second of K backward passes."""
-    if _is_distributed() and is_flattened(problem.params):
+    """Whether a parameter is sharded by ``fully_shard``; those of FSDP1 are refused."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    if is_flattened(problem.params):
         raise BalanceError(
             "One gradient per loss can be taken of a model in `fully_shard` (FSDP2). Found "
             "parameters of FullyShardedDataParallel (FSDP1), which frees them after one backward "
             "pass. Use `fully_shard`, or a method without a Gramian and no `accumulate`."
         )
-    if reentrant and problem.averager is not None and not sharded:
-        raise BalanceError(
-            "Activation checkpointing should be `use_reentrant=False` where ranks average one "
-            "gradient per loss. Found a reentrant checkpoint, whose backward passes would each "
-            "start those of DistributedDataParallel."
-        )
+    return is_sharded(problem.params)
 
 
 def _no_gradient_of_shards(name: str) -> BalanceError:
@@ -265,4 +255,12 @@ def _no_gradient_of_shards(name: str) -> BalanceError:
         f"The gradient of loss `{name}` should reach a sharded parameter. Found none. Leave "
         "`set_requires_gradient_sync(True)`, and call `backward` for micro-batches within "
         "`accumulate()`, which sums the shards."
+    )
+
+
+def _reentrant_on_ranks() -> BalanceError:
+    return BalanceError(
+        "Activation checkpointing should be `use_reentrant=False` where ranks average one gradient "
+        "per loss. Found a reentrant checkpoint, whose backward passes would each start those of "
+        "DistributedDataParallel."
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
 from moo_balance.functional._checks import check_square, precision
-from moo_balance.functional._host import Directions, directions
-from moo_balance.functional._matrix import Matrix, Vector
-from moo_balance.functional._nnls import definite, nonnegative_quadratic
+from moo_balance.functional._directions import Array, Directions, directions
+from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
 
 
 def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
@@ -63,32 +61,36 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
         torch.promote_types(gramian.dtype, coefficients.dtype), torch.float32
     )
     gradients = directions(gramian)
-    start: Vector = coefficients.tolist()
-    if not all(map(math.isfinite, start)):
-        raise BalanceValueError(f"Parameter `coefficients` should be finite. Found {start}.")
-    added = _addition(gradients, start, precision(gramian))
-    return gramian.new_tensor([u + a for u, a in zip(start, added, strict=True)], dtype=result)
+    start: Array = coefficients.detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(start).all():
+        raise BalanceValueError(
+            f"Parameter `coefficients` should be finite. Found {start.tolist()}."
+        )
+    total = start + _addition(gradients, start, precision(gramian))
+    return torch.from_numpy(total).to(gramian.device, result)
 
 
-def _addition(gradients: Directions, start: Vector, precision: float) -> Vector:
+def _addition(gradients: Directions, start: Array, precision: float) -> Array:
     """What has to be added to the coefficients to take the direction into the dual cone."""
     _, norms, cosines = gradients
-    lengths = [u * norm for u, norm in zip(start, norms, strict=True)]
-    scale = max(map(abs, lengths))
+    lengths = start * norms
+    scale = np.abs(lengths).max()
     if scale == 0.0:
-        return [0.0] * len(start)
-    lengths = [length / scale for length in lengths]
-    matrix, ridge, _ = definite(cosines, precision)
-    added = nonnegative_quadratic(matrix, [-along for along in cosines.times(lengths)])
+        return np.zeros(len(start))
+    lengths = lengths / scale
+    matrix, ridge, _ = make_definite(cosines, precision)
+    added = nonnegative_quadratic(matrix, -cosines.dot(lengths))
     _verify(cosines, lengths, added, 1e-9 + 4 * ridge)
-    return [a * scale / norm if norm else 0.0 for a, norm in zip(added, norms, strict=True)]
+    # A zero gradient keeps its coefficient.
+    divisors: Array = np.where(norms == 0.0, np.inf, norms)
+    return added * float(scale) / divisors
 
 
-def _verify(cosines: Matrix, lengths: Vector, added: Vector, tolerance: float) -> None:
+def _verify(cosines: Array, lengths: Array, added: Array, tolerance: float) -> None:
     """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
-    total = sum(map(abs, lengths)) + sum(added)
-    along = cosines.times([(u + a) / total for u, a in zip(lengths, added, strict=True)])
-    residual = max(max(-d, a / total * abs(d)) for d, a in zip(along, added, strict=True))
+    total = np.abs(lengths).sum() + added.sum()
+    along = cosines.dot((lengths + added) / total)
+    residual = np.maximum(-along, added / total * np.abs(along)).max()
     if not residual <= tolerance:
         raise ConvergenceError(
             f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "

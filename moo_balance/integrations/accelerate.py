@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from moo_balance._balancer import Closure, Losses
 from moo_balance.integrations import unwrap_optimizer
-from moo_balance.optimizer import Closure, Losses
 
 
 def backward(accelerator: Any, optimizer: Any, losses: Losses | Closure, **options: Any) -> Losses:

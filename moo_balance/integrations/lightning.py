@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moo_balance._balancer import Closure, Losses
 from moo_balance.integrations import unwrap_optimizer
-from moo_balance.optimizer import Closure, Losses
 
 
 def backward(

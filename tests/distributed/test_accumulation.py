@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import BalancedOptimizer, BalanceError, NonFiniteError
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_same_on_all_ranks,
@@ -20,7 +20,7 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_methods, over_some
 
 over_kinds = over_some("Sum", "FAMO-adam", "SumLog", "MGDA-none")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, NonFiniteError, Sum
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_same_on_all_ranks,
@@ -21,7 +21,7 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.problems import whole_state
+from tests.support.problems import whole_state
 from tests.support.registry import NAMES, over_some
 
 pytestmark = pytest.mark.capability("ranks that disagree are told")

@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError
-from tests.distributed.rank import begin, own_rank
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_same_on_all_ranks,
     by_backward,
     train,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
+from tests.support.rank_plugin import begin, own_rank
 from tests.support.registry import NAMES, over_methods, over_some
 
 pytestmark = pytest.mark.capability("distributed checkpoints, any number of ranks")

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance import BalancedOptimizer, BalanceError
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_equals_reference,
@@ -22,7 +22,7 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_methods, over_some
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from examples.frameworks import ddp, fsdp2
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError
 from moo_balance.integrations import accelerate, lightning, unwrap_optimizer
-from tests.distributed.twins import (
+from tests.support.distributed import (
     STEPS,
     Net,
     adam,
@@ -28,7 +28,7 @@ from tests.distributed.twins import (
     parameters,
     share,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_some
 
 DTYPE = torch.float64

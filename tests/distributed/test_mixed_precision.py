@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import BalancedOptimizer
-from tests.distributed.twins import (
+from tests.support.distributed import (
     STEPS,
     Net,
     adam,
@@ -20,7 +20,7 @@ from tests.distributed.twins import (
     parameters,
     share,
 )
-from tests.problems import snapshot
+from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_some
 
 over_kinds = over_some("Sum", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-none")

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import PerLoss
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_equals_reference,

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
-from tests.distributed.twins import (
+from tests.support.distributed import (
     Net,
     adam,
     assert_equals_reference,
@@ -19,7 +19,7 @@ from tests.distributed.twins import (
     share,
     train,
 )
-from tests.problems import whole_state
+from tests.support.problems import whole_state
 from tests.support.registry import NAMES, over
 
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from moo_balance import BalanceError
 from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.accelerate import backward
-from tests.integrations.runs import (
+from tests.support.plain_runs import (
     BATCHES,
     loader,
     model_and_optimizer,
@@ -20,7 +20,7 @@ from tests.integrations.runs import (
     plain_mixed_run,
     plain_run,
 )
-from tests.problems import whole_state
+from tests.support.problems import whole_state
 from tests.support.registry import over_methods, over_some
 
 pytestmark = pytest.mark.capability("Accelerate")

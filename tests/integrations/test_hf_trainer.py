@@ -12,14 +12,14 @@ from transformers import PrinterCallback, TrainingArguments
 
 from examples.frameworks.hf_trainer import BalancedTrainer
 from moo_balance import BalanceError
-from tests.integrations.runs import (
+from tests.support.plain_runs import (
     BATCHES,
     model_and_optimizer,
     over_unobserving,
     plain_mixed_run,
     plain_run,
 )
-from tests.problems import whole_state
+from tests.support.problems import whole_state
 from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("Trainer of transformers")

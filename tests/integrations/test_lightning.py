@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.lightning import backward, combined_loss
-from tests.integrations.runs import (
+from tests.support.plain_runs import (
     BATCHES,
     loader,
     model_and_optimizer,
@@ -21,7 +21,7 @@ from tests.integrations.runs import (
     plain_mixed_run,
     plain_run,
 )
-from tests.problems import flat_gradient, snapshot, whole_state
+from tests.support.problems import flat_gradient, snapshot, whole_state
 from tests.support.registry import over_methods, over_some
 
 pytestmark = [

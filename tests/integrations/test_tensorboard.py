@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from moo_balance.integrations.tensorboard import add_metrics
-from tests.integrations.runs import model_and_optimizer
+from tests.support.plain_runs import model_and_optimizer
 from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("TensorBoard")

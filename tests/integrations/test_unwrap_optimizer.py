@@ -7,7 +7,7 @@ import torch
 
 from moo_balance import BalanceValueError
 from moo_balance.integrations import unwrap_optimizer
-from tests.integrations.runs import model_and_optimizer
+from tests.support.plain_runs import model_and_optimizer
 from tests.support.registry import over_some
 
 

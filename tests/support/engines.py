@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 
 import pytest
@@ -12,30 +11,39 @@ import torch
 from torch.autograd.graph import Node
 
 from moo_balance.engine import Engine, Linearization, PerLoss, Problem, Streaming
-from moo_balance.engine.cuts import finest, sparing
-from moo_balance.engine.portions import Choice, Portion, parted
-from moo_balance.engine.streaming import Streamed
-from moo_balance.engine.survey import Survey
+from moo_balance.engine.streaming.costs import GraphCosts
+from moo_balance.engine.streaming.engine import StreamingLinearization
+from moo_balance.engine.streaming.partition import (
+    Segment,
+    build_segments,
+    choose_cuts,
+)
 from tests.support.engine_graphs import GRAPHS
 
 
 @dataclass(frozen=True)
-class Parted(Engine):
+class CutAt(Engine):
     """Streaming with cuts of our own choice, in graphs so small that it would not make any."""
 
-    choose: Choice
+    choose: Callable[[GraphCosts], Sequence[int]]
 
     def linearize(self, problem: Problem) -> Linearization:
-        return Streamed(problem, torch.float32, self.plan)
+        return StreamingLinearization(problem, torch.float32, self.split)
 
-    def plan(
-        self, problem: Problem, nodes: Collection[Node], columns: Collection[int]
-    ) -> list[Portion]:
-        return parted(Survey(problem, nodes, columns), self.choose)
+    def split(self, problem: Problem, nodes: Collection[Node]) -> list[Segment]:
+        costs = GraphCosts(problem, nodes)
+        return build_segments(costs, self.choose(costs))
 
 
-def everywhere(survey: Survey) -> list[int]:
-    return [cut for cut in range(1, len(survey.order)) if survey.crossing[cut] < inf]
+def everywhere(costs: GraphCosts) -> list[int]:
+    """All cuts that are possible."""
+    cuts = range(1, len(costs.order))
+    return [cut for cut in cuts if costs.cut_size[cut] < inf and not costs.meets_hooks(cut)]
+
+
+def in_little_memory(costs: GraphCosts) -> list[int]:
+    """The cuts of a budget that no segment fits into."""
+    return choose_cuts(costs, budget=0, slack=0)
 
 
 ENGINES: dict[str, Engine] = {
@@ -43,14 +51,13 @@ ENGINES: dict[str, Engine] = {
     "per_loss-float64": PerLoss(dtype=torch.float64),
     "streaming": Streaming(),
     "streaming-float64": Streaming(dtype=torch.float64),
-    "streaming-single_nodes": Parted(everywhere),
-    "streaming-single_layers": Parted(finest),
-    "streaming-sparing": Parted(partial(sparing, allowed=0, slack=0)),
+    "streaming-everywhere": CutAt(everywhere),
+    "streaming-in_little_memory": CutAt(in_little_memory),
 }
 
 over_engines = pytest.mark.parametrize("engine", list(ENGINES.values()), ids=list(ENGINES))
 
-# Portions of a graph cannot be differentiated where autograd does not see all of it.
+# Segments of a graph cannot be differentiated where autograd does not see all of it.
 REFUSED_BY_STREAMING = {"checkpointed_reentrant"}
 
 # Every graph is in float64 already, so that an engine with a Gramian in float64 does nothing else.

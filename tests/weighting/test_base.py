@@ -17,7 +17,7 @@ from moo_balance.weighting import (
     WeightingOutput,
 )
 from moo_balance.weighting.base import state_dtype
-from tests.problems import Scene, Toy, momentum, play, train, whole_state
+from tests.support.problems import Scene, SmallModel, momentum, play, train, whole_state
 from tests.support.statistics import CPU, assert_near, initial_state, normal, statistics_of, vector
 
 
@@ -166,8 +166,8 @@ def test_a_solve_can_start_from_the_last_solution() -> None:
     assert_near(state["weights"], dominant, 1e-12)
 
 
-def setup_with(weighting: Weighting) -> tuple[Toy, BalancedOptimizer]:
-    model = Toy()
+def setup_with(weighting: Weighting) -> tuple[SmallModel, BalancedOptimizer]:
+    model = SmallModel()
     return model, BalancedOptimizer(momentum(model), weighting)
 
 

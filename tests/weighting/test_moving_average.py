@@ -7,7 +7,7 @@ import torch
 
 from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
 from moo_balance.weighting import State, Weighting
-from tests.problems import Scene, play
+from tests.support.problems import Scene, play
 from tests.support.registry import NAMES
 from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
 

@@ -11,7 +11,7 @@ from benchmarks.speed import workloads
 from benchmarks.speed.implementations import FORWARD, PLAIN, Setup, limit
 from benchmarks.speed.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.speed.step_cost import IMPLEMENTATIONS, prepare
-from tests.problems import flat_gradient
+from tests.support.problems import flat_gradient
 
 # A warning of TorchJD's vmap over attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -1,0 +1,48 @@
+"""Numbers, lists and tables as the page prints them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from benchmarks.lic.statistics import Difference
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, and a real minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def with_interval(difference: Difference | None, digits: int, unit: str = "") -> str:
+    """A mean and its interval, or a dash where there is none."""
+    if difference is None:
+        return "–"
+    mean, low, high = difference.interval
+    text = f"{signed(mean, digits)} {unit}".strip()
+    if math.isinf(high):
+        return f"{text} (one seed)"
+    return f"{text} [{signed(low, digits)}, {signed(high, digits)}]"
+
+
+def with_range(values: Sequence[float], digits: int, unit: str) -> str:
+    """A mean, and the smallest and the largest value."""
+    low, high = (signed(end, digits) for end in (min(values), max(values)))
+    return f"{signed(fmean(values), digits)} {unit} [{low}, {high}]"
+
+
+def with_values(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """A mean, and every value."""
+    each = ", ".join(signed(value, digits) for value in values)
+    return f"{f'{signed(fmean(values), digits)} {unit}'.strip()} ({each})"
+
+
+def join(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,1 +1,0 @@
-"""Ablations of balanced training; ``python -m examples.lic.ablations`` measures each of them."""

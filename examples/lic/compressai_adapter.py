@@ -1,0 +1,124 @@
+"""CompressAI's codecs with the interface of this folder's own.
+
+CompressAI is a library of its own with heavy requirements (``pip install compressai``), and nothing
+here imports it before one of its codecs is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import torch
+from torch import Tensor, nn
+
+from examples.lic.bitstream import BitstreamError
+from examples.lic.evaluation import pad_to_multiple
+from examples.lic.hyperprior import Reconstruction
+
+PREFIX = "compressai:"
+
+CLASSES = {"elic2022-official": "Elic2022Official"}
+"""Codecs that CompressAI offers only as a class, in one size."""
+
+
+class ArchitectureError(Exception):
+    """A codec that cannot be built; the message says why and what to do."""
+
+
+class CompressAICodec(nn.Module):
+    """One of CompressAI's codecs that returns a :class:`Reconstruction`."""
+
+    stride = 64
+
+    def __init__(self, codec: nn.Module) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        output = self.codec(images)
+        bits = {name: -p.log2().sum() for name, p in output["likelihoods"].items()}
+        return Reconstruction(output["x_hat"], bits)
+
+    def aux_loss(self) -> Tensor:
+        """The loss of the entropy bottleneck's quantiles."""
+        return self.codec.aux_loss()
+
+
+def build(name: str) -> CompressAICodec:
+    """A fresh codec from ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``.
+
+    MODEL is any name of ``compressai.zoo.image_models`` or of :data:`CLASSES`; QUALITY, 1 where it
+    is not given, chooses the widths.
+
+    Raises:
+        ArchitectureError: CompressAI cannot be imported, or has no such model or quality.
+    """
+    model, _, quality = name.removeprefix(PREFIX).partition("@")
+    try:
+        from compressai import models
+        from compressai.zoo import image_models
+    except ImportError as error:
+        raise ArchitectureError(
+            f"--arch {name} needs CompressAI, which cannot be imported ({error}). Install it with "
+            "`pip install compressai`, or choose one of the example's own architectures."
+        ) from error
+    if model in CLASSES:
+        return CompressAICodec(getattr(models, CLASSES[model])())
+    if model not in image_models:
+        raise ArchitectureError(
+            f"--arch {PREFIX}MODEL should name one of {', '.join((*image_models, *CLASSES))}. "
+            f"Found {name}. Choose one of these."
+        )
+    try:
+        return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
+    except (ValueError, KeyError) as error:
+        raise ArchitectureError(
+            f"--arch {PREFIX}{model}@QUALITY should be a quality that CompressAI has for this "
+            f"model. Found {quality} ({error}). Choose another, mostly 1 to 8."
+        ) from error
+
+
+class CompressAICoder:
+    """Puts the strings of CompressAI's own coder into one file, with their shapes and lengths."""
+
+    _head = struct.Struct(">2sHHHH")
+    _magic = b"mC"
+
+    def __init__(self, model: CompressAICodec) -> None:
+        self._codec, self._stride = model.codec, model.stride
+        self._device = next(model.parameters()).device
+        self._codec.update(force=True)  # tables of the distributions as trained
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> bytes:
+        """The bytes of a uint8 image ``[3, H, W]``."""
+        images = image[None].to(self._device, torch.float32) / 255
+        output = self._codec.compress(pad_to_multiple(images, self._stride))
+        strings = [string for (string,) in output["strings"]]
+        shape = json.dumps(output["shape"], separators=(",", ":")).encode()
+        head = self._head.pack(self._magic, *image.shape[-2:], len(shape), len(strings))
+        lengths = struct.pack(f">{len(strings)}I", *map(len, strings))
+        return head + shape + lengths + b"".join(strings)
+
+    @torch.no_grad()
+    def decode_exactly(self, data: bytes) -> Tensor:
+        """The image ``[3, H, W]`` before it is rounded to 8 bits.
+
+        Raises:
+            BitstreamError: The bytes are something else.
+        """
+        if data[:2] != self._magic:
+            raise BitstreamError(
+                "This should be an image that was encoded by a codec of CompressAI. Found "
+                f"{len(data)} bytes of something else. Encode the image again."
+            )
+        _, height, width, size, count = self._head.unpack_from(data)
+        offset = self._head.size + size
+        shape = json.loads(data[self._head.size : offset])
+        strings, end = [], offset + 4 * count
+        for length in struct.unpack_from(f">{count}I", data, offset):
+            strings.append([data[end : end + length]])
+            end += length
+        decoded = self._codec.decompress(strings, shape)["x_hat"]
+        return decoded[0, :, :height, :width]

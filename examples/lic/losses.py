@@ -1,0 +1,85 @@
+"""What training minimises: rate and distortion at one λ, or their sum at each of several."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from examples.lic.variable_rate import VariableRateCodec, step_for
+
+NOISY_SHARE = 0.5
+"""The first part of a variable-rate training, in which the decoder sees noise (the second stage of
+three in the paper); after it, rounded symbols and their offsets (the third)."""
+
+
+class Objective(nn.Module):
+    """A codec with its losses."""
+
+    model: nn.Module
+    names: Sequence[str]
+    """Of all losses that a step may have."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Prepare for step number `step`, from 0, of `steps`."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The losses, 0-d, of images ``[B, 3, H, W]`` in [0, 1]."""
+        raise NotImplementedError
+
+
+class RateDistortion(Objective):
+    """Bits per pixel, and λ · 255² · MSE."""
+
+    names = ("rate", "distortion")
+
+    def __init__(self, model: nn.Module, lmbda: float) -> None:
+        super().__init__()
+        self.model, self.lmbda = model, lmbda
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        output = self.model(images)
+        mse = mse_loss(output.images, images)
+        return {"rate": output.bpp(), "distortion": self.lmbda * 255**2 * mse}
+
+
+def level_name(lmbda: float) -> str:
+    """The name of a λ's loss."""
+    return f"λ={lmbda:g}"
+
+
+class Levels(Objective):
+    """R + λ · 255² · MSE of a variable-rate codec at several λ; the images are analysed once.
+
+    Args:
+        model: The codec.
+        lambdas: The levels.
+        one_level: Take one λ in each step, drawn at random, instead of all.
+        seed: Of the draws.
+    """
+
+    def __init__(
+        self, model: VariableRateCodec, lambdas: Sequence[float], *, one_level: bool, seed: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [level_name(lmbda) for lmbda in lambdas]
+        self._lambdas, self._one_level, self._seed = lambdas, one_level, seed
+        self.begin_step(0, 1)
+
+    def begin_step(self, step: int, steps: int) -> None:
+        self._noisy = step < NOISY_SHARE * steps
+        draw = random.Random(f"{self._seed}/{step}")
+        self._levels = [draw.choice(self._lambdas)] if self._one_level else self._lambdas
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        y, z = self.model.base.analyze(images)
+        losses = {}
+        for lmbda in self._levels:
+            step = step_for(lmbda, self.model.highest.item())
+            output = self.model.code(y, z, step, noisy_decoder=self._noisy)
+            distortion = lmbda * 255**2 * mse_loss(output.images, images)
+            losses[level_name(lmbda)] = output.bpp() + distortion
+        return losses

@@ -1,0 +1,162 @@
+"""Refine the latents of one image while the network stays as it is (SGA, SGA+; see rounding.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from examples.lic.evaluation import Score, pad_to_multiple, psnr, to_pixels
+from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.rounding import PUBLISHED_STEPS, TWO_CLASS, Gumbel
+from moo_balance import BalancedOptimizer, Sum
+from moo_balance.weighting import Weighting
+
+Relaxation: TypeAlias = Callable[[Tensor, int], Tensor]
+"""A differentiable replacement of rounding at a given step."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How to refine.
+
+    Args:
+        relaxation: What replaces rounding; the default is the best of the paper.
+        steps: Iterations of Adam; 0 leaves the encoder's latents. Default 2000 (paper).
+        lr: Adam's learning rate. Default 5e-3 (paper).
+        weighting: How rate and λ · distortion are weighted. The default is their plain sum.
+        centered: Round y - μ, as SGA+ does and as the codec is trained; False rounds y itself, as
+            the original SGA does.
+    """
+
+    relaxation: Relaxation = field(default_factory=lambda: Gumbel(TWO_CLASS["SSL"]))
+    steps: int = PUBLISHED_STEPS
+    lr: float = 5e-3
+    weighting: Weighting = field(default_factory=Sum)
+    centered: bool = True
+
+
+class Latents(NamedTuple):
+    """The latents of one image, not yet rounded."""
+
+    y: Tensor
+    z: Tensor
+
+
+class Sent(NamedTuple):
+    """What the receiver gets: the rounded latents, and what they cost."""
+
+    y: Tensor
+    z: Tensor
+    bits: Tensor
+    """Estimated bits of both together; 0-d."""
+
+
+def quantize(
+    model: MeanScaleHyperprior,
+    latents: Latents,
+    rounding: Callable[[Tensor], Tensor] = torch.round,
+    *,
+    centered: bool = True,
+) -> Sent:
+    """Round the latents, softly or not; for the arguments see :class:`Refinement`."""
+    symbols = rounding(latents.z - model.z_median)
+    z = symbols + model.z_median
+    mean, scale = model.predict(z)
+    y = mean + rounding(latents.y - mean) if centered else rounding(latents.y)
+    return Sent(y, z, torch.stack(list(model.bits(y - mean, scale, symbols).values())).sum())
+
+
+@torch.no_grad()
+def encode(model: MeanScaleHyperprior, image: Tensor) -> Latents:
+    """The encoder's latents of a uint8 image ``[3, H, W]`` of any size."""
+    return Latents(*model.analyze(pad_to_multiple(_in_unit_range(image), model.stride)))
+
+
+@torch.no_grad()
+def score(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Score:
+    """Rate and PSNR, as :func:`examples.lic.evaluation.evaluate` has them, of latents as sent."""
+    decoded = to_pixels(_decode(model, sent, image)[0])
+    return Score(sent.bits.item() / image[0].numel(), psnr(decoded, image))
+
+
+def refine(
+    model: MeanScaleHyperprior,
+    image: Tensor,
+    how: Refinement,
+    *,
+    lmbda: float,
+    seed: int = 0,
+    on_step: Callable[[int, Latents], object] = lambda step, latents: None,
+) -> Sent:
+    """Optimise the latents of `image` for R + λ · 255² · MSE, and round them.
+
+    Args:
+        model: A trained codec; its parameters, gradients and mode are not changed.
+        image: uint8 ``[3, H, W]`` of any size; the padding is not scored.
+        how: See :class:`Refinement`.
+        lmbda: λ, not necessarily the one of training: another one moves the image along the
+            rate-distortion curve of a model that was trained once.
+        seed: For the Gumbel noise: runs with equal seeds see equal noise.
+        on_step: Called before each step with its number and the unrounded latents, and once more
+            at the end.
+    """
+    torch.manual_seed(seed)
+    latents = Latents(*(latent.clone().requires_grad_() for latent in encode(model, image)))
+    optimizer = BalancedOptimizer(torch.optim.Adam(latents, lr=how.lr), how.weighting)
+    with _without_parameter_gradients(model):
+        for step in range(how.steps):
+            on_step(step, latents)
+            rounding = partial(_relax, how.relaxation, step)
+            optimizer.zero_grad()
+            # A closure, so that a method that observes the step can evaluate the losses after it.
+            optimizer.backward(partial(_losses, model, image, latents, rounding, how, lmbda))
+            optimizer.step()
+        on_step(how.steps, latents)
+        with torch.no_grad():
+            return quantize(model, latents, centered=how.centered)
+
+
+def _relax(relaxation: Relaxation, step: int, values: Tensor) -> Tensor:
+    return relaxation(values, step)
+
+
+def _losses(
+    model: MeanScaleHyperprior,
+    image: Tensor,
+    latents: Latents,
+    rounding: Callable[[Tensor], Tensor],
+    how: Refinement,
+    lmbda: float,
+) -> dict[str, Tensor]:
+    sent = quantize(model, latents, rounding, centered=how.centered)
+    mse = functional.mse_loss(_decode(model, sent, image), _in_unit_range(image))
+    return {"rate": sent.bits / image[0].numel(), "distortion": lmbda * 255**2 * mse}
+
+
+def _decode(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    return model.synthesize(sent.y)[:, :, :height, :width]
+
+
+def _in_unit_range(image: Tensor) -> Tensor:
+    return image[None].to(torch.float32) / 255
+
+
+@contextmanager
+def _without_parameter_gradients(model: MeanScaleHyperprior) -> Iterator[None]:
+    """Take no gradient of the parameters: a third of the cost, and nothing left in them."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)

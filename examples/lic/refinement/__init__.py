@@ -1,1 +1,0 @@
-"""Latent refinement, SGA and SGA+; ``python -m examples.lic.refinement`` measures what it gains."""

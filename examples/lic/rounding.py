@@ -1,0 +1,198 @@
+"""Soft rounding of a latent, as stochastic Gumbel annealing does it: SGA and SGA+.
+
+A real number is relaxed to a random mixture of the integers around it. A *score* says how likely an
+integer is at a given distance; the mixture is a sample of the Gumbel-softmax over the scores, and
+as its temperature falls it becomes one integer, the nearest with ever greater certainty.
+
+Sources: Yang, Bamler & Mandt, *Improving Inference for Neural Image Compression* (NeurIPS 2020),
+for SGA; Perugachi-Diaz, Gansekoele & Bhulai, *Robustly overfitting latents for flexible neural
+image compression* (NeurIPS 2024), arXiv 2401.17789, for SGA+.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Score: TypeAlias = Callable[[Tensor], Tensor]
+"""Log-probability, up to a constant, of an integer at a distance d ≥ 0; falls with d."""
+
+TINY = 1e-6
+"""The least probability of a linear or sigmoid-scaled-logit score."""
+
+
+@dataclass(frozen=True)
+class Atanh:
+    r"""SGA: :math:`-\operatorname{artanh} d`, with :math:`d \le 1 - 10^{-5}`.
+
+    Its probability has an infinite slope at the integers, which is what SGA+ does away with.
+    """
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return -distance.clamp(max=1 - 1e-5).atanh()
+
+
+@dataclass(frozen=True)
+class Linear:
+    r""":math:`n \log(1 - r d)`; with the defaults the probability is the distance to the other end.
+
+    Args:
+        slope: r; below 1 it leaves integers further than 1 a chance.
+        power: n.
+    """
+
+    slope: float = 1.0
+    power: float = 1.0
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return self.power * (1 - self.slope * distance).clamp(min=TINY).log()
+
+
+@dataclass(frozen=True)
+class Cosine:
+    r""":math:`\log \cos^n(\tfrac{\pi}{2} \min(r d, 1))`; flat at both ends of a unit interval.
+
+    Args:
+        slope: r.
+        power: n.
+    """
+
+    slope: float = 1.0
+    power: float = 2.0
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        # In float32 the cosine of a right angle is a little below zero, and has no real power.
+        cosine = (math.pi / 2 * (self.slope * distance).clamp(max=1)).cos().clamp(min=0)
+        return (cosine**self.power + 1e-7).log()
+
+
+@dataclass(frozen=True)
+class ScaledLogit:
+    r"""Sigmoid-scaled logit, SSL(a): :math:`n \log \sigma(-a \operatorname{logit} u)`, u = r d / w.
+
+    Args:
+        a: 1 is :class:`Linear`; more comes closer to rounding, and is steep in the middle.
+        slope: r.
+        power: n.
+        width: w, the largest distance there is.
+    """
+
+    a: float = 2.3
+    slope: float = 1.0
+    power: float = 1.0
+    width: float = 1.0
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        logit = torch.logit(self.slope * distance / self.width, eps=1e-5)
+        return self.power * functional.logsigmoid(-self.a * logit).clamp(min=math.log(TINY))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The integers that a latent may become, and how likely each is.
+
+    Args:
+        score: See :data:`Score`.
+        classes: 2 for the integers below and above; 3 for the nearest and its neighbours.
+    """
+
+    score: Score
+    classes: int = 2
+
+    def candidates(self, values: Tensor) -> Tensor:
+        """The integers ``[classes, *values.shape]``, without a gradient."""
+        below = values.detach().floor() if self.classes == 2 else values.detach().round() - 1
+        return torch.stack([below + k for k in range(self.classes)])
+
+    def scores(self, values: Tensor, candidates: Tensor) -> Tensor:
+        """Scores of the candidates, differentiable in ``values``."""
+        return self.score((values - candidates).abs())
+
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Probabilities ``[classes, *values.shape]`` at temperature 1; they sum to 1."""
+        return self.scores(values, self.candidates(values)).softmax(0)
+
+    def sample(self, values: Tensor, temperature: float) -> Tensor:
+        """Draw a soft rounding of ``values`` from torch's global generator.
+
+        The temperature enters twice: it sharpens the probabilities, and it hardens the sample.
+        """
+        candidates = self.candidates(values)
+        scores = self.scores(values, candidates)
+        gumbel = -torch.empty_like(scores).exponential_().log()
+        shares = ((scores / temperature + gumbel) / temperature).softmax(0)
+        return (shares * candidates).sum(0)
+
+
+TWO_CLASS = {
+    "atanh": Rounding(Atanh()),
+    "linear": Rounding(Linear()),
+    "cosine": Rounding(Cosine()),
+    "SSL": Rounding(ScaledLogit()),
+}
+"""The probabilities of the paper, with the a = 2.3 of its tables."""
+
+THREE_CLASS = {
+    "linear": Rounding(Linear(slope=0.98, power=1.5), classes=3),
+    "cosine": Rounding(Cosine(slope=0.98, power=1.5), classes=3),
+    "SSL": Rounding(ScaledLogit(a=1.4, slope=0.98, power=1.5, width=1.5), classes=3),
+}
+"""Their extensions to three integers, with the paper's r, n and a."""
+
+
+PUBLISHED_STEPS = 2000
+"""How many iterations the papers take."""
+
+
+@dataclass(frozen=True)
+class Annealing:
+    r"""The temperature of step t: :math:`\min(\tau_{max}, \tau_0\, e^{-c (t - t_0)})`.
+
+    Args:
+        maximum: τ_max > 0.
+        start: τ₀ > 0.
+        rate: c ≥ 0, per step.
+        delay: t₀, in steps.
+    """
+
+    maximum: float = 1.0
+    start: float = 1.0
+    rate: float = 1e-3
+    delay: int = 0
+
+    def __call__(self, step: int) -> float:
+        return min(self.maximum, self.start * math.exp(-self.rate * (step - self.delay)))
+
+    def within(self, steps: int) -> Annealing:
+        """The same curve in fewer steps than the 2000 for which it was published."""
+        part = steps / PUBLISHED_STEPS
+        return replace(self, rate=self.rate / part, delay=round(self.delay * part))
+
+
+SGA_ANNEALING = Annealing(maximum=0.5, start=0.5, delay=700)
+SGA_PLUS_ANNEALING = Annealing()
+
+
+@dataclass(frozen=True)
+class Gumbel:
+    """Soft rounding that hardens from step to step."""
+
+    rounding: Rounding
+    annealing: Annealing = SGA_PLUS_ANNEALING
+
+    def __call__(self, values: Tensor, step: int) -> Tensor:
+        return self.rounding.sample(values, self.annealing(step))
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Plain rounding with the gradient of the identity, at every step."""
+
+    def __call__(self, values: Tensor, step: int) -> Tensor:
+        return values + (values.round() - values).detach()

@@ -1,0 +1,251 @@
+"""A training run as a value, and what carries it out into a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.lic import architectures, checkpoint
+from examples.lic.bitstream import fingerprint
+from examples.lic.checkpoint import CheckpointError
+from examples.lic.images import ImageError
+from examples.lic.losses import Levels, Objective, RateDistortion
+from examples.lic.streams import Crops, CropStream, Sources
+from examples.lic.training import Observer, Recipe, Trainer
+from examples.lic.variable_rate import VariableRateCodec
+from moo_balance.weighting import Weighting
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training run depends on, besides its images.
+
+    Runs with equal seeds see equal crops and noise, and without `start` they begin with equal
+    weights. A run with a `start` sees other crops than its start did.
+
+    Args:
+        arch: Name of the codec, see ``architectures.py``.
+        lambdas: λ, positive, in rising order: one for a fixed-rate codec, whose losses are rate
+            and distortion; any number for a variable-rate one, with R + λD for each.
+        weighting: Of these losses.
+        recipe: Steps, learning rate, and so on.
+        crop: Side of the crops in pixels, a multiple of the codec's stride.
+        batch: Crops in a step.
+        seed: Of fresh weights, crops and noise.
+        start: Checkpoint whose trained weights it starts from; or a run, which is trained first.
+        one_level: A random λ in each step of a variable-rate codec, instead of all.
+    """
+
+    arch: str
+    lambdas: tuple[float, ...]
+    weighting: Weighting
+    recipe: Recipe
+    crop: int = 128
+    batch: int = 2
+    seed: int = 0
+    start: Run | Path | None = None
+    one_level: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run in types that JSON has, a start that is a run inside it."""
+        start = self.start.as_dict() if isinstance(self.start, Run) else self.start
+        return {
+            "arch": self.arch,
+            "lambdas": list(self.lambdas),
+            "weighting": repr(self.weighting),
+            **asdict(self.recipe),
+            "crop": self.crop,
+            "batch": self.batch,
+            "seed": self.seed,
+            "start": str(start) if isinstance(start, Path) else start,
+            "one_level": self.one_level,
+        }
+
+    def file_name(self) -> str:
+        """A name for its checkpoint, which differs between any two runs."""
+        digest = hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        words = "-".join([self.arch, *(f"{lmbda:g}" for lmbda in self.lambdas)])
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', words)[:48]}-{digest[:12]}.pt"
+
+    @property
+    def stream(self) -> int:
+        """Seed of crops and noise."""
+        depth, start = 0, self.start
+        while start is not None:
+            depth, start = depth + 1, start.start if isinstance(start, Run) else None
+        return 1000 * self.seed + depth
+
+    def objective(self, model: nn.Module) -> Objective:
+        """The codec with its losses."""
+        if isinstance(model, VariableRateCodec):
+            return Levels(model, self.lambdas, one_level=self.one_level, seed=self.stream)
+        (lmbda,) = self.lambdas
+        return RateDistortion(model, lmbda)
+
+
+def train(
+    run: Run,
+    sources: Sources,
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    save_every: int = 500,
+    skip_broken: bool = False,
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Carry out `run` into the checkpoint at `path`, or what of it is not done yet.
+
+    A stopped run goes on to the same bits as one that never stopped (on a GPU as far as its
+    kernels repeat themselves). SIGINT and SIGTERM end it after the step under way, saved.
+
+    Args:
+        run: What to train.
+        sources: The images to train on.
+        path: Of the checkpoint. A start that is a run has its own in the same folder, called
+            :meth:`Run.file_name`.
+        device: To train on.
+        workers: Processes that read images ahead.
+        save_every: Steps between checkpoints.
+        skip_broken: Replace an image that cannot be read by the next one.
+        observers: Of this run, and not of its start.
+
+    Raises:
+        CheckpointError: A checkpoint does not fit, or the last one could not be saved.
+        ImageError: An image cannot be read. The state before is saved.
+        KeyboardInterrupt: After a signal.
+    """
+    options = {"device": device, "workers": workers, "skip_broken": skip_broken}
+    start = run.start
+    if isinstance(start, Run):
+        start = path.parent / start.file_name()
+        if not path.exists():
+            train(run.start, sources, start, save_every=save_every, **options)
+    job = _Job(run, start, sources, path, **options)
+    if path.exists():
+        job.resume()
+    if job.trainer.complete:
+        return
+    try:
+        with _stop_on_signals(job.trainer):
+            job.trainer.run(job.stream, [_Saver(job, save_every), *observers])
+    except ImageError:
+        job.save()
+        raise
+    job.save()
+    if job.trainer.stop:
+        raise KeyboardInterrupt
+
+
+class _Job:
+    """A run under way: the trainer, its crops, and how both are saved."""
+
+    def __init__(
+        self,
+        run: Run,
+        start: Path | None,
+        sources: Sources,
+        path: Path,
+        *,
+        device: torch.device | str,
+        workers: int,
+        skip_broken: bool,
+    ) -> None:
+        self._path, self._settings = path, run.as_dict()
+        torch.manual_seed(run.seed)
+        model = architectures.build(run.arch, highest=run.lambdas[-1])
+        if isinstance(run.start, Path) or (start is not None and not path.exists()):
+            checkpoint.load_start(model, start, run.arch)
+        if isinstance(run.start, Path):
+            # The weights and not the name: a file may be moved, and must not be another.
+            self._settings["start"] = f"{fingerprint(model):08x}"
+        objective = run.objective(model.to(device))
+        self.trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream)
+        self._crops = Crops(sources, crop=run.crop, seed=run.stream, skip_broken=skip_broken)
+        self.stream = CropStream(self._crops, batch=run.batch, workers=workers)
+
+    def save(self) -> None:
+        """Save everything that is needed to go on from here."""
+        content = {
+            "run": self._settings,
+            "images": self._crops.identity,
+            "crops": self.stream.state_dict(),
+            **self.trainer.state_dict(),
+        }
+        checkpoint.save(self._path, content)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint.
+
+        Raises:
+            CheckpointError: It was made with other settings.
+        """
+        content = checkpoint.load(self._path)
+        saved, now = content["run"], self._settings
+        if differing := [key for key, value in now.items() if saved.get(key) != value]:
+            was, is_now = (
+                ", ".join(f"{key} {settings.get(key)}" for key in differing)
+                for settings in (saved, now)
+            )
+            raise CheckpointError(
+                f"{self._path} should go on with the options it was started with: {was}. Found "
+                f"{is_now}. Give those, or choose another --output."
+            )
+        self.trainer.load_state_dict(content)
+        self.stream.load_state_dict(content["crops"])
+        if not self.trainer.complete:
+            print(f"{self._path}: goes on from step {self.trainer.taken}.")
+        if content["images"] != self._crops.identity:
+            print(f"{self._path}: the images are not those that it was trained on so far.")
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM end the run after a step; a second one acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = True
+        restore()
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
+
+
+class _Saver(Observer):
+    """Saves now and then. A full disk does not end a run that may find room the next time."""
+
+    def __init__(self, job: _Job, every: int) -> None:
+        self._job, self._every = job, every
+
+    def after(self, trainer: Trainer) -> None:
+        if trainer.taken % self._every or trainer.complete:
+            return
+        try:
+            self._job.save()
+        except CheckpointError as error:
+            print(f"warning: {error} Training goes on; the next attempt is "
+                  f"{self._every} steps away.", file=sys.stderr)  # fmt: skip
