@@ -20,7 +20,9 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 METHODS = [
     name
     for name in weighting.__all__
-    if name in moo_balance.__all__ and issubclass(getattr(moo_balance, name), weighting.Weighting)
+    if inspect.isclass(value := getattr(weighting, name))
+    and issubclass(value, weighting.Weighting)
+    and not inspect.isabstract(value)
 ]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.lic.codec import MeanScaleHyperprior
+from examples.lic.hyperprior import MeanScaleHyperprior
 
 Losses = dict[str, Tensor]
 
