@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,7 @@ from moo_balance import weighting
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-METHODS = [
-    name
-    for name in weighting.__all__
-    if name in moo_balance.__all__ and issubclass(getattr(moo_balance, name), weighting.Weighting)
-]
+METHODS = [name for name in weighting.__all__ if is_dataclass(getattr(moo_balance, name))]
 
 
 def page_id(page: Path) -> str:
