@@ -113,7 +113,7 @@ def tied() -> Split:
 
 @split
 def nested() -> Split:
-    """One feature is computed from another: its share is taken at itself alone."""
+    """One feature is computed from another: its share is taken only at itself."""
     weight, first = trunk()
     second = first.sin()
     losses = [(first * 2).sum() + second.square().sum(), (second * first.detach()).sum()]

@@ -114,6 +114,15 @@ def regularized(weight: nn.Parameter, x: Tensor) -> Tensor:
     return x @ weight + weight.square().sum()
 
 
+def transposed_and_regularized(weight: nn.Parameter, x: Tensor) -> Tensor:
+    return x @ weight.T + weight.square().sum()
+
+
+def transposed_once_for_two(weight: nn.Parameter, x: Tensor) -> Tensor:
+    transposed = weight.T
+    return torch.tanh(x @ transposed) @ transposed
+
+
 def computed(weight: nn.Parameter, x: Tensor) -> Tensor:
     return x @ (2 * weight)
 
@@ -126,7 +135,17 @@ def plain(weight: nn.Parameter, x: Tensor) -> Tensor:
     return x @ weight
 
 
-@pytest.mark.parametrize("use", [used_twice, regularized, computed, multiplied])
+@pytest.mark.parametrize(
+    "use",
+    [
+        used_twice,
+        regularized,
+        transposed_and_regularized,
+        transposed_once_for_two,
+        computed,
+        multiplied,
+    ],
+)
 def test_weights_with_another_use_are_not_factored(
     use: Callable[[nn.Parameter, Tensor], Tensor],
 ) -> None:

@@ -15,7 +15,7 @@ from moo_balance.engine import Problem
 
 @dataclass
 class Graph:
-    """Losses, parameters, and memory that belongs to the user, beside a copy of it."""
+    """Losses, parameters, and memory that belongs to the user, each with a copy of it."""
 
     losses: Sequence[Tensor]
     params: Sequence[Tensor]
@@ -338,9 +338,9 @@ def single() -> Graph:
 
 @graph
 def elsewhere() -> Graph:
-    """A loss that reaches none of the parameters, only somebody else's."""
-    mine, theirs = parameter(3), parameter(3, seed=1)
-    return Graph([(mine * theirs.detach()).sum(), theirs.sum(), mine.square().sum()], [mine])
+    """A loss that reaches none of the parameters, only one that is not among them."""
+    given, other = parameter(3), parameter(3, seed=1)
+    return Graph([(given * other.detach()).sum(), other.sum(), given.square().sum()], [given])
 
 
 @graph
@@ -395,7 +395,7 @@ def wide_and_hooked(hook: Hook = doubled) -> Graph:
 
 @graph
 def wide_on_an_empty_batch() -> Graph:
-    """An expert to whom no sample is sent."""
+    """An expert that gets no samples."""
     weight, expert = parameter(4, 3), parameter(4, 5, seed=1)
     samples = drawn(2, 4, seed=2)
     common, special = samples @ weight, samples[samples.sum(1) > 1e9] @ expert
