@@ -1,7 +1,7 @@
 """The exact solvers on NumPy arrays, imported with the first Gramian that needs them.
 
-Within a training step they run once, on the host. NumPy's operations on K numbers take a fraction of
-the time of PyTorch's.
+Within a training step they run once, on the host. There NumPy's operations on K numbers take a
+fraction of the time of PyTorch's.
 """
 
 from __future__ import annotations
