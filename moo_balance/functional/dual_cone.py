@@ -67,7 +67,7 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
             f"Parameter `coefficients` should be finite. Found {start.tolist()}."
         )
     total = start + _addition(gradients, start, precision(gramian))
-    return torch.from_numpy(total).to(gramian.device, result)
+    return torch.from_numpy(total).to(result).to(gramian.device)
 
 
 def _addition(gradients: Directions, start: Array, precision: float) -> Array:

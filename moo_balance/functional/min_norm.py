@@ -78,7 +78,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         check_gramian(gramian)
         return torch.ones(1, dtype=result, device=gramian.device)
     weights = torch.from_numpy(_by_active_set(directions(gramian), precision(gramian)))
-    return weights.to(gramian.device, result)
+    return weights.to(result).to(gramian.device)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
