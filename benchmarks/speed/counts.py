@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Probe(Weighting):
         call: Called whenever weights are computed.
     """
 
-    uses_gramian: ClassVar[bool] = True
+    uses_gramian = True
     call: Callable[[], None] = field(default=lambda: None)
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class _MarkedEngine(Engine):
 
 @dataclass(frozen=True)
 class _MarkedWeighting(Weighting):
-    uses_gramian: ClassVar[bool] = True
+    uses_gramian = True
     inner: Weighting
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.lic.codec import MeanScaleHyperprior
+from examples.lic.hyperprior import MeanScaleHyperprior
 
 Losses = dict[str, Tensor]
 
@@ -143,6 +143,33 @@ def transformer(count: int = 4, width: int = 128, length: int = 32, batch: int =
     return Workload(f"transformer, K = {count}", count, build, draw, heads_forward)
 
 
+class Recurrence(nn.Module):
+    """One weight that is used once for each element of a sequence; the output is the last state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        state = torch.zeros_like(sequence[0])
+        for element in sequence:
+            state = torch.tanh(self.layer(state) + element)
+        return state
+
+
+def recurrence(count: int = 2, width: int = 704, length: int = 200, batch: int = 4) -> Workload:
+    """A long recurrence with `count` heads on its last state; its weight has 0.5 M elements."""
+
+    def build() -> nn.Module:
+        return Heads(Recurrence(width), [nn.Linear(width, 8) for _ in range(count)])
+
+    def draw() -> tuple[Tensor, ...]:
+        sequence = torch.randn(length, batch, width)
+        return sequence, *(torch.randn(batch, 8) for _ in range(count))
+
+    return Workload(f"recurrence, K = {count}", count, build, draw, heads_forward)
+
+
 class Field(nn.Module):
     """u(t, x) as a network, for the heat equation on [0, 1]²."""
 
@@ -217,6 +244,7 @@ def codec(
 ALL: tuple[Callable[[], Workload], ...] = (
     codec,
     transformer,
+    recurrence,
     pinn,
     *(partial(mlp, count) for count in (2, 8, 32)),
     *(partial(resnet, count) for count in (2, 8, 32)),
