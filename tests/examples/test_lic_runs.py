@@ -130,7 +130,7 @@ def test_a_complete_run_is_left_as_it_is(pictures, tmp_path):
 def test_a_run_does_not_go_on_with_other_settings(pictures, tmp_path):
     train(make_run(), pictures, tmp_path / "run.pt")
     other = make_run(recipe=Recipe(STEPS, 0.5), seed=3)
-    with pytest.raises(CheckpointError, match=r"with: lr 0\.001, seed 0\. Found lr 0\.5, seed 3"):
+    with pytest.raises(CheckpointError, match=r"with: seed 0, lr 0\.001\. Found seed 3, lr 0\.5"):
         train(other, pictures, tmp_path / "run.pt")
 
 
