@@ -7,7 +7,7 @@ THREADS ?= 1
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-# A stamp per set of extras, so that the demo does not wait for the developers' tools.
+# One stamp per set of extras, so that the demo does not install the development tools.
 EXAMPLES := $(VENV)/.examples
 DEV      := $(VENV)/.dev
 INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
@@ -27,7 +27,7 @@ lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic
 test: $(DEV)  ## run the test suite
 	$(BIN)/python -m pytest
 
-check: lint types docs doctest test  ## everything that must hold before a commit; what CI runs
+check: lint types docs doctest test  ## all checks that must pass before a commit; CI runs the same
 
 lint: $(DEV)  ## rules and formatting
 	$(BIN)/python -m ruff check .
@@ -43,7 +43,7 @@ docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumen
 	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
 
 bench: $(DEV)  ## measure what balancing costs, and write docs/benchmarks.md
-	$(BIN)/python -m benchmarks --threads $(THREADS)
+	$(BIN)/python -m benchmarks.speed --threads $(THREADS)
 
 clean:  ## remove caches and outputs (the environment in .venv stays)
 	rm -rf docs/_build runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""How a run is set up, and what it ran on."""
+"""Settings of a run, and the machine and versions that it ran on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PEER_LIBRARIES = ("torchjd", "conflictfree", "pytorch-optimizer", "scipy")
+OTHER_LIBRARIES = ("torchjd", "conflictfree", "pytorch-optimizer", "scipy")
 
 
 def _device() -> torch.device:
@@ -21,11 +21,11 @@ def _device() -> torch.device:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose, and what there is.
+    """Settings of a run.
 
     Args:
-        quick: Tiny models and a few rounds: does everything run?
-        threads: Of PyTorch, within operations.
+        quick: Use tiny models and few rounds, only to check that everything runs.
+        threads: Threads of PyTorch within one operation.
         device: The accelerator if there is one.
     """
 
@@ -37,22 +37,22 @@ class Settings:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def tell(self, text: str) -> None:
-        """Say how far a long run has come."""
+    def report(self, text: str) -> None:
+        """Print the progress of a long run."""
         if not self.quick:
             print(f"… {text}", file=sys.stderr, flush=True)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was told."""
+        """Wait until the device has finished its work."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
-def surroundings(settings: Settings) -> dict[str, object]:
-    """Machine, date and versions; nothing that tells whose machine it is."""
+def environment(settings: Settings) -> dict[str, object]:
+    """Machine, date and versions; nothing that identifies the machine's owner."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -60,21 +60,26 @@ def surroundings(settings: Settings) -> dict[str, object]:
         "threads": settings.threads,
         "load": round(os.getloadavg()[0], 1),
         "quick": settings.quick,
-        "versions": {"Python": platform.python_version(), "torch": torch.__version__} | _peers(),
+        "versions": {
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            **_library_versions(),
+        },
     }
 
 
-def _peers() -> dict[str, str]:
-    found = {}
-    for name in PEER_LIBRARIES:
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in OTHER_LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor's model, or of its architecture if the model is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

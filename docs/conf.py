@@ -34,7 +34,7 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 copybutton_exclude = ".linenos, .gp, .go"
 
-# Other projects' names are not ours to resolve: their inventories would need a network.
+# Names of other projects are not resolved: reading their inventories would need a network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|typing|numpy)(\..*)?"),
     (r"py:.*", r"(Tensor|Optimizer|Mapping|Sequence|Callable|Iterable|Iterator|ClassVar|Literal)"),

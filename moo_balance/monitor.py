@@ -1,4 +1,4 @@
-"""What the last step looked like, and what a run looked like."""
+"""Metrics of the last step, and of a whole run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moo_balance.weighting.base import Statistics
+from moo_balance.functional import cosine_similarity
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class StepMetrics:
-    """Figures of the last ``backward`` (or ``combined_loss``), by name, on the device they were made on.
+    """Losses, weights and gradients of one ``backward`` (or ``combined_loss``), by name.
 
-    Nothing is copied to the host until somebody asks. One object lives as long as its optimizer
-    and is refilled in place, so a reference to it never goes stale.
+    All values stay on the device they were computed on; :meth:`as_floats` copies them.
 
     Attributes:
         names: The losses that were present.
         gramian: Inner products of their gradients, shape [K, K] in the order of ``names``; None
-            for a method that takes none, or in a step between two refreshes.
+            for a method that takes none, or in a step between two refreshes (``every``).
     """
 
     names: tuple[str, ...] = ()
@@ -56,17 +55,15 @@ class StepMetrics:
         """
         if self.gramian is None:
             return {}
-        from moo_balance.functional import cosine_similarity
-
-        faulty = ~self.gramian.diagonal().isfinite()
-        hidden = faulty[:, None] | faulty
-        cosines = cosine_similarity(self.gramian.masked_fill(hidden, 0.0))
-        cosines = cosines.masked_fill(hidden, math.nan)
+        nonfinite = ~self.gramian.diagonal().isfinite()
+        masked = nonfinite[:, None] | nonfinite
+        cosines = cosine_similarity(self.gramian.masked_fill(masked, 0.0))
+        cosines = cosines.masked_fill(masked, math.nan)
         pairs = combinations(range(len(self.names)), 2)
         return {(self.names[j], self.names[k]): cosines[j, k] for j, k in pairs}
 
     def as_dict(self) -> dict[str, Tensor]:
-        """Under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``."""
+        """All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``."""
         flat = {}
         for kind, values in (
             ("loss", self.losses),
@@ -81,17 +78,12 @@ class StepMetrics:
         """:meth:`as_dict` as numbers, in one copy from the device."""
         return to_floats(self.as_dict())
 
-    def record(self, statistics: Statistics, weights: Tensor, coefficients: Tensor) -> None:
-        """Refill in place."""
-        self.names, self.gramian = statistics.names, statistics.gramian
-        self._losses, self._weights, self._coefficients = statistics.losses, weights, coefficients
-
     def _named(self, values: Tensor | None) -> dict[str, Tensor]:
         return {} if values is None else dict(zip(self.names, values.unbind(), strict=True))
 
 
 class History:
-    """Figures of many steps, kept on the device, brought to the host once at the end.
+    """Metrics of many steps, kept on the device and copied to the host when they are read.
 
     Example:
         >>> import torch
@@ -111,22 +103,22 @@ class History:
     def __init__(self) -> None:
         self._steps: list[dict[str, Tensor]] = []
 
-    def append(self, balance: StepMetrics) -> None:
-        """Add the figures of one step."""
-        self._steps.append(balance.as_dict())
+    def append(self, metrics: StepMetrics) -> None:
+        """Add the metrics of one step."""
+        self._steps.append(metrics.as_dict())
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def keys(self) -> list[str]:
-        """All keys that any step has, in order of appearance."""
+        """All keys that a step has, in order of appearance."""
         return list(dict.fromkeys(key for step in self._steps for key in step))
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps at which `key` was there, counted from 0, and its values."""
-        found = {index: step[key] for index, step in enumerate(self._steps) if key in step}
-        values = to_floats({str(index): value for index, value in found.items()})
-        return list(found), list(values.values())
+        """Steps that have `key`, counted from 0, and its values."""
+        present = {index: step[key] for index, step in enumerate(self._steps) if key in step}
+        values = to_floats({str(index): value for index, value in present.items()})
+        return list(present), list(values.values())
 
     def plot(self, kind: str = "weight", ax: Any = None) -> Any:
         """Draw all series of a kind (``"loss"``, ``"weight"``, ``"coefficient"``, ``"cosine"``).
@@ -148,7 +140,7 @@ class History:
 
 
 def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """0-d tensors as numbers, with one copy for each device and dtype at most."""
+    """0-d tensors as floats, copied from the device at once."""
     if not values:
         return {}
     device = next(iter(values.values())).device

@@ -4,43 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from moo_balance.arguments import check_arguments, measured_params
-from moo_balance.balancer import Balancer, Features
-from moo_balance.checkpoint import BalanceState
-from moo_balance.engine import Engine, PerLoss
-from moo_balance.errors import BalanceError
-from moo_balance.ledger import Ledger
-from moo_balance.monitor import StepMetrics
-from moo_balance.proxy import OptimizerProxy, with_own_hooks
-from moo_balance.reevaluation import Replay, evaluated, summed
-from moo_balance.scaler import (
-    check_one_scale,
-    check_ready_to_scale,
-    check_scaled,
-    check_unscaled,
-    loss_scale,
+from moo_balance._balancer import Balancer, Closure, Features, Losses
+from moo_balance._checkpoint import BalanceState
+from moo_balance._grad_scaler import read_scaling
+from moo_balance._record import Record
+from moo_balance._torch_internals import hooks_of, mark_as_hooked
+from moo_balance._validation import (
+    check_loss_names,
+    check_method,
+    check_optimizer,
+    check_options,
+    read_shared_params,
 )
+from moo_balance._wrapper import OptimizerWrapper
+from moo_balance.engine import Engine, PerLoss
+from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import Weighting
 
-Losses = Mapping[str, Tensor]
-Closure = Callable[[], Losses]
 
-
-class BalancedOptimizer(OptimizerProxy):
+class BalancedOptimizer(OptimizerWrapper):
     r"""Wrap a ``torch.optim`` optimizer so that it descends on several losses at once.
 
     .. math:: \texttt{.grad} \mathrel{+}= \sum_k c_k \nabla L_k
 
     with coefficients :math:`c` from the `weighting`, after which the wrapped optimizer takes its
     own step. It *is* an ``Optimizer``: ``param_groups``, ``state`` and ``defaults`` are those of
-    the wrapped one, and schedulers, clipping and ``GradScaler`` take it for one.
+    the wrapped one, and schedulers, clipping and ``GradScaler`` accept it as one.
 
     Three ways to use it::
 
@@ -48,32 +44,32 @@ class BalancedOptimizer(OptimizerProxy):
         optimizer.backward(losses)
         optimizer.step()
 
-        optimizer.step(closure)                  # the closure returns the losses, the step does
-                                                 # zero_grad, backward, and all else
+        optimizer.step(closure)                  # the closure returns a dict of losses; the step
+                                                 # runs zero_grad and backward, too
 
-        optimizer.combined_loss(losses).backward()     # one scalar, for trainers that call backward
+        optimizer.combined_loss(losses).backward()   # a scalar, for trainers that call backward
         optimizer.step()
 
-    ``backward`` stages what it learned and ``step`` commits it: a step that is skipped, or raises,
+    ``backward`` stages its result and ``step`` commits it: a step that is skipped, or raises,
     leaves the balance as it was.
 
     Args:
         optimizer: Any ``torch.optim`` optimizer but ``LBFGS``.
         weighting: The method, such as ``FAMO()`` or ``MGDA()``. Its docstring says what the
             coefficients sum to; ``Sum()`` gives K ones, the log methods' sum to 1.
-        shared_params: Parameters, or a module, over which inner products of gradients are taken, for
-            example those that all losses share. Every parameter of the optimizer receives its
+        shared_params: Parameters, or a module, over which inner products of gradients are taken,
+            for example those that all losses share. Every parameter of the optimizer receives its
             gradient in any case. Default: all of them.
         engine: How gradients are taken. Default: ``PerLoss()``.
         loss_names: Names of all losses, if the first call will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
-            ``"skip"``, which takes no step and counts it. On an accelerator nothing waits for the
-            check: the balance keeps its state, and ``log_dict`` reports.
+            ``"skip"``, which takes no step and counts it. On an accelerator the check does not
+            synchronize: the balance keeps its state, and ``log_dict`` reports.
         process_group: The ranks that see different data and share a model: losses are averaged
             over them, and the gradients that weights come from. Default ``"auto"``: all ranks once
             ``torch.distributed`` is initialised. None if each rank trains a model of its own.
-        check_ranks_every: Compare parameters and balance over the ranks after each of the first three
-            steps and every so many; 0 for never. Default 1000.
+        check_ranks_every: Compare parameters and balance over the ranks after each of the first
+            three steps and after every so many; 0 for never. Default 1000.
 
     Raises:
         BalanceValueError: An argument does not fit.
@@ -90,7 +86,7 @@ class BalancedOptimizer(OptimizerProxy):
         {'a': 0.941, 'b': 0.059}
     """
 
-    _kept = ("_wrapped", "_balancer", "_drift_every")
+    _pickled = ("_wrapped", "_balancer")
 
     def __init__(
         self,
@@ -104,23 +100,25 @@ class BalancedOptimizer(OptimizerProxy):
         process_group: Any = "auto",
         check_ranks_every: int = 1000,
     ) -> None:
-        check_arguments(
-            optimizer, weighting, engine, loss_names, nonfinite, check_ranks_every, process_group
-        )
+        check_optimizer(optimizer)
+        check_method(weighting, engine)
+        check_loss_names(loss_names)
+        check_options(nonfinite, check_ranks_every, process_group)
         super().__init__(optimizer)
-        self._drift_every = check_ranks_every
         self._balancer = Balancer(
-            optimizer=optimizer,
-            engine=PerLoss() if engine is None else engine,
-            ledger=Ledger(weighting, None if loss_names is None else tuple(loss_names)),
-            measured=measured_params(shared_params, optimizer),
-            nonfinite=nonfinite,
-            process_group=process_group,
+            optimizer,
+            weighting,
+            PerLoss() if engine is None else engine,
+            read_shared_params(shared_params, optimizer),
+            nonfinite,
+            process_group,
+            check_ranks_every,
+            Record(None if loss_names is None else tuple(loss_names)),
         )
         if loss_names is not None:
-            weighting.init(loss_names, torch.device("cpu"))  # does it fit these names?
+            weighting.init(loss_names, torch.device("cpu"))  # raises if its arguments name others
 
-    # ------------------------------------------------------------------ gradients
+    # ------------------------------------------------------------ gradients
 
     def backward(
         self,
@@ -135,17 +133,18 @@ class BalancedOptimizer(OptimizerProxy):
         Args:
             losses: Scalar tensors by name. The first call declares the names; later a loss may be
                 absent, and the others are balanced among themselves. Or a closure that computes
-                them: then ``step`` can evaluate it again for a method that watches the step.
+                them: then ``step`` can evaluate it again for a method that needs the losses after
+                the step.
             grad_scaler: The scaler of mixed-precision training. Gradients are written scaled, as
-                ``scaler.scale(loss).backward()`` would; weights come from unscaled figures.
+                ``scaler.scale(loss).backward()`` would; weights come from unscaled values.
             retain_graph: Keep the graph for another backward pass.
             features: What all losses are computed from: the output of the shared part of the
                 model, one tensor or several, or a function that returns them, called after
-                `losses`. A Gramian is then taken of the gradients with respect to them, which
-                costs one pass through each head and a single one through the shared part. It is
-                a different quantity: its min-norm point minimises an upper bound of the one over
-                parameters (Sener & Koltun's MGDA-UB), and is Pareto-stationary where that is as
-                long as the shared part can move its features in every direction.
+                `losses`. Then the Gramian is that of the gradients with respect to the features,
+                which costs one pass through each head and a single one through the shared part.
+                It is a different quantity: its min-norm point minimises an upper bound of the one
+                over parameters (Sener & Koltun's MGDA-UB), and is Pareto-stationary where that is
+                as long as the shared part can move its features in every direction.
 
         Returns:
             The losses.
@@ -153,31 +152,15 @@ class BalancedOptimizer(OptimizerProxy):
         Raises:
             BalanceValueError: A loss is not a scalar, detached, not finite, not above its bound or
                 of an unknown name. Nothing has changed.
-            BalanceError: The method should have seen the losses after the last step and did not;
+            BalanceError: The method needed the losses after the last step and was not shown them;
                 or ranks disagree about their losses.
         """
-        ledger = self._balancer.ledger
-        check_ready_to_scale(grad_scaler, self)
-        check_one_scale(grad_scaler, ledger.accumulation or ledger.staged)
-        replays: list[Replay] = []
-        if callable(losses):
-            replays = self._replays(losses)
-            losses = cast(Losses, evaluated(losses))
-        batch = self._balancer.admit(
-            losses,
-            loss_scale(grad_scaler),
-            retain_graph=retain_graph,
-            features=features() if callable(features) else features,
-        )
-        if ledger.accumulating:
-            self._balancer.gather(batch, replays, grad_scaler)
-        else:
-            self._balancer.balance(batch, replays, grad_scaler)
-        return losses
+        scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
+        return self._balancer.backward(losses, scaling, retain_graph, features)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Gather micro-batches: inside, ``backward`` adds to a window that the next one closes.
+        """Accumulate micro-batches: inside, ``backward`` adds to a window that the next one closes.
 
         ::
 
@@ -190,17 +173,17 @@ class BalancedOptimizer(OptimizerProxy):
         is the same as one batch whose losses are the sums over the window; divide each by the
         number of micro-batches, as for a plain optimizer, if they are means.
 
-        Memory: the window keeps K gradients, K·P numbers, until it is closed, because weights that
-        depend on losses or gradients are known at the end only. ``Sum``, ``FixedWeights``,
+        Memory: the window keeps K gradients, K·P elements, until it is closed, because weights
+        that depend on losses or gradients are known only then. ``Sum``, ``FixedWeights``,
         ``RandomWeights`` and ``OnlineTchebycheff`` know theirs beforehand and need no more than a
         plain loop does.
         """
-        ledger = self._balancer.ledger
-        outer, ledger.accumulating = ledger.accumulating, True
+        record = self._balancer.record
+        outer, record.accumulating = record.accumulating, True
         try:
             yield
         finally:
-            ledger.accumulating = outer
+            record.accumulating = outer
 
     def combined_loss(
         self,
@@ -212,9 +195,9 @@ class BalancedOptimizer(OptimizerProxy):
         """One differentiable scalar whose gradient is the balanced gradient.
 
         For trainers that call ``backward`` themselves. A method with a Gramian differentiates each
-        loss here, and ``backward`` hands over the result. Each call balances a batch by itself;
-        under a trainer's own gradient accumulation the last one is committed. Arguments and errors
-        as for :meth:`backward`; the scalar itself is not scaled.
+        loss here; ``backward`` of the scalar then only writes the result. Each call balances one
+        batch; under a trainer's own gradient accumulation the last one is committed. Arguments and
+        errors as for :meth:`backward`; the scalar itself is not scaled.
 
         Example:
             >>> import torch
@@ -225,61 +208,47 @@ class BalancedOptimizer(OptimizerProxy):
             >>> round(float(w.grad), 4)
             2.0
         """
-        batch = self._balancer.admit(losses, loss_scale(grad_scaler), features=features)
-        return self._balancer.combine(batch)
+        scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
+        return self._balancer.combined_loss(losses, scaling, features)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and with them what ``backward`` has gathered and staged."""
+        """Clear gradients, and with them the open window and the staged step."""
         self._wrapped.zero_grad(set_to_none)
-        self._balancer.ledger.discard_gradients()
+        self._balancer.record.discard_gradients()
 
-    # ------------------------------------------------------------------ steps
+    # ------------------------------------------------------------ steps
 
-    @with_own_hooks
+    @mark_as_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the wrapped optimizer step, and commit what ``backward`` staged.
 
         Args:
-            closure: Computes and returns the losses by name, and nothing else: the step clears
-                gradients, calls :meth:`backward`, steps, and evaluates the closure again, with
-                the same random numbers, for a method that watches the step. To clip gradients in
-                between, give the closure to :meth:`backward` instead. A closure that returns
-                something else is taken for a trainer's own, which has called ``combined_loss`` and
-                ``backward``.
+            closure: Computes and returns a *dict* of losses by name, where that of a plain
+                optimizer returns one scalar, and does nothing else: the step clears gradients,
+                calls :meth:`backward`, steps, and evaluates the closure again, with the same
+                random numbers, for a method that needs the losses after the step. During that
+                evaluation ``torch.nn.Module.__call__`` is replaced in the whole process. To clip
+                gradients in between, give the closure to :meth:`backward` instead. A closure that
+                returns something else is taken for a trainer's own, which has called
+                ``combined_loss`` and ``backward``.
 
         Returns:
             What the closure returned at first; without one, what the wrapped step returns.
 
         Raises:
-            BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or ranks
-                have drifted apart.
-            NonFiniteError: A gradient is not finite. Looked at on the host only, not of shards.
+            BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or
+                ranks have drifted apart.
+            NonFiniteError: A gradient is not finite. Checked on the CPU only, and not for shards.
         """
-        result = None if closure is None else self._run(closure)
-        ledger = self._balancer.ledger
-        ledger.check_closed()
-        staged = ledger.staged
-        if staged is None:
-            return self._unbalanced_step(closure, result)
-        if staged.skip or (self._balancer.nonfinite == "skip" and staged.is_invalid()):
-            ledger.drop()
-            return result
-        check_unscaled(staged.scaler, self, self._wrapped)
-        if self._balancer.is_spoiled(staged):
-            ledger.drop()
-            return result
-        output = self._wrapped.step()
-        ledger.commit()
-        if staged.replays and ledger.awaiting is not None:
-            self.observe(summed(replay.again() for replay in staged.replays))
-        self._balancer.check_drift(self._drift_every)
-        return output if closure is None else result
+        if any(self._step_hooks):
+            return self._step_with_hooks(self._balancer.step, closure)
+        return self._balancer.step(closure)
 
     def observe(self, losses: Losses) -> None:
-        """Show the losses of the same batch after the step, to a method that watches it.
+        """Show the losses of the same batch after the step, to a method that needs them.
 
-        For loops that evaluate again themselves. In between two watched steps (``every``), or for
-        a method that does not watch, there is nothing to show and this does nothing.
+        For loops that evaluate again themselves. Between two such steps (``every``), or for a
+        method that does not need them, this does nothing.
 
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.
@@ -290,113 +259,83 @@ class BalancedOptimizer(OptimizerProxy):
         """
         self._balancer.observe(losses)
 
-    # ------------------------------------------------------------------ what to look at
+    # ------------------------------------------------------------ metrics
 
     @property
     def metrics(self) -> StepMetrics:
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
-        return self._balancer.ledger.metrics
+        return self._balancer.record.metrics
 
     def log_dict(self, prefix: str = "moo/") -> dict[str, float]:
-        """The figures of :attr:`metrics` as a flat dict of floats, for any logger.
+        """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
-        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` behind
-        the prefix. This is where the host waits for the device.
+        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` after
+        the prefix. Synchronizes with the device.
 
         Raises:
             NonFiniteError: On an accelerator with ``nonfinite="raise"``: a loss was not finite.
         """
-        ledger = self._balancer.ledger
-        figures = {**self.metrics.as_floats(), "skipped": float(ledger.skipped)}
+        record = self._balancer.record
+        values = {**record.metrics.as_floats(), "skipped": float(record.skipped)}
         if self._balancer.nonfinite == "raise":
-            ledger.check_faults()
-        return {prefix + key: value for key, value in figures.items()}
+            record.faults.raise_if_any()
+        return {prefix + key: value for key, value in values.items()}
 
     @property
     def weighting(self) -> Weighting:
         """The method."""
         return self._balancer.weighting
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict with one more entry, ``"balance"``.
 
         The entry holds tensors and primitives only (loads with ``weights_only=True``); a plain
-        optimizer that loads the dict passes it over.
+        optimizer that loads the dict ignores it.
         """
-        for before in self._optimizer_state_dict_pre_hooks.values():
+        for before in hooks_of(self, "state_dict_pre").values():
             before(self)
-        state = {**self._wrapped.state_dict(), "balance": self._balancer.ledger.state_dict()}
-        for after in self._optimizer_state_dict_post_hooks.values():
+        state = {**self._wrapped.state_dict(), "balance": self._balancer.save()}
+        for after in hooks_of(self, "state_dict_post").values():
             state = after(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, or a plain optimizer's, which has nothing to balance.
+        """Load what :meth:`state_dict` gave, or a plain optimizer's.
+
+        A plain optimizer's leaves the balance as it is.
 
         Raises:
             BalanceValueError: The ``"balance"`` entry belongs to another method, other losses or
                 another version. Nothing has changed.
         """
         state = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
+        for before in hooks_of(self, "load_state_dict_pre").values():
             state = before(self, state) or state
-        saved, ledger = state.pop("balance", None), self._balancer.ledger
-        if saved is not None:
-            ledger.checked(saved, self._balancer.device)
+        saved = state.pop("balance", None)
+        checkpoint = None if saved is None else self._balancer.validate(saved)
         self._wrapped.load_state_dict(state)
-        if saved is not None:
-            ledger.load_state_dict(saved, self._balancer.device)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
+        if checkpoint is not None:
+            checkpoint.restore(self._balancer.record)
+        for after in hooks_of(self, "load_state_dict_post").values():
             after(self)
 
     @property
     def balance_state(self) -> BalanceState:
-        """The balance alone, as a ``Stateful`` for ``torch.distributed.checkpoint``.
+        """The balance without the wrapped optimizer, as a ``Stateful``.
 
-        ``get_optimizer_state_dict`` keeps nothing but the wrapped optimizer's state; save this
-        beside it. It is the same on all ranks, and loads on any number of them.
+        For ``torch.distributed.checkpoint``: ``get_optimizer_state_dict`` keeps nothing but the
+        wrapped optimizer's state; save this next to it. It is the same on all ranks, and loads on
+        any number of them.
         """
-        return BalanceState(self._balancer.ledger, self._balancer.device)
+        return BalanceState(self._balancer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.weighting}, {self._wrapped})"
 
-    # ------------------------------------------------------------------ the inside
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """No, it does not. Only ``GradScaler.step`` asks: here it shows that a scale is missing."""
-        check_scaled(self._balancer.ledger.staged)
+        """Always False. ``GradScaler.step`` reads it, which lets us refuse unscaled gradients."""
+        self._balancer.record.check_scaled()
         return False
-
-    def _run(self, closure: Callable[[], Any]) -> Any:
-        """Evaluate a closure of `step`; if it returns losses, balance them."""
-        replays = self._replays(closure)
-        result = evaluated(closure)
-        if isinstance(result, Mapping):
-            self._balancer.ledger.check_untouched()
-            batch = self._balancer.admit(result)
-            self.zero_grad()
-            self._balancer.balance(batch, replays)
-        return result
-
-    def _replays(self, closure: Callable[[], Any]) -> list[Replay]:
-        """What it takes to evaluate a closure again, for a method that will ask for it."""
-        if not self._balancer.ledger.watches:
-            return []
-        return [Replay(closure, {p.device for p in self._balancer.params})]
-
-    def _unbalanced_step(self, closure: Callable[[], Any] | None, result: Any) -> Any:
-        """A step with nothing staged: an error, but for two cases that cannot do harm."""
-        params = self._balancer.params
-        if closure is not None and result is None and all(p.grad is None for p in params):
-            return None  # a trainer that leaves out this batch
-        if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
-            return self._wrapped.step()  # how torch.distributed.checkpoint makes up a fresh state
-        raise BalanceError(
-            "`step` should follow `backward` or `combined_loss`. Found neither since the last step. Call "
-            "`optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
-            "of a window outside of `accumulate()`."
-        )

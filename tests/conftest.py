@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["tests.capability_plugin"]
+pytest_plugins = ["tests.support.capability_plugin"]
 
 torch.set_num_threads(1)
 settings.register_profile("moo", deadline=None, derandomize=True, max_examples=12, database=None)

@@ -1,10 +1,13 @@
-"""A run that stops and resumes is the run that did not stop, to the last bit."""
+"""A run that stops, or is killed, and resumes is the run that did not stop, to the last bit."""
 
 from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,53 +20,54 @@ from moo_balance import (
     BalanceValueError,
     Sum,
 )
-from tests.problems import Toy, adam, setup, snapshot, train, whole_state
-from tests.registry import NAMES, over_methods, over_some
+from tests.support import resumable_run
+from tests.support.problems import SmallModel, adam, setup, snapshot, train, whole_state
+from tests.support.registry import NAMES, over_kinds, over_methods, over_some
 
 pytestmark = pytest.mark.capability("checkpoint and resume to the last bit")
 
 STEPS = 10
 
-# Adam, because it remembers most.
+# Adam, because it has the most state.
 begin = partial(setup, optimizer=adam)
 
 
-def saved(model, optimizer):
+def save(model, optimizer):
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     return file.getvalue()
 
 
-def resumed(method, checkpoint, **arguments):
-    """Fresh objects, filled from a file as one would get it from a stranger."""
+def resume(method, checkpoint, **arguments):
+    """Fresh objects, filled from a file that may hold nothing but tensors and primitives."""
     model, optimizer = begin(method, **arguments)
-    found = torch.load(io.BytesIO(checkpoint), weights_only=True)
-    model.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"])
+    loaded = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
     return model, optimizer
 
 
 @over_methods
 def test_resume_is_bit_exact_at_every_split(method):
-    """From the middle to the end; from each step for as long as any method looks ahead."""
+    """From the middle to the end; from each other step for three steps."""
     model, optimizer = begin(method)
     checkpoints, states = [], []
     for step in range(STEPS):
-        checkpoints.append(saved(model, optimizer))
+        checkpoints.append(save(model, optimizer))
         states.append(whole_state(model, optimizer))
         train(model, optimizer, [step])
     states.append(whole_state(model, optimizer))
     for step, checkpoint in enumerate(checkpoints):
         stop = STEPS if step == STEPS // 2 else min(step + 3, STEPS)
-        model, optimizer = resumed(method, checkpoint)
+        model, optimizer = resume(method, checkpoint)
         assert whole_state(model, optimizer) == states[step]
         train(model, optimizer, range(step, stop))
         assert whole_state(model, optimizer) == states[stop], f"split before step {step}"
 
 
-@over_methods
+@over_kinds
 def test_resume_is_bit_exact_between_the_parts_of_a_step(method):
-    """Saved behind backward (which is then repeated), and between step and observe."""
+    """Saved after backward (which is then repeated), and between step and observe."""
 
     def backward(model, optimizer, step):
         optimizer.zero_grad()
@@ -72,7 +76,7 @@ def test_resume_is_bit_exact_between_the_parts_of_a_step(method):
     def advance(model, optimizer, step):
         optimizer.step()
 
-    def look(model, optimizer, step):
+    def observe(model, optimizer, step):
         if method.observes:
             optimizer.observe(model.losses(step))
 
@@ -80,26 +84,26 @@ def test_resume_is_bit_exact_between_the_parts_of_a_step(method):
         for part in parts:
             part(model, optimizer, step)
         for later in range(step + 1, 4):
-            for part in (backward, advance, look):
+            for part in (backward, advance, observe):
                 part(model, optimizer, later)
 
     model, optimizer = begin(method)
     checkpoints = []
     for step in range(4):
         backward(model, optimizer, step)
-        checkpoints.append((step, (backward, advance, look), saved(model, optimizer)))
+        checkpoints.append((step, (backward, advance, observe), save(model, optimizer)))
         advance(model, optimizer, step)
-        checkpoints.append((step, (look,), saved(model, optimizer)))
-        look(model, optimizer, step)
+        checkpoints.append((step, (observe,), save(model, optimizer)))
+        observe(model, optimizer, step)
     end = whole_state(model, optimizer)
     for step, parts, checkpoint in checkpoints:
-        model, optimizer = resumed(method, checkpoint)
+        model, optimizer = resume(method, checkpoint)
         finish(model, optimizer, step, parts)
         assert whole_state(model, optimizer) == end, f"split in step {step} before {parts[0]}"
 
 
-@over_methods
-def test_the_entry_holds_tensors_and_primitives_only(method):
+@over_kinds
+def test_the_balance_entry_holds_tensors_and_primitives_only(method):
     model, optimizer = begin(method)
     train(model, optimizer, range(2))
 
@@ -114,8 +118,8 @@ def test_the_entry_holds_tensors_and_primitives_only(method):
     assert all(type(leaf) in allowed for leaf in leaves(optimizer.state_dict()["balance"]))
 
 
-@over_methods
-def test_a_state_dict_is_a_copy_not_a_window(method):
+@over_kinds
+def test_a_state_dict_is_a_copy(method):
     model, optimizer = begin(method)
     train(model, optimizer, range(2))
     balance = optimizer.state_dict()["balance"]
@@ -128,7 +132,7 @@ def test_a_state_dict_is_a_copy_not_a_window(method):
     assert whole_state(model, optimizer) == after
 
 
-@over_methods
+@over_kinds
 def test_a_loaded_state_does_not_alias_what_was_loaded(method):
     model, optimizer = begin(method)
     train(model, optimizer, range(2))
@@ -140,8 +144,8 @@ def test_a_loaded_state_does_not_alias_what_was_loaded(method):
     assert snapshot(checkpoint["balance"]) == before
 
 
-@over_methods
-def test_a_plain_optimizer_loads_ours(method):
+@over_kinds
+def test_a_plain_optimizer_loads_our_state_dict(method):
     model, optimizer = begin(method)
     train(model, optimizer, range(3))
     plain = adam(model)
@@ -149,9 +153,9 @@ def test_a_plain_optimizer_loads_ours(method):
     assert snapshot(plain.state_dict()) == snapshot(optimizer.optimizer.state_dict())
 
 
-@over_methods
-def test_a_plain_checkpoint_loads_and_leaves_the_balance_alone(method):
-    """It has nothing to say about losses; others carry the balance beside it."""
+@over_kinds
+def test_a_plain_checkpoint_loads_and_keeps_the_balance(method):
+    """It holds nothing about losses; some checkpoints keep the balance elsewhere."""
     model, optimizer = begin(method)
     train(model, optimizer, range(3))
     plain = optimizer.optimizer.state_dict()
@@ -170,7 +174,7 @@ def test_a_plain_checkpoint_loads_and_leaves_the_balance_alone(method):
 def test_loading_discards_what_was_staged(method):
     model, optimizer = begin(method)
     train(model, optimizer, range(2))
-    checkpoint = saved(model, optimizer)
+    checkpoint = save(model, optimizer)
     optimizer.zero_grad()
     optimizer.backward(lambda: model.losses(17))
     optimizer.load_state_dict(torch.load(io.BytesIO(checkpoint), weights_only=True)["optimizer"])
@@ -182,20 +186,20 @@ def test_loading_discards_what_was_staged(method):
 
 @over_some("FAMO-adam")
 def test_losses_that_come_in_another_order_keep_their_state(method):
-    """The names travel with the checkpoint; the order of a dict does not matter."""
+    """The names are saved with it; the order of a dict does not matter."""
     model, optimizer = begin(method)
     train(model, optimizer, range(4))
     end = optimizer.state_dict()["balance"]
-    checkpoint = saved(model, optimizer)
+    checkpoint = save(model, optimizer)
 
-    model, optimizer = resumed(method, checkpoint, loss_names=NAMES[::-1])
+    model, optimizer = resume(method, checkpoint, loss_names=NAMES[::-1])
     assert snapshot(optimizer.state_dict()["balance"]) == snapshot(end)
     optimizer.backward(dict(reversed(model.losses(4).items())))
     assert tuple(optimizer.metrics.losses) == NAMES
 
 
 def mismatched():
-    """Entries that do not fit an optimizer over FAMO(), and what the message has to say."""
+    """Entries that do not fit an optimizer over FAMO(), and what the message should say."""
 
     def edited(**changes):
         def edit(balance):
@@ -248,15 +252,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, e
     ids=repr,
 )
 def test_a_checkpoint_of_other_settings_is_refused(before, after):
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), before)
     train(model, optimizer, range(2))
     with pytest.raises(BalanceValueError, match="`balance`"):
         BalancedOptimizer(adam(model), after).load_state_dict(optimizer.state_dict())
 
 
-def test_a_wrapped_checkpoint_that_does_not_fit_leaves_the_balance_alone():
-    model = Toy()
+def test_a_wrapped_checkpoint_that_does_not_fit_keeps_the_balance():
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     train(model, optimizer, range(3))
     checkpoint = copy.deepcopy(optimizer.state_dict())
@@ -270,15 +274,15 @@ def test_a_wrapped_checkpoint_that_does_not_fit_leaves_the_balance_alone():
 
 def test_a_fresh_checkpoint_loads():
     """Saved before the first step: names unknown, nothing to remember."""
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     other = BalancedOptimizer(adam(model), FAMO(lagged=True))
     other.load_state_dict(optimizer.state_dict())
     train(model, other, range(2))
 
 
-@over_methods
-def test_names_declared_before_the_first_step_travel_too(method):
+@over_kinds
+def test_loss_names_declared_before_the_first_step_are_saved(method):
     optimizer, other = begin(method, loss_names=NAMES)[1], begin(method)[1]
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["balance"]["names"] == list(NAMES)
@@ -300,13 +304,36 @@ def test_a_scheduler_and_clipping_resume_too(method):
     model, optimizer = begin(method)
     scheduler = scheduled(optimizer)
     run(model, optimizer, scheduler, range(4))
-    checkpoint, schedule = saved(model, optimizer), scheduler.state_dict()
+    checkpoint, schedule = save(model, optimizer), scheduler.state_dict()
     run(model, optimizer, scheduler, range(4, STEPS))
     end = whole_state(model, optimizer)
 
-    model, optimizer = resumed(method, checkpoint)
+    model, optimizer = resume(method, checkpoint)
     scheduler = scheduled(optimizer)
     scheduler.load_state_dict(schedule)
     optimizer.load_state_dict(torch.load(io.BytesIO(checkpoint), weights_only=True)["optimizer"])
     run(model, optimizer, scheduler, range(4, STEPS))
     assert whole_state(model, optimizer) == end
+
+
+# ---------------------------------------------------------------------- killed runs
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """A folder for each of two runs that were killed three times each and went on."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.support.resumable_run", str(folder)]
+    root = Path(__file__).parents[1]
+    subprocess.run([*command, "FAMO-adam", "AnalyticQP"], cwd=root, check=True)
+    return folder
+
+
+@pytest.mark.capability("kill -9 and resume", "FAMO", "AnalyticQP")
+@pytest.mark.parametrize("method", ["FAMO-adam", "AnalyticQP"])
+def test_a_killed_run_resumes_to_the_last_bit(method, killed_runs, tmp_path):
+    resumable_run.train(tmp_path, method)
+    for name in ("final.pt", "checkpoint.pt"):
+        expected = torch.load(tmp_path / name, weights_only=True)
+        actual = torch.load(killed_runs / method / name, weights_only=True)
+        assert snapshot(actual) == snapshot(expected)

@@ -1,4 +1,4 @@
-"""What is kept to look at: by name, on the device, and as plain numbers only when asked."""
+"""Metrics of a step: by name, on the device, and as Python floats only when asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from moo_balance import MGDA, BalancedOptimizer, History, StepMetrics, Sum
 from moo_balance.functional import cosine_similarity
 from moo_balance.monitor import to_floats
-from tests.problems import Toy, jacobian, setup, sgd, snapshot, train
-from tests.registry import NAMES, over_methods, over_some
+from tests.support.problems import SmallModel, jacobian, setup, sgd, snapshot, train
+from tests.support.registry import NAMES, over_kinds, over_some
 
 PAIRS = [("a", "b"), ("a", "c"), ("b", "c")]
 
 
-@over_methods
-def test_the_figures_are_those_of_the_last_backward(method):
+@over_kinds
+def test_the_metrics_are_those_of_the_last_backward(method):
     model, optimizer = setup(method)
     train(model, optimizer, range(2))
     losses = model.losses(2)
@@ -39,26 +39,26 @@ def test_the_figures_are_those_of_the_last_backward(method):
         torch.testing.assert_close(balance.cosines["a", "b"], cosine)
 
 
-def test_before_the_first_backward_there_is_nothing():
+def test_metrics_are_empty_before_the_first_backward():
     balance = StepMetrics()
     assert (balance.names, balance.gramian) == ((), None)
     assert balance.losses == balance.weights == balance.coefficients == balance.cosines == {}
     assert balance.as_floats() == {}
-    assert BalancedOptimizer(sgd(Toy()), Sum()).log_dict() == {"moo/skipped": 0.0}
+    assert BalancedOptimizer(sgd(SmallModel()), Sum()).log_dict() == {"moo/skipped": 0.0}
 
 
-def test_a_reference_never_goes_stale():
-    model = Toy()
+def test_metrics_are_those_of_one_backward():
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), Sum())
-    balance = optimizer.metrics
-    train(model, optimizer, range(2))
-    losses = model.losses(2)
+    train(model, optimizer, [0])
+    before, value = optimizer.metrics, optimizer.metrics.losses["a"].item()
+    losses = model.losses(1)
     optimizer.backward(losses)
-    assert optimizer.metrics is balance
-    assert balance.losses["a"].item() == losses["a"].item()
+    assert optimizer.metrics.losses["a"].item() == losses["a"].item() != value
+    assert before.losses["a"].item() == value
 
 
-@over_methods
+@over_kinds
 def test_log_dict_is_flat_floats(method):
     model, optimizer = setup(method)
     train(model, optimizer, [0])
@@ -88,7 +88,7 @@ def test_cosines_are_free_of_scale_and_nan_where_a_gradient_is_not_finite():
     assert torch.equal(broken["a", "c"], expected[0, 2])
 
 
-def test_numbers_of_any_dtype_leave_the_device_in_one_copy(monkeypatch):
+def test_values_of_any_dtype_are_copied_to_the_host_at_once(monkeypatch):
     copies = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(1) or tolist(self))
@@ -101,7 +101,7 @@ def test_numbers_of_any_dtype_leave_the_device_in_one_copy(monkeypatch):
 # ---------------------------------------------------------------------- history
 
 
-def recorded(method):
+def record(method):
     model, optimizer = setup(method)
     history = History()
     for step, names in enumerate((NAMES, ("a", "b"), NAMES, NAMES)):
@@ -111,8 +111,8 @@ def recorded(method):
 
 
 @over_some("Sum", "MGDA-none", "MGDA-every")
-def test_a_history_knows_at_which_steps_a_figure_was_there(method):
-    optimizer, history = recorded(method)
+def test_a_history_keeps_the_steps_at_which_a_figure_was_present(method):
+    optimizer, history = record(method)
     assert len(history) == 4
     assert history.series("loss/a")[0] == [0, 1, 2, 3]
     steps, values = history.series("loss/c")
@@ -125,7 +125,7 @@ def test_a_history_knows_at_which_steps_a_figure_was_there(method):
 
 
 def test_a_history_is_not_changed_by_later_steps():
-    model = Toy()
+    model = SmallModel()
     optimizer = BalancedOptimizer(sgd(model), MGDA())
     history = History()
     train(model, optimizer, [0])
@@ -142,7 +142,7 @@ def test_a_history_is_not_changed_by_later_steps():
 )
 def test_a_plot_has_a_line_for_each_series(method, kind, labels):
     plt.switch_backend("Agg")
-    _, history = recorded(method)
+    _, history = record(method)
     axes = history.plot(kind)
     assert sorted(line.get_label() for line in axes.get_lines()) == labels
     assert axes.get_ylabel() == kind

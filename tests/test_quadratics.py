@@ -1,4 +1,4 @@
-"""Random convex quadratics: a step does what the method promises, a run ends where it should.
+"""Random convex quadratics: a step does what the method promises, a run ends in the Pareto set.
 
 L_k(x) = (x - a_k)' A_k (x - a_k) / 2 + o_k with A_k positive definite and o_k > 0, so that the
 curvature bounds what a step may undo, and the Pareto set is where the convex hull of the gradients
@@ -60,7 +60,7 @@ class Quadratics:
         return float(torch.linalg.eigvalsh(self.hessians).max())
 
     def distance_to_pareto(self, point: Tensor) -> float:
-        """Length of the shortest combination of gradients, beside the longest gradient."""
+        """Length of the shortest combination of gradients, relative to the longest gradient."""
         jacobian = self.jacobian(point)
         shortest = min_norm_weights(jacobian @ jacobian.T) @ jacobian
         return float(shortest.norm() / jacobian.norm(dim=1).max())
@@ -150,7 +150,7 @@ def test_mgda_ends_on_the_pareto_set_and_no_loss_ever_rises(
     assert problem.distance_to_pareto(point) < 0.02
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "weighting",
     [FAMO(), FAMO(decay=0.0), FAMO(logit_optimizer="sgd", lr=1.0), AnalyticQP(), MGDA("log")],

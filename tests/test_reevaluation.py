@@ -1,22 +1,24 @@
-"""Looking at a batch again: the same random numbers, and nothing left behind."""
+"""A closure is evaluated again after the step: the same random numbers, and nothing left behind."""
 
 from __future__ import annotations
+
+import contextlib
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
-from moo_balance.reevaluation import RandomState, Replay, same_conditions
-from tests.problems import snapshot, whole_state
-from tests.registry import over_methods
+from tests.support.problems import snapshot, whole_state
+from tests.support.registry import KINDS, over, over_methods
 
-pytestmark = pytest.mark.capability("dropout and BatchNorm in methods that watch the step")
+pytestmark = pytest.mark.capability("dropout and BatchNorm in methods that observe the step")
 
 INPUTS = torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class Quantiser(nn.Module):
+class Quantizer(nn.Module):
     """Additive uniform noise, and a running average that is assigned, not updated in place."""
 
     def __init__(self) -> None:
@@ -35,7 +37,7 @@ class Noisy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), Quantiser(), nn.Linear(6, 2)]
+        layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), Quantizer(), nn.Linear(6, 2)]
         self.body = nn.Sequential(*layers).double()
 
     def losses(self):
@@ -59,20 +61,19 @@ def by_backward(model, optimizer):
     optimizer.step()
 
 
-both_forms = pytest.mark.parametrize("take", [by_step, by_backward])
+over_forms = pytest.mark.parametrize("take", [by_step, by_backward])
 
 
-@both_forms
+@over_forms
 @pytest.mark.parametrize(
     "weighting",
     [FAMO(decay=0.0, logit_optimizer="sgd"), BalancedTrajectory(decay=0.0, logit_optimizer="sgd")],
 )
-def test_without_a_step_there_is_no_difference(take, weighting):
-    """Common random numbers: at learning rate zero the losses after are those before."""
+def test_the_losses_are_the_same_after_a_step_at_rate_zero(take, weighting):
     model, optimizer = noisy(weighting, lr=0.0)
     seen = []
-    inner = model.losses
-    model.losses = lambda: seen.append(inner()) or seen[-1]
+    evaluate = model.losses
+    model.losses = lambda: seen.append(evaluate()) or seen[-1]
     take(model, optimizer)
     first, again = seen
     assert snapshot(first) == snapshot(again)
@@ -80,8 +81,8 @@ def test_without_a_step_there_is_no_difference(take, weighting):
     assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
 
 
-def test_the_difference_is_due_to_the_step_alone():
-    """It vanishes with the learning rate, in proportion; other noise would not."""
+def test_the_losses_differ_in_proportion_to_a_small_step():
+    """With other random numbers the difference would not vanish with the learning rate."""
 
     def change(lr):
         model, optimizer = noisy(FAMO(decay=0.0, logit_optimizer="sgd"), lr=lr)
@@ -91,10 +92,10 @@ def test_the_difference_is_due_to_the_step_alone():
     torch.testing.assert_close(change(1e-6), change(1e-5) / 10, rtol=1e-3, atol=0)
 
 
-@both_forms
-@over_methods
-def test_a_run_goes_on_as_if_nobody_had_looked(method, take):
-    """The twin is shown the losses that the run saw, and never evaluates twice."""
+@over_forms
+@over(lambda method: method.observes or method in KINDS)
+def test_a_run_with_closures_is_the_run_that_is_given_the_losses(method, take):
+    """The twin observes the losses that the run saw, and never evaluates twice."""
     names = ("a", "b")
     model, optimizer = noisy(method.make(names))
     evaluate, calls = model.losses, []
@@ -105,7 +106,7 @@ def test_a_run_goes_on_as_if_nobody_had_looked(method, take):
     del model.losses
     end = (whole_state(model, optimizer), snapshot(torch.get_rng_state()))
 
-    twin, other = noisy(method.make(names))
+    twin, other = noisy(optimizer.weighting)
     for _, *again in calls:
         other.zero_grad()
         other.backward(twin.losses())
@@ -116,7 +117,7 @@ def test_a_run_goes_on_as_if_nobody_had_looked(method, take):
 
 
 @over_methods
-def test_only_those_who_watch_evaluate_again_and_only_when_due(method):
+def test_closures_are_evaluated_again_only_for_observing_methods_and_when_due(method):
     model, optimizer = noisy(method.make(("a", "b")))
     evaluate, count = model.losses, []
     model.losses = lambda: count.append(1) or evaluate()
@@ -126,78 +127,7 @@ def test_only_those_who_watch_evaluate_again_and_only_when_due(method):
     assert len(count) == 6 + again
 
 
-def test_same_conditions_put_everything_back_even_after_an_error():
-    model, _ = noisy(FAMO())
-    before = RandomState([torch.device("cpu")])
-    torch.rand(3)
-    stream = snapshot(torch.get_rng_state())
-    buffers = {name: (id(buffer), snapshot(buffer)) for name, buffer in model.named_buffers()}
-
-    def fail():
-        with same_conditions(before):
-            model.losses()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert snapshot(torch.get_rng_state()) == stream
-    after = {name: (id(buffer), snapshot(buffer)) for name, buffer in model.named_buffers()}
-    assert after == buffers
-    assert torch.is_grad_enabled()
-
-
-def test_modules_in_evaluation_mode_are_left_alone():
-    """Their buffers are not copied: a frozen codebook may be large."""
-    model, _ = noisy(FAMO())
-    model.eval()
-    model.body[3].register_buffer("seen", torch.zeros(()))
-    before = RandomState([])
-    with same_conditions(before):
-        model.losses()
-        model.body[3].seen += 1
-    assert float(model.body[3].seen) == 1.0
-
-
-class Counter(nn.Module):
-    """Counts its calls in a buffer that it may share with others."""
-
-    def __init__(self, count: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("count", count)
-        self.register_buffer("expanded", torch.ones(1).expand(4))
-        self.register_buffer("sparse", torch.eye(2).to_sparse())
-
-    def forward(self):
-        self.count += 1
-
-
-def test_buffers_of_any_kind_are_put_back():
-    count = torch.zeros(())
-    first, second = Counter(count), Counter(count)
-    before = [id(buffer) for buffer in (*first.buffers(), *second.buffers())]
-    with same_conditions(RandomState([])):
-        first()
-        second()
-    assert float(count) == 0.0
-    assert [id(buffer) for buffer in (*first.buffers(), *second.buffers())] == before
-
-
-def test_a_replay_repeats_the_random_numbers_it_began_with():
-    replay = Replay(lambda: torch.rand(4), [torch.device("cpu")])
-    first = torch.rand(4)
-    following = torch.rand(4)
-    assert torch.equal(replay.again(), first)
-    torch.manual_seed(0)
-    assert torch.equal(torch.rand(4), first)
-    assert torch.equal(torch.rand(4), following)
-
-
-def test_a_replay_has_no_graph():
-    weight = nn.Parameter(torch.ones(()))
-    assert not Replay(lambda: 2 * weight, []).again().requires_grad
-
-
-@both_forms
+@over_forms
 def test_a_step_under_no_grad_trains(take):
     """Some trainers call it there."""
     model, optimizer = noisy(FAMO())
@@ -213,3 +143,134 @@ def test_losses_of_shape_one_are_balanced_under_no_grad_too():
     with torch.no_grad():
         optimizer.backward(losses)
     assert all(p.grad is not None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- what is put back
+
+
+def buffers_of(model):
+    return {name: (id(buffer), snapshot(buffer)) for name, buffer in model.named_buffers()}
+
+
+def test_an_error_in_the_second_evaluation_leaves_random_numbers_and_buffers_as_they_were():
+    model, optimizer = noisy(FAMO())
+    after_the_first = []
+
+    def closure():
+        losses = model.losses()
+        if after_the_first:
+            raise KeyError
+        after_the_first.append((buffers_of(model), snapshot(torch.get_rng_state())))
+        return losses
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert [(buffers_of(model), snapshot(torch.get_rng_state()))] == after_the_first
+    assert torch.is_grad_enabled()
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer that it may share with others, next to buffers of odd kinds."""
+
+    def __init__(self, count: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("count", count)
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+
+    def forward(self):
+        self.count += 1
+        return self.weight.square()
+
+
+def test_buffers_of_any_kind_are_put_back():
+    count = torch.zeros(())
+    first, second = Counter(count), Counter(count)
+    before = [id(buffer) for buffer in (*first.buffers(), *second.buffers())]
+    params = [*first.parameters(), *second.parameters()]
+    optimizer = BalancedOptimizer(torch.optim.SGD(params, lr=0.1), FAMO())
+    optimizer.step(lambda: {"a": first(), "b": second()})
+    assert float(count) == 2.0
+    assert [id(buffer) for buffer in (*first.buffers(), *second.buffers())] == before
+
+
+def test_buffers_of_modules_in_evaluation_mode_are_not_copied():
+    """A frozen codebook may be large; only a module in training mode has running statistics."""
+    counter = Counter(torch.zeros(())).eval()
+    optimizer = BalancedOptimizer(torch.optim.SGD(counter.parameters(), lr=0.1), FAMO())
+    optimizer.step(lambda: {"a": counter(), "b": 2 * counter()})
+    assert float(counter.count) == 4.0
+
+
+# ---------------------------------------------------------------------- compilers and autocast
+
+ROWS = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+
+over_observing = pytest.mark.parametrize(
+    "weighting", [FAMO(), BalancedTrajectory()], ids=["FAMO", "BalancedTrajectory"]
+)
+
+
+class NoisyFloat32(nn.Module):
+    """With running statistics and with random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+    def forward(self, inputs):
+        outputs = self.layers(inputs)
+        return {"size": outputs.square().mean(), "error": 10 * (outputs - inputs).square().mean()}
+
+
+def end_of_run(weighting, prepare=lambda model: model, region=contextlib.nullcontext):
+    """All state after four steps of a prepared model, in a region such as autocast."""
+    torch.manual_seed(0)
+    model = NoisyFloat32()
+    prepared = prepare(model)
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), weighting)
+    for _ in range(4):
+        optimizer.zero_grad()
+        with region():
+            optimizer.backward(partial(prepared, ROWS))
+            optimizer.step()
+    return whole_state(model, optimizer)
+
+
+def compile_in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+@pytest.mark.capability("torch.compile")
+@over_observing
+@pytest.mark.parametrize(
+    "compiler",
+    [torch.compile, partial(torch.compile, fullgraph=True), compile_in_place],
+    ids=["whole", "fullgraph", "in place"],
+)
+def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiler, weighting):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    assert end_of_run(weighting, partial(compiler, backend=backend)) == end_of_run(weighting)
+    assert len(graphs) == 2
+
+
+def test_module_calls_are_as_before_after_a_run():
+    call = nn.Module.__call__
+    end_of_run(FAMO())
+    assert nn.Module.__call__ is call
+
+
+@pytest.mark.capability("mixed precision with autocast")
+@over_observing
+def test_weights_that_autocast_has_cached_do_not_hide_the_step(weighting):
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    uncached = partial(bfloat16, cache_enabled=False)
+    assert end_of_run(weighting, region=bfloat16) == end_of_run(weighting, region=uncached)

@@ -6,13 +6,12 @@ import copy
 import inspect
 
 import pytest
-import torch
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from moo_balance import BalancedOptimizer, Sum
-from tests.problems import Toy, setup, snapshot, train, whole_state
-from tests.registry import over_some
+from tests.support.problems import SmallModel, grouped, setup, snapshot, train, whole_state
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("every scheduler of torch.optim")
 
@@ -70,17 +69,8 @@ def test_every_public_scheduler_has_a_row():
     assert public | {"SWALR"} == set(SCHEDULERS)
 
 
-def grouped(model):
-    """Two groups, of different learning rates, with momentum for the schedulers that cycle it."""
-    groups = [
-        {"params": model.trunk.parameters()},
-        {"params": model.heads.parameters(), "lr": 0.002},
-    ]
-    return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-
-
 def advance(scheduler, step):
-    """A plateau has to be shown something: a loss that stops falling."""
+    """ReduceLROnPlateau is given a loss that stops falling."""
     if isinstance(scheduler, schedules.ReduceLROnPlateau):
         scheduler.step(max(1.0, 3.0 - step))
     else:
@@ -94,7 +84,7 @@ def rates(optimizer):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_is_the_same_as_on_the_plain_optimizer(name):
     """Rates, momenta and parameters, step by step; and no warning, which would be an error here."""
-    model, twin = Toy(), Toy()
+    model, twin = SmallModel(), SmallModel()
     optimizer, plain = BalancedOptimizer(grouped(model), Sum()), grouped(twin)
     scheduler, other = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
     seen = set()
@@ -137,16 +127,16 @@ def test_a_schedule_resumes_to_the_last_bit(method, name):
     assert whole_state(twin, other) == whole_state(model, optimizer)
 
 
-def test_a_scheduler_that_steps_first_is_told_off_as_ever():
-    """The wrapper's step is the one that torch watches."""
-    optimizer = BalancedOptimizer(grouped(Toy()), Sum())
+def test_a_scheduler_that_steps_first_warns_as_ever():
+    """PyTorch watches the step of the wrapper."""
+    optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     scheduler = schedules.StepLR(optimizer, step_size=3)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
         scheduler.step()
 
 
-def test_a_scheduler_on_a_copy_leaves_the_original_alone():
-    optimizer = BalancedOptimizer(grouped(Toy()), Sum())
+def test_a_scheduler_on_a_copy_does_not_change_the_original():
+    optimizer = BalancedOptimizer(grouped(SmallModel()), Sum())
     schedules.ExponentialLR(optimizer, 0.5)
     twin = copy.deepcopy(optimizer)
     second = schedules.ExponentialLR(twin, 0.5)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError, Sum
-from tests.problems import snapshot, whole_state
+from tests.support.problems import snapshot, whole_state
 
 pytestmark = pytest.mark.capability("every optimizer of torch.optim but LBFGS")
 
@@ -27,7 +27,7 @@ TARGET = torch.tensor([2, 0, 1, 2])
 
 
 class Embedded(nn.Module):
-    """Two losses on matrices alone, which every optimizer takes; sparse where it asks for that.
+    """Two losses of matrices only, which every optimizer takes; sparse gradients for SparseAdam.
 
     In float32: some of torch's optimizers cast their own state when they load a float64 one.
     """
@@ -41,9 +41,9 @@ class Embedded(nn.Module):
         self.head = nn.Embedding(2, 4, sparse=sparse, _weight=head.clone())
 
     def losses(self, step=0):
-        found = self.table(TARGET.roll(step)[:3])
-        scores = found @ self.head(torch.tensor([0, 1])).T
-        return {"fit": (scores - 1).square().mean(), "size": 10 * found.square().mean()}
+        rows = self.table(TARGET.roll(step)[:3])
+        scores = rows @ self.head(torch.tensor([0, 1])).T
+        return {"fit": (scores - 1).square().mean(), "size": 10 * rows.square().mean()}
 
 
 def embedded(name):
@@ -64,7 +64,7 @@ CASES = [(name, arguments) for name in WRAPPABLE for arguments in settings(PUBLI
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
-def test_sum_is_plain_training_to_the_last_bit(name, arguments):
+def test_training_with_sum_is_plain_training_to_the_last_bit(name, arguments):
     model, twin = embedded(name), embedded(name)
     optimizer = BalancedOptimizer(PUBLIC[name](model.parameters(), **arguments), Sum())
     plain = PUBLIC[name](twin.parameters(), **arguments)
@@ -115,23 +115,23 @@ def test_sparse_gradients_stay_sparse():
 
 
 def test_sparse_rows_have_the_gramian_of_dense_ones():
-    found = []
+    gramians = []
     for sparse in (True, False):
         model = Embedded(sparse)
         optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), MGDA())
         optimizer.backward(model.losses())
-        found.append(optimizer.metrics.gramian)
-    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+        gramians.append(optimizer.metrics.gramian)
+    torch.testing.assert_close(*gramians, rtol=1e-6, atol=0)
 
 
-def test_lbfgs_is_refused_and_told_why():
+def test_lbfgs_is_refused_with_the_reason():
     model = Embedded(sparse=False)
     with pytest.raises(BalanceValueError, match=r"`optimizer`.*LBFGS.*line search"):
         BalancedOptimizer(torch.optim.LBFGS(model.parameters()), Sum())
 
 
-def test_an_optimizer_from_elsewhere_can_be_wrapped():
-    """Anything that derives from Optimizer, whatever it calls its state."""
+def test_an_optimizer_of_the_users_own_can_be_wrapped():
+    """Anything that derives from Optimizer, with state of any name."""
 
     class Signs(torch.optim.Optimizer):
         def __init__(self, params, lr):

@@ -1,1 +1,1 @@
-"""One small file per training stack; all train the codec of ``tiny.py`` on two losses."""
+"""One small file per training framework; all train the codec of ``tiny.py`` on two losses."""

@@ -1,6 +1,6 @@
 """Accelerate: gradient accumulation, clipping, checkpoints.
 
-Mixed precision is ``Accelerator(mixed_precision="bf16")``, and no other line changes.
+For mixed precision only one line changes: ``Accelerator(mixed_precision="bf16")``.
 
     python -m examples.frameworks.accelerate_loop
 """
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from examples.frameworks.tiny import batches, codec
 from moo_balance import FAMO, BalancedOptimizer
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.accelerate import backward
 from moo_balance.weighting import Weighting
 
@@ -36,16 +36,16 @@ def train(
     for epoch in range(epochs):
         for signal in loader:
             with accelerator.accumulate(model):
-                # `partial`, not `lambda: model(signal)`, which would see the last micro-batch.
+                # `lambda: model(signal)` would read `signal` later: in the last micro-batch.
                 backward(accelerator, optimizer, partial(model, signal))
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        accelerator.log(balanced(optimizer).log_dict(), step=epoch)
+        accelerator.log(unwrap_optimizer(optimizer).log_dict(), step=epoch)
     return model, optimizer
 
 
 if __name__ == "__main__":
     _, trained = train(Accelerator(gradient_accumulation_steps=2), FAMO())
-    print({key: round(value, 3) for key, value in balanced(trained).log_dict().items()})
+    print({key: round(value, 3) for key, value in unwrap_optimizer(trained).log_dict().items()})

@@ -1,6 +1,6 @@
-"""DistributedDataParallel: the loop stays as it is.
+"""DistributedDataParallel: the loop does not change.
 
-Weights come from losses and gradients that are averaged over the ranks.
+Weights are computed from losses and gradients that are averaged over the ranks.
 
     torchrun --nproc-per-node 2 -m examples.frameworks.ddp
 """

@@ -1,6 +1,6 @@
-"""FSDP2 and its checkpoints: each rank holds a shard of the model, and all share one balance.
+"""FSDP2 and its checkpoints: parameters are sharded, the method's state is equal on all ranks.
 
-A checkpoint of two ranks loads on any number of them.
+A checkpoint of two ranks loads on any number of ranks.
 
     torchrun --nproc-per-node 2 -m examples.frameworks.fsdp2
 """
@@ -23,7 +23,7 @@ from moo_balance import AnalyticQP, BalancedOptimizer
 from moo_balance.weighting import Weighting
 
 
-def sharded(weighting: Weighting) -> tuple[Codec, BalancedOptimizer]:
+def build_sharded(weighting: Weighting) -> tuple[Codec, BalancedOptimizer]:
     model = codec()
     for part in (model.encoder, model.decoder, model):
         fully_shard(part)
@@ -31,10 +31,10 @@ def sharded(weighting: Weighting) -> tuple[Codec, BalancedOptimizer]:
 
 
 def train(model: Codec, optimizer: BalancedOptimizer, steps: int = 6) -> None:
-    own = signals()[dist.get_rank() :: dist.get_world_size()]
+    shard = signals()[dist.get_rank() :: dist.get_world_size()]
     for _ in range(steps):
         optimizer.zero_grad()
-        optimizer.backward(partial(model, own))
+        optimizer.backward(partial(model, shard))
         optimizer.step()
 
 
@@ -57,13 +57,13 @@ def _state(model: Codec, optimizer: BalancedOptimizer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")  # "nccl" on GPUs
-    trained = sharded(AnalyticQP())
+    trained = build_sharded(AnalyticQP())
     train(*trained)
     names = [tempfile.mkdtemp()]
     dist.broadcast_object_list(names)  # one folder for all ranks
     save(*trained, Path(names[0]))
 
-    resumed = sharded(AnalyticQP())
+    resumed = build_sharded(AnalyticQP())
     load(*resumed, Path(names[0]))
     train(*resumed)
     print(dist.get_rank(), {key: round(v, 3) for key, v in resumed[1].log_dict().items()})

@@ -1,6 +1,6 @@
-"""The Trainer of transformers: its loss is the combined one.
+"""The Trainer of transformers: `compute_loss` returns the combined loss.
 
-A method that watches the step needs ``lagged=True`` here.
+A method that observes the step needs ``lagged=True`` here.
 
     python -m examples.frameworks.hf_trainer
 """
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples.frameworks.tiny import codec, signals
 from moo_balance import BalancedOptimizer, BalancedTrajectory
-from moo_balance.integrations import balanced
+from moo_balance.integrations import unwrap_optimizer
 from moo_balance.weighting import Weighting
 
 
@@ -29,8 +29,8 @@ class BalancedTrainer(Trainer):
     ) -> Any:
         losses = model(**inputs)
         if torch.is_grad_enabled():
-            # The Trainer has `accelerator.prepare` wrap what it was given.
-            optimizer = balanced(self.optimizer)
+            # `self.optimizer` is the wrapper that `accelerator.prepare` returned.
+            optimizer = unwrap_optimizer(self.optimizer)
             loss = optimizer.combined_loss(losses, grad_scaler=self.accelerator.scaler)
         else:
             loss = torch.stack(list(losses.values())).sum()  # evaluation
@@ -38,11 +38,11 @@ class BalancedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(balanced(self.optimizer).log_dict())
+            logs.update(unwrap_optimizer(self.optimizer).log_dict())
         super().log(logs, start_time)
 
 
-def trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
+def build_trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
     model = codec()
     optimizer = BalancedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), weighting)
     settings = {
@@ -62,4 +62,4 @@ def trainer(weighting: Weighting, **arguments: Any) -> BalancedTrainer:
 
 
 if __name__ == "__main__":
-    trainer(BalancedTrajectory(lagged=True)).train()
+    build_trainer(BalancedTrajectory(lagged=True)).train()

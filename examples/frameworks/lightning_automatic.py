@@ -1,6 +1,6 @@
 """Lightning, automatic optimisation: the training step returns one combined loss.
 
-A method that watches the step needs ``lagged=True`` here.
+A method that observes the step needs ``lagged=True`` here.
 
     python -m examples.frameworks.lightning_automatic
 """

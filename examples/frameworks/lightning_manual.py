@@ -1,6 +1,6 @@
-"""Lightning, manual optimisation: the training step calls backward and step itself.
+"""Lightning, manual optimisation: the training step calls `backward` and `step`.
 
-That is the way for every method, those that watch the step too.
+It works with every method, also with those that observe the step.
 
     python -m examples.frameworks.lightning_manual
 """
@@ -35,7 +35,7 @@ class Manual(LightningModule):
     def training_step(self, signal: Tensor, index: int) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        backward(self, partial(self.codec, signal))  # in place of self.manual_backward
+        backward(self, partial(self.codec, signal))  # replaces self.manual_backward
         self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
         optimizer.step()
         self.log_dict(optimizer.log_dict())

@@ -1,6 +1,6 @@
-"""A loop of one's own: scheduler, clipping, checkpoints, TensorBoard.
+"""A plain loop with scheduler, clipping, checkpoints and TensorBoard.
 
-Stopped and run again, it resumes from its last epoch.
+If it is stopped and run again, it resumes after its last complete epoch.
 
     python -m examples.frameworks.plain_tensorboard
     tensorboard --logdir runs/tensorboard
@@ -16,11 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from examples.frameworks.tiny import Codec, batches, codec
 from moo_balance import BalancedOptimizer, BalancedTrajectory
-from moo_balance.integrations.tensorboard import add_balance
+from moo_balance.integrations.tensorboard import add_metrics
 
 
 def train(folder: Path, epochs: int = 3, grouped: bool = False) -> Codec:
-    """Resume from the checkpoint in `folder`, if there is one, and leave one there each epoch."""
+    """Resume from the checkpoint in `folder`, if there is one, and save one after each epoch."""
     model = codec()
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
     optimizer = BalancedOptimizer(adam, BalancedTrajectory())
@@ -41,7 +41,7 @@ def train(folder: Path, epochs: int = 3, grouped: bool = False) -> Codec:
                 optimizer.backward(partial(model, signal))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-                add_balance(writer, optimizer, step=4 * epoch + index, grouped=grouped)
+                add_metrics(writer, optimizer, step=4 * epoch + index, grouped=grouped)
             scheduler.step()
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save({**states, "epoch": epoch + 1}, saved)

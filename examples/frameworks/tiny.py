@@ -1,4 +1,4 @@
-"""The problem of all these examples: a code of four numbers for sixteen, short and faithful."""
+"""The problem of all these examples: a codec that codes sixteen values by four."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 
 class Codec(nn.Module):
-    """Returns its two losses by name, which differ by three orders of magnitude."""
+    """Returns two losses by name, which differ by three orders of magnitude."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,14 +24,14 @@ class Codec(nn.Module):
 
 
 def codec(seed: int = 0) -> Codec:
-    """The same one whenever the seed is the same."""
+    """A new codec; equal seeds give equal parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Codec()
 
 
 def signals(count: int = 64) -> Tensor:
-    """Noise that four numbers explain, and a little that they do not."""
+    """Random mixtures of four causes, and a little noise."""
     generator = torch.Generator().manual_seed(0)
     causes, mixture, rest = (
         torch.randn(shape, generator=generator) for shape in ((count, 4), (4, 16), (count, 16))

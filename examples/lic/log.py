@@ -16,7 +16,7 @@ from tqdm import tqdm
 from examples.lic.evaluation import evaluate, mean_score
 from examples.lic.training import Observer, Trainer
 from examples.lic.variable_rate import VariableRateCodec
-from moo_balance.integrations.tensorboard import add_balance
+from moo_balance.integrations.tensorboard import add_metrics
 
 
 class Log(Observer):
@@ -61,7 +61,7 @@ class Log(Observer):
             return
         with self._full_disk_allowed():
             if logs:
-                add_balance(self._writer, trainer.optimizer, trainer.taken, prefix="")
+                add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, trainer.taken)
 

@@ -1,32 +1,41 @@
 """The gradients of K losses, held in blocks that are multiplied and combined at once.
 
-A block is what the same losses reach: one large parameter, or small ones side by side, where
-copying them costs less than handling each on its own. There is no other product than those of a
-block's own losses.
+A *row* has the gradient of one loss for every parameter, or None where the loss does not reach it.
+Parameters that the same losses reach form a block: one large parameter (`Block`), or several small
+ones that are copied into one vector for each loss (`FlatBlock`), where a copy costs less time than
+an operation for every parameter:
+
+              param 0   param 1   param 2   param 3       Block      losses (0, 1), param 0
+    loss 0    [ large ] [ a0 ]    [ b0 ]    None          FlatBlock  losses (0, 1), params 1, 2:
+    loss 1    [ large ] [ a1 ]    [ b1 ]    [ c1 ]                   matrix = | a0 b0 |
+                                                                              | a1 b1 |
+                                                          Block      losses (1,), param 3
+
+Products are taken block by block, among the losses of a block, and added into the Gramian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
+from moo_balance.engine.autograd import flatten
+from moo_balance.engine.base import Row
 from moo_balance.engine.products import (
-    FEW_APART,
-    assembled,
-    cache_size,
-    products_of,
+    DOT_LIMIT,
+    as_real_vector,
+    assemble_gramian,
+    chunk_size,
     sparse_products,
-    wide,
+    vector_products,
 )
-from moo_balance.engine.rows import Row, numbers, weighted_tensor
 
 _SMALL = 2**15
-"""Up to here, on the host, a copy costs less than products of single gradients."""
+"""Elements up to which, on the CPU, a copy costs less than products of single gradients."""
 
 
 class Jacobian:
@@ -34,211 +43,244 @@ class Jacobian:
 
     Args:
         rows: The gradients. The lists are emptied.
-        measured: Positions of the parameters over which inner products are taken; None for all.
+        compared: Positions of the parameters over which inner products are taken; None for all.
     """
 
     def __init__(
-        self, rows: Sequence[list[Tensor | None]], measured: Collection[int] | None = None
+        self, rows: Sequence[list[Tensor | None]], compared: Collection[int] | None = None
     ) -> None:
         self.count, self.width = len(rows), len(rows[0])
-        self.blocks = list(_blocks(rows, measured))
+        self.blocks = _build_blocks(rows, compared)
 
     def gramian(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Inner products of the rows, shape [K, K], accumulated in `dtype` or wider."""
         sums: dict[Any, tuple[tuple[int, ...], Tensor]] = {}
         for block in self.blocks:
-            for products in block.products(dtype) if block.measured else ():
-                key = block.reached, products.dtype, products.device
+            for products in block.products(dtype) if block.compared else ():
+                key = block.losses, products.dtype, products.device
                 if key in sums:
                     sums[key][1].add_(products)
                 else:
-                    sums[key] = block.reached, products
-        return assembled(list(sums.values()), self.count, dtype, device)
+                    sums[key] = block.losses, products
+        return assemble_gramian(sums.values(), self.count, dtype, device)
 
-    def combination(self, coefficients: Tensor) -> list[Tensor | None]:
-        """The weighted sum of the rows, in memory that is nobody else's; uses them up."""
-        factors = numbers(coefficients)
+    def combine(self, coefficients: Tensor) -> list[Tensor | None]:
+        """The weighted sum of the rows, as newly allocated tensors; consumes the blocks."""
+        factors = as_scalars(coefficients)
         total: list[Tensor | None] = [None] * self.width
         while self.blocks:
-            # Each is let go as soon as it has been added up: its memory, still in the cache, serves
-            # for the next.
-            for column, gradient in self.blocks.pop().combination(factors):
-                total[column] = gradient
+            # Each block is freed as soon as it has been added up: its memory, still in the cache,
+            # serves for the next.
+            for param_index, gradient in self.blocks.pop().combine(factors):
+                total[param_index] = gradient
         return total
 
 
 def inner_products(
-    rows: Sequence[Row], columns: Collection[int], dtype: torch.dtype, device: torch.device
+    rows: Sequence[Row],
+    compared: Collection[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """Gramian [K, K] of `rows` over the parameters at `columns`; leaves the rows alone."""
-    kept = [[g if k in columns else None for k, g in enumerate(row)] for row in rows]
-    return Jacobian(kept).gramian(dtype, device)
+    """Gramian [K, K] of `rows` over the compared parameters; does not change the rows."""
+    copies = [[g if k in compared else None for k, g in enumerate(row)] for row in rows]
+    return Jacobian(copies).gramian(dtype, device)
 
 
 class Block(NamedTuple):
-    """Gradients of one parameter, or of several of a kind.
+    """Gradients of one parameter, or of several that are combined at once.
 
     Args:
-        reached: The losses.
-        columns: The parameters.
-        found: For each column the gradients of the losses, as many as are in `reached`.
-        measured: Do they count in inner products?
+        losses: Positions of the losses that reach them.
+        param_indices: Positions of the parameters.
+        gradients: For each parameter its gradients, one for each of the losses.
+        compared: Whether they count in inner products.
     """
 
-    reached: tuple[int, ...]
-    columns: list[int]
-    found: list[Sequence[Tensor]]
-    measured: bool
+    losses: tuple[int, ...]
+    param_indices: list[int]
+    gradients: list[Sequence[Tensor]]
+    compared: bool
 
-    def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Inner products in summands, each of pieces that stay in the cache."""
-        (gradients,) = self.found
+    def products(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """Inner products as summands, each of chunks that fit into the cache."""
+        (gradients,) = self.gradients
         if any(gradient.is_sparse for gradient in gradients):
             yield sparse_products(gradients, dtype)
             return
-        lying, _ = _in_memory_order(gradients)
-        vectors = [wide(gradient.reshape(-1), dtype) for gradient in lying]
-        # Dot products read two at a time. Longer ones are as fast, but lose digits.
-        at_once = 2 if len(vectors) <= FEW_APART else len(vectors)
-        length = max(cache_size(vectors[0]) // at_once, 1)
-        for pieces in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
-            yield products_of(pieces)
+        ordered, _ = _in_memory_order(gradients)
+        vectors = [as_real_vector(gradient, dtype) for gradient in ordered]
+        # Dot products read two at a time. Longer chunks take the same time, but lose digits.
+        at_once = 2 if len(vectors) <= DOT_LIMIT else len(vectors)
+        length = max(chunk_size(vectors[0]) // at_once, 1)
+        for chunks in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
+            yield vector_products(chunks)
 
-    def combination(self, factors: Sequence[float | Tensor]) -> Iterable[tuple[int, Tensor]]:
-        """The weighted sum, column by column."""
-        scale = [factors[k] for k in self.reached]
-        if len(self.columns) == 1:
-            return ((self.columns[0], weighted_tensor(self.found[0], scale)),)
-        rows = list(zip(*self.found, strict=True))
+    def combine(self, factors: Sequence[float | Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """The weighted sum, parameter by parameter."""
+        scale = [factors[k] for k in self.losses]
+        if len(self.param_indices) == 1:
+            return ((self.param_indices[0], weighted_tensor(self.gradients[0], scale)),)
+        rows = list(zip(*self.gradients, strict=True))
         total = list(torch._foreach_mul(rows[0], scale[0]))
         for row, factor in zip(rows[1:], scale[1:], strict=True):
             if isinstance(factor, float):
                 torch._foreach_add_(total, row, alpha=factor)
             else:
                 torch._foreach_add_(total, torch._foreach_mul(row, factor))
-        return zip(self.columns, total, strict=True)
+        return zip(self.param_indices, total, strict=True)
 
 
-class Flat(NamedTuple):
-    """A block whose gradients lie side by side, as a vector for each loss.
+class FlatBlock(NamedTuple):
+    """A block with one vector for each loss, in which gradients follow one another.
 
     Args:
-        reached: The losses.
-        columns: The parameters.
-        vectors: One for each loss, and all of them as the rows of a matrix.
-        matrix: The same.
-        places: How each column lies in a vector.
+        losses: Positions of the losses.
+        param_indices: Positions of the parameters.
+        matrix: The vectors as its rows.
+        vectors: The same, one by one.
+        slices: Where in a vector each gradient is, in the order of the parameters.
+        compared: Whether they count in inner products.
     """
 
-    reached: tuple[int, ...]
-    columns: list[int]
-    vectors: Sequence[Tensor]
+    losses: tuple[int, ...]
+    param_indices: list[int]
     matrix: Tensor
-    places: list[_Place]
-    measured: bool = True
+    vectors: Sequence[Tensor]
+    slices: list[Slice]
+    compared: bool = True
 
     @staticmethod
-    def of(block: Block) -> Flat:
-        """Copies the gradients, each in the order that it has in memory."""
-        found, places = list[Sequence[Tensor]](), list[_Place]()
-        for gradients in block.found:
-            first = gradients[0]
-            lying, strides = _in_memory_order(gradients)
-            found.append(lying)
-            places.append(_Place(first.numel(), first.shape, strides))
-        parts = [gradient for row in zip(*found, strict=True) for gradient in row]
+    def of(block: Block) -> FlatBlock:
+        """Copy the gradients, each in the order of its elements in memory."""
+        gradients, slices = list[Sequence[Tensor]](), list[Slice]()
+        for unordered in block.gradients:
+            ordered, strides = _in_memory_order(unordered)
+            gradients.append(ordered)
+            slices.append(Slice(unordered[0].numel(), unordered[0].shape, strides))
+        parts = [gradient for row in zip(*gradients, strict=True) for gradient in row]
         if parts[0].is_complex():
             parts = [part.resolve_conj() for part in parts]
-        matrix = _flatten_dense_tensors(parts).view(len(block.reached), -1)  # type: ignore[no-untyped-call]
-        return Flat(block.reached, block.columns, matrix.unbind(), matrix, places)
+        matrix = flatten(parts).view(len(block.losses), -1)
+        return FlatBlock(block.losses, block.param_indices, matrix, matrix.unbind(), slices)
 
-    def products(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def products(self, dtype: torch.dtype) -> Iterable[Tensor]:
         """As those of a block."""
-        yield products_of([wide(vector, dtype) for vector in self.vectors], self.matrix)
+        vectors = self.vectors
+        if self.matrix.dtype != dtype:
+            vectors = [as_real_vector(vector, dtype) for vector in vectors]
+        return (vector_products(vectors, self.matrix),)
 
-    def combination(self, factors: Sequence[float | Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """As that of a block; the columns share memory."""
-        total = weighted_tensor(self.vectors, [factors[k] for k in self.reached])
-        pieces = torch.unsafe_split_with_sizes(total, [place.size for place in self.places])
-        for column, piece, place in zip(self.columns, pieces, self.places, strict=True):
-            yield column, place.taken(piece)
+    def combine(self, factors: Sequence[float | Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """As that of a block; the gradients share memory."""
+        total = weighted_tensor(self.vectors, [factors[k] for k in self.losses])
+        pieces = torch.split(total, [piece.size for piece in self.slices])
+        # `.data` has a version of its own: whoever edits one gradient in place does not seem to
+        # autograd to have edited all of them.
+        shaped = [
+            piece.view(shape).data if strides is None else piece.as_strided(shape, strides).data
+            for piece, (_, shape, strides) in zip(pieces, self.slices, strict=True)
+        ]
+        return zip(self.param_indices, shaped, strict=True)
 
 
-class _Place(NamedTuple):
-    """Of a gradient that is part of a vector; no strides stand for the usual order of entries."""
+class Slice(NamedTuple):
+    """Size, shape and strides of one gradient inside a flat vector; None means contiguous."""
 
     size: int
     shape: torch.Size
     strides: tuple[int, ...] | None
 
-    def taken(self, piece: Tensor) -> Tensor:
-        """The gradient in its shape; no view to autograd, which would refuse to edit it."""
-        if self.strides is None:
-            return piece.view(self.shape).detach()
-        return piece.as_strided(self.shape, self.strides).detach()
 
-
-def _blocks(
-    rows: Sequence[list[Tensor | None]], measured: Collection[int] | None
-) -> Iterator[Block | Flat]:
-    """Every parameter that some loss reaches, in one block or another."""
+def _build_blocks(
+    rows: Sequence[list[Tensor | None]], compared: Collection[int] | None
+) -> list[Block | FlatBlock]:
+    """Every parameter that a loss reaches, each in one block."""
+    blocks: list[Block | FlatBlock] = []
     kinds: dict[tuple[type, ...], tuple[tuple[int, ...], bool]] = {}
-    filling: dict[Any, tuple[Block, int]] = {}
+    open_blocks: dict[Any, tuple[Block, int]] = {}  # with the room that is left in them
     waiting: list[Any] = list(zip(*rows, strict=True))[::-1]
     for row in rows:
         row.clear()
-    for column in range(len(waiting)):
-        gradients = waiting.pop()
-        kind = tuple(map(type, gradients))
+    for param_index in range(len(waiting)):
+        column = waiting.pop()  # so that gradients are freed once they have been copied
+        kind = tuple(map(type, column))
         if kind not in kinds:
-            kinds[kind] = _reached(gradients), set(kind) <= {Tensor, NoneType}
-        reached, plain = kinds[kind]
-        if not reached:
+            losses = tuple([k for k, found in enumerate(kind) if found is not NoneType])
+            kinds[kind] = losses, set(kind) <= {Tensor, NoneType}
+        losses, plain = kinds[kind]
+        if not losses:
             continue
-        found: list[Tensor] = [gradients[k] for k in reached]
-        counts = measured is None or column in measured
-        if not plain or not _is_small(found):
-            yield Block(reached, [column], [found], counts)
+        gradients: list[Tensor] = [column[k] for k in losses]
+        counts = compared is None or param_index in compared
+        if not plain or not _is_small(gradients):
+            blocks.append(Block(losses, [param_index], [gradients], counts))
             continue
-        key = reached, counts, found[0].dtype, found[0].device
-        size = found[0].numel() * len(found)
-        block, room = filling.get(key, (None, 0))
+        first = gradients[0]
+        key = losses, counts, first.dtype, first.device
+        size = first.numel() * len(gradients)
+        block, room = open_blocks.get(key, (None, 0))
         if block is None or size > room:
             if block is not None:
-                yield _finished(block)
-            block, room = Block(reached, [], [], counts), cache_size(found[0])
-        block.columns.append(column)
-        block.found.append(found)
-        filling[key] = block, room - size
-    for block, _ in filling.values():
-        yield _finished(block)
+                blocks.append(_close(block))
+            block, room = Block(losses, [], [], counts), chunk_size(first)
+        block.param_indices.append(param_index)
+        block.gradients.append(gradients)
+        open_blocks[key] = block, room - size
+    return blocks + [_close(block) for block, _ in open_blocks.values()]
 
 
-def _finished(block: Block) -> Block | Flat:
-    """Side by side, if there are several whose products are wanted."""
-    return Flat.of(block) if block.measured and len(block.columns) > 1 else block
+def _close(block: Block) -> Block | FlatBlock:
+    """Copy the gradients together if there are several whose products are wanted."""
+    return FlatBlock.of(block) if block.compared and len(block.param_indices) > 1 else block
 
 
-def _reached(gradients: Row) -> tuple[int, ...]:
-    return tuple([k for k, gradient in enumerate(gradients) if gradient is not None])
+def _is_small(gradients: Sequence[Tensor]) -> bool:
+    """Whether copying these together with others costs less time than handling them singly."""
+    first = gradients[0]
+    limit = _SMALL if first.is_cpu else chunk_size(first)
+    return first.numel() <= limit and True not in [gradient.is_sparse for gradient in gradients]
 
 
-def _is_small(found: Sequence[Tensor]) -> bool:
-    """Can these be put side by side with others, at a price below that of handling them alone?"""
-    first = found[0]
-    limit = _SMALL if first.is_cpu else cache_size(first)
-    return first.numel() <= limit and True not in [gradient.is_sparse for gradient in found]
+def _in_memory_order(
+    gradients: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], tuple[int, ...] | None]:
+    """If all gradients are channels-last, return them flattened in memory order, and the strides.
 
-
-def _in_memory_order(found: Sequence[Tensor]) -> tuple[Sequence[Tensor], tuple[int, ...] | None]:
-    """Images that all lie with their channels last, as vectors and with their strides.
-
-    So that nothing has to be put in another order; anything else stays as it is.
+    So they need no reordering copy. Anything else is returned as it is, without strides.
     """
-    first = found[0]
+    first = gradients[0]
     if first.ndim != 4 or first.is_contiguous():
-        return found, None
-    if not all(g.is_contiguous(memory_format=torch.channels_last) for g in found):
-        return found, None
+        return gradients, None
+    if not all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients):
+        return gradients, None
     size = first.numel()
-    return [gradient.as_strided((size,), (1,)) for gradient in found], first.stride()
+    return [gradient.as_strided((size,), (1,)) for gradient in gradients], first.stride()
+
+
+def weighted_tensor(gradients: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    """A weighted sum, in memory of its own.
+
+    Nothing is written into a gradient: autograd may return the same memory for two parameters, or
+    memory that an operation of the model still uses.
+    """
+    total = gradients[0] * factors[0]
+    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
+        total = _add(total, gradient, factor)
+    return total
+
+
+def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
+    """Add into `total`, or the other way round: a sparse tensor cannot take in a dense one."""
+    if total.is_sparse and not gradient.is_sparse:
+        return (gradient * factor).add_(total)
+    if isinstance(factor, float):
+        return total.add_(gradient, alpha=factor)
+    return total.add_(gradient * factor)
+
+
+def as_scalars(coefficients: Tensor) -> Sequence[float | Tensor]:
+    """Python floats where reading them is free, 0-d tensors where it would synchronize."""
+    if coefficients.is_cpu:
+        return coefficients.tolist()
+    return coefficients.float().unbind()

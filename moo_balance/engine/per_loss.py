@@ -1,13 +1,58 @@
-"""The reference engine: one ``autograd.grad`` per loss, unreachable parameters skipped."""
+"""The reference engine: one ``autograd.grad`` per loss, and the K gradients kept until combined.
+
+    gramian():      loss_k --autograd.grad--> row_k = [gradient of param_0, None, ...]   k = 1 ... K
+                    (on several ranks each row is averaged while the next is differentiated)
+                    K rows --> Jacobian --> [K, K]
+    add_to_grad(c): Jacobian --> c_1 row_1 + ... + c_K row_K --> .grad
+
+Without a call of ``gramian`` the weighted sum of the losses takes one ordinary backward pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from moo_balance.engine.base import Engine, Linearization, Problem, Window
-from moo_balance.engine.kept_rows import KeptRows, RowWindow
+from moo_balance.engine.autograd import (
+    explain_donated_buffers,
+    has_hooks,
+    has_reentrant_checkpoint,
+    nodes_above,
+)
+from moo_balance.engine.base import (
+    Engine,
+    Linearization,
+    Problem,
+    Row,
+    Window,
+    add_rows,
+    add_to_grad,
+    gradients_through_hooks,
+    precomputed_gradient,
+    remove_loss_scale,
+    weighted_backward,
+    weighted_sum,
+)
+from moo_balance.engine.distributed import (
+    average_over_ranks,
+    is_flattened,
+    is_sharded,
+    sharded_inner_products,
+)
+from moo_balance.engine.features import FeatureGramian
+from moo_balance.engine.jacobian import Jacobian
+from moo_balance.engine.linear import (
+    GradInputs,
+    LinearWeightGradient,
+    add_linear_layers,
+    find_linear_layers,
+)
+from moo_balance.errors import BalanceError
 
 
 @dataclass(frozen=True)
@@ -15,7 +60,7 @@ class PerLoss(Engine):
     """Differentiate each loss once and keep the K gradients until they are combined.
 
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
-    gradients themselves, at most K·P numbers; a parameter that a loss does not reach takes none.
+    gradients themselves, at most K·P elements; a parameter that a loss does not reach takes none.
     A method that needs no Gramian costs one ordinary backward pass.
 
     The weight of a linear layer has a gradient of two thin factors, the layer's input and the
@@ -37,10 +82,187 @@ class PerLoss(Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
-            from moo_balance.engine.bottleneck import AtFeatures
-
-            return AtFeatures(problem, self.dtype)
-        return KeptRows(problem, self.dtype)
+            return FeatureGramian(problem, self.dtype)
+        return PerLossLinearization(problem, self.dtype)
 
     def window(self) -> Window:
-        return RowWindow(self.dtype)
+        return PerLossWindow(self.dtype)
+
+
+class PerLossLinearization(Linearization):
+    """One batch: it is differentiated loss by loss once its Gramian is asked for."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self.problem = problem
+        self.dtype = dtype
+        self.jacobian: Jacobian | None = None
+        self.layers: list[LinearWeightGradient] = []
+
+    def gramian(self) -> Tensor:
+        problem, dtype = self.problem, self.dtype
+        device = problem.losses[0].device
+        compared = None if problem.compared is None else frozenset(problem.compared)
+        sharded = _has_shards(problem)
+        rows = self._rows(sharded)
+        if sharded:
+            gramian = sharded_inner_products(rows, compared, dtype, device)
+            self.jacobian = Jacobian(rows, ())
+        else:
+            self.jacobian = Jacobian(rows, compared)
+            gramian = self.jacobian.gramian(dtype, device)
+        if self.layers:
+            gramian = add_linear_layers(gramian, self.layers, compared, dtype)
+        return gramian if problem.scale is None else remove_loss_scale(gramian, problem.scale)
+
+    def add_to_grad(self, coefficients: Tensor) -> None:
+        if self.jacobian is None:
+            weighted_backward(self.problem, coefficients)
+        else:
+            add_to_grad(self._combine(self.jacobian, coefficients), self.problem.params)
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        problem = self.problem
+        # Hooks of parameters have run on every row. They must not run on the sum again.
+        if self.jacobian is None or has_hooks(problem.params):
+            return weighted_sum(problem, coefficients)
+        unscaled = coefficients if problem.scale is None else coefficients / problem.scale
+        gradients = self._combine(self.jacobian, unscaled)
+        value = weighted_sum(problem, coefficients).detach()
+        return precomputed_gradient(value, gradients, problem.params)
+
+    def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
+        """The K rows, averaged if there are ranks to average over."""
+        rows = differentiate(self.problem, sharded, self.layers)
+        return _average(zip(self.problem.names, rows, strict=True), self.problem, sharded)
+
+    def _combine(self, jacobian: Jacobian, coefficients: Tensor) -> Row:
+        """The weighted gradient; consumes the rows."""
+        total = jacobian.combine(coefficients)
+        for layer in self.layers:
+            total[layer.param_index] = layer.combine(coefficients)
+        return total
+
+
+class PerLossWindow(Window):
+    """Several micro-batches: each loss has one row, to which every micro-batch adds."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.rows: dict[str, Row] = {}
+
+    def add(self, problem: Problem) -> None:
+        self.rows = self.rows_with(problem, _has_shards(problem))
+
+    def close(self, problem: Problem) -> Linearization:
+        return _ClosedWindow(self, problem)
+
+    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, Row]:
+        """This rank's rows so far plus those of one more micro-batch."""
+        rows = dict(self.rows)
+        for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
+            rows[name] = add_rows(rows[name], row) if name in rows else row
+        return rows
+
+
+class _ClosedWindow(PerLossLinearization):
+    """A window and its last micro-batch."""
+
+    def __init__(self, window: PerLossWindow, problem: Problem) -> None:
+        super().__init__(problem, window.dtype)
+        self.window = window
+
+    def add_to_grad(self, coefficients: Tensor) -> None:
+        if self.jacobian is None:
+            self.jacobian = Jacobian(self._rows(_has_shards(self.problem)), ())
+        super().add_to_grad(coefficients)
+
+    def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
+        rows = self.window.rows_with(self.problem, sharded)
+        return _average(rows.items(), self.problem, sharded)
+
+
+def differentiate(
+    problem: Problem, sharded: bool, layers: list[LinearWeightGradient] | None = None
+) -> Iterator[Row]:
+    """This rank's K rows, one after the other. The last pass frees the graph unless it is retained.
+
+    Args:
+        problem: The losses and the parameters.
+        sharded: Some of the parameters are DTensors.
+        layers: A list to be filled with the linear layers whose weights' gradients stay factored;
+            their places in the rows are None then. None to have whole rows.
+    """
+    params, count = problem.params, len(problem.losses)
+    nodes = nodes_above(problem.losses)
+    reentrant = has_reentrant_checkpoint(nodes)
+    if reentrant and problem.averager is not None and not sharded:
+        raise _reentrant_on_ranks()
+    inputs = None
+    if layers is not None and problem.averager is None and not (sharded or reentrant):
+        layers += find_linear_layers(problem, nodes)
+        inputs = GradInputs(params, layers) if layers else None
+    # With hooks on parameters `combined` will need the graph once more.
+    kept_passes = count if has_hooks(params) else count - 1
+    for k, (loss, output) in enumerate(zip(problem.losses, problem.grad_outputs(), strict=True)):
+        retain_graph = problem.retain_graph or k < kept_passes
+        if sharded or reentrant:
+            row = gradients_through_hooks([loss], [output], params, retain_graph)
+        elif inputs is None:
+            row = _grad(loss, output, params, retain_graph)
+        else:
+            with inputs.recorder:
+                row = inputs.split(_grad(loss, output, inputs.inputs, retain_graph))
+        if sharded and all(gradient is None for gradient in row):
+            raise _no_gradient_of_shards(problem.names[k])
+        yield row
+
+
+def _grad(loss: Tensor, output: Tensor, inputs: Sequence[Any], retain_graph: bool) -> Row:
+    """The gradient of one loss; neither ``.grad`` nor hooks that wait for it are met."""
+    if not inputs:  # all parameters are frozen
+        return ()
+    try:
+        return torch.autograd.grad(
+            loss, inputs, output, retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        explain_donated_buffers(error)
+        raise
+
+
+def _average(
+    named: Iterable[tuple[str, Row]], problem: Problem, sharded: bool
+) -> list[list[Tensor | None]]:
+    """Rows averaged over the ranks; those of sharded parameters arrive averaged already."""
+    if problem.averager is None or sharded:
+        return [list(row) for _, row in named]
+    return average_over_ranks(named, problem.averager, problem.params)
+
+
+def _has_shards(problem: Problem) -> bool:
+    """Whether a parameter is sharded by ``fully_shard``; those of FSDP1 are refused."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    if is_flattened(problem.params):
+        raise BalanceError(
+            "One gradient per loss can be taken of a model in `fully_shard` (FSDP2). Found "
+            "parameters of FullyShardedDataParallel (FSDP1), which frees them after one backward "
+            "pass. Use `fully_shard`, or a method without a Gramian and no `accumulate`."
+        )
+    return is_sharded(problem.params)
+
+
+def _no_gradient_of_shards(name: str) -> BalanceError:
+    return BalanceError(
+        f"The gradient of loss `{name}` should reach a sharded parameter. Found none. Leave "
+        "`set_requires_gradient_sync(True)`, and call `backward` for micro-batches within "
+        "`accumulate()`, which sums the shards."
+    )
+
+
+def _reentrant_on_ranks() -> BalanceError:
+    return BalanceError(
+        "Activation checkpointing should be `use_reentrant=False` where ranks average one gradient "
+        "per loss. Found a reentrant checkpoint, whose backward passes would each start those of "
+        "DistributedDataParallel."
+    )

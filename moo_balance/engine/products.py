@@ -1,51 +1,51 @@
-"""Inner products of the gradients of K losses, and how they come together in a Gramian."""
+"""Inner products of the gradients of K losses, and how they are put together into a Gramian."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-_ON_HOST, _ON_DEVICE = 2**19, 2**25
-"""Numbers that are handled at once: on the host they shall stay in its cache."""
+_CPU_CHUNK, _DEVICE_CHUNK = 2**19, 2**25
+"""Elements per chunk; on the CPU a chunk should fit into the cache."""
 
-FEW, FEW_APART = 4, 8
-"""Up to so many vectors single dot products are faster than a matrix product; the more so where a
-matrix would have to be made of them."""
-
-
-def cache_size(tensor: Tensor) -> int:
-    """How many numbers to handle at once where this tensor lies."""
-    return _ON_HOST if tensor.is_cpu else _ON_DEVICE
+DOT_LIMIT_STACKED, DOT_LIMIT = 4, 8
+"""Up to so many vectors, single dot products take less time than a matrix product: the first where
+the vectors are rows of a matrix already, the second where it would have to be made of them."""
 
 
-def wide(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a real vector of at least this precision."""
+def chunk_size(tensor: Tensor) -> int:
+    """How many elements to work on at once where this tensor is stored."""
+    return _CPU_CHUNK if tensor.is_cpu else _DEVICE_CHUNK
+
+
+def as_real_vector(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient as a real vector of at least this precision."""
+    vector = gradient.reshape(-1)
     if vector.is_complex():
         vector = torch.view_as_real(vector.resolve_conj()).reshape(-1)
     return vector if vector.dtype == dtype else vector.to(torch.promote_types(vector.dtype, dtype))
 
 
-def products_of(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
+def vector_products(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
     """Inner products of vectors, which may be the rows of a matrix; symmetric to the bit."""
-    if len(vectors) <= (FEW_APART if matrix is None else FEW):
-        return _table(vectors, torch.dot)
+    if len(vectors) <= (DOT_LIMIT if matrix is None else DOT_LIMIT_STACKED):
+        return _pairwise(vectors, torch.dot)
     if matrix is None or matrix.dtype != vectors[0].dtype:
         matrix = torch.stack(list(vectors))
-    if not multiplies_exactly(matrix):
-        matrix = matrix.double()
-    return symmetric(matrix @ matrix.T)
+    matrix = exact_for_products(matrix)
+    return symmetrize(matrix @ matrix.T)
 
 
 def sparse_products(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Inner products of gradients of one parameter of which some are sparse."""
     dtype = torch.promote_types(gradients[0].dtype, dtype)
     vectors = [
-        g.to(dtype).coalesce() if g.is_sparse else wide(g.reshape(-1), dtype) for g in gradients
+        g.to(dtype).coalesce() if g.is_sparse else as_real_vector(g, dtype) for g in gradients
     ]
-    return _table(vectors, _sparse_dot)
+    return _pairwise(vectors, _sparse_dot)
 
 
 def _sparse_dot(left: Tensor, right: Tensor) -> Tensor:
@@ -57,57 +57,76 @@ def _sparse_dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.dot(left, right)
 
 
-def _table(vectors: Sequence[Tensor], dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """All products, each of which is taken once."""
-    lower = [[dot(a, b) for b in vectors[: k + 1]] for k, a in enumerate(vectors)]
-    places = range(len(lower))
-    entries = [lower[max(j, k)][min(j, k)] for j in places for k in places]
-    return torch.stack(entries).view(len(lower), len(lower))
+def _pairwise(vectors: Sequence[Tensor], dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """All inner products; each pair is multiplied once."""
+    entries: list[list[Tensor]] = []
+    for k, vector in enumerate(vectors):
+        entries.append([dot(vector, other) for other in vectors[: k + 1]])
+        for j in range(k):
+            entries[j].append(entries[k][j])
+    return torch.stack([entry for row in entries for entry in row]).view(len(entries), -1)
 
 
-def symmetric(products: Tensor) -> Tensor:
-    """Symmetric to the bit, which a matrix product is not."""
+def symmetrize(products: Tensor) -> Tensor:
+    """Make a matrix product of a matrix and its transpose symmetric to the bit."""
     return products.tril() + products.tril(-1).T
 
 
-def multiplies_exactly(matrix: Tensor) -> bool:
-    """Does a matrix product keep float32? TF32 and its like would leave three digits."""
-    if matrix.device.type == "mps" or matrix.dtype == torch.float64:
-        return True
-    return matrix.is_cpu and torch.get_float32_matmul_precision() == "highest"
+def exact_for_products(matrix: Tensor) -> Tensor:
+    """The matrix in float64 where float32 products would be rounded to TF32 or the like.
+
+    That would leave three digits. Apple's "mps" has neither TF32 nor float64.
+    """
+    if matrix.dtype == torch.float64 or matrix.device.type == "mps":
+        return matrix
+    if matrix.is_cpu and torch.get_float32_matmul_precision() == "highest":
+        return matrix
+    return matrix.double()
 
 
-def assembled(
-    parts: Sequence[tuple[tuple[int, ...], Tensor]],
+def assemble_gramian(
+    parts: Iterable[tuple[tuple[int, ...], Tensor]],
     count: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """All products in one matrix [K, K], in `dtype` or wider."""
-    parts = sorted(parts, key=lambda part: -len(part[0]))
+    """The Gramian [K, K], in `dtype` or wider, from products of some losses each.
+
+    Args:
+        parts: Positions of losses, and the inner products of their gradients.
+        count: The number K of losses.
+        dtype: Precision of a Gramian without parts.
+        device: Where to put it.
+    """
+    parts = list(parts)
+    if len(parts) > 1:
+        parts.sort(key=lambda part: -len(part[0]))
     if parts and len(parts[0][0]) == count:
         (_, gramian), *parts = parts
         gramian = gramian.to(device)
     else:
         gramian = torch.zeros(count, count, dtype=dtype, device=device)
-    for reached, products in parts:
-        gramian = added(gramian, products, reached)
+    for losses, products in parts:
+        gramian = add_products(gramian, products, losses)
     return gramian
 
 
-def added(gramian: Tensor, products: Tensor, reached: tuple[int, ...]) -> Tensor:
-    """Add products of the losses in `reached` at their places, in the wider precision."""
+def add_products(gramian: Tensor, products: Tensor, losses: tuple[int, ...]) -> Tensor:
+    """Add products of some losses at their rows and columns, in the wider precision.
+
+    `gramian` itself may change.
+    """
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
     products = products.to(gramian.device)
-    first, last = reached[0], reached[-1] + 1
-    if last - first == len(reached):
+    first, last = losses[0], losses[-1] + 1
+    if last - first == len(losses):
         gramian[first:last, first:last].add_(products)
         return gramian
-    places = _places(reached, gramian.device)
-    return gramian.index_put((places[:, None], places), products.to(gramian), accumulate=True)
+    index = _index(losses, gramian.device)
+    return gramian.index_put((index[:, None], index), products.to(gramian), accumulate=True)
 
 
 @lru_cache(maxsize=256)
-def _places(reached: tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices, kept: to bring them to a device is to wait for it."""
-    return torch.tensor(reached, device=device)
+def _index(losses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Cached, because copying an index tensor to a GPU synchronizes."""
+    return torch.tensor(losses, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -16,9 +17,15 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@cache
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it; Apple's "mps" has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def widest(tensor: Tensor) -> Tensor:
-    """Promote to float64 where the device has it (Apple's "mps" does not)."""
-    return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.to(torch.float64)
+    """Promote to the widest dtype of the device."""
+    return tensor.to(widest_dtype(tensor.device))
 
 
 def precision(tensor: Tensor) -> float:
@@ -27,20 +34,23 @@ def precision(tensor: Tensor) -> float:
     return torch.finfo(dtype).eps
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Is looking at a value free? Elsewhere than on the CPU the host would have to wait for it."""
-    return tensor.device.type == "cpu"
-
-
 def check_gramian(gramian: Tensor) -> None:
-    """Refuse a Gramian that is not square, or (on the CPU, where looking is free) not finite."""
+    """Refuse a Gramian that is not square, or not finite.
+
+    The latter only on the CPU: reading a value of another device would wait for it.
+    """
     check_square(gramian)
-    if on_host(gramian):
-        check_finite(gramian)
+    # The sum of finite entries may overflow, so only a finite sum is an answer.
+    if (
+        gramian.is_cpu
+        and not math.isfinite(gramian.sum().item())
+        and not bool(gramian.isfinite().all())
+    ):
+        refuse_nonfinite(gramian.tolist())
 
 
 def check_square(gramian: Tensor) -> None:
-    """Refuse what has not the shape of a Gramian."""
+    """Refuse a tensor without the shape of a Gramian."""
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or gramian.shape[0] == 0:
         raise BalanceValueError(
             "Parameter `gramian` should be a square matrix [K, K] with K >= 1. "
@@ -48,24 +58,17 @@ def check_square(gramian: Tensor) -> None:
         )
 
 
-def check_finite(gramian: Tensor) -> None:
-    """Refuse a Gramian with an entry that is not finite; looks at its values."""
-    # One number tells the usual case. The sum of finite entries may overflow, so it tells no more.
-    if not math.isfinite(gramian.sum().item()) and not bool(gramian.isfinite().all()):
-        refuse_entries(gramian.tolist())
-
-
-def refuse_entries(entries: list[list[float]]) -> NoReturn:
-    """Say which entries of a Gramian are not finite."""
+def refuse_nonfinite(entries: list[list[float]]) -> NoReturn:
+    """Refuse a Gramian with these entries, not all of which are finite."""
     raise BalanceValueError(
         f"Parameter `gramian` should be finite. Found {entries}. "
-        "Look for a loss that diverged, or compute the Gramian in float64 if it overflowed."
+        "Check for a loss that diverged, or compute the Gramian in float64 if it overflowed."
     )
 
 
 def check_positive(name: str, value: float) -> None:
     """Refuse a hyper-parameter that should be a positive, finite number."""
-    if not 0.0 < value < float("inf"):
+    if not 0.0 < value < math.inf:
         raise BalanceValueError(
             f"Parameter `{name}` should be positive and finite. Found {value!r}."
         )

@@ -1,14 +1,16 @@
-"""Non-negative least squares in Gramian form, the finite method behind the exact solvers."""
+"""Non-negative least squares in Gramian form, the finite method of the exact solvers."""
 
 from __future__ import annotations
 
 import itertools
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._matrix import EPS, Matrix, Vector
+from moo_balance.functional._directions import Array, Mask
+
+EPS = float(np.finfo(np.float64).eps)
 
 # Measured on random Gramians up to K = 64: three rounds leave up to twice the time, twelve save
 # none.
@@ -16,14 +18,14 @@ _EXCHANGES = 6
 
 
 class Definite(NamedTuple):
-    """A matrix that was made safely positive definite, and what that took."""
+    """A matrix made safely positive definite, the ridge added, and the smallest pivot."""
 
-    matrix: Matrix
+    matrix: Array
     ridge: float
     pivot: float
 
 
-def definite(cosines: Matrix, precision: float) -> Definite:
+def make_definite(cosines: Array, precision: float) -> Definite:
     """Add the ridge that a matrix of cosines needs to be safely positive definite.
 
     The smallest ridge covers the rounding of a float64 sum of K terms. It grows only while the
@@ -34,102 +36,111 @@ def definite(cosines: Matrix, precision: float) -> Definite:
     ridge = 4 * count * EPS
     limit = max(1e-4, 64 * count * precision)
     while ridge <= limit:
-        matrix = cosines.ridged(ridge)
-        pivot = matrix.pivot()
+        matrix = cosines.copy()
+        matrix.ravel()[:: count + 1] += ridge
+        pivot = _smallest_pivot(matrix)
         if pivot > 0.0:
             return Definite(matrix, ridge, pivot)
         ridge *= 8
     raise BalanceValueError(
         "Parameter `gramian` should be positive semidefinite. Found a matrix of cosines with "
-        f"eigenvalue {float(torch.linalg.eigvalsh(cosines.tensor())[0]):.3e}. "
+        f"eigenvalue {float(np.linalg.eigvalsh(cosines)[0]):.3e}. "
         "Pass the inner products of actual gradients."
     )
 
 
-def nonnegative_quadratic(matrix: Matrix, vector: Vector) -> Vector:
+def _smallest_pivot(matrix: Array) -> float:
+    """The smallest pivot of the Cholesky factorisation; 0 if the matrix is not definite."""
+    try:
+        factor = np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return 0.0
+    return float(factor.diagonal().min()) ** 2
+
+
+def nonnegative_quadratic(matrix: Array, vector: Array) -> Array:
     r"""Minimise :math:`\tfrac12 y^\top A y - b^\top y` over :math:`y \ge 0`, A positive definite.
 
     Lawson and Hanson's method ("Solving Least Squares Problems", 1974, chapter 23) on the normal
-    equations, started not from zero but from a guess at the support. Each step adds the index with
-    the most negative gradient. The gradient counts as non-negative down to the rounding error of
-    its own evaluation; the caller verifies the result.
+    equations, started not from zero but from a guess of the support, that is, of where the solution
+    is positive. Each step adds the index with the most negative gradient. The gradient counts as
+    non-negative down to the rounding error of its own evaluation; the caller verifies the result.
+
+    Args:
+        matrix: A, shape [K, K], with entries around one.
+        vector: b, shape [K].
     """
-    return _Problem(matrix, vector).solved()
+    solution = _guess(matrix, vector)
+    refused = np.zeros(len(vector), bool)
+    for _ in range(10 * len(vector)):
+        support = solution > 0.0
+        outside = ~(support | refused)
+        if not outside.any():
+            break
+        gradient = np.where(outside, matrix.dot(solution) - vector, 0.0)
+        entering = int(gradient.argmin())
+        if gradient[entering] >= -_rounding(solution, vector):
+            break
+        support[entering] = True
+        target = _solve_on(support, matrix, vector)
+        # In exact arithmetic the entering variable becomes positive. Where rounding makes it
+        # negative, taking it would cycle.
+        if target[entering] <= 0.0:
+            refused[entering] = True
+        else:
+            solution = _walk(solution, target, support, matrix, vector)
+            refused[:] = False
+    return solution
 
 
-class _Problem:
-    """The problem: A of shape [K, K] with entries around one, and b of shape [K].
+def _guess(matrix: Array, vector: Array) -> Array:
+    """The unconstrained minimiser on a support where it is positive; often the optimal one.
 
-    The support of a solution is where it is positive; elsewhere it is zero.
+    A few rounds exchange every index that violates its condition at once (block principal
+    pivoting: Júdice and Pires, Computers & Operations Research 21, 1994), which may cycle; later
+    rounds only remove indices, so they end.
     """
+    support = np.ones(len(vector), bool)
+    for rounds in itertools.count():
+        solution = _solve_on(support, matrix, vector)
+        better = solution > 0.0
+        if rounds < _EXCHANGES and not support.all():
+            gradient = matrix.dot(solution) - vector
+            better |= ~support & (gradient < -_rounding(solution, vector))
+        if (better == support).all():
+            break
+        support = better
+    return solution
 
-    def __init__(self, matrix: Matrix, vector: Vector) -> None:
-        self.matrix, self.vector = matrix, vector
-        self.largest = max(map(abs, vector))
 
-    def solved(self) -> Vector:
-        """The method itself."""
-        solution = self._guess()
-        refused: set[int] = set()
-        for _ in range(10 * len(solution)):
-            outside = [i for i, y in enumerate(solution) if y == 0.0 and i not in refused]
-            gradient = self._gradient(solution) if outside else []
-            entering = min(outside, key=gradient.__getitem__, default=-1)
-            if entering < 0 or gradient[entering] >= -self._rounding(solution):
-                break
-            places = [i for i, y in enumerate(solution) if y > 0.0 or i == entering]
-            target = self.matrix.solution(self.vector, places)
-            # By theory the entering variable becomes positive. Where round-off says otherwise,
-            # taking it would cycle.
-            if target[entering] <= 0.0:
-                refused.add(entering)
-            else:
-                solution = self._walk(solution, target, places)
-                refused.clear()
-        return solution
+def _walk(solution: Array, target: Array, support: Mask, matrix: Array, vector: Array) -> Array:
+    """Go from a feasible ``solution`` towards ``target``; remove what reaches zero on the way."""
+    while (falling := support & (target <= 0.0)).any():
+        moved = solution - target
+        ratios = np.where(falling, solution / np.where(moved == 0.0, 1.0, moved), np.inf)
+        first = int(ratios.argmin())
+        reach = min(max(float(ratios[first]), 0.0), 1.0)
+        moved = solution + reach * (target - solution)
+        support = support & ((target > 0.0) | (moved > 0.0))
+        support[first] = False
+        solution = np.where(support, np.maximum(moved, 0.0), 0.0)
+        target = _solve_on(support, matrix, vector)
+    return target
 
-    def _gradient(self, solution: Vector) -> Vector:
-        along = self.matrix.times(solution)
-        return [a - b for a, b in zip(along, self.vector, strict=True)]
 
-    def _rounding(self, solution: Vector) -> float:
-        """Bound on the rounding error of one entry of the gradient."""
-        return 4 * len(solution) * EPS * (sum(map(abs, solution)) + self.largest)
+def _solve_on(support: Mask, matrix: Array, vector: Array) -> Array:
+    """Solve A y = b on the rows and columns of the support, with y zero elsewhere."""
+    solution: Array = np.zeros(len(vector))
+    if support.all():
+        solution[:] = np.linalg.solve(matrix, vector)
+    else:
+        chosen = support.nonzero()[0]
+        block = matrix.take(chosen, 0).take(chosen, 1)
+        solution[chosen] = np.linalg.solve(block, vector[chosen])
+    return solution
 
-    def _guess(self) -> Vector:
-        """The unconstrained minimiser on a support where it is positive; often the optimal one.
 
-        A few rounds exchange every index that violates its condition at once (block principal
-        pivoting: Júdice and Pires, Computers & Operations Research 21, 1994), which may cycle;
-        later rounds only drop, so they end.
-        """
-        places = list(range(len(self.vector)))
-        for rounds in itertools.count():
-            solution = self.matrix.solution(self.vector, places)
-            better = [i for i in places if solution[i] > 0.0]
-            if rounds < _EXCHANGES and len(places) < len(solution):
-                better = self._exchanged(solution, better, places)
-            if better == places:
-                break
-            places = better
-        return solution
-
-    def _exchanged(self, solution: Vector, kept: list[int], places: list[int]) -> list[int]:
-        """Those to keep, and those outside whose gradient is negative."""
-        gradient, bound = self._gradient(solution), -self._rounding(solution)
-        outside = set(range(len(solution))).difference(places)
-        return sorted([*kept, *(i for i in outside if gradient[i] < bound)])
-
-    def _walk(self, solution: Vector, target: Vector, places: list[int]) -> Vector:
-        """Go from a feasible ``solution`` towards ``target``; drop what reaches zero on the way."""
-        while falling := [i for i in places if target[i] <= 0.0]:
-            ratios = {i: solution[i] / (solution[i] - target[i] or 1.0) for i in falling}
-            first = min(falling, key=ratios.__getitem__)
-            reach = min(max(ratios[first], 0.0), 1.0)
-            moved = [y + reach * (t - y) for y, t in zip(solution, target, strict=True)]
-            places = [i for i in places if i != first and (target[i] > 0.0 or moved[i] > 0.0)]
-            solution = [0.0] * len(moved)
-            for i in places:
-                solution[i] = max(moved[i], 0.0)
-            target = self.matrix.solution(self.vector, places)
-        return target
+def _rounding(solution: Array, vector: Array) -> float:
+    """Bound on the rounding error of one entry of the gradient."""
+    size = float(np.abs(solution).sum()) + float(np.abs(vector).max())
+    return 4 * len(solution) * EPS * size

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_gramian, check_square, precision, widest
+from moo_balance.functional._checks import check_gramian, precision, widest
 from moo_balance.functional._two import weights_of_two
 from moo_balance.functional.gramian import cosines_from, share_between_equals
 
@@ -47,8 +47,7 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
         >>> analytic_qp_weights(gramian)
         tensor([ 1.5000, -0.5000])
     """
-    check_square(gramian)
-    if gramian.shape[0] == 2:
+    if gramian.shape == (2, 2):
         return weights_of_two(gramian, convex=False)
     check_gramian(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
@@ -64,9 +63,8 @@ def _by_cosines(gramian: Tensor, eps: float) -> Tensor:
     # Zero gradients, if any, are the only ones with an entry here, and so share all the weight.
     inverse = norms.amin() / lengths + zero
     cosines = cosines_from(gramian, lengths)
-    # The ridge stands well above the noise of the cosines, so that a singular matrix has a definite
-    # limit; one step of refinement then takes its first-order error away where the matrix is
-    # regular.
+    # The ridge is well above the noise of the cosines, so that a singular matrix has a definite
+    # limit. One step of refinement then removes its first-order error where the matrix is regular.
     ridge = 64 * len(norms) * eps
     factor, pivots, _ = torch.linalg.lu_factor_ex(cosines.clone().fill_diagonal_(1.0 + ridge))
     solution = torch.linalg.lu_solve(factor, pivots, inverse.unsqueeze(1))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import check_square, precision
-from moo_balance.functional._host import Directions, directions
-from moo_balance.functional._matrix import Matrix, Vector
-from moo_balance.functional._nnls import definite, nonnegative_quadratic
 
 
 def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
@@ -62,36 +57,12 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
     result = torch.promote_types(
         torch.promote_types(gramian.dtype, coefficients.dtype), torch.float32
     )
-    gradients = directions(gramian)
-    start: Vector = coefficients.tolist()
-    if not all(map(math.isfinite, start)):
-        raise BalanceValueError(f"Parameter `coefficients` should be finite. Found {start}.")
-    added = _addition(gradients, start, precision(gramian))
-    return gramian.new_tensor([u + a for u, a in zip(start, added, strict=True)], dtype=result)
-
-
-def _addition(gradients: Directions, start: Vector, precision: float) -> Vector:
-    """What has to be added to the coefficients to take the direction into the dual cone."""
-    _, norms, cosines = gradients
-    lengths = [u * norm for u, norm in zip(start, norms, strict=True)]
-    scale = max(map(abs, lengths))
-    if scale == 0.0:
-        return [0.0] * len(start)
-    lengths = [length / scale for length in lengths]
-    matrix, ridge, _ = definite(cosines, precision)
-    added = nonnegative_quadratic(matrix, [-along for along in cosines.times(lengths)])
-    _verify(cosines, lengths, added, 1e-9 + 4 * ridge)
-    return [a * scale / norm if norm else 0.0 for a, norm in zip(added, norms, strict=True)]
-
-
-def _verify(cosines: Matrix, lengths: Vector, added: Vector, tolerance: float) -> None:
-    """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
-    total = sum(map(abs, lengths)) + sum(added)
-    along = cosines.times([(u + a) / total for u, a in zip(lengths, added, strict=True)])
-    residual = max(max(-d, a / total * abs(d)) for d, a in zip(along, added, strict=True))
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(lengths)} gradients. "
-            "Compute the Gramian in float64."
+    start = coefficients.detach().to("cpu", torch.float64)
+    if not bool(start.isfinite().all()):
+        raise BalanceValueError(
+            f"Parameter `coefficients` should be finite. Found {start.tolist()}."
         )
+    from moo_balance.functional._solvers import addition_into_dual_cone  # loads NumPy
+
+    added = addition_into_dual_cone(gramian, start, precision(gramian))
+    return (start + added).to(gramian.device, result)

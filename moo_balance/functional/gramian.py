@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import at_least_float32, check_gramian, on_host
+from moo_balance.functional._checks import at_least_float32, check_gramian
 
 
 def cosine_similarity(gramian: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def cosine_similarity(gramian: Tensor) -> Tensor:
     check_gramian(gramian)
     gramian = at_least_float32(gramian)
     norms = gramian.diagonal().clamp(min=0.0).sqrt()
-    # What is divided by infinity is zero, as the cosines with a zero gradient should be.
+    # Division by infinity gives zero, as the cosines with a zero gradient should be.
     return cosines_from(gramian, norms.masked_fill(norms == 0, math.inf))
 
 
@@ -77,12 +77,12 @@ def share_between_equals(
 
     The combined gradient stays the same. Without it, round-off would decide how such gradients, any
     split of whose weight is optimal, share it. Two count as equal if their norms and their cosines
-    with every gradient agree up to the relative ``precision`` of the inner products. Beyond the CPU
-    no value is looked at.
+    with every gradient agree up to the relative ``precision`` of the inner products. No value is
+    copied from an accelerator to the host.
     """
     tolerance = equality_tolerance(precision)
-    if on_host(cosines) and int((cosines >= 1.0 - tolerance).sum()) == len(cosines):
-        return weights  # Only on the diagonal: there is nothing to share.
+    if cosines.is_cpu and int((cosines >= 1.0 - tolerance).sum()) == len(cosines):
+        return weights  # Only on the diagonal, so there is nothing to share.
     equal = torch.cdist(cosines, cosines, p=math.inf) <= tolerance
     equal &= (norms.unsqueeze(1) - norms).abs() <= tolerance * norms
     # Near-equality is not transitive; the first equal of each makes groups that are.

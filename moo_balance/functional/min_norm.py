@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from operator import mul
-
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import (
     at_least_float32,
     check_gramian,
     check_square,
     precision,
 )
-from moo_balance.functional._host import Directions, directions
-from moo_balance.functional._matrix import Matrix, Vector
-from moo_balance.functional._nnls import definite, nonnegative_quadratic
 from moo_balance.functional._two import weights_of_two
-from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
@@ -72,14 +66,16 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         >>> min_norm_weights(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         tensor([0.5714, 0.2857, 0.1429])
     """
-    check_square(gramian)
-    if gramian.shape[0] == 2:
+    if gramian.shape == (2, 2):
         return weights_of_two(gramian, convex=True)
+    check_square(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         check_gramian(gramian)
         return torch.ones(1, dtype=result, device=gramian.device)
-    return gramian.new_tensor(_by_active_set(directions(gramian), precision(gramian)), dtype=result)
+    from moo_balance.functional._solvers import shortest_combination  # loads NumPy
+
+    return shortest_combination(gramian, precision(gramian)).to(gramian.device, result)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
@@ -137,61 +133,3 @@ def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
-
-
-def _by_active_set(gradients: Directions, precision: float) -> Vector:
-    """The weights of more than two gradients, verified."""
-    squares, norms, cosines = gradients
-    shortest = min(norms)
-    if min(squares) < 0.0:
-        raise BalanceValueError(
-            "Parameter `gramian` should have squared norms on its diagonal. "
-            f"Found {min(squares):.3e}. Pass the inner products of actual gradients."
-        )
-    if shortest == 0.0:
-        return [float(norm == 0.0) / norms.count(0.0) for norm in norms]
-    inverse = [shortest / norm for norm in norms]
-    matrix, ridge, pivot = definite(cosines, precision)
-    scaled = nonnegative_quadratic(matrix, inverse)
-    weights = _normalized([y * b for y, b in zip(scaled, inverse, strict=True)])
-    # Two that are equal leave the second of them a pivot of that size.
-    if pivot <= 4 * (equality_tolerance(precision) + ridge):
-        weights = _shared(weights, gradients, precision)
-    # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
-    # by its own rounding.
-    _verify(cosines, inverse, weights, 1e-9 + 4 * ridge + 32 * precision)
-    return weights
-
-
-def _normalized(weights: Vector) -> Vector:
-    total = sum(weights)
-    return [weight / total for weight in weights]
-
-
-def _shared(weights: Vector, gradients: Directions, precision: float) -> Vector:
-    """:func:`share_between_equals` for the host, which asks for it only where it must."""
-    cosines = gradients.cosines.tensor()
-    found = cosines.new_tensor(weights), cosines, cosines.new_tensor(gradients.norms)
-    shared: Vector = share_between_equals(*found, precision).tolist()
-    return shared
-
-
-def _verify(cosines: Matrix, inverse: Vector, weights: Vector, tolerance: float) -> None:
-    """Raise unless the optimality conditions hold."""
-    residual = _residual(cosines, inverse, weights)
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
-            "Compute the Gramian in float64."
-        )
-
-
-def _residual(cosines: Matrix, inverse: Vector, weights: Vector) -> float:
-    """:func:`kkt_residual` of gradients with these ``inverse`` norms, in any common unit."""
-    shares = [w / b for w, b in zip(weights, inverse, strict=True)]
-    along, length = cosines.times(shares), sum(shares)
-    squared = sum(map(mul, shares, along))
-    behind = [squared * b - a for a, b in zip(along, inverse, strict=True)]
-    worst: float = max(max(d, s / length * abs(d)) for d, s in zip(behind, shares, strict=True))
-    return worst / length

@@ -95,6 +95,6 @@ def scale_gramian(gramian: Tensor, scales: Tensor) -> Tensor:
     """
     check_gramian(gramian)
     scales = at_least_float32(scales)
-    # What is divided by infinity vanishes.
+    # Division by infinity gives zero.
     scales = scales.masked_fill(scales == 0, math.inf)
     return at_least_float32(gramian) / scales.unsqueeze(1) / scales

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def project_simplex(vector: Tensor, radius: float | Tensor = 1.0) -> Tensor:
             "Parameter `vector` should have a last dimension of at least one entry. "
             f"Found shape {tuple(vector.shape)}. Pass one vector [K] or a batch [..., K]."
         )
-    if not isinstance(radius, Tensor) and not 0.0 <= radius < float("inf"):
+    if not isinstance(radius, Tensor) and not 0.0 <= radius < math.inf:
         raise BalanceValueError(
             f"Parameter `radius` should be non-negative and finite. Found {radius!r}."
         )

@@ -1,6 +1,6 @@
-"""What a framework needs beyond an ordinary optimizer; one module each, imported on demand.
+"""What a framework needs beyond an ordinary optimizer; one module each.
 
-None of them imports its framework: they are handed its objects.
+None of them imports its framework: they work on the objects that are passed to them.
 """
 
 from __future__ import annotations
@@ -10,38 +10,38 @@ from typing import Any
 from moo_balance.errors import BalanceValueError
 from moo_balance.optimizer import BalancedOptimizer
 
-__all__ = ["balanced"]
+__all__ = ["unwrap_optimizer"]
 
 
-def balanced(optimizer: Any) -> BalancedOptimizer:
-    """The :class:`~moo_balance.BalancedOptimizer` behind a framework's stand-in for it.
+def unwrap_optimizer(optimizer: Any) -> BalancedOptimizer:
+    """The :class:`~moo_balance.BalancedOptimizer` inside a framework's wrapper.
 
     Accelerate (and with it the Trainer of transformers) and Lightning wrap the optimizers they are
-    given. Accelerate's wrapper forwards nothing that ``torch.optim.Optimizer`` does not have.
+    given. Accelerate's wrapper forwards only what ``torch.optim.Optimizer`` has.
 
     Args:
-        optimizer: A ``BalancedOptimizer``, or what a framework made of it.
+        optimizer: A ``BalancedOptimizer``, or a framework's wrapper around one.
 
     Raises:
-        BalanceValueError: There is none inside.
+        BalanceValueError: It contains none.
 
     Example:
         >>> import torch
         >>> from moo_balance import BalancedOptimizer, Sum
-        >>> from moo_balance.integrations import balanced
+        >>> from moo_balance.integrations import unwrap_optimizer
         >>> w = torch.nn.Parameter(torch.tensor(1.0))
         >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), Sum())
-        >>> balanced(optimizer) is optimizer
+        >>> unwrap_optimizer(optimizer) is optimizer
         True
     """
-    found, link = None, optimizer
-    while link is not None:
-        # The last one: Lightning's stand-in imitates the class of what it stands for.
-        found = link if isinstance(link, BalancedOptimizer) else found
-        link = getattr(link, "optimizer", None)
-    if found is None:
+    innermost, layer = None, optimizer
+    while layer is not None:
+        # The innermost: Lightning's wrapper claims the class of what it wraps.
+        innermost = layer if isinstance(layer, BalancedOptimizer) else innermost
+        layer = getattr(layer, "optimizer", None)
+    if innermost is None:
         raise BalanceValueError(
             "Parameter `optimizer` should be a BalancedOptimizer, or a framework's wrapper around "
             f"one. Found {type(optimizer).__name__}. Wrap the optimizer before the framework does."
         )
-    return found
+    return innermost

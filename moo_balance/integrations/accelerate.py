@@ -6,27 +6,27 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from moo_balance.integrations import balanced
-from moo_balance.optimizer import Closure, Losses
+from moo_balance._balancer import Closure, Losses
+from moo_balance.integrations import unwrap_optimizer
 
 
 def backward(accelerator: Any, optimizer: Any, losses: Losses | Closure, **options: Any) -> Losses:
     """Balanced gradients, in place of ``accelerator.backward(sum(losses.values()))``.
 
-    Like ``accelerator.backward`` it divides by ``gradient_accumulation_steps`` and minds the loss
-    scaler. Within ``accelerator.accumulate`` the micro-batches are one batch to the method: its
-    weights are found once, when the last of them is in.
+    Like ``accelerator.backward`` it divides by ``gradient_accumulation_steps`` and applies the loss
+    scaler. Within ``accelerator.accumulate`` the micro-batches are one batch to the method, whose
+    weights are computed once, with the last of them.
 
     Args:
         accelerator: The ``accelerate.Accelerator``.
-        optimizer: What ``accelerator.prepare`` made of the ``BalancedOptimizer``.
-        losses: Scalar tensors by name, or a closure that computes them, for a method that watches
-            the step. Bind its batch (``partial(model, batch)``): it may be called again when the
-            loop is already at another.
+        optimizer: The ``BalancedOptimizer`` as ``accelerator.prepare`` returned it.
+        losses: Scalar tensors by name, or a closure that computes them, for a method that
+            needs the losses after the step. Bind its batch (``partial(model, batch)``): it may be
+            called again when the loop has already fetched the next one.
         options: Those of ``BalancedOptimizer.backward``, such as ``features``.
 
     Returns:
-        The losses, divided as said.
+        The losses, divided by ``gradient_accumulation_steps``.
 
     Raises:
         BalanceError: As ``BalancedOptimizer.backward``.
@@ -43,16 +43,16 @@ def backward(accelerator: Any, optimizer: Any, losses: Losses | Closure, **optio
         >>> losses = backward(accelerator, optimizer, {"a": output[0] ** 2, "b": output[1] ** 2})
         >>> optimizer.step()
     """
-    inner, steps = balanced(optimizer), accelerator.gradient_accumulation_steps
+    inner, steps = unwrap_optimizer(optimizer), accelerator.gradient_accumulation_steps
 
-    def shares(losses: Losses) -> Losses:
+    def divide(losses: Losses) -> Losses:
         if not isinstance(losses, Mapping):
-            return losses  # refused where all losses are
+            return losses  # `backward` refuses it
         return {name: loss / steps for name, loss in losses.items()}
 
     with nullcontext() if accelerator.sync_gradients else inner.accumulate():
         return inner.backward(
-            (lambda: shares(losses())) if callable(losses) else shares(losses),
+            (lambda: divide(losses())) if callable(losses) else divide(losses),
             grad_scaler=accelerator.scaler,
             **options,
         )

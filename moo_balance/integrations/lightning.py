@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moo_balance.integrations import balanced
-from moo_balance.optimizer import Closure, Losses
+from moo_balance._balancer import Closure, Losses
+from moo_balance.integrations import unwrap_optimizer
 
 
 def backward(
@@ -17,15 +17,15 @@ def backward(
 ) -> Losses:
     """Balanced gradients, in place of ``self.manual_backward(sum(losses.values()))``.
 
-    For manual optimisation. It hands over the loss scaler of ``precision="16-mixed"``, and wakes
-    the strategy's data parallelism, which sleeps there until a backward pass is announced. The
-    hooks ``on_before_backward`` and ``on_after_backward`` are not called, for there is no one loss
-    to show them.
+    For manual optimisation. It passes on the loss scaler of ``precision="16-mixed"`` and calls
+    ``strategy.pre_backward``, without which Lightning's DistributedDataParallel does not
+    synchronise gradients. The hooks ``on_before_backward`` and ``on_after_backward`` take a single
+    loss and are not called.
 
     Args:
         module: The ``LightningModule``: ``self``, in ``training_step``.
-        losses: Scalar tensors by name, or a closure that computes them, for a method that watches
-            the step.
+        losses: Scalar tensors by name, or a closure that computes them, for a method that
+            needs the losses after the step.
         optimizer: Which of ``self.optimizers()``. Default: the only one.
         options: Those of ``BalancedOptimizer.backward``, such as ``features``.
 
@@ -46,19 +46,19 @@ def backward(
     """
     strategy = module.trainer.strategy
 
-    def awake(losses: Losses) -> Losses:
+    def announce(losses: Losses) -> Losses:
         if torch.is_grad_enabled() and isinstance(losses, Mapping):
             strategy.pre_backward(list(losses.values()))
         return losses
 
-    inner = balanced(module.optimizers() if optimizer is None else optimizer)
-    found = inner.backward(
-        (lambda: awake(losses())) if callable(losses) else awake(losses),
+    inner = unwrap_optimizer(module.optimizers() if optimizer is None else optimizer)
+    evaluated = inner.backward(
+        (lambda: announce(losses())) if callable(losses) else announce(losses),
         grad_scaler=_scaler(module),
         **options,
     )
-    strategy.post_backward(next(iter(found.values())))
-    return found
+    strategy.post_backward(next(iter(evaluated.values())))
+    return evaluated
 
 
 def combined_loss(module: Any, losses: Losses, optimizer: Any = None, **options: Any) -> Tensor:
@@ -82,10 +82,10 @@ def combined_loss(module: Any, losses: Losses, optimizer: Any = None, **options:
             self.log_dict(self.optimizers().log_dict())
             return combined
     """
-    inner = balanced(module.optimizers() if optimizer is None else optimizer)
+    inner = unwrap_optimizer(module.optimizers() if optimizer is None else optimizer)
     return inner.combined_loss(losses, grad_scaler=_scaler(module), **options)
 
 
 def _scaler(module: Any) -> Any:
-    """The precision plugin has one for ``"16-mixed"`` alone."""
+    """The loss scaler; the precision plugin has one for ``"16-mixed"`` only."""
     return getattr(module.trainer.strategy.precision_plugin, "scaler", None)

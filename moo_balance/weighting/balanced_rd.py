@@ -15,35 +15,33 @@ from moo_balance.functional import (
     project_simplex,
     scale_gramian,
 )
-from moo_balance.weighting.base import (
-    GramianWeighting,
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
+from moo_balance.weighting._arguments import (
     check_choice,
-    check_every,
     check_range,
+    check_whole,
     log_coefficients,
+    lower_limits,
+    renormalize,
 )
-from moo_balance.weighting.famo import FAMO
+from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting.famo import LogitWeighting
 
 
 @dataclass(frozen=True)
-class BalancedTrajectory(Weighting):
+class BalancedTrajectory(LogitWeighting):
     r"""Solution 1 of Balanced R-D: :class:`FAMO` on :math:`\log(1 + L_i)`, to train from scratch.
 
     The update is FAMO's with :math:`D_i = L_i + 1` and no lower bounds. The defaults are the
     paper's constants with the descent and the shift of what appears to be the authors' code.
     As published:
 
-    * paper, Algorithm 1: ``BalancedTrajectory(logit_optimizer="sgd")`` (it prints :math:`L_i` where its
-      footnote says :math:`1 + L_i`);
+    * paper, Algorithm 1: ``BalancedTrajectory(logit_optimizer="sgd")`` (it prints :math:`L_i` where
+      its footnote says :math:`1 + L_i`);
     * code: ``BalancedTrajectory(decay=3e-3)``, the default of its command line.
 
     Keep the shift for a codec. :math:`\log R` of a rate is unbounded below, and without the shift
     training was seen to collapse to zero bits; the log also removes every constant factor, so that
-    :math:`\lambda` in :math:`\lambda D` acts through :math:`\lambda D + 1` alone.
+    :math:`\lambda` in :math:`\lambda D` acts only through :math:`\lambda D + 1`.
 
     Coefficients: sum to 1.
 
@@ -53,7 +51,7 @@ class BalancedTrajectory(Weighting):
             0 did not converge there).
         shift: Added to each loss before the logarithm. Default 1 (paper's footnote, and code).
         logit_optimizer: ``"adam"`` (default, code) or ``"sgd"`` (paper); see :class:`FAMO`.
-        every: Watch each n-th step only. Default 1 (paper).
+        every: Update the logits only every n-th step. Default 1 (paper).
         lagged: Use the next batch's losses instead of an evaluation. Default False (paper).
 
     Raises:
@@ -76,35 +74,8 @@ class BalancedTrajectory(Weighting):
     lagged: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "shift", 0.0)
-        _ = self._famo  # it checks the rest
-
-    @property
-    def _famo(self) -> FAMO:
-        return FAMO(
-            lr=self.lr,
-            decay=self.decay,
-            shift=self.shift,
-            logit_optimizer=self.logit_optimizer,
-            every=self.every,
-            lagged=self.lagged,
-        )
-
-    @property
-    def observes_step(self) -> bool:
-        return not self.lagged
-
-    def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return [0.0 - self.shift] * len(names)  # -0.0 would print as -0
-
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        return self._famo.init(names, device)
-
-    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        return self._famo.weights(statistics, state)
-
-    def observe(self, statistics: Statistics, state: State) -> State:
-        return self._famo.observe(statistics, state)
 
 
 @dataclass(frozen=True)
@@ -167,18 +138,23 @@ class AnalyticQP(GramianWeighting):
     def __post_init__(self) -> None:
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
-        check_every(self)
+        check_whole(self, "every", 1)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return [0.0 - self.shift] * len(names)  # -0.0 would print as -0
+        return lower_limits(0.0, self.shift, names)
 
-    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
-        # In the Gramian's own dtype, which tells the solver how far to trust its entries.
-        log_gramian = scale_gramian(gramian, (statistics.losses + self.shift).to(gramian))
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        log_gramian = scale_gramian(gramian, statistics.losses + self.shift)
         if self.projection == "exact":
-            return min_norm_weights(log_gramian)
+            return {"weights": min_norm_weights(log_gramian)}
         affine = analytic_qp_weights(log_gramian)
-        return torch.softmax(affine, 0) if self.projection == "softmax" else project_simplex(affine)
+        if self.projection == "simplex":
+            return {"weights": project_simplex(affine)}
+        return {"weights": torch.softmax(affine, 0)}
 
-    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
-        return log_coefficients(weights, statistics.losses + self.shift, self.renormalize)
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        distances = statistics.losses + self.shift
+        return log_coefficients(state["weights"], distances, self.renormalize)
+
+    def keep(self, statistics: Statistics, state: State) -> State:
+        return {"weights": renormalize(state["weights"])}

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import ClassVar, NamedTuple, TypeAlias
+from dataclasses import fields, is_dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError
+from moo_balance.functional._checks import widest_dtype as state_dtype
+
+__all__ = [
+    "GramianWeighting",
+    "State",
+    "Statistics",
+    "Weighting",
+    "WeightingOutput",
+    "describe",
+    "method_name",
+    "state_dtype",
+]
 
 State: TypeAlias = dict[str, Tensor]
-"""What a weighting remembers. A tensor with a first dimension of K holds one entry per loss; a
-0-d tensor belongs to all of them. ``BalancedOptimizer`` relies on that to slice, save and move
-every state without knowing whose it is."""
-
-PerLoss: TypeAlias = float | Mapping[str, float]
-"""A number for all losses, or one for each by name."""
+"""What a weighting keeps from one step to the next: tensors of shape ``()``, ``[K]`` or ``[K, K]``,
+in float64 (float32 on Apple's "mps"). A dimension of K entries has one entry per loss, in the order
+of the names given to ``init``; a 0-d tensor belongs to all losses. ``BalancedOptimizer`` relies on
+this to save and move every state, and to select the entries of the losses that are present,
+whichever method it belongs to."""
 
 
 class Statistics(NamedTuple):
-    """What a weighting may look at in one step.
+    """What a weighting may use in one step.
 
     Args:
         names: The K losses that are present, in the order of the tensors below.
-        losses: Their values, shape [K], detached, unscaled.
-        gramian: Inner products of their gradients, shape [K, K]; None for a weighting that does
-            not ask for it, or in a step in between two refreshes (``every``).
-        step: How many steps have been committed so far.
+        losses: Their values, shape [K], detached and unscaled. Their dtype is that of the Gramian
+            where the method uses one, else float64 (float32 on Apple's "mps").
+        gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
+            for a method that does not use it, or in a step between two refreshes (``every``).
+        step: Number of steps that have been committed so far.
     """
 
     names: tuple[str, ...]
@@ -39,11 +53,11 @@ class Statistics(NamedTuple):
 
 
 class WeightingOutput(NamedTuple):
-    """The answer of a weighting.
+    """The result of a weighting.
 
     ``weights`` [K] are the method's own (on the simplex unless its docstring says otherwise),
-    ``coefficients`` [K] multiply the raw gradients, ``state`` is what to remember once the step
-    has been taken.
+    ``coefficients`` [K] multiply the raw gradients, ``state`` is what to keep once the step has
+    been taken.
     """
 
     weights: Tensor
@@ -52,31 +66,43 @@ class WeightingOutput(NamedTuple):
 
 
 class Weighting(ABC):
-    """Turns losses, and a Gramian where it asks for one, into K coefficients.
+    """Turns losses, and a Gramian where the method uses one, into K coefficients.
 
     Subclasses are frozen dataclasses, one per published method. They never call ``backward`` and
-    never see a parameter. Write a new one by giving the two class variables and the methods below;
-    ``BalancedOptimizer`` then checkpoints, resumes, slices and distributes it like any other.
+    never see a parameter. A new one gives :meth:`weights`, and :meth:`init` if it has a state;
+    ``BalancedOptimizer`` then saves, resumes, slices and distributes it like any other.
+
+    Four properties say what the method needs. A subclass overrides them by a class attribute
+    (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. They are
+    constant for an instance: an optimizer reads them once.
     """
 
-    uses_gramian: ClassVar[bool] = False
-    """Does :meth:`weights` need inner products of gradients?"""
+    @property
+    def uses_gramian(self) -> bool:
+        """Whether :meth:`weights` needs inner products of gradients."""
+        return False
 
-    uses_losses: ClassVar[bool] = True
-    """Do the coefficients of a step depend on the losses of the same step? Where they do not,
-    gradient accumulation needs no gradient per loss."""
+    @property
+    def uses_losses(self) -> bool:
+        """Whether the coefficients of a step depend on the losses of the same step.
 
-    every: int = 1
-    """Gather the costly evidence (the Gramian, the losses after the step) each n-th step only."""
+        Where they do not, gradient accumulation needs no gradient per loss.
+        """
+        return True
 
     @property
     def observes_step(self) -> bool:
-        """Does the method need the losses on the same batch after the step?"""
+        """Whether :meth:`observe` needs the losses on the same batch after the step."""
         return False
 
+    @property
+    def every(self) -> int:
+        """Recompute the Gramian, or re-evaluate the losses, only every n-th step."""
+        return 1
+
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        """What each loss must stay above; minus infinity where any finite value will do."""
-        return [-float("inf")] * len(names)
+        """What each loss must stay above; minus infinity where any finite value is allowed."""
+        return [-torch.inf] * len(names)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         """The state before the first step. Raises where a named argument does not fit `names`."""
@@ -87,166 +113,124 @@ class Weighting(ABC):
         """Weights and coefficients for this step, and the state that follows it."""
 
     def observe(self, statistics: Statistics, state: State) -> State:
-        """The state after the losses were seen again, on the same batch, behind the step."""
+        """The state, given the losses re-evaluated on the same batch after the step."""
         return state
 
 
 class GramianWeighting(Weighting):
-    """Scale, solve, renormalise: the three moves of every method that looks at gradients.
+    """A weighting that solves a problem on the Gramian, perhaps only every n-th step.
 
-    A subclass gives :meth:`solve` and :meth:`coefficients`. Here is what they share: between two
-    refreshes (``every``) the last solution is kept and only the coefficients follow the losses.
+    A refresh is a step with a Gramian: ``solve`` gives ``{"weights": [K]}`` and whatever else
+    ``coefficients`` should know. Between two refreshes ``coefficients`` follows the losses, and
+    gets what was kept of the last solution.
+
+    What is kept is what :meth:`init` has an entry for: the weights where ``every`` is above 1. A
+    method that keeps more, or starts each solve from the last solution, overrides it. Entries keep
+    the dtype that ``init`` gave them.
     """
 
-    uses_gramian: ClassVar[bool] = True
+    @property
+    def uses_gramian(self) -> bool:
+        return True
 
     @abstractmethod
-    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
-        """Weights [K] on the scaled gradients."""
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        """Solve for this step: ``{"weights": [K]}``, and more for :meth:`coefficients`.
+
+        `state` is what was kept of the solution before. Entries that are not returned stay.
+        """
 
     @abstractmethod
-    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
-        """What multiplies the raw gradients, given the weights of the scaled ones."""
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        """What multiplies the raw gradients, shape [K], given the (last) solution.
+
+        ``statistics.gramian`` may be None here.
+        """
+
+    def keep(self, statistics: Statistics, state: State) -> State:
+        """The solution in a step between two refreshes: unchanged.
+
+        A method whose weights sum to 1 restores that here, as a loss may be absent.
+        """
+        return state
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         if self.every == 1:
             return {}
-        return {"weights": uniform(len(names), device)}
+        count, dtype = len(names), state_dtype(device)
+        return {"weights": torch.full((count,), 1.0 / count, dtype=dtype, device=device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        if statistics.gramian is not None:
-            weights = self.solve(statistics, statistics.gramian)
+        if statistics.gramian is None:
+            solution = self.keep(statistics, state)
         else:
-            weights = _renormalized(state["weights"])
-        kept = {"weights": weights.to(state["weights"])} if self.every > 1 else {}
-        return WeightingOutput(weights, self.coefficients(statistics, weights), kept)
+            solution = {**state, **self.solve(statistics, statistics.gramian, state)}
+        kept = {key: solution[key].to(value.dtype) for key, value in state.items()}
+        return WeightingOutput(solution["weights"], self.coefficients(statistics, solution), kept)
 
 
-def _renormalized(weights: Tensor) -> Tensor:
-    """Sum 1 again where a loss is absent; equal shares where those present had none."""
-    mass = weights.sum()
-    return torch.where(mass > 0, weights / mass, 1.0 / len(weights))
+def method_name(weighting: Weighting) -> str:
+    """The class of a weighting, with those of the weightings among its fields.
 
+    A checkpoint carries it: states of the same name fit each other.
 
-def state_dtype(device: torch.device) -> torch.dtype:
-    """Double precision wherever the device has it: K numbers cost nothing."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def filled(value: float, count: int, device: torch.device) -> Tensor:
-    """A state tensor with the same number for each loss."""
-    return torch.full((count,), value, dtype=state_dtype(device), device=device)
-
-
-def uniform(count: int, device: torch.device) -> Tensor:
-    """The centre of the simplex."""
-    return filled(1.0 / count, count, device)
-
-
-def named_values(value: PerLoss, names: Sequence[str], default: float = 0.0) -> list[float]:
-    """One number per name, from a number for all or from a mapping."""
-    if isinstance(value, Mapping):
-        return [float(value.get(name, default)) for name in names]
-    return [float(value)] * len(names)
-
-
-def beside(value: PerLoss, statistics: Statistics, default: float = 0.0) -> Tensor | float:
-    """What broadcasts against the losses: a number for all as it is, a mapping as a vector [K]."""
-    if isinstance(value, Mapping):
-        return statistics.losses.new_tensor(named_values(value, statistics.names, default))
-    return float(value)
-
-
-def gaps_above(bounds: PerLoss, shift: PerLoss, statistics: Statistics) -> Tensor:
-    r"""The distances :math:`D_i = L_i - b_i + s_i` that log methods work with, shape [K]."""
-    return statistics.losses - (beside(bounds, statistics) - beside(shift, statistics))
-
-
-def lower_ends(bounds: PerLoss, shift: PerLoss, names: Sequence[str]) -> list[float]:
-    """What each loss must stay above for :func:`gaps_above` to be positive."""
-    pairs = zip(named_values(bounds, names), named_values(shift, names), strict=True)
-    return [bound - shift for bound, shift in pairs]
-
-
-def normalized_preference(preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
-    """Preferences of the present losses, summing to 1; equal ones for None."""
-    if preference is None:
-        return torch.full_like(statistics.losses, 1.0 / len(statistics.names))
-    values = named_values(preference, statistics.names)
-    total = sum(values)
-    return statistics.losses.new_tensor([value / total for value in values])
-
-
-def log_coefficients(weights: Tensor, gaps: Tensor, renormalize: bool = True) -> Tensor:
-    r"""Turn weights of the gradients of :math:`\log D_i` into coefficients of the raw gradients.
-
-    :math:`\nabla \log D_i = g_i / D_i`, hence :math:`c\,w_i / D_i` with
-    :math:`c = 1 / \sum_i (w_i / D_i)`, which makes them sum to 1 (FAMO, Algorithm 2), or
-    :math:`c = 1` without `renormalize`.
+    Example:
+        >>> from moo_balance import MGDA, MovingAverage
+        >>> method_name(MovingAverage(MGDA(normalize="l2"), beta=0.5))
+        'MovingAverage(MGDA)'
     """
-    coefficients = weights / gaps
-    return coefficients / coefficients.sum() if renormalize else coefficients
+    nested = [method_name(inner) for inner in _weightings_in(list(_parameters(weighting).values()))]
+    return type(weighting).__name__ + (f"({', '.join(nested)})" if nested else "")
 
 
-def check_names(argument: str, value: object, names: Sequence[str], complete: bool = False) -> None:
-    """Refuse a mapping that speaks of losses nobody declared, or misses one it must have."""
-    if not isinstance(value, Mapping):
-        return
-    unknown = [name for name in value if name not in names]
-    missing = [name for name in names if name not in value] if complete else []
-    if unknown or missing:
-        fault = f"`{unknown[0]}`, which is no loss" if unknown else f"nothing for `{missing[0]}`"
-        raise BalanceValueError(
-            f"Parameter `{argument}` should speak of the losses {_listed(names)}. Found {fault}. "
-            "Give each loss by the name it has in `backward`."
-        )
+def describe(weighting: Weighting) -> str:
+    """The class of a weighting and all its hyper-parameters, the same in every process.
+
+    Ranks compare it: unlike ``repr`` it has no address of a function in it.
+
+    Example:
+        >>> from moo_balance import FixedWeights, MovingAverage
+        >>> describe(MovingAverage(FixedWeights({"a": 1, "b": 0.5})))
+        "MovingAverage(weighting=FixedWeights(values={'a': 1, 'b': 0.5}), beta=0.9)"
+    """
+    arguments = ", ".join(f"{key}={_text(value)}" for key, value in _parameters(weighting).items())
+    return f"{type(weighting).__name__}({arguments})"
 
 
-def check_range(
-    weighting: Weighting, argument: str, low: float, high: float = float("inf"), open: bool = False
-) -> None:
-    """Refuse a hyper-parameter, or an entry of a named one, outside [low, high] or (low, high)."""
-    value = getattr(weighting, argument)
-    entries = value.items() if isinstance(value, Mapping) else [("", value)]
-    for name, number in entries:
-        valid = (
-            isinstance(number, (int, float)) and number == number and abs(number) != float("inf")
-        )
-        if not valid or not (low < number < high if open else low <= number <= high):
-            span = f"{'(' if open else '['}{low:g}, {high:g}{')' if open else ']'}"
-            where = f"`{argument}[{name!r}]`" if name else f"`{argument}`"
-            raise BalanceValueError(
-                f"Parameter {where} of {type(weighting).__name__} should be a finite number in "
-                f"{span}. Found {number!r}."
-            )
+def _parameters(weighting: Weighting) -> dict[str, Any]:
+    """The hyper-parameters: the fields that make two weightings equal or not."""
+    if not is_dataclass(weighting):
+        return vars(weighting)
+    return {f.name: getattr(weighting, f.name) for f in fields(weighting) if f.compare}
 
 
-def check_choice(weighting: Weighting, argument: str, choices: Sequence[object]) -> None:
-    """Refuse a hyper-parameter that is none of `choices`."""
-    value = getattr(weighting, argument)
-    if value not in choices:
-        raise BalanceValueError(
-            f"Parameter `{argument}` of {type(weighting).__name__} should be one of "
-            f"{', '.join(map(repr, choices))}. Found {value!r}."
-        )
+def _weightings_in(value: object) -> list[Weighting]:
+    """The weightings in a value, or in the sequences and mappings of it."""
+    if isinstance(value, Weighting):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [weighting for entry in value for weighting in _weightings_in(entry)]
+    return []
 
 
-def check_every(weighting: Weighting) -> None:
-    """Refuse an ``every`` that counts nothing."""
-    if not isinstance(weighting.every, int) or weighting.every < 1:
-        raise BalanceValueError(
-            f"Parameter `every` of {type(weighting).__name__} should be a whole number of steps, "
-            f"at least 1. Found {weighting.every!r}."
-        )
-
-
-def freeze_mappings(weighting: Weighting) -> None:
-    """Copy the mappings of a frozen dataclass, so that a caller's later edit cannot reach it."""
-    for field in fields(weighting):  # type: ignore[arg-type]
-        value = getattr(weighting, field.name)
-        if isinstance(value, Mapping):
-            object.__setattr__(weighting, field.name, dict(value))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def _text(value: object) -> str:
+    """The representation of a hyper-parameter, without addresses."""
+    if isinstance(value, Weighting):
+        return describe(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, (set, frozenset)):  # whose order differs from process to process
+        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+    if isinstance(value, Tensor):
+        return _text(value.tolist())
+    if isinstance(value, partial):
+        return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
+    if isinstance(value, MethodType):
+        return f"{_text(value.__self__)}.{value.__name__}"
+    if hasattr(value, "__qualname__"):  # a function or a class
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -1,4 +1,4 @@
-"""FAMO: equal relative improvement at the price of one backward pass."""
+"""FAMO: equal relative improvement for one backward pass per step."""
 
 from __future__ import annotations
 
@@ -10,29 +10,95 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moo_balance.weighting.base import (
-    PerLoss,
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
+from moo_balance.weighting._adam import adam, init_adam
+from moo_balance.weighting._arguments import (
+    FloatOrByName,
     check_choice,
-    check_every,
     check_names,
     check_range,
-    filled,
-    freeze_mappings,
-    gaps_above,
+    check_whole,
+    constant_state,
+    copy_mappings,
     log_coefficients,
-    lower_ends,
+    lower_limits,
+    shifted_losses,
 )
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
-# torch.optim.Adam's defaults, which the official code leaves untouched.
-_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
+
+class LogitWeighting(Weighting):
+    """What :class:`FAMO` and its variants share: the rule itself.
+
+    A subclass gives the arguments, as fields; those that it leaves out are fixed.
+    """
+
+    lr: float
+    decay: float
+    shift: FloatOrByName
+    bounds: FloatOrByName = 0.0
+    logit_optimizer: Literal["adam", "sgd"]
+    lagged: bool
+
+    def __post_init__(self) -> None:
+        copy_mappings(self)
+        check_range(self, "lr", 0.0, open=True)
+        check_range(self, "decay", 0.0)
+        check_range(self, "bounds")
+        check_range(self, "shift")
+        check_choice(self, "logit_optimizer", ("adam", "sgd"))
+        check_whole(self, "every", 1)
+
+    @property
+    def observes_step(self) -> bool:
+        return not self.lagged
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        return lower_limits(self.bounds, self.shift, names)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("bounds", self.bounds, names)
+        check_names("shift", self.shift, names)
+        count = len(names)
+        moments = init_adam(count, device) if self.logit_optimizer == "adam" else {}
+        return {
+            "logits": constant_state(0.0, count, device),
+            **moments,
+            "log_gaps": constant_state(math.nan, count, device),
+        }
+
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
+        distances = shifted_losses(self.bounds, self.shift, statistics)
+        if statistics.step % self.every == 0:
+            log_gaps = distances.log()
+            if self.lagged:
+                state = self._update(log_gaps, state)
+            state = {**state, "log_gaps": log_gaps}
+        weights = torch.softmax(state["logits"], 0)
+        return WeightingOutput(weights, log_coefficients(weights, distances), state)
+
+    def observe(self, statistics: Statistics, state: State) -> State:
+        return self._update(shifted_losses(self.bounds, self.shift, statistics).log(), state)
+
+    def _update(self, log_gaps: Tensor, state: State) -> State:
+        """One descent step on the logits of those losses that were present before.
+
+        All entries of the others are still zero, and without a gradient they stay so.
+        """
+        logits, before = state["logits"], state["log_gaps"]
+        present = before == before  # not NaN
+        weights = torch.softmax(logits.masked_fill(~present, -math.inf), 0)
+        weights = weights.nan_to_num_(0.0)  # the softmax over no loss at all
+        delta = (before - log_gaps).nan_to_num_(0.0)
+        delta.sub_(weights.dot(delta)).mul_(weights)
+        gradient = delta.add_(logits, alpha=self.decay)
+        if self.logit_optimizer == "sgd":
+            return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
+        logits, moments = adam(logits, gradient, present, state, self.lr)
+        return {**state, "logits": logits, **moments}
 
 
 @dataclass(frozen=True)
-class FAMO(Weighting):
+class FAMO(LogitWeighting):
     r"""Fast Adaptive Multitask Optimization: losses that improve slowly get more weight.
 
     With :math:`D_i = L_i - b_i + s_i` and logits :math:`\xi` (zero at the start), each step is
@@ -45,11 +111,11 @@ class FAMO(Weighting):
         q_i = z_i \Big(\delta_i - \sum_j z_j \delta_j\Big), \qquad
         \xi \leftarrow \xi - \beta\,(q + \gamma \xi)
 
-    where :math:`D^{+}` is seen on the same batch after the step. A loss that fell faster than the
-    average thereby loses weight. It approaches, at one backward pass a step, the direction in
-    which all losses improve at the same relative rate.
+    where :math:`D^{+}` is evaluated on the same batch after the step. A loss that fell faster than
+    the average thereby loses weight. It approaches, with one backward pass per step, the direction
+    in which all losses improve at the same relative rate.
 
-    How the losses after the step are seen, one of three:
+    The losses after the step come from one of three:
 
     * ``optimizer.step(closure)`` evaluates the closure again, with the same random numbers;
     * ``optimizer.observe(losses)`` after ``optimizer.step()``, in a loop that evaluates again;
@@ -68,11 +134,11 @@ class FAMO(Weighting):
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
         shift: :math:`s_i`, likewise. Default 0. The code's 1e-8 is left out: a loss that is not
             above its bound is refused instead.
-        logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"`` (paper).
-            Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning rate), so
-            that plain descent with 0.025 hardly moves.
-        every: Watch each n-th step only. Default 1 (paper).
-        lagged: See above. Default False (paper).
+        logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"``
+            (paper). Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning
+            rate), so that plain descent with 0.025 hardly moves.
+        every: Update the logits only every n-th step. Default 1 (paper).
+        lagged: Compare with the next batch's losses. Default False (paper).
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
@@ -93,82 +159,8 @@ class FAMO(Weighting):
 
     lr: float = 0.025
     decay: float = 1e-3
-    bounds: PerLoss = 0.0
-    shift: PerLoss = 0.0
+    bounds: FloatOrByName = 0.0
+    shift: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
     every: int = 1
     lagged: bool = False
-
-    def __post_init__(self) -> None:
-        freeze_mappings(self)
-        check_range(self, "lr", 0.0, open=True)
-        check_range(self, "decay", 0.0)
-        check_range(self, "bounds", -math.inf)
-        check_range(self, "shift", -math.inf)
-        check_choice(self, "logit_optimizer", ("adam", "sgd"))
-        check_every(self)
-
-    @property
-    def observes_step(self) -> bool:
-        return not self.lagged
-
-    def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return lower_ends(self.bounds, self.shift, names)
-
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("bounds", self.bounds, names)
-        check_names("shift", self.shift, names)
-        state = {"logits": filled(0.0, len(names), device)}
-        if self.logit_optimizer == "adam":
-            for key in ("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"):
-                state[key] = filled(0.0, len(names), device)
-        return {**state, "log_gaps": filled(math.nan, len(names), device)}
-
-    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        gaps = gaps_above(self.bounds, self.shift, statistics)
-        if statistics.step % self.every == 0:
-            log_gaps = gaps.log().to(state["logits"].dtype)
-            if self.lagged:
-                state = self._update(log_gaps, state)
-            state = {**state, "log_gaps": log_gaps}
-        weights = torch.softmax(state["logits"], 0)
-        return WeightingOutput(weights, log_coefficients(weights, gaps), state)
-
-    def observe(self, statistics: Statistics, state: State) -> State:
-        return self._update(gaps_above(self.bounds, self.shift, statistics).log(), state)
-
-    def _update(self, log_gaps: Tensor, state: State) -> State:
-        """One descent step on the logits of those losses that have been seen before.
-
-        All else about the others is still zero: without a gradient it stays so.
-        """
-        logits, before = state["logits"], state["log_gaps"]
-        seen = before == before  # not NaN
-        weights = torch.softmax(logits.masked_fill(~seen, -math.inf), 0)
-        weights = weights.nan_to_num_(0.0)  # none seen yet: softmax of nothing
-        delta = (before - log_gaps).nan_to_num_(0.0)
-        delta.sub_(weights.dot(delta)).mul_(weights)
-        gradient = delta.add_(logits, alpha=self.decay)
-        if self.logit_optimizer == "sgd":
-            return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
-        return {**state, **_adam(gradient, seen, state, self.lr)}
-
-
-def _adam(gradient: Tensor, seen: Tensor, state: State, lr: float) -> State:
-    """Adam on the logits.
-
-    Its bias corrections 1 - beta^t are kept as running averages of ones, for each loss by itself
-    since losses may be absent.
-    """
-    ones = seen.to(gradient.dtype)
-    following = {
-        "exp_avg": state["exp_avg"].lerp(gradient, 1.0 - _BETA1),
-        "exp_avg_weight": state["exp_avg_weight"].lerp(ones, 1.0 - _BETA1),
-        "exp_avg_sq": state["exp_avg_sq"].lerp(gradient.square(), 1.0 - _BETA2),
-        "exp_avg_sq_weight": state["exp_avg_sq_weight"].lerp(ones, 1.0 - _BETA2),
-    }
-    # Where nothing was averaged yet the least weight that there can be takes the place of none.
-    mean = following["exp_avg"] / following["exp_avg_weight"].clamp(min=1.0 - _BETA1)
-    square = following["exp_avg_sq"] / following["exp_avg_sq_weight"].clamp(min=1.0 - _BETA2)
-    logits = state["logits"].addcdiv(mean, square.sqrt_().add_(_EPS), value=-lr)
-    return {"logits": logits, **following}

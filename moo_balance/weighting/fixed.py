@@ -1,27 +1,23 @@
-"""Weightings that look at no gradient and remember nothing: the baselines."""
+"""Weightings that use no gradient and keep nothing: the baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from moo_balance.weighting.base import (
-    PerLoss,
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
+from moo_balance.weighting._arguments import (
+    FloatOrByName,
     check_names,
     check_range,
-    freeze_mappings,
-    gaps_above,
+    copy_mappings,
     log_coefficients,
-    lower_ends,
-    named_values,
+    lower_limits,
+    shifted_losses,
+    values_by_name,
 )
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Sum(Weighting):
         tensor([3., 1.])
     """
 
-    uses_losses: ClassVar[bool] = False
+    uses_losses = False
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         ones = torch.ones_like(statistics.losses)
@@ -70,20 +66,20 @@ class FixedWeights(Weighting):
         FixedWeights(values={'rate': 1.0, 'distortion': 0.5})
     """
 
-    uses_losses: ClassVar[bool] = False
+    uses_losses = False
 
     values: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        freeze_mappings(self)
-        check_range(self, "values", -float("inf"))
+        copy_mappings(self)
+        check_range(self, "values")
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("values", self.values, names, complete=True)
         return {}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        weights = statistics.losses.new_tensor(named_values(self.values, statistics.names))
+        weights = statistics.losses.new_tensor(values_by_name(self.values, statistics.names))
         return WeightingOutput(weights, weights, state)
 
 
@@ -96,7 +92,7 @@ class SumLog(Weighting):
         c = \Big(\sum_i \frac{1}{D_i}\Big)^{-1}
 
     Its stationary points are those that FAMO reaches whenever its logit decay is positive (FAMO,
-    Section 3), so it is the baseline that any log-loss method should be shown against.
+    Section 3), so it is the baseline that any log-loss method should be compared with.
 
     Coefficients: sum to 1 with `renormalize`, as for all log methods here; without it they are
     :math:`1/D_i`, the "scale-invariant" baseline as published with FAMO and Nash-MTL.
@@ -118,14 +114,14 @@ class SumLog(Weighting):
         tensor([0.8000, 0.2000])
     """
 
-    bounds: PerLoss = 0.0
-    shift: PerLoss = 0.0
+    bounds: FloatOrByName = 0.0
+    shift: FloatOrByName = 0.0
     renormalize: bool = True
 
     def __post_init__(self) -> None:
-        freeze_mappings(self)
-        check_range(self, "bounds", -float("inf"))
-        check_range(self, "shift", -float("inf"))
+        copy_mappings(self)
+        check_range(self, "bounds")
+        check_range(self, "shift")
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("bounds", self.bounds, names)
@@ -133,11 +129,11 @@ class SumLog(Weighting):
         return {}
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return lower_ends(self.bounds, self.shift, names)
+        return lower_limits(self.bounds, self.shift, names)
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        gaps = gaps_above(self.bounds, self.shift, statistics)
-        weights = torch.full_like(gaps, 1.0 / len(gaps))
+        distances = shifted_losses(self.bounds, self.shift, statistics)
+        weights = torch.full_like(distances, 1.0 / len(distances))
         if self.renormalize:
-            return WeightingOutput(weights, log_coefficients(weights, gaps), state)
-        return WeightingOutput(weights, 1.0 / gaps, state)
+            return WeightingOutput(weights, log_coefficients(weights, distances), state)
+        return WeightingOutput(weights, 1.0 / distances, state)

@@ -9,13 +9,13 @@ from typing import Literal
 from torch import Tensor
 
 from moo_balance.functional import gradient_scales, min_norm_weights, scale_gramian
-from moo_balance.weighting.base import (
-    GramianWeighting,
-    Statistics,
+from moo_balance.weighting._arguments import (
     check_choice,
-    check_every,
+    check_whole,
     log_coefficients,
+    renormalize,
 )
+from moo_balance.weighting.base import GramianWeighting, State, Statistics
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,23 @@ class MGDA(GramianWeighting):
 
     def __post_init__(self) -> None:
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
-        check_every(self)
+        check_whole(self, "every", 1)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        bound = -float("inf") if self.normalize in (None, "l2") else 0.0
-        return [bound] * len(names)
+        if self.normalize in (None, "l2"):
+            return super().lower_bounds(names)
+        return [0.0] * len(names)
 
-    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
-        if self.normalize is None:
-            return min_norm_weights(gramian)
-        # In the Gramian's own dtype, which tells the solver how far to trust its entries.
-        scales = gradient_scales(statistics.losses.to(gramian), gramian, self.normalize)
-        return min_norm_weights(scale_gramian(gramian, scales))
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        if self.normalize is not None:
+            scales = gradient_scales(statistics.losses, gramian, self.normalize)
+            gramian = scale_gramian(gramian, scales)
+        return {"weights": min_norm_weights(gramian)}
 
-    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         if self.normalize == "log":
-            return log_coefficients(weights, statistics.losses)
-        return weights
+            return log_coefficients(state["weights"], statistics.losses)
+        return state["weights"]
+
+    def keep(self, statistics: Statistics, state: State) -> State:
+        return {"weights": renormalize(state["weights"])}

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.weighting.base import (
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
-    check_range,
-    filled,
-)
+from moo_balance.weighting._arguments import check_range, constant_state
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 _INNER = "inner/"
 
@@ -27,8 +21,8 @@ _INNER = "inner/"
 class MovingAverage(Weighting):
     r"""Momentum on the weights of any method, which mini-batches make noisy.
 
-    With :math:`\hat c` what the method asks for and :math:`\hat\lambda = \hat c / \lVert \hat c
-    \rVert_1` its shares,
+    With :math:`\hat c` the coefficients of the method and
+    :math:`\hat\lambda = \hat c / \lVert \hat c \rVert_1` its shares,
 
     .. math::
         \lambda_k = \beta_k\,\lambda_{k-1} + (1 - \beta_k)\,\hat\lambda_k, \qquad
@@ -40,11 +34,11 @@ class MovingAverage(Weighting):
 
     .. math:: \beta_k = \max(0,\ 1 - k\,\lVert \hat\lambda_k - \lambda_{k-1} \rVert_1)
 
-    Whatever the method needs is gathered as for itself. An absent loss keeps its share; the others
-    divide the whole among themselves.
+    It needs what the method needs. An absent loss keeps its share; the others divide the whole
+    among themselves.
 
     Coefficients: sum to what those of the method sum to, as long as none is negative. The weights
-    on show are :math:`\lambda`.
+    reported are :math:`\lambda`.
 
     Args:
         weighting: The method, such as ``MGDA()``.
@@ -82,8 +76,18 @@ class MovingAverage(Weighting):
             )
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, math.nextafter(1.0, 0.0))
-        for needs in ("uses_gramian", "uses_losses", "every"):
-            object.__setattr__(self, needs, getattr(self.weighting, needs))
+
+    @property
+    def uses_gramian(self) -> bool:
+        return self.weighting.uses_gramian
+
+    @property
+    def uses_losses(self) -> bool:
+        return self.weighting.uses_losses
+
+    @property
+    def every(self) -> int:
+        return self.weighting.every
 
     @property
     def observes_step(self) -> bool:
@@ -93,19 +97,20 @@ class MovingAverage(Weighting):
         return self.weighting.lower_bounds(names)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
-        return _joined(filled(math.nan, len(names), device), self.weighting.init(names, device))
+        shares = constant_state(math.nan, len(names), device)
+        return _join(shares, self.weighting.init(names, device))
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         _, coefficients, inner = self.weighting.weights(statistics, _inner(state))
-        shares, size = _normalized(coefficients.to(state["shares"]))
+        shares, size = _normalize(coefficients.to(state["shares"]))
         before = torch.where(state["shares"].isnan(), shares, state["shares"])
-        before, _ = _normalized(before)
+        before, _ = _normalize(before)
         shares = before.lerp(shares, 1.0 - self._momentum(shares, before, statistics.step + 1))
-        return WeightingOutput(shares, (size * shares).to(coefficients), _joined(shares, inner))
+        return WeightingOutput(shares, (size * shares).to(coefficients), _join(shares, inner))
 
     def observe(self, statistics: Statistics, state: State) -> State:
         inner = self.weighting.observe(statistics, _inner(state))
-        return _joined(state["shares"], inner)
+        return _join(state["shares"], inner)
 
     def _momentum(self, shares: Tensor, before: Tensor, count: int) -> Tensor | float:
         if isinstance(self.beta, str):
@@ -113,8 +118,8 @@ class MovingAverage(Weighting):
         return self.beta
 
 
-def _normalized(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """A vector of absolute sum 1, and what its own was; zeros stay zeros."""
+def _normalize(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """The vector divided by the sum of its absolute values, and that sum; zeros stay zeros."""
     size = vector.abs().sum()
     return torch.where(size > 0, vector / size, vector), size
 
@@ -125,5 +130,5 @@ def _inner(state: State) -> State:
     }
 
 
-def _joined(shares: Tensor, inner: State) -> State:
+def _join(shares: Tensor, inner: State) -> State:
     return {"shares": shares, **{_INNER + key: value for key, value in inner.items()}}

@@ -1,37 +1,30 @@
-"""Tchebycheff scalarizations: minimise the worst of the weighted losses."""
+"""Tchebycheff scalarizations: minimise the worst of the weighted losses, or a smooth maximum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional import (
-    project_simplex,
-    smooth_tchebycheff,
-    smooth_tchebycheff_log,
-    tchebycheff,
-)
-from moo_balance.weighting.base import (
-    PerLoss,
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
-    beside,
-    check_choice,
+from moo_balance.functional import smooth_tchebycheff, smooth_tchebycheff_log, tchebycheff
+from moo_balance.weighting._arguments import (
+    FloatOrByName,
+    broadcastable,
     check_names,
+    check_preference,
     check_range,
-    filled,
-    freeze_mappings,
-    named_values,
-    normalized_preference,
+    check_whole,
+    constant_state,
+    copy_mappings,
+    normalize_preference,
+    values_by_name,
 )
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
 @dataclass(frozen=True)
@@ -69,29 +62,33 @@ class Tchebycheff(Weighting):
     """
 
     preference: Mapping[str, float] | None = None
-    ideal: PerLoss | Literal["running"] = 0.0
+    ideal: FloatOrByName | Literal["running"] = 0.0
     augment: float = 0.0
 
     def __post_init__(self) -> None:
-        freeze_mappings(self)
-        _check_preference(self)
+        copy_mappings(self)
+        check_preference(self)
         if self.ideal != "running":
-            check_range(self, "ideal", -math.inf)
+            check_range(self, "ideal")
         check_range(self, "augment", 0.0)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
         check_names("ideal", self.ideal, names)
-        return {"ideal": filled(math.inf, len(names), device)} if self.ideal == "running" else {}
+        return (
+            {"ideal": constant_state(math.inf, len(names), device)}
+            if self.ideal == "running"
+            else {}
+        )
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         ideal: Tensor | float
         if isinstance(self.ideal, str):
-            ideal = torch.minimum(state["ideal"], statistics.losses.to(state["ideal"]))
+            ideal = torch.minimum(state["ideal"], statistics.losses)
             state = {"ideal": ideal}
         else:
-            ideal = beside(self.ideal, statistics)
-        preference = normalized_preference(self.preference, statistics)
+            ideal = broadcastable(self.ideal, statistics)
+        preference = normalize_preference(self.preference, statistics)
         coefficients = tchebycheff(statistics.losses, preference, ideal, self.augment)
         return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
@@ -120,9 +117,9 @@ class SmoothTchebycheff(Weighting):
         preference: :math:`\lambda_i > 0` by name, scaled to sum 1. Default None: equal.
         ideal: :math:`z_i`, a number or one per name. Default 0.
         nadir: :math:`n_i > z_i`, a number or one per name. Default None: no division.
-        warmup_steps: For so many steps descend on :math:`\sum_i \log (L_i - z_i)` and take the mean
-            of each loss over them as its nadir. Default 0 (off). The published code counts epochs
-            (4) and averages over the last of them.
+        warmup_steps: For this many steps descend on :math:`\sum_i \log (L_i - z_i)`, and take the
+            mean of each loss over them as its nadir. Default 0 (off). The published code counts
+            epochs (4) and averages over the last of them.
         log: The logarithmic form. Default False.
 
     Raises:
@@ -143,24 +140,20 @@ class SmoothTchebycheff(Weighting):
 
     mu: float = 0.1
     preference: Mapping[str, float] | None = None
-    ideal: PerLoss = 0.0
-    nadir: PerLoss | None = None
+    ideal: FloatOrByName = 0.0
+    nadir: FloatOrByName | None = None
     warmup_steps: int = 0
     log: bool = False
 
     def __post_init__(self) -> None:
-        freeze_mappings(self)
+        copy_mappings(self)
         check_range(self, "mu", 0.0, open=True)
-        _check_preference(self)
-        check_range(self, "ideal", -math.inf)
+        check_preference(self)
+        check_range(self, "ideal")
         if self.nadir is not None:
-            check_range(self, "nadir", -math.inf)
+            check_range(self, "nadir")
             self._check_nadir()
-        if not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise BalanceValueError(
-                "Parameter `warmup_steps` of SmoothTchebycheff should be a whole number of steps, "
-                f"at least 0. Found {self.warmup_steps!r}."
-            )
+        check_whole(self, "warmup_steps", 0)
         if self.nadir is not None and self.warmup_steps:
             raise BalanceValueError(
                 "Parameters `nadir` and `warmup_steps` of SmoothTchebycheff should not both be "
@@ -169,8 +162,8 @@ class SmoothTchebycheff(Weighting):
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         if self.log or self.warmup_steps:
-            return named_values(self.ideal, names)
-        return [-math.inf] * len(names)
+            return values_by_name(self.ideal, names)
+        return super().lower_bounds(names)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
@@ -178,13 +171,13 @@ class SmoothTchebycheff(Weighting):
         check_names("nadir", self.nadir, names, complete=True)
         if not self.warmup_steps:
             return {}
-        return {key: filled(0.0, len(names), device) for key in ("nadir", "seen")}
+        return {key: constant_state(0.0, len(names), device) for key in ("nadir", "seen")}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         if statistics.step < self.warmup_steps:
             return self._warm_up(statistics, state)
-        losses, ideal = statistics.losses, beside(self.ideal, statistics)
-        preference = normalized_preference(self.preference, statistics)
+        losses, ideal = statistics.losses, broadcastable(self.ideal, statistics)
+        preference = normalize_preference(self.preference, statistics)
         nadir = self._nadir(statistics, state)
         if self.log:
             span = 1.0 if nadir is None else nadir - ideal
@@ -194,26 +187,24 @@ class SmoothTchebycheff(Weighting):
         return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
     def _warm_up(self, statistics: Statistics, state: State) -> WeightingOutput:
-        losses = statistics.losses.to(state["nadir"])
         seen = state["seen"] + 1.0
-        nadir = state["nadir"] + (losses - state["nadir"]) / seen
-        coefficients = 1.0 / (statistics.losses - beside(self.ideal, statistics))
+        nadir = state["nadir"] + (statistics.losses - state["nadir"]) / seen
+        coefficients = 1.0 / (statistics.losses - broadcastable(self.ideal, statistics))
         weights = torch.full_like(coefficients, 1.0 / len(coefficients))
         return WeightingOutput(weights, coefficients, {"nadir": nadir, "seen": seen})
 
     def _nadir(self, statistics: Statistics, state: State) -> Tensor | float | None:
         if self.nadir is not None:
-            return beside(self.nadir, statistics)
+            return broadcastable(self.nadir, statistics)
         if not self.warmup_steps:
             return None
         # A loss that was absent from the whole warm-up starts at its own value.
-        nadir = torch.where(state["seen"] > 0, state["nadir"], statistics.losses.to(state["nadir"]))
-        return nadir.to(statistics.losses)
+        return torch.where(state["seen"] > 0, state["nadir"], statistics.losses)
 
     def _check_nadir(self) -> None:
         ideal = self.ideal if isinstance(self.ideal, Mapping) else {}
         names = [*(self.nadir if isinstance(self.nadir, Mapping) else ()), *ideal] or [""]
-        nadirs, ideals = named_values(self.nadir or 0.0, names), named_values(self.ideal, names)
+        nadirs, ideals = values_by_name(self.nadir or 0.0, names), values_by_name(self.ideal, names)
         for name, nadir, low in zip(names, nadirs, ideals, strict=True):
             if nadir <= low and (not isinstance(self.nadir, Mapping) or name in self.nadir):
                 where = f"`nadir[{name!r}]`" if name else "`nadir`"
@@ -221,82 +212,3 @@ class SmoothTchebycheff(Weighting):
                     f"Parameter {where} of SmoothTchebycheff should be above the ideal {low:g}. "
                     f"Found {nadir:g}."
                 )
-
-
-@dataclass(frozen=True)
-class OnlineTchebycheff(Weighting):
-    r"""Tchebycheff as a game: the weights ascend while the model descends.
-
-    .. math::
-        d &= \sum_i \lambda_i p_i\, g_i \\
-        \lambda &\leftarrow \frac{\lambda \odot e^{\eta\, p \odot L}}{\|\cdot\|_1}
-        \ \text{(mirror)} \qquad
-        \lambda \leftarrow \Pi_\Delta(\lambda + \eta\, p \odot L)\ \text{(projected)}
-
-    from uniform :math:`\lambda`. The step uses the weights from before it saw the batch, as the
-    regret bound asks.
-
-    Coefficients: :math:`\lambda_i p_i`; with equal preferences they sum to :math:`1/K`.
-
-    Args:
-        lr: :math:`\eta > 0`. Default 0.1, inside the paper's grid 1e-3 … 1.
-        update: ``"mirror"`` (exponentiated gradient, default) or ``"projected"``.
-        preference: :math:`p_i > 0` by name, scaled to sum 1. Default None: equal.
-
-    Raises:
-        BalanceValueError: A hyper-parameter is out of range or names no loss.
-
-    Source: Liu et al., *Online mirror descent for Tchebycheff scalarization* (arXiv 2410.21764).
-    The paper returns an averaged model; average your weights with
-    ``torch.optim.swa_utils.AveragedModel`` if you want that.
-
-    Example:
-        >>> import torch
-        >>> from moo_balance import OnlineTchebycheff
-        >>> from moo_balance.weighting import Statistics
-        >>> rule = OnlineTchebycheff()
-        >>> state = rule.init(("a", "b"), torch.device("cpu"))
-        >>> statistics = Statistics(("a", "b"), torch.tensor([0.5, 2.0]))
-        >>> state = rule.weights(statistics, state).state
-        >>> rule.weights(statistics, state).weights
-        tensor([0.4813, 0.5187])
-    """
-
-    uses_losses: ClassVar[bool] = False
-
-    lr: float = 0.1
-    update: Literal["mirror", "projected"] = "mirror"
-    preference: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        freeze_mappings(self)
-        check_range(self, "lr", 0.0, open=True)
-        check_choice(self, "update", ("mirror", "projected"))
-        _check_preference(self)
-
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        key = "logits" if self.update == "mirror" else "weights"
-        start = 0.0 if self.update == "mirror" else 1.0 / len(names)
-        return {key: filled(start, len(names), device)}
-
-    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        preference = normalized_preference(self.preference, statistics)
-        gain = self.lr * preference * statistics.losses
-        if self.update == "mirror":
-            weights = torch.softmax(state["logits"], 0)
-            logits = state["logits"] + gain
-            # The present losses share what they hold; the mass of absent ones waits with them.
-            grown = logits.logsumexp(0) - state["logits"].logsumexp(0)
-            state = {"logits": logits - grown}
-        else:
-            mass = state["weights"].sum()
-            weights = torch.where(mass > 0, state["weights"] / mass, 1.0 / len(preference))
-            state = {"weights": mass * project_simplex(weights + gain)}
-        weights = weights.to(statistics.losses)
-        return WeightingOutput(weights, weights * preference, state)
-
-
-def _check_preference(weighting: Tchebycheff | SmoothTchebycheff | OnlineTchebycheff) -> None:
-    if weighting.preference is not None:
-        check_range(weighting, "preference", 0.0, open=True)

@@ -1,7 +1,8 @@
 """Tests in this folder run on two ranks.
 
-Here each is only looked up: the first one asked for has all of them run under one ``torchrun``,
-where two pytests go through the same tests side by side (``rank.py``) and write down how it went.
+The first one that pytest calls starts all of them under one ``torchrun``: two pytest processes run
+the same tests together (``tests/support/rank_plugin.py``) and write down the results. Every other
+call only reads its result.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-RANKS = 2
-REPORTS = "MOO_BALANCE_RANK_REPORTS"
+from tests.support.rank_plugin import RANKS, REPORTS
+
 SECONDS = 600
 
 Outcomes = Mapping[str, Sequence[str]]
@@ -52,7 +53,7 @@ def _launch(nodeids: Sequence[str], root: Path) -> Outcomes:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(RANKS), "--log-dir", name, "--module", "pytest"),
-            *("-p", "tests.distributed.rank", "-p", "no:cacheprovider"),
+            *("-p", "tests.support.rank_plugin", "-p", "no:cacheprovider"),
             *("-m", "", f"@{reports / 'nodeids'}"),
         ]
         environment = {**os.environ, REPORTS: name, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What every engine owes, on every graph: the naive Jacobian, and nobody's memory touched."""
+"""What every engine must do on every graph: agree with the naive Jacobian, and own its memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from moo_balance.engine import Engine, Problem
-from tests.engine.graphs import (
+from tests.support.engine_graphs import (
     Graph,
     clear,
     drawn,
@@ -19,7 +19,12 @@ from tests.engine.graphs import (
     parameter,
     shared,
 )
-from tests.engine.registry import ENGINES, over_engines, over_engines_and_graphs
+from tests.support.engines import (
+    ENGINES,
+    over_engines,
+    over_engines_and_graphs,
+    over_engines_graphs_and_gramians,
+)
 
 Build = Callable[[], Graph]
 
@@ -35,7 +40,7 @@ def coefficients(built: Graph) -> Tensor:
 
 
 @over_engines_and_graphs
-def test_gramian_is_that_of_the_naive_jacobian(engine: Engine, build: Build) -> None:
+def test_gramian_equals_that_of_the_naive_jacobian(engine: Engine, build: Build) -> None:
     jacobian, built = naive_jacobian(build()), build()
     gramian = engine.linearize(built.problem()).gramian()
     assert gramian.dtype == torch.float64
@@ -45,14 +50,15 @@ def test_gramian_is_that_of_the_naive_jacobian(engine: Engine, build: Build) -> 
     assert all(param.grad is None for param in built.params)
 
 
-@over_engines_and_graphs
-@pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
-def test_accumulate_writes_the_combination(engine: Engine, build: Build, asked: bool) -> None:
+@over_engines_graphs_and_gramians
+def test_add_to_grad_writes_the_weighted_gradient(
+    engine: Engine, build: Build, with_gramian: bool
+) -> None:
     jacobian, built = naive_jacobian(build()), build()
     linearization = engine.linearize(built.problem())
-    if asked:
+    if with_gramian:
         linearization.gramian()
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     assert_same(gradient(built), coefficients(built) @ jacobian)
     assert reached(built) == reached(summed(build()))
 
@@ -67,27 +73,29 @@ def reached(built: Graph) -> list[bool]:
     return [param.grad is not None for param in built.params]
 
 
-@over_engines_and_graphs
-@pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
-def test_accumulate_adds_to_what_is_there(engine: Engine, build: Build, asked: bool) -> None:
+@over_engines_graphs_and_gramians
+def test_add_to_grad_adds_to_gradients_that_are_there(
+    engine: Engine, build: Build, with_gramian: bool
+) -> None:
     jacobian, built = naive_jacobian(build()), summed(build())
     linearization = engine.linearize(built.problem())
-    if asked:
+    if with_gramian:
         linearization.gramian()
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     assert_same(gradient(built), (1 + coefficients(built)) @ jacobian)
 
 
-@over_engines_and_graphs
-@pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
-def test_nobodys_memory_is_touched(engine: Engine, build: Build, asked: bool) -> None:
+@over_engines_graphs_and_gramians
+def test_parameters_gradients_and_saved_tensors_keep_their_memory(
+    engine: Engine, build: Build, with_gramian: bool
+) -> None:
     built = build()
     params = [param.detach().clone() for param in built.params]
     for _ in range(2):  # the second time finds gradients to add to
         linearization = engine.linearize(built.problem(retain_graph=True))
-        if asked:
+        if with_gramian:
             linearization.gramian()
-        linearization.accumulate(coefficients(built))
+        linearization.add_to_grad(coefficients(built))
     for param, before in zip(built.params, params, strict=True):
         assert torch.equal(param, before)
     for param in built.params:
@@ -102,12 +110,12 @@ def test_nobodys_memory_is_touched(engine: Engine, build: Build, asked: bool) ->
 
 
 @over_engines_and_graphs
-def test_gradients_may_be_edited_as_those_of_a_plain_pass(engine: Engine, build: Build) -> None:
+def test_gradients_may_be_edited_in_place_one_by_one(engine: Engine, build: Build) -> None:
     """Under autograd, too, which refuses some views."""
     built = build()
     linearization = engine.linearize(built.problem())
     linearization.gramian()
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     grads = [p.grad for p in built.params if p.grad is not None and not p.grad.is_sparse]
     versions = [grad._version for grad in grads]
     for k, grad in enumerate(grads):
@@ -116,15 +124,14 @@ def test_gradients_may_be_edited_as_those_of_a_plain_pass(engine: Engine, build:
         grad.detach_()
 
 
-@over_engines_and_graphs
-@pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
-def test_combined_has_the_combination_as_its_gradient(
-    engine: Engine, build: Build, asked: bool
+@over_engines_graphs_and_gramians
+def test_combined_has_the_weighted_gradient(
+    engine: Engine, build: Build, with_gramian: bool
 ) -> None:
     jacobian, built = naive_jacobian(build()), build()
     # A scaler's factor is the trainer's business: it multiplies the scalar, as does the 3 here.
     linearization = engine.linearize(built.problem(scale=torch.tensor(2.0**16)))
-    if asked:
+    if with_gramian:
         linearization.gramian()
     scalar = linearization.combined(coefficients(built))
     assert scalar.shape == ()
@@ -141,57 +148,57 @@ def test_a_loss_scale_is_in_the_gradient_and_not_in_the_gramian(
     jacobian, built = naive_jacobian(build()), build()
     linearization = engine.linearize(built.problem(scale=torch.tensor(2.0**16)))
     assert_same(linearization.gramian(), jacobian @ jacobian.T)
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     assert_same(gradient(built) / 2**16, coefficients(built) @ jacobian)
     other = build()
-    engine.linearize(other.problem(scale=torch.tensor(2.0**16))).accumulate(coefficients(other))
+    engine.linearize(other.problem(scale=torch.tensor(2.0**16))).add_to_grad(coefficients(other))
     assert_same(gradient(other) / 2**16, coefficients(other) @ jacobian)
 
 
 @over_engines_and_graphs
-def test_a_kept_graph_can_be_used_again(engine: Engine, build: Build) -> None:
+def test_a_retained_graph_can_be_used_again(engine: Engine, build: Build) -> None:
     jacobian, built = naive_jacobian(build()), build()
     linearization = engine.linearize(built.problem(retain_graph=True))
     linearization.gramian()
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     clear(built)
-    engine.linearize(built.problem(retain_graph=True)).accumulate(coefficients(built))
+    engine.linearize(built.problem(retain_graph=True)).add_to_grad(coefficients(built))
     clear(built)
     assert_same(naive_jacobian(built), jacobian)
 
 
 @over_engines
-@pytest.mark.parametrize("asked", [True, False], ids=["gramian", "losses-only"])
-def test_a_graph_that_is_not_kept_is_freed(engine: Engine, asked: bool) -> None:
+@pytest.mark.parametrize("with_gramian", [True, False], ids=["gramian", "losses_only"])
+def test_a_graph_that_is_not_retained_is_freed(engine: Engine, with_gramian: bool) -> None:
     built = shared()
     linearization = engine.linearize(built.problem())
-    if asked:
+    if with_gramian:
         linearization.gramian()
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     with pytest.raises(RuntimeError, match="second time"):
         built.losses[0].backward()
 
 
 @over_engines
-def test_a_gramian_is_where_the_losses_are(engine: Engine) -> None:
+def test_a_gramian_is_on_the_device_of_the_losses(engine: Engine) -> None:
     """Also if there is nothing but factors to take it from."""
     with torch.device("meta"):
         trunk, heads = nn.Linear(64, 64, bias=False), nn.Linear(64, 3)
         losses = list(heads(trunk(torch.randn(2, 64))).square().mean(0).unbind())
     params = [*trunk.parameters(), *heads.parameters()]
-    for measured in (None, frozenset([id(trunk.weight)])):
-        problem = Problem(("a", "b", "c"), losses, params, measured, retain_graph=True)
+    for compared in (None, {0}):
+        problem = Problem(("a", "b", "c"), losses, params, compared, retain_graph=True)
         assert engine.linearize(problem).gramian().is_meta
 
 
 @over_engines
-def test_inner_products_are_taken_over_the_measured_parameters_alone(engine: Engine) -> None:
+def test_inner_products_are_taken_over_the_compared_parameters_only(engine: Engine) -> None:
     jacobian, built = naive_jacobian(shared()), shared()
     count = built.params[0].numel()
-    problem = built.problem(measured=frozenset([id(built.params[0])]))
+    problem = built.problem(compared={0})
     linearization = engine.linearize(problem)
     assert_same(linearization.gramian(), jacobian[:, :count] @ jacobian[:, :count].T)
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     assert_same(gradient(built), coefficients(built) @ jacobian)
 
 
@@ -227,7 +234,7 @@ def test_parameters_of_different_precision_share_a_gramian(engine: Engine) -> No
     jacobian = naive_jacobian(built)
     linearization = engine.linearize(built.problem())
     assert_same(linearization.gramian(), jacobian @ jacobian.T)
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     torch.testing.assert_close(gradient(built), coefficients(built) @ jacobian, rtol=1e-6, atol=0)
     assert (wide.grad.dtype, narrow.grad.dtype) == (torch.float64, torch.float32)
 
@@ -246,7 +253,7 @@ def test_losses_of_different_precision_survive_a_large_scale(engine: Engine) -> 
 
 
 @over_engines
-def test_gradients_reach_the_optimizers_own_view_of_a_frozen_graph(engine: Engine) -> None:
+def test_frozen_parameters_get_no_gradient(engine: Engine) -> None:
     frozen, weight = parameter(3, 3).requires_grad_(False), parameter(3, seed=1)
     built = Graph([(frozen @ weight).sum(), weight.sum()], [weight])
     jacobian = naive_jacobian(built)
@@ -303,12 +310,14 @@ def run(
 @pytest.mark.parametrize("name", list(ENGINES))
 @given(st.integers(1, 4), steps, reductions)
 @settings(max_examples=60, deadline=None)
-def test_random_programs(name: str, count: int, program: list, reduced: list) -> None:
+def test_random_programs_agree_with_the_naive_jacobian(
+    name: str, count: int, program: list, reduced: list
+) -> None:
     jacobian, built = naive_jacobian(run(count, program, reduced)), run(count, program, reduced)
     linearization = ENGINES[name].linearize(built.problem())
     assert_same(linearization.gramian(), jacobian @ jacobian.T)
-    linearization.accumulate(coefficients(built))
+    linearization.add_to_grad(coefficients(built))
     assert_same(gradient(built), coefficients(built) @ jacobian)
     other = run(count, program, reduced)
-    ENGINES[name].linearize(other.problem()).accumulate(coefficients(other))
+    ENGINES[name].linearize(other.problem()).add_to_grad(coefficients(other))
     assert_same(gradient(other), coefficients(other) @ jacobian)

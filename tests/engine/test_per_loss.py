@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance.engine import PerLoss, Problem
-from moo_balance.engine.factored import factorable
-from moo_balance.engine.graph import nodes_above
-from tests.engine.graphs import Graph, clear, drawn, gradient, naive_jacobian, parameter
+from tests.support.engine_graphs import Graph, clear, drawn, gradient, naive_jacobian, parameter
 
 
 class Counted(torch.autograd.Function):
@@ -42,7 +40,7 @@ def counted() -> tuple[Graph, list[int], list[list[int]]]:
 
 def test_a_method_without_a_gramian_costs_one_pass() -> None:
     built, trunk, heads = counted()
-    PerLoss().linearize(built.problem()).accumulate(torch.ones(2))
+    PerLoss().linearize(built.problem()).add_to_grad(torch.ones(2))
     assert (trunk, heads) == ([1], [[1], [1]])
 
 
@@ -52,11 +50,11 @@ def test_a_gramian_costs_a_pass_per_loss_and_the_combination_none() -> None:
     assert trunk == [0]
     linearization.gramian()
     assert (trunk, heads) == ([2], [[1], [1]])
-    linearization.accumulate(torch.ones(2))
+    linearization.add_to_grad(torch.ones(2))
     assert (trunk, heads) == ([2], [[1], [1]])
 
 
-def test_a_combined_scalar_costs_no_further_pass_either() -> None:
+def test_a_combined_scalar_costs_no_further_pass() -> None:
     built, trunk, heads = counted()
     linearization = PerLoss().linearize(built.problem())
     linearization.gramian()
@@ -75,17 +73,7 @@ def test_a_float64_gramian_of_float32_gradients_is_exact() -> None:
         return engine.linearize(built.problem()).gramian()
 
     assert gramian(PerLoss()).dtype == torch.float32
-    torch.testing.assert_close(gramian(PerLoss(dtype=torch.float64)), exact, rtol=1e-14, atol=1e-9)
-
-
-def test_factored_layers_come_in_the_order_of_the_parameters() -> None:
-    """Autograd's nodes come in the order of their addresses, which another run does not repeat."""
-    layers = [nn.Linear(32, 32, bias=False) for _ in range(12)]
-    params = [layer.weight for layer in layers]
-    out = nn.Sequential(*layers)(drawn(2, 32).float())
-    problem = Graph([out.sum(), out.square().sum()], params).problem()
-    found = [layer.column for layer in factorable(problem, nodes_above(problem.losses))]
-    assert found == list(range(12))
+    torch.testing.assert_close(gramian(PerLoss(dtype=torch.float64)), exact, rtol=1e-13, atol=1e-9)
 
 
 def micro_batches(weight: nn.Parameter, table: nn.Embedding) -> list[dict[str, Tensor]]:
@@ -98,7 +86,7 @@ def micro_batches(weight: nn.Parameter, table: nn.Embedding) -> list[dict[str, T
     ]
 
 
-def test_a_window_is_the_batch_that_its_parts_make_up() -> None:
+def test_a_window_equals_one_batch_of_its_micro_batches() -> None:
     weight, table = parameter(3), nn.Embedding(4, 3, sparse=True, dtype=torch.float64)
     params = [weight, table.weight]
     parts = micro_batches(weight, table)
@@ -116,11 +104,11 @@ def test_a_window_is_the_batch_that_its_parts_make_up() -> None:
     torch.testing.assert_close(linearization.gramian(), jacobian @ jacobian.T)
     clear(whole)
     coefficients = drawn(2, seed=3)
-    linearization.accumulate(coefficients)
+    linearization.add_to_grad(coefficients)
     torch.testing.assert_close(gradient(whole), coefficients @ jacobian)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_is_a_value(dtype: torch.dtype) -> None:
+def test_per_loss_is_a_value(dtype: torch.dtype) -> None:
     assert PerLoss(dtype) == PerLoss(dtype=dtype)
     assert repr(PerLoss(dtype)) == f"PerLoss(dtype={dtype})"

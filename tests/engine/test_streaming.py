@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.engine import Engine, PerLoss, Problem, Streaming
+from moo_balance.engine.autograd import nodes_above
 from moo_balance.engine.cuts import SMALL, finest, sparing
 from moo_balance.engine.descent import Descent, Rows
-from moo_balance.engine.graph import nodes_above
 from moo_balance.engine.portions import Choice, Portion, parted, portions
 from moo_balance.engine.survey import Survey
-from tests.engine.graphs import (
+from tests.engine.test_contract import assert_same
+from tests.engine.test_per_loss import counted
+from tests.support.engine_graphs import (
     GRAPHS,
     Graph,
     drawn,
@@ -30,9 +32,7 @@ from tests.engine.graphs import (
     parameter,
     wide_and_hooked,
 )
-from tests.engine.registry import REFUSED_BY_STREAMING, Parted, everywhere, over_engines
-from tests.engine.test_contract import assert_same
-from tests.engine.test_per_loss import counted
+from tests.support.engines import REFUSED_BY_STREAMING, Parted, everywhere, over_engines
 
 
 def deep(depth: int = 6, count: int = 4, samples: int = 3, width: int = 16) -> Graph:
@@ -160,7 +160,7 @@ def test_no_more_is_kept_than_was_planned(
 
     def watched(self: Descent, portion: Portion, number: int) -> Rows:
         rows = taken(self, portion, number)
-        cotangents = (layer.cotangents for layer in portion.layers)
+        cotangents = (layer.output_gradients for layer in portion.layers)
         found = [g for each in (*rows, *cotangents, *self.arrived.values()) for g in each]
         kept.append(sum(g.numel() for g in found if g is not None))
         return rows
@@ -201,7 +201,7 @@ def test_a_gramian_costs_a_pass_per_loss_and_the_gradient_one_more() -> None:
     linearization = Parted(finest).linearize(built.problem())
     linearization.gramian()
     assert (trunk, heads) == ([2], [[1], [1]])
-    linearization.accumulate(torch.ones(2))
+    linearization.add_to_grad(torch.ones(2))
     assert (trunk, heads) == ([3], [[2], [2]])
 
 
@@ -217,9 +217,8 @@ def test_hooks_see_the_balanced_gradient_once() -> None:
 
 def test_parameters_that_are_not_measured_cost_no_products() -> None:
     built = deep()
-    measured = frozenset(map(id, built.params[:2]))
     problem = Problem(
-        [str(k) for k in range(4)], built.losses, built.params, measured=measured,
+        [str(k) for k in range(4)], built.losses, built.params, compared={0, 1},
         retain_graph=True,
     )  # fmt: skip
     expected = PerLoss().linearize(problem).gramian()

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import analytic_qp_weights, scale_gramian
-from tests.functional.gradients import Operations, gramian_of, jacobians, property_test
+from tests.support.gradients import Operations, gramian_of, jacobians, property_test
 
 DOUBLE = torch.float64
 
@@ -118,7 +118,7 @@ def test_narrow_dtypes_are_computed_wide(count, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_looks_at_no_value(count):
+def test_reads_no_value(count):
     # A meta tensor holds no values, so any branch on one would fail.
     assert analytic_qp_weights(torch.empty(count, count, device="meta")).shape == (count,)
 
@@ -130,6 +130,6 @@ def test_takes_few_operations():
     assert len(operations.names) <= 45
 
 
-def test_refuses_what_is_no_gramian():
+def test_refuses_a_matrix_that_is_no_gramian():
     with pytest.raises(BalanceValueError, match=r"square.*Found shape \(2, 3\)"):
         analytic_qp_weights(torch.ones(2, 3))

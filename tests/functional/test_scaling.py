@@ -6,7 +6,7 @@ from hypothesis import given
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import cosine_similarity, gradient_scales, regularize, scale_gramian
-from tests.functional.gradients import Operations, gramian_of, jacobians, property_test
+from tests.support.gradients import Operations, gramian_of, jacobians, property_test
 
 LOSSES = torch.tensor([0.5, 2.0, 0.125])
 ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])

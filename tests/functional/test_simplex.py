@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import project_simplex
-from tests.functional.gradients import property_test
+from tests.support.gradients import property_test
 
 vectors = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20).map(
     lambda values: torch.tensor(values, dtype=torch.float64)

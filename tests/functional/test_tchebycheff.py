@@ -17,7 +17,7 @@ from moo_balance.functional import (
     tchebycheff,
     tchebycheff_value,
 )
-from tests.functional.gradients import property_test
+from tests.support.gradients import property_test
 
 DOUBLE = torch.float64
 LOSSES = torch.tensor([0.5, 2.0, 0.1], dtype=DOUBLE)

@@ -1,4 +1,4 @@
-"""What is written for TensorBoard, read back."""
+"""Metrics written for TensorBoard, read back from its files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from moo_balance.integrations.tensorboard import add_balance
-from tests.integrations.runs import model_and_optimizer
-from tests.registry import over_some
+from moo_balance.integrations.tensorboard import add_metrics
+from tests.support.plain_runs import model_and_optimizer
+from tests.support.registry import over_some
 
 pytestmark = pytest.mark.capability("TensorBoard")
 
@@ -27,7 +27,7 @@ def test_one_chart_for_each_figure(method, tmp_path):
     with SummaryWriter(tmp_path) as writer:
         for step in range(2):
             optimizer.step(lambda: model(step))  # noqa: B023
-            add_balance(writer, optimizer, step)
+            add_metrics(writer, optimizer, step)
             written.append(optimizer.log_dict())
     curves = read(tmp_path)
     assert curves.keys() == written[0].keys()
@@ -40,7 +40,7 @@ def test_one_chart_for_each_kind(method, tmp_path):
     model, optimizer = model_and_optimizer(method)
     optimizer.step(lambda: model(0))
     with SummaryWriter(tmp_path) as writer:
-        add_balance(writer, optimizer, 5, prefix="", grouped=True)
+        add_metrics(writer, optimizer, 5, prefix="", grouped=True)
     assert read(tmp_path) == {"skipped": [(5, 0.0)]}
     # A curve of a shared chart is a file of its own.
     curves = read(tmp_path / "weight_b")

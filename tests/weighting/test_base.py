@@ -1,4 +1,4 @@
-"""What all weightings share."""
+"""The contract of a method: what is kept, and what follows between two refreshes."""
 
 from __future__ import annotations
 
@@ -8,41 +8,118 @@ import pytest
 import torch
 from torch import Tensor
 
-from moo_balance import BalanceValueError, FixedWeights
-from moo_balance.weighting import GramianWeighting, Statistics
-from moo_balance.weighting.base import (
-    check_names,
-    check_range,
-    log_coefficients,
-    named_values,
-    normalized_preference,
-    state_dtype,
-    uniform,
+from moo_balance import BalancedOptimizer
+from moo_balance.weighting import (
+    GramianWeighting,
+    State,
+    Statistics,
+    Weighting,
+    WeightingOutput,
 )
-from tests.weighting.shown import CPU, assert_near, drawn, fresh, shown, vector
+from moo_balance.weighting.base import state_dtype
+from tests.support.problems import Scene, SmallModel, momentum, play, train, whole_state
+from tests.support.statistics import CPU, assert_near, initial_state, normal, statistics_of, vector
 
 
 @dataclass(frozen=True)
-class Shares(GramianWeighting):
-    """Weight by squared norm; counts how often it was asked to solve."""
+class SquaredNorms(GramianWeighting):
+    """Weights by squared norm; coefficients sum to what the losses say, not to 1."""
 
     every: int = 1
-    solved: list[int] = field(default_factory=list)
+    solved: list[int] = field(default_factory=list, compare=False)
 
-    def solve(self, statistics: Statistics, gramian: Tensor) -> Tensor:
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         self.solved.append(statistics.step)
-        return gramian.diagonal() / gramian.diagonal().sum()
+        return {"weights": gramian.diagonal() / gramian.diagonal().sum()}
 
-    def coefficients(self, statistics: Statistics, weights: Tensor) -> Tensor:
-        return weights * statistics.losses
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        return state["weights"] * statistics.losses
+
+
+@dataclass(frozen=True)
+class MeanGramian(GramianWeighting):
+    """Weights by squared norm of a running mean of Gramians, which is its state [K, K]."""
+
+    every: int = 1
+
+    def init(self, names: tuple[str, ...], device: torch.device) -> State:
+        count, dtype = len(names), state_dtype(device)
+        return {
+            "weights": torch.full((count,), 1.0 / count, dtype=dtype, device=device),
+            "mean": torch.zeros(count, count, dtype=dtype, device=device),
+            "count": torch.zeros((), dtype=dtype, device=device),
+        }
+
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        count = state["count"] + 1
+        mean = state["mean"] + (gramian - state["mean"]) / count
+        weights = mean.diagonal() / mean.diagonal().sum()
+        return {"weights": weights, "mean": mean, "count": count}
+
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        return state["weights"] / state["weights"].sum()
+
+
+@dataclass(frozen=True)
+class PowerIteration(GramianWeighting):
+    """One step of a power iteration on the Gramian, from where the step before ended."""
+
+    def init(self, names: tuple[str, ...], device: torch.device) -> State:
+        return {"weights": torch.ones(len(names), dtype=state_dtype(device), device=device)}
+
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        product = gramian @ state["weights"].to(gramian)
+        return {"weights": product / product.norm()}
+
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        return state["weights"]
+
+
+# ---------------------------------------------------------------------- needs
+
+
+class Plain(Weighting):
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
+        return WeightingOutput(statistics.losses, statistics.losses, state)
+
+
+class Needy(Plain):
+    uses_losses = False
+    uses_gramian = True
+    observes_step = True
+    every = 3
+
+
+def needs(weighting: Weighting) -> tuple[object, ...]:
+    return (
+        weighting.uses_gramian,
+        weighting.uses_losses,
+        weighting.observes_step,
+        weighting.every,
+    )
+
+
+def test_needs_have_defaults_and_are_overridden_by_attributes_or_fields() -> None:
+    assert needs(Plain()) == (False, True, False, 1)
+    assert needs(Needy()) == (True, False, True, 3)
+    assert needs(SquaredNorms()) == (True, True, False, 1)
+    assert needs(SquaredNorms(every=4)) == (True, True, False, 4)
+
+
+def test_any_finite_loss_is_allowed_by_default() -> None:
+    assert Plain().lower_bounds("ab") == [-torch.inf] * 2
+
+
+# ---------------------------------------------------------------------- what is kept
 
 
 def test_between_two_refreshes_only_the_coefficients_follow() -> None:
-    weighting = Shares(every=3)
-    state = fresh(weighting, 2)
-    for step, losses in enumerate(drawn(7, 2)):
+    weighting = SquaredNorms(every=3)
+    state = initial_state(weighting, 2)
+    for step, losses in enumerate(normal(7, 2)):
         scale = torch.diag(vector((1.0 + step, 1.0)))
-        answer = weighting.weights(shown(losses, scale if step % 3 == 0 else None, step), state)
+        gramian = scale if step % 3 == 0 else None
+        answer = weighting.weights(statistics_of(losses, gramian, step), state)
         state = answer.state
         last = 1.0 + step - step % 3
         assert_near(answer.weights, (last / (last + 1), 1 / (last + 1)), 1e-15)
@@ -50,52 +127,74 @@ def test_between_two_refreshes_only_the_coefficients_follow() -> None:
     assert weighting.solved == [0, 3, 6]
 
 
+def test_nothing_is_renormalized_between_two_refreshes() -> None:
+    weighting = SquaredNorms(every=2)
+    state = {"weights": vector((0.25, 0.25))}  # a third loss, with weight 0.5, is absent
+    answer = weighting.weights(statistics_of((1.0, 1.0), step=1), state)
+    assert answer.coefficients.tolist() == [0.25, 0.25]
+
+
 def test_kept_weights_have_the_precision_of_a_state() -> None:
-    weighting = Shares(every=2)
-    answer = weighting.weights(shown((1.0, 1.0), torch.eye(2)), fresh(weighting, 2))
+    weighting = SquaredNorms(every=2)
+    statistics = statistics_of((1.0, 1.0), torch.eye(2))
+    answer = weighting.weights(statistics, initial_state(weighting, 2))
     assert answer.state["weights"].dtype == state_dtype(CPU)
 
 
 def test_nothing_is_kept_where_every_step_refreshes() -> None:
-    weighting = Shares()
-    assert fresh(weighting, 2) == {}
-    assert weighting.weights(shown((1.0, 1.0), torch.eye(2)), {}).state == {}
+    weighting = SquaredNorms()
+    assert initial_state(weighting, 2) == {}
+    assert weighting.weights(statistics_of((1.0, 1.0), torch.eye(2)), {}).state == {}
 
 
-def test_log_coefficients_are_the_gradient_of_weighted_logs() -> None:
-    weights, gaps = torch.softmax(drawn(4), 0), drawn(4, seed=1).exp().requires_grad_()
-    (weights * gaps.log()).sum().backward()
-    assert_near(log_coefficients(weights, gaps.detach(), renormalize=False), gaps.grad, 1e-15)
-    assert_near(log_coefficients(weights, gaps.detach()), gaps.grad / gaps.grad.sum(), 1e-15)
+def test_a_state_of_shape_k_by_k_is_kept() -> None:
+    weighting, scene = MeanGramian(), Scene.drawn()
+    answers = play(weighting, scene)
+    products = torch.stack([rows @ rows.T for rows in scene.jacobians])
+    for step, answer in enumerate(answers, start=1):
+        mean = products[:step].mean(0)
+        assert_near(answer.state["mean"], mean, 1e-13)
+        assert_near(answer.coefficients, mean.diagonal() / mean.trace(), 1e-13)
 
 
-def test_values_by_name_fall_back_to_a_default() -> None:
-    assert named_values(0.5, ("a", "b")) == [0.5, 0.5]
-    assert named_values({"b": 2}, ("a", "b"), default=1.0) == [1.0, 2.0]
+def test_a_solve_can_start_from_the_last_solution() -> None:
+    weighting, gramian = PowerIteration(), torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    state = initial_state(weighting, 2)
+    for step in range(60):
+        state = weighting.weights(statistics_of((1.0, 1.0), gramian, step), state).state
+    dominant = torch.linalg.eigh(gramian).eigenvectors[:, -1].abs()
+    assert_near(state["weights"], dominant, 1e-12)
 
 
-def test_preferences_of_present_losses_sum_to_one() -> None:
-    present = Statistics(("a", "c"), torch.ones(2, dtype=torch.float64))
-    preference = normalized_preference({"a": 1.0, "b": 5.0, "c": 3.0}, present)
-    assert_near(preference, (0.25, 0.75), 1e-15)
-    assert_near(normalized_preference(None, present), (0.5, 0.5), 1e-15)
+def setup_with(weighting: Weighting) -> tuple[SmallModel, BalancedOptimizer]:
+    model = SmallModel()
+    return model, BalancedOptimizer(momentum(model), weighting)
 
 
-def test_uniform_is_the_centre_in_double_precision() -> None:
-    assert uniform(4, CPU).tolist() == [0.25] * 4
-    assert uniform(4, CPU).dtype == torch.float64
+@pytest.mark.parametrize(
+    "weighting", [SquaredNorms(every=2), MeanGramian(every=2), PowerIteration()]
+)
+def test_a_method_of_the_user_resumes_exactly(weighting: GramianWeighting) -> None:
+    model, optimizer = setup_with(weighting)
+    twin, other = setup_with(weighting)
+    train(model, optimizer, range(5))
+    train(twin, other, range(3))
+    resumed, again = setup_with(weighting)
+    resumed.load_state_dict(twin.state_dict())
+    again.load_state_dict(other.state_dict())
+    train(resumed, again, range(3, 5))
+    assert whole_state(resumed, again) == whole_state(model, optimizer)
 
 
-@pytest.mark.parametrize(("value", "fault"), [({"d": 1.0}, "`d`"), ({"a": 1.0}, "`b`")])
-def test_names_that_do_not_fit_are_named(value: dict[str, float], fault: str) -> None:
-    with pytest.raises(BalanceValueError, match=f"`preference`.*{fault}"):
-        check_names("preference", value, ("a", "b"), complete=True)
+def test_entries_of_an_absent_loss_keep_their_values_in_a_state_of_shape_k_by_k() -> None:
+    model, optimizer = setup_with(MeanGramian())
 
+    def mean_after(batch: int, present: str) -> Tensor:
+        train(model, optimizer, [batch], present)
+        return optimizer.state_dict()["balance"]["state"]["mean"]
 
-def test_the_entry_out_of_range_is_named() -> None:
-    weighting = FixedWeights({"a": 1.0, "b": 7.0})
-    with pytest.raises(BalanceValueError, match=r"`values\['b'\]` of FixedWeights.*Found 7"):
-        check_range(weighting, "values", 0.0, 5.0)
-    check_range(weighting, "values", 0.0, 7.0)
-    with pytest.raises(BalanceValueError, match=r"\(0, 7\)"):
-        check_range(weighting, "values", 0.0, 7.0, open=True)
+    before = mean_after(0, "abc")
+    after = mean_after(1, "ac")
+    there = torch.tensor([[True, False, True], [False, False, False], [True, False, True]])
+    assert bool((after != before)[there].all())
+    assert torch.equal(after[~there], before[~there])

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from moo_balance import FAMO, BalancedOptimizer, SumLog
 from moo_balance.weighting import State, Statistics
-from tests.weighting.shown import CPU, assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import (
+    CPU,
+    assert_near,
+    initial_state,
+    names,
+    normal,
+    statistics_of,
+    vector,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,10 +38,10 @@ def follow(weighting: FAMO, pairs: Iterable[Pair]) -> tuple[list[Tensor], State]
     """The logits after each pair of losses before and behind a step, and the last state."""
     state, logits = {}, []
     for step, (before, after) in enumerate(pairs):
-        state = state or fresh(weighting, len(before))
-        state = weighting.weights(shown(before, step=step), state).state
+        state = state or initial_state(weighting, len(before))
+        state = weighting.weights(statistics_of(before, step=step), state).state
         if step % weighting.every == 0:
-            state = weighting.observe(shown(after, step=step + 1), state)
+            state = weighting.observe(statistics_of(after, step=step + 1), state)
         logits.append(state["logits"])
     return logits, state
 
@@ -45,7 +53,7 @@ def updates(state: State) -> list[int]:
 
 
 def random_pairs(count: int, steps: int = 300) -> list[Pair]:
-    draws = drawn(steps, 2, count).exp()
+    draws = normal(steps, 2, count).exp()
     return [(before, after) for before, after in draws]
 
 
@@ -67,12 +75,12 @@ def test_logits_are_those_of_the_reference_run(weighting: FAMO, golden: tuple[fl
 
 def test_weights_are_those_of_the_reference_run() -> None:
     weighting = FAMO(decay=0.0)
-    first = weighting.weights(shown((0.5, 2.0)), fresh(weighting, 2))
+    first = weighting.weights(statistics_of((0.5, 2.0)), initial_state(weighting, 2))
     assert_near(first.weights, (0.5, 0.5), 1e-15)
     assert_near(first.coefficients, (0.8, 0.2), 1e-15)
     _, state = follow(weighting, PAIRS)
     assert_near(
-        weighting.weights(shown((0.46, 1.4)), state).weights, (0.50290692, 0.49709308), 1e-8
+        weighting.weights(statistics_of((0.46, 1.4)), state).weights, (0.50290692, 0.49709308), 1e-8
     )
 
 
@@ -93,8 +101,10 @@ def test_logits_descend_as_a_parameter_under_the_torch_optimizer(logits: str, de
 
 def test_coefficients_are_the_gradient_of_the_renormalised_sum_of_logs() -> None:
     weighting = FAMO(bounds=-0.5)
-    logits, losses = drawn(4), drawn(4, seed=1).exp().requires_grad_()
-    answer = weighting.weights(shown(losses.detach()), {**fresh(weighting, 4), "logits": logits})
+    logits, losses = normal(4), normal(4, seed=1).exp().requires_grad_()
+    answer = weighting.weights(
+        statistics_of(losses.detach()), {**initial_state(weighting, 4), "logits": logits}
+    )
     z, gaps = torch.softmax(logits, 0), losses + 0.5
     c = 1 / (z / gaps).sum().detach()
     (c * (z * gaps.log()).sum()).backward()
@@ -103,14 +113,14 @@ def test_coefficients_are_the_gradient_of_the_renormalised_sum_of_logs() -> None
 
 
 def test_lagged_learns_from_the_next_batch_what_the_other_learns_behind_the_step() -> None:
-    sequence = drawn(50, 3).exp()
+    sequence = normal(50, 3).exp()
     watched, _ = follow(FAMO(), pairwise(sequence))
     lagged = FAMO(lagged=True)
     assert FAMO().observes_step
     assert not lagged.observes_step
-    state = fresh(lagged, 3)
+    state = initial_state(lagged, 3)
     for step, losses in enumerate(sequence):
-        answer = lagged.weights(shown(losses, step=step), state)
+        answer = lagged.weights(statistics_of(losses, step=step), state)
         state = answer.state
         expected = watched[step - 1] if step else torch.zeros(3)
         assert_near(state["logits"], expected, 1e-14)
@@ -124,16 +134,16 @@ def test_every_learns_from_each_nth_step_and_follows_the_losses_in_between() -> 
     for step, logits in enumerate(sparse):
         assert_near(logits, dense[step // 4], 1e-14)
     losses = vector((1.0, 2.0, 3.0))
-    answer = FAMO(every=4).weights(shown(losses, step=21), state)
+    answer = FAMO(every=4).weights(statistics_of(losses, step=21), state)
     expected = torch.softmax(state["logits"], 0) / losses
     assert_near(answer.coefficients, expected / expected.sum(), 1e-15)
 
 
 def test_lagged_with_every_learns_once_in_n_steps() -> None:
-    weighting, sequence = FAMO(lagged=True, every=3), drawn(10, 2).exp()
-    state, seen = fresh(weighting, 2), []
+    weighting, sequence = FAMO(lagged=True, every=3), normal(10, 2).exp()
+    state, seen = initial_state(weighting, 2), []
     for step, losses in enumerate(sequence):
-        state = weighting.weights(shown(losses, step=step), state).state
+        state = weighting.weights(statistics_of(losses, step=step), state).state
         seen.append(state["logits"])
     expected, _ = follow(FAMO(), pairwise(sequence[::3]))
     for step in range(1, 10):
@@ -156,9 +166,9 @@ def test_the_unit_of_a_loss_does_not_matter_to_the_weights() -> None:
     scaled, _ = follow(FAMO(), [(before * units, after * units) for before, after in pairs])
     for one, other in zip(plain, scaled, strict=True):
         assert_near(one, other, 1e-10)  # Adam divides the rounding of small differences by itself
-    losses = drawn(3).exp()
-    one = FAMO().weights(shown(losses), state).coefficients
-    other = FAMO().weights(shown(losses * units), state).coefficients * units
+    losses = normal(3).exp()
+    one = FAMO().weights(statistics_of(losses), state).coefficients
+    other = FAMO().weights(statistics_of(losses * units), state).coefficients * units
     assert_near(one, other / other.sum(), 1e-14)
 
 
@@ -175,7 +185,7 @@ def test_bounds_and_shift_by_name_move_the_losses() -> None:
     z = torch.softmax(state["logits"], 0)
     expected_coefficients = z / (losses + offset)
     assert_near(
-        moved.weights(shown(losses), state).coefficients,
+        moved.weights(statistics_of(losses), state).coefficients,
         expected_coefficients / expected_coefficients.sum(),
         1e-15,
     )
@@ -205,13 +215,13 @@ def test_an_absent_loss_waits_and_the_others_go_on_among_themselves() -> None:
 
 def test_lagged_judges_a_loss_only_once_it_has_been_seen_before() -> None:
     weighting = FAMO(lagged=True, decay=0.0)
-    state = fresh(weighting, 3)
+    state = initial_state(weighting, 3)
     pair = {key: value[:2] for key, value in state.items()}
     for step, losses in enumerate(((1.0, 2.0), (0.5, 1.9))):
-        pair = weighting.weights(shown(losses, step=step), pair).state
+        pair = weighting.weights(statistics_of(losses, step=step), pair).state
     joined = {key: torch.cat([pair[key], state[key][2:]]) for key in state}
-    after = weighting.weights(shown((0.25, 1.8, 7.0), step=2), joined).state
-    alone = weighting.weights(shown((0.25, 1.8), step=2), pair).state
+    after = weighting.weights(statistics_of((0.25, 1.8, 7.0), step=2), joined).state
+    alone = weighting.weights(statistics_of((0.25, 1.8), step=2), pair).state
     assert_near(after["logits"][:2], alone["logits"], 1e-15)
     assert after["logits"][2] == 0.0
     assert updates(after) == [2, 2, 0]

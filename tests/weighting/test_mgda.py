@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import MGDA, BalancedOptimizer
-from tests.weighting.shown import assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    names,
+    normal,
+    statistics_of,
+    vector,
+)
 
 JACOBIAN = torch.tensor([[1, 2, 0, -1], [0, -1, 1, 0.5], [-2, 0.5, 0.3, 1]], dtype=torch.float64)
 LOSSES = vector((0.5, 2.0, 0.1))
@@ -27,7 +34,7 @@ def divisors(normalize: str | None, losses: Tensor, jacobian: Tensor) -> Tensor:
 
 def answer_to(normalize: str | None, losses: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and the direction that they give."""
-    answer = MGDA(normalize).weights(shown(losses, jacobian @ jacobian.T), {})
+    answer = MGDA(normalize).weights(statistics_of(losses, jacobian @ jacobian.T), {})
     return answer.weights, answer.coefficients @ jacobian
 
 
@@ -80,7 +87,7 @@ def test_no_scaled_gradient_conflicts_with_the_shortest_combination(
     normalize: str | None, count: int
 ) -> None:
     for seed in range(20):
-        jacobian, losses = drawn(count, 5, seed=seed), drawn(count, seed=1000 + seed).exp()
+        jacobian, losses = normal(count, 5, seed=seed), normal(count, seed=1000 + seed).exp()
         scaled = jacobian / divisors(normalize, losses, jacobian)[:, None]
         weights, _ = answer_to(normalize, losses, jacobian)
         shortest = weights @ scaled
@@ -112,12 +119,12 @@ def test_a_zero_gradient_takes_all_the_weight(normalize: str | None) -> None:
 
 
 def test_a_float32_gramian_of_nearly_equal_losses_is_solved() -> None:
-    gradient, third = drawn(2, 1000).float()
+    gradient, third = normal(2, 1000).float()
     for seed in range(50):
-        twin = gradient * (1 + 1e-7 * drawn(1000, seed=seed).float())
+        twin = gradient * (1 + 1e-7 * normal(1000, seed=seed).float())
         jacobian = torch.stack([gradient, twin, third])
         gramian = jacobian @ jacobian.T
-        weights = MGDA().weights(shown((1.0, 1.0, 1.0), gramian), {}).weights
+        weights = MGDA().weights(statistics_of((1.0, 1.0, 1.0), gramian), {}).weights
         assert_near(weights[0], weights[1], 1e-6)
 
 
@@ -130,8 +137,10 @@ def test_bounds_follow_the_normalisation() -> None:
 @pytest.mark.parametrize("normalize", [None, "log"])
 def test_every_keeps_the_solution_and_follows_the_losses(normalize: str | None) -> None:
     weighting = MGDA(normalize, every=3)
-    first = weighting.weights(shown(LOSSES, JACOBIAN @ JACOBIAN.T), fresh(weighting, 3))
-    later = weighting.weights(shown(2 * LOSSES.flip(0), step=1), first.state)
+    first = weighting.weights(
+        statistics_of(LOSSES, JACOBIAN @ JACOBIAN.T), initial_state(weighting, 3)
+    )
+    later = weighting.weights(statistics_of(2 * LOSSES.flip(0), step=1), first.state)
     assert_near(later.weights, first.weights, 1e-15)
     coefficients = first.weights / LOSSES.flip(0) if normalize else first.weights
     assert_near(later.coefficients, coefficients / coefficients.sum(), 1e-15)

@@ -7,9 +7,9 @@ import torch
 
 from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
 from moo_balance.weighting import State, Weighting
-from tests.problems import Scene, play
-from tests.registry import NAMES
-from tests.weighting.shown import assert_near, drawn, fresh, shown, vector
+from tests.support.problems import Scene, play
+from tests.support.registry import NAMES
+from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
 
 
 def answers(weighting: Weighting, seed: int = 0, steps: int = 6) -> torch.Tensor:
@@ -40,9 +40,9 @@ def test_the_adaptive_rule_averages_the_more_the_less_weights_move() -> None:
 def test_the_adaptive_rule_follows_a_jump_at_once_and_holds_on_to_a_quiver() -> None:
     weighting = MovingAverage(MGDA(), "adaptive")
     gramians = [torch.diag(vector(d)) for d in ((1.0, 1.0), (9.0, 1.0), (9.1, 1.0))]
-    state, seen = fresh(weighting, 2), []
+    state, seen = initial_state(weighting, 2), []
     for step, gramian in enumerate(gramians):
-        answer = weighting.weights(shown([1.0, 1.0], gramian, step), state)
+        answer = weighting.weights(statistics_of([1.0, 1.0], gramian, step), state)
         state, seen = answer.state, [*seen, answer.coefficients]
     assert_near(seen[1], (0.1, 0.9), 1e-15)
     raw = 1 / 10.1
@@ -66,22 +66,22 @@ def test_constant_weights_stay_what_they_are(values: tuple[float, ...]) -> None:
 def test_those_present_divide_the_whole_and_the_absent_share_waits() -> None:
     weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([0.1, 0.3])}  # of "a" and "b"; "c" is away
-    answer = weighting.weights(shown([1.0, 1.0], torch.eye(2).double(), 4), state)
+    answer = weighting.weights(statistics_of([1.0, 1.0], torch.eye(2).double(), 4), state)
     assert_near(answer.coefficients, (0.375, 0.625), 1e-15)
 
 
 def test_a_loss_that_is_new_starts_from_what_the_method_asks_for() -> None:
     weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([1.0, float("nan")])}
-    answer = weighting.weights(shown([1.0, 1.0], torch.eye(2).double(), 4), state)
+    answer = weighting.weights(statistics_of([1.0, 1.0], torch.eye(2).double(), 4), state)
     assert_near(answer.coefficients, (7 / 12, 5 / 12), 1e-15)  # (1, 1/2) is two to one
 
 
 def test_the_method_inside_keeps_its_state_needs_and_bounds() -> None:
     inner = FAMO(bounds=-1.0, every=2)
     weighting = MovingAverage(inner)
-    state = fresh(weighting, 3)
-    assert set(state) == {"shares", *(f"of it/{key}" for key in fresh(inner, 3))}
+    state = initial_state(weighting, 3)
+    assert set(state) == {"shares", *(f"inner/{key}" for key in initial_state(inner, 3))}
     assert weighting.observes_step
     assert weighting.every == 2
     assert not weighting.uses_gramian
@@ -91,16 +91,16 @@ def test_the_method_inside_keeps_its_state_needs_and_bounds() -> None:
 
 
 def test_smoothing_twice_is_allowed() -> None:
-    state = fresh(MovingAverage(MovingAverage(FAMO(lagged=True))), 2)
-    assert "of it/of it/logits" in state
+    state = initial_state(MovingAverage(MovingAverage(FAMO(lagged=True))), 2)
+    assert "inner/inner/logits" in state
 
 
 def test_it_agrees_with_torchjd() -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
     ours, theirs = MovingAverage(MGDA(), 0.9), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting(), 0.9)
-    state = fresh(ours, 2)
+    state = initial_state(ours, 2)
     for step in range(5):
-        rows = drawn(2, 7, seed=step)
-        answer = ours.weights(shown([1.0, 1.0], rows @ rows.T, step), state)
+        rows = normal(2, 7, seed=step)
+        answer = ours.weights(statistics_of([1.0, 1.0], rows @ rows.T, step), state)
         state = answer.state
         assert_near(answer.coefficients, theirs(rows @ rows.T), 1e-2)  # theirs stops early

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from moo_balance import RandomWeights
-from tests.weighting.shown import shown
+from moo_balance.weighting._random import step_generator
+from tests.support.statistics import statistics_of
 
 
 def weights(seed: int, step: int, count: int = 3) -> torch.Tensor:
-    return RandomWeights(seed).weights(shown([1.0] * count, step=step), {}).weights
+    return RandomWeights(seed).weights(statistics_of([1.0] * count, step=step), {}).weights
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
@@ -26,7 +27,7 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
 
 
 def test_weights_lie_on_the_simplex_and_are_the_coefficients() -> None:
-    answer = RandomWeights().weights(shown([1.0, 5.0, -3.0]), {})
+    answer = RandomWeights().weights(statistics_of([1.0, 5.0, -3.0]), {})
     assert torch.equal(answer.weights, answer.coefficients)
     assert (answer.weights > 0).all()
     assert abs(float(answer.weights.sum()) - 1.0) < 1e-15
@@ -39,3 +40,11 @@ def test_logits_are_standard_normal_and_uncorrelated_from_step_to_step() -> None
     assert abs(float(difference.mean())) < 5 / 4000**0.5
     assert abs(float(difference.var()) - 1.0) < 5 * (2 / 4000) ** 0.5
     assert abs(float((difference[1:] * difference[:-1]).mean())) < 5 / 4000**0.5
+
+
+def test_the_stream_of_a_step_is_fixed() -> None:
+    """Resumed runs, and other methods that draw from it, rely on these numbers."""
+    golden = torch.rand(2, generator=step_generator(3, 5), dtype=torch.float64)
+    mixed = (3 + 5 * 0x9E3779B97F4A7C15) % 2**63
+    again = torch.rand(2, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
+    assert torch.equal(golden, again)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer, OnlineTchebycheff, SmoothTchebycheff, Tchebycheff
 from moo_balance.weighting import State, Weighting
-from tests.weighting.shown import assert_near, drawn, fresh, names, shown, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    names,
+    normal,
+    statistics_of,
+    vector,
+)
 
 LOSSES = vector((0.5, 2.0, 0.1))
 PREFERENCE = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -20,8 +27,8 @@ NADIR = {"a": 1.0, "b": 4.0, "c": 0.5}
 
 
 def coefficients(weighting: Weighting, losses: Tensor, state: State | None = None) -> Tensor:
-    state = fresh(weighting, len(losses)) if state is None else state
-    answer = weighting.weights(shown(losses), state)
+    state = initial_state(weighting, len(losses)) if state is None else state
+    answer = weighting.weights(statistics_of(losses), state)
     assert_near(answer.weights, answer.coefficients / answer.coefficients.sum(), 1e-15)
     return answer.coefficients
 
@@ -43,7 +50,7 @@ def test_only_the_worst_loss_counts_and_with_its_preference() -> None:
 def test_coefficients_are_the_gradient_of_the_maximum(augment: float) -> None:
     weighting = Tchebycheff(PREFERENCE, IDEAL, augment)
     for seed in range(20):
-        losses = drawn(3, seed=seed).requires_grad_()
+        losses = normal(3, seed=seed).requires_grad_()
         distance = vector((1 / 8, 2 / 8, 5 / 8)) * (losses - vector((-1.0, 0.0, 0.05)))
         expected = gradient(distance.max() + augment * distance.sum(), losses)
         assert_near(coefficients(weighting, losses.detach()), expected, 1e-15)
@@ -55,9 +62,9 @@ def test_ties_share_equally() -> None:
 
 def test_a_running_ideal_is_the_least_value_so_far() -> None:
     weighting = Tchebycheff(ideal="running")
-    state, least = fresh(weighting, 3), np.full(3, np.inf)
-    for step, losses in enumerate(drawn(30, 3, seed=3)):
-        answer = weighting.weights(shown(losses, step=step), state)
+    state, least = initial_state(weighting, 3), np.full(3, np.inf)
+    for step, losses in enumerate(normal(30, 3, seed=3)):
+        answer = weighting.weights(statistics_of(losses, step=step), state)
         state, least = answer.state, np.minimum(least, losses.numpy())
         assert np.array_equal(state["ideal"].numpy(), least)
         distance = losses.numpy() - least
@@ -119,7 +126,7 @@ def test_coefficients_are_the_gradient_of_the_formula(
         nadir if not isinstance(nadir, dict) else "", vector(NADIR.values())
     )
     for seed in range(5):
-        losses = (drawn(3, seed=seed).exp() + 0.1).requires_grad_()
+        losses = (normal(3, seed=seed).exp() + 0.1).requires_grad_()
         relative = (losses - ideal) / (top - ideal)
         if log:
             value = 3 * mu * torch.logsumexp(3 * preference * relative.log() / mu, 0)
@@ -141,9 +148,9 @@ def test_small_mu_is_the_maximum_and_large_mu_the_weighted_sum() -> None:
 @pytest.mark.parametrize("log", [False, True])
 def test_the_warm_up_sums_logs_and_measures_the_mean_as_nadir(log: bool) -> None:
     weighting = SmoothTchebycheff(mu=0.5, warmup_steps=6, log=log, ideal=-0.5)
-    sequence, state = drawn(8, 3).exp(), fresh(weighting, 3)
+    sequence, state = normal(8, 3).exp(), initial_state(weighting, 3)
     for step, losses in enumerate(sequence[:6]):
-        answer = weighting.weights(shown(losses, step=step), state)
+        answer = weighting.weights(statistics_of(losses, step=step), state)
         state = answer.state
         assert_near(answer.coefficients, 1 / (losses + 0.5), 1e-15)
         assert_near(answer.weights, (1 / 3,) * 3, 1e-15)
@@ -152,7 +159,7 @@ def test_the_warm_up_sums_logs_and_measures_the_mean_as_nadir(log: bool) -> None
         mu=0.5, nadir=dict(zip(names(3), mean.tolist(), strict=True)), log=log, ideal=-0.5
     )
     for step, losses in enumerate(sequence[6:], start=6):
-        answer = weighting.weights(shown(losses, step=step), state)
+        answer = weighting.weights(statistics_of(losses, step=step), state)
         assert_near(answer.coefficients, coefficients(expected, losses), 1e-13)
         assert all(torch.equal(answer.state[key], state[key]) for key in state)
 
@@ -162,7 +169,7 @@ def test_the_warm_up_averages_each_loss_over_the_steps_that_had_it() -> None:
     optimizer = BalancedOptimizer(
         torch.optim.SGD([parameter], lr=0.05),
         SmoothTchebycheff(warmup_steps=4),
-        names=["a", "b", "c"],
+        loss_names=["a", "b", "c"],
     )
     seen: dict[str, list[float]] = {"a": [], "b": [], "c": []}
 
@@ -206,20 +213,20 @@ def test_the_first_ascent_is_that_of_the_reference_run(
     update: str, golden: tuple[float, float]
 ) -> None:
     weighting = OnlineTchebycheff(update=update)
-    first = weighting.weights(shown((0.5, 2.0)), fresh(weighting, 2))
+    first = weighting.weights(statistics_of((0.5, 2.0)), initial_state(weighting, 2))
     assert_near(first.weights, (0.5, 0.5), 1e-15)  # those from before it saw the losses
     assert_near(first.coefficients, (0.25, 0.25), 1e-15)
-    second = weighting.weights(shown((0.5, 2.0)), first.state)
+    second = weighting.weights(statistics_of((0.5, 2.0)), first.state)
     assert_near(second.weights, golden, 1e-6)
 
 
 @pytest.mark.parametrize("update", ["mirror", "projected"])
 def test_it_is_the_textbook_ascent(update: str) -> None:
     weighting = OnlineTchebycheff(0.3, update, PREFERENCE)
-    state, weights = fresh(weighting, 3), np.full(3, 1 / 3)
+    state, weights = initial_state(weighting, 3), np.full(3, 1 / 3)
     preference = np.array([1, 2, 5]) / 8
-    for losses in drawn(60, 3).exp():
-        answer = weighting.weights(shown(losses), state)
+    for losses in normal(60, 3).exp():
+        answer = weighting.weights(statistics_of(losses), state)
         assert_near(answer.weights, torch.from_numpy(weights), 1e-12)
         assert_near(answer.coefficients, torch.from_numpy(weights * preference), 1e-12)
         state, gain = answer.state, 0.3 * preference * losses.numpy()

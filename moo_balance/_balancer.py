@@ -1,0 +1,444 @@
+"""One balancing step: losses -> Gramian -> weights -> ``.grad``; then the wrapped optimizer's step.
+
+Read :meth:`Balancer.backward`, :meth:`Balancer.step` and what they call, from top to bottom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moo_balance._accumulation import Accumulation
+from moo_balance._checkpoint import Checkpoint, save_checkpoint, validate_checkpoint
+from moo_balance._distributed import Ranks, StepId, check_static_graph, find_ranks
+from moo_balance._grad_scaler import Scaling
+from moo_balance._nonfinite import (
+    Flags,
+    check_grads,
+    flag_gradients,
+    flag_losses,
+    replace_nonfinite,
+    select_state,
+)
+from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
+from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
+from moo_balance._validation import read_features, read_losses, read_observed_losses
+from moo_balance.engine import Engine, Linearization, Problem
+from moo_balance.engine.base import stack_losses
+from moo_balance.engine.distributed import is_whole
+from moo_balance.errors import NonFiniteError
+from moo_balance.monitor import StepMetrics
+from moo_balance.weighting.base import Statistics, Weighting, describe, state_dtype
+
+Losses: TypeAlias = Mapping[str, Tensor]
+Closure: TypeAlias = Callable[[], Losses]
+Features: TypeAlias = Tensor | Sequence[Tensor] | None
+
+
+class Batch(NamedTuple):
+    """A batch of data: its validated losses, ready to be differentiated, and their values."""
+
+    problem: Problem
+    statistics: Statistics
+    scaling: Scaling | None
+    reevaluations: Sequence[Reevaluation]
+
+
+@dataclass(eq=False, repr=False)
+class Balancer:
+    """The one object of a BalancedOptimizer that acts. What it remembers is in its record.
+
+    Lightning copies the ``__dict__`` of an optimizer once. Therefore a BalancedOptimizer keeps
+    nothing else that changes: an assignment to one of its own attributes would not reach the copy.
+    """
+
+    optimizer: Optimizer
+    weighting: Weighting
+    engine: Engine
+    shared_params: Sequence[Tensor] | None
+    nonfinite: str
+    process_group: Any
+    check_ranks_every: int
+    record: Record
+    ranks: Ranks | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        # The needs of a weighting are constant, and read in every step.
+        self.method = type(self.weighting).__name__
+        self.description = describe(self.weighting)
+        self.uses_gramian = self.weighting.uses_gramian
+        self.uses_losses = self.weighting.uses_losses
+        self.observes_step = self.weighting.observes_step
+        self.every = self.weighting.every
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ranks": None}  # process groups can be neither copied nor pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
+        memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
+        copy: Balancer = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__getstate__(), memo))
+        return copy
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that train, as of now, each once."""
+        groups = self.optimizer.param_groups
+        # PyTorch warns of a parameter that stands twice in a group, but takes it.
+        return list({id(p): p for g in groups for p in g["params"] if p.requires_grad}.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives until a loss says otherwise."""
+        return next((param.device for param in self.params), torch.device("cpu"))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this step recomputes the Gramian, or needs its losses evaluated again."""
+        return self.record.steps % self.every == 0
+
+    # ------------------------------------------------------------ backward
+
+    def backward(
+        self,
+        losses: Losses | Closure,
+        scaling: Scaling | None,
+        retain_graph: bool,
+        features: Features | Callable[[], Features],
+    ) -> Losses:
+        """Balance a batch and stage the step, or add a micro-batch to the open window."""
+        record = self.record
+        record.check_same_scale(scaling)
+        reevaluations: list[Reevaluation] = []
+        if callable(losses):
+            reevaluations = self._prepare_reevaluation(losses)
+            losses = cast(Losses, evaluate(losses))
+        if callable(features):
+            features = features()
+        batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
+        if record.accumulating:
+            self._add_micro_batch(batch)
+        else:
+            self._balance(batch)
+        return losses
+
+    def _prepare(
+        self,
+        losses: Losses,
+        scaling: Scaling | None = None,
+        features: Features = None,
+        retain_graph: bool = False,
+        reevaluations: Sequence[Reevaluation] = (),
+    ) -> Batch:
+        """Validate the losses and describe them to the engine; nothing is differentiated yet."""
+        record = self.record
+        record.check_observed(self.method)
+        if features is not None:
+            features = read_features(features, self.shared_params is not None, record.in_window)
+        call = "accumulate" if record.accumulating else "backward"
+        present, stacked, values = self._read(partial(read_losses, losses, record.names), call)
+        names, params, compared = tuple(present), self.params, None
+        if self.shared_params is not None:
+            shared = set(map(id, self.shared_params))
+            compared = [k for k, param in enumerate(params) if id(param) in shared]
+        problem = Problem(
+            names=names,
+            losses=tuple(present.values()),
+            params=params,
+            compared=compared,
+            scale=None if scaling is None else scaling.factor(),
+            retain_graph=retain_graph,
+            averager=None if self.ranks is None else self.ranks.averager,
+            features=features or (),
+            stacked=stacked,
+        )
+        statistics = Statistics(names, values, step=record.steps)
+        return Batch(problem, statistics, scaling, reevaluations)
+
+    def _read(
+        self, read: Callable[[], dict[str, Tensor]], call: str
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The losses, the same as one vector [K], and their values averaged over the ranks [K]."""
+        if self._may_have_ranks():
+            self.ranks = find_ranks(self.process_group, self.ranks)
+        if self.ranks is None:
+            present = read()
+            stacked = stack_losses(tuple(present.values()))
+            return present, stacked, stacked.detach().to(state_dtype(stacked.device))
+        step_id = StepId(self.description, self.record.steps, call)
+        present, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
+        return present, stack_losses(tuple(present.values())), values
+
+    def _balance(self, batch: Batch) -> None:
+        """Balance a batch or a closing window, write ``.grad``, and stage the step."""
+        problem, statistics, scaling, reevaluations = batch
+        window = self.record.window
+        if window is not None:
+            statistics = window.sum_losses(statistics)
+            reevaluations = [*window.reevaluations, *reevaluations]
+        if self.uses_gramian and self.every > 1:
+            self._check_static_graph(problem, "every")
+        if window is not None and window.gradients is not None:
+            linearization = window.gradients.close(problem)
+        else:
+            linearization = self.engine.linearize(problem)
+        staged = self._weigh(statistics, linearization, scaling is not None)
+        if not staged.skip:
+            coefficients = staged.coefficients
+            if window is not None and window.gradients is None:
+                coefficients = window.select_coefficients(statistics, coefficients, problem.names)
+            linearization.add_to_grad(coefficients)
+        staged.reevaluations, staged.scaling = reevaluations, scaling
+        self.record.stage(staged)
+
+    def _weigh(
+        self, statistics: Statistics, linearization: Linearization | None, scaled: bool
+    ) -> Staged:
+        """Ask the method for weights. Nothing changes yet, except the counts of faults.
+
+        Args:
+            statistics: The losses.
+            linearization: Where a Gramian comes from; None if none is wanted.
+            scaled: Whether the gradients carry a loss scale.
+        """
+        record, weighting, present = self.record, self.weighting, statistics.names
+        names, device = record.names or present, statistics.losses.device
+        state = weighting.init(names, device) if record.state is None else record.state
+        try:
+            statistics, flags = self._measure(statistics, linearization, scaled)
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                raise
+            return Staged(names, present, state, torch.zeros_like(statistics.losses), skip=True)
+        shown = statistics
+        valid = flags.are_clear()
+        if valid is not None:
+            statistics = self._mask(statistics, flags, valid, scaled)
+        positions = loss_positions(names, present, device)
+        weights, coefficients, following = weighting.weights(
+            statistics, select_losses(state, positions)
+        )
+        following = merge_losses(state, following, positions)
+        if valid is not None:
+            following = select_state(valid, following, state)
+            # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
+            nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
+            coefficients = torch.where(valid, coefficients, nothing)
+        metrics = StepMetrics(present, shown.gramian, shown.losses, weights, coefficients)
+        return Staged(names, present, following, coefficients, metrics, valid)
+
+    def _measure(
+        self, statistics: Statistics, linearization: Linearization | None, scaled: bool
+    ) -> tuple[Statistics, Flags]:
+        """Check the losses, and compute the Gramian if it is due.
+
+        Raises:
+            NonFiniteError: On the CPU: a loss, or without a scaler a gradient, is not finite.
+            BalanceValueError: On the CPU: a loss is not above its bound.
+        """
+        bounds = self.weighting.lower_bounds(statistics.names)
+        flags = Flags(losses=flag_losses(statistics, bounds, self.method))
+        if linearization is None or not (self.uses_gramian and self.is_due):
+            return statistics, flags
+        gramian = linearization.gramian()
+        nonfinite = flag_gradients(statistics.names, gramian, scaled)
+        losses = statistics.losses.to(gramian.dtype)
+        statistics = statistics._replace(losses=losses, gramian=gramian)
+        return statistics, flags._replace(gradients=nonfinite)
+
+    def _mask(
+        self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool
+    ) -> Statistics:
+        """Count what is flagged for a later report, and make the statistics safe to compute with.
+
+        Gradients that overflow under a loss scaler are not reported: the scaler handles them.
+        """
+        reportable = flags.losses if scaled else flags.either()
+        if reportable is not None:
+            self.record.faults.add(statistics.names, reportable)
+        bounds = self.weighting.lower_bounds(statistics.names)
+        return replace_nonfinite(statistics, bounds, valid)
+
+    # ------------------------------------------------------------ accumulation
+
+    def _add_micro_batch(self, batch: Batch) -> None:
+        """Add a micro-batch to the window; open one if there is none."""
+        window = self.record.window or Accumulation(scaling=batch.scaling)
+        statistics = window.sum_losses(batch.statistics)
+        # Only finite values are needed here: bounds hold for the window as a whole.
+        unbounded = [-math.inf] * len(statistics.names)
+        try:
+            flag_losses(statistics, unbounded, self.method)
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                raise
+        else:
+            self._add_gradients(window, batch, statistics)
+        window.add(statistics, batch.reevaluations)
+        self.record.window = window
+
+    def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
+        problem = batch.problem
+        if self.uses_losses or self.uses_gramian:
+            if not self.uses_gramian or self.every > 1:
+                self._check_static_graph(problem, "accumulate")
+            gradients = window.gradients or self.engine.window()
+            gradients.add(problem)
+            window.gradients = gradients
+            return
+        # The coefficients are known beforehand: one ordinary backward pass, nothing to keep.
+        coefficients = self._weigh(statistics, None, batch.scaling is not None).coefficients
+        known = window.select_coefficients(statistics, coefficients, problem.names)
+        self.engine.linearize(problem).add_to_grad(known)
+
+    # ------------------------------------------------------------ combined loss
+
+    def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
+        """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        problem, statistics, _, _ = self._prepare(losses, scaling, features)
+        self.record.check_no_window()
+        if self.uses_gramian:
+            self._check_static_graph(problem, "combined_loss")
+        linearization = self.engine.linearize(problem)
+        staged = self._weigh(statistics, linearization, scaling is not None)
+        combined = linearization.combined(staged.coefficients)
+        staged.combined = True
+        self.record.stage(staged)
+        return combined
+
+    # ------------------------------------------------------------ step
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take the wrapped optimizer's step and commit what was staged."""
+        result = None if closure is None else self._run_closure(closure)
+        record = self.record
+        record.check_window_closed()
+        staged = record.staged
+        if staged is None:
+            return self._step_without_backward(closure, result)
+        if self._must_skip(staged):
+            record.skip()
+            return result
+        output = self.optimizer.step()
+        record.commit(staged, self.observes_step and self.is_due)
+        if staged.reevaluations and record.awaiting is not None:
+            self.observe(add_losses(each.repeat() for each in staged.reevaluations))
+        if self.ranks is not None:
+            self._check_ranks(self.ranks)
+        return output if closure is None else result
+
+    def _run_closure(self, closure: Callable[[], Any]) -> Any:
+        """Evaluate a closure of `step`; if it returns losses, balance them."""
+        reevaluations = self._prepare_reevaluation(closure)
+        result = evaluate(closure)
+        if isinstance(result, Mapping):
+            self.record.check_nothing_staged()
+            batch = self._prepare(result, reevaluations=reevaluations)
+            self.optimizer.zero_grad()
+            self._balance(batch)
+        return result
+
+    def _must_skip(self, staged: Staged) -> bool:
+        """Whether a value that is not finite forbids the step.
+
+        Raises:
+            NonFiniteError: On the CPU, with ``nonfinite="raise"``: a gradient is not finite.
+        """
+        if staged.skip or (self.nonfinite == "skip" and staged.is_invalid()):
+            return True
+        if staged.scaling is not None:
+            staged.scaling.check_unscaled(self.optimizer)
+            return False  # GradScaler has already checked
+        params = self.params
+        if is_distributed():
+            # Shards are not checked: ranks could disagree.
+            params = [param for param in params if is_whole(param)]
+        return not check_grads(params, staged.present, self.nonfinite)
+
+    def _step_without_backward(self, closure: object, result: object) -> Any:
+        """Handle a step with nothing staged: an error, except in two cases that change nothing."""
+        if closure is not None and result is None and all(p.grad is None for p in self.params):
+            return None  # a trainer skips this batch
+        if all(float(group.get("lr", 1.0)) == 0.0 for group in self.optimizer.param_groups):
+            return self.optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
+        return self.record.check_staged()
+
+    # ------------------------------------------------------------ observe
+
+    def _prepare_reevaluation(self, closure: Callable[[], Any]) -> list[Reevaluation]:
+        """How to evaluate a closure again, if the method needs the losses after the step."""
+        if not (self.observes_step and self.is_due):
+            return []
+        return [Reevaluation(closure, {param.device for param in self.params})]
+
+    def observe(self, losses: Losses) -> None:
+        """Show the method the losses of the same batch after a committed step."""
+        record, expected = self.record, self.record.awaiting
+        if expected is None:
+            record.check_stepped()
+            return
+        read = partial(read_observed_losses, losses, record.names, expected)
+        present, _, values = self._read(read, "observe")
+        # The step is taken. If the method kept waiting for its losses, no later step would be
+        # allowed.
+        record.awaiting = None
+        try:
+            self._update(Statistics(tuple(present), values, step=record.steps))
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                raise
+
+    def _update(self, statistics: Statistics) -> None:
+        """Replace the state by the one that follows from the losses after the step."""
+        record = self.record
+        names, state = record.names, record.state
+        assert names is not None and state is not None
+        statistics, flags = self._measure(statistics, None, scaled=False)
+        valid = flags.are_clear()
+        if valid is not None:
+            statistics = self._mask(statistics, flags, valid, scaled=False)
+        positions = loss_positions(names, statistics.names, statistics.losses.device)
+        part = self.weighting.observe(statistics, select_losses(state, positions))
+        record.state = select_state(valid, merge_losses(state, part, positions), state)
+
+    # ------------------------------------------------------------ ranks
+
+    def _may_have_ranks(self) -> bool:
+        """Whether there is, was, or should be a process group; False in an ordinary process."""
+        given = self.process_group is not None and self.process_group != "auto"
+        return given or self.ranks is not None or is_distributed()
+
+    def _check_static_graph(self, problem: Problem, what: str) -> None:
+        if problem.averager is not None and self.record.steps == 0:
+            check_static_graph(problem.losses, what, self.method)
+
+    def _check_ranks(self, ranks: Ranks) -> None:
+        """Compare the ranks after each of the first three steps and every so many."""
+        steps, every = self.record.steps, self.check_ranks_every
+        if every and (steps <= 3 or steps % every == 0):
+            ranks.check_drift(self.params, self.record.state or {}, self.device)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self) -> dict[str, Any]:
+        """The ``"balance"`` entry of a checkpoint."""
+        return save_checkpoint(self.record, self.weighting)
+
+    def validate(self, saved: Mapping[str, Any]) -> Checkpoint:
+        """Read such an entry, or raise; nothing changes."""
+        return validate_checkpoint(saved, self.record, self.weighting, self.device)
+
+
+def is_distributed() -> bool:
+    """Whether ``torch.distributed`` is initialised."""
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,239 @@
+"""What ranks must agree on: their losses, the step they are at, and the parameters they hold.
+
+Averaging gradients over ranks is the engine's (``engine/distributed.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moo_balance.engine.autograd import in_static_graph
+from moo_balance.engine.distributed import RowAverager, is_whole
+from moo_balance.errors import BalanceError
+from moo_balance.weighting.base import state_dtype
+
+CALLS = ("backward", "accumulate", "observe")
+"""What is done with the losses; part of :class:`StepId`."""
+
+
+class StepId(NamedTuple):
+    """A rank's position in the run. Ranks at different positions would deadlock in a collective.
+
+    Args:
+        method: The weighting with its hyper-parameters.
+        step: Steps taken.
+        call: One of :data:`CALLS`.
+    """
+
+    method: str
+    step: int
+    call: str
+
+    @property
+    def number(self) -> int:
+        """Step and call as one integer below 1024, whose square float32 still holds exactly."""
+        return (8 * self.step + CALLS.index(self.call)) % 1024
+
+
+def find_ranks(group: Any, known: Ranks | None) -> Ranks | None:
+    """The ranks that share a model; None for a single process.
+
+    Args:
+        group: ``"auto"``, None or a process group: the argument ``process_group=``.
+        known: What the last call returned.
+    """
+    if group is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        if known is None and group == "auto":
+            return None
+        raise BalanceError(
+            "The process group that this run began with should still be there. Found none. Step "
+            "before `destroy_process_group`, or build a new BalancedOptimizer and load the state "
+            "dict."
+        )
+    group = dist.group.WORLD if group == "auto" else group
+    if known is not None and known.group is group:
+        return known
+    return Ranks(group) if dist.get_world_size(group) > 1 else None
+
+
+class Ranks:
+    """A process group whose ranks see different data and take the same steps.
+
+    Every method is a collective: all ranks call it, and either all return or all raise.
+
+    Args:
+        group: The process group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.averager = RowAverager(group)
+        self._names: Sequence[str] | None = None
+
+    def read_losses(
+        self,
+        read: Callable[[], dict[str, Tensor]],
+        declared: Sequence[str] | None,
+        step_id: StepId,
+        device: torch.device,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """This rank's losses, and the means of their values over the ranks, shape [K].
+
+        Args:
+            read: Validates and returns this rank's losses. What it raises is raised here, and
+                reported on all other ranks.
+            declared: The names that this rank knows; None before the first step.
+            step_id: Where this rank is.
+            device: Of the means, if this rank has no losses.
+        """
+        losses: dict[str, Tensor] = {}
+        fault = None
+        try:
+            losses = read()
+            device = next(iter(losses.values())).device
+        except BalanceError as error:
+            fault = error
+        like = torch.empty((), dtype=state_dtype(device), device=device)
+        means = self._average_losses(losses, declared, step_id, fault, like)
+        return {name: losses[name] for name in means}, torch.stack(list(means.values()))
+
+    def _average_losses(
+        self,
+        losses: Mapping[str, Tensor],
+        declared: Sequence[str] | None,
+        step_id: StepId,
+        fault: BalanceError | None,
+        like: Tensor,
+    ) -> dict[str, Tensor]:
+        """The mean of each present loss over the ranks, by one all-reduce of 2K + 3 elements."""
+        if self._names is None or declared is None or set(declared) != set(self._names):
+            self._names = self._agree_on_names(losses, declared, step_id, fault)
+        names, count = self._names, len(self._names)
+        # [sums of the losses | which are present | a fault, the position and its square]
+        message = torch.zeros(2 * count + 3, dtype=like.dtype, device=like.device)
+        for position, name in enumerate(names):
+            if name in losses:
+                message[position] = losses[name].detach()
+                message[count + position] = 1.0
+        number = step_id.number
+        message[-3:] = message.new_tensor([fault is not None, number, number**2])
+        dist.all_reduce(message, group=self.group)
+        self._check_sums(message[count:].tolist(), names, fault)
+        means = message[:count] / self.size
+        return {name: mean for name, mean in zip(names, means, strict=True) if name in losses}
+
+    def _agree_on_names(
+        self,
+        losses: Mapping[str, Tensor],
+        declared: Sequence[str] | None,
+        step_id: StepId,
+        fault: BalanceError | None,
+    ) -> Sequence[str]:
+        """The names that all ranks start from, in the order of rank 0."""
+        report = (list(declared or losses), step_id, None if fault is None else str(fault))
+        reports: list[tuple[list[str], StepId, str | None]] = [report] * self.size
+        dist.all_gather_object(reports, report, group=self.group)
+        if fault is not None:
+            raise fault
+        first_names, first_id, _ = reports[0]
+        for rank, (names, other_id, message) in enumerate(reports):
+            if message is not None:
+                raise BalanceError(f"Rank {rank} refused its losses: {message}")
+            if set(names) != set(first_names):
+                raise BalanceError(
+                    f"All ranks should have the same losses. Found {names} on rank {rank} and "
+                    f"{first_names} on rank 0. Name them alike, in the same step."
+                )
+            if other_id != first_id:
+                raise BalanceError(
+                    f"All ranks should be at the same point of the same run. Found "
+                    f"{other_id.method} at step {other_id.step} on rank {rank} and "
+                    f"{first_id.method} at step {first_id.step} on rank 0. Give all ranks the same "
+                    "method and the same checkpoint, and call `backward`, `accumulate` and "
+                    "`observe` alike on all of them."
+                )
+        return first_names
+
+    def _check_sums(
+        self, sums: Sequence[float], names: Sequence[str], fault: BalanceError | None
+    ) -> None:
+        """Raise alike on all ranks: `sums` [K + 3] over the ranks are the same everywhere."""
+        if fault is not None:
+            raise fault
+        *present, faults, numbers, squares = sums
+        if faults:
+            raise BalanceError(
+                f"{faults:g} of {self.size} ranks refused their losses, so no rank takes the "
+                "step. Their own message says why."
+            )
+        # The mean square equals the squared mean only if all are equal.
+        if self.size * squares != numbers**2:
+            raise BalanceError(
+                "All ranks should be at the same point of the same run. Found them at different "
+                "steps, or in different calls. Give all ranks the same checkpoint, and call "
+                "`backward`, `accumulate` and `observe` alike on all of them."
+            )
+        for name, count in zip(names, present, strict=True):
+            if count not in (0, self.size):
+                raise BalanceError(
+                    f"Loss `{name}` should be present on all ranks or on none. Found it on "
+                    f"{count:g} of {self.size}. Give a rank that lacks it a zero that is attached "
+                    "to the graph, such as `0.0 * output.sum()`."
+                )
+
+    def check_drift(
+        self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Compare checksums of parameters and balance over the ranks; raise where one differs.
+
+        Parameters of which each rank holds a part are left out.
+        """
+        params = [param for param in params if is_whole(param)]
+        tensors = [*params, *state.values()]
+        if not tensors:
+            return
+        own = torch.stack([_checksum(tensor).to(device) for tensor in tensors])
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.group)
+        for rank, other in enumerate(gathered):
+            different = (other != gathered[0]).any(1).nonzero()
+            if len(different):
+                what = "a parameter" if int(different[0]) < len(params) else "the balance"
+                raise BalanceError(
+                    f"All ranks should hold the same parameters. Found {what} on rank {rank} that "
+                    "differs from rank 0. Wrap the model in DistributedDataParallel or "
+                    "fully_shard, seed all ranks alike, or pass process_group=None if each rank "
+                    "trains a model of its own."
+                )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum and sum of squares: two gradients with the same sum rarely have the same norm."""
+    tensor = tensor.detach()
+    flat = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    values = flat.double().nan_to_num().reshape(-1)
+    return torch.stack([values.sum(), values.dot(values)])
+
+
+def check_static_graph(losses: Sequence[Tensor], what: str, method: str) -> None:
+    """Refuse what the static graph of DistributedDataParallel cannot take in its first step.
+
+    Args:
+        losses: The losses of the first step.
+        what: The call or argument that does not fit.
+        method: Name of the weighting.
+    """
+    if in_static_graph(losses):
+        raise BalanceError(
+            f"DistributedDataParallel should not have `static_graph=True` together with `{what}` "
+            f"and {method}: it records its hooks in the first step, where one gradient per loss "
+            "bypasses them. Found it. Use `find_unused_parameters` instead."
+        )

@@ -1,0 +1,61 @@
+"""``torch.amp.GradScaler``: the factor on the losses, and the order of calls that it needs.
+
+This module is met only where a scaler was passed to ``backward``, and in ``GradScaler.step``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from moo_balance._torch_internals import scaler_device, scaler_stage
+from moo_balance.errors import BalanceError
+
+
+class Scaling(NamedTuple):
+    """An enabled scaler, and the optimizer that it knows.
+
+    ``GradScaler`` identifies an optimizer by ``id``: the BalancedOptimizer must be the one it is
+    given, in ``unscale_`` and in ``step``.
+    """
+
+    scaler: GradScaler
+    optimizer: Optimizer
+
+    def factor(self) -> Tensor:
+        """The present loss scale, a 0-d tensor."""
+        scaled: Tensor = self.scaler.scale(torch.ones((), device=scaler_device(self.scaler)))
+        return scaled
+
+    def check_unscaled(self, wrapped: Optimizer) -> None:
+        """Refuse a step on gradients that carry the scale, or that were unscaled twice."""
+        if scaler_stage(self.scaler, wrapped) not in (None, "UNKNOWN"):
+            raise BalanceError(
+                "`scaler.unscale_` and `scaler.step` should be given the BalancedOptimizer. Found "
+                "the wrapped optimizer in the scaler, which would unscale the same gradients twice."
+            )
+        if scaler_stage(self.scaler, self.optimizer) not in ("UNSCALED", "UNKNOWN"):
+            raise BalanceError(
+                "A step under a GradScaler should be taken by `scaler.step(optimizer)`. Found "
+                "`optimizer.step()`, with gradients that still carry the scale."
+            )
+
+
+def read_scaling(scaler: GradScaler | None, optimizer: Optimizer) -> Scaling | None:
+    """The scaling of a call with ``grad_scaler=``; None without an enabled scaler.
+
+    Raises:
+        BalanceError: The gradients of this step are unscaled already.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    if scaler_stage(scaler, optimizer) == "UNSCALED":
+        raise BalanceError(
+            "`backward` should come before `scaler.unscale_`. Found gradients that are unscaled "
+            "already. Call `scaler.step(optimizer)` and `scaler.update()` first."
+        )
+    return Scaling(scaler, optimizer)

@@ -1,0 +1,188 @@
+"""Values that must not enter the balance: not finite, or not above their lower bound.
+
+On the CPU they are found, and named in an error, at once. Reading them from an accelerator would
+synchronize, so there the result stays on the device as a flag per loss: the flags mask the step,
+and are reported when the host reads the figures (``log_dict``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moo_balance._torch_internals import find_nonfinite
+from moo_balance.errors import BalanceValueError, NonFiniteError
+from moo_balance.weighting.base import State, Statistics
+
+
+class Flags(NamedTuple):
+    """Which losses are faulty, as booleans [K] on the device; None where the host has checked.
+
+    Args:
+        losses: Losses that are not finite or not above their bound.
+        gradients: Losses whose gradient is not finite.
+    """
+
+    losses: Tensor | None = None
+    gradients: Tensor | None = None
+
+    def either(self) -> Tensor | None:
+        """The losses that are flagged for one reason or the other."""
+        if self.losses is None or self.gradients is None:
+            return self.gradients if self.losses is None else self.losses
+        return self.losses | self.gradients
+
+    def are_clear(self) -> Tensor | None:
+        """Whether no flag is set, on the device; None where the host has checked."""
+        flags = self.either()
+        return None if flags is None else ~flags.any()
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether a value can be read without a synchronization."""
+    return tensor.is_cpu
+
+
+def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) -> Tensor | None:
+    """Flags [K] of the losses that are not finite or not above their bound; an error on the CPU.
+
+    Raises:
+        NonFiniteError: On the CPU: a loss is not finite.
+        BalanceValueError: On the CPU: a loss is not above its bound.
+    """
+    losses = statistics.losses
+    if not is_on_cpu(losses):
+        return ~(losses.isfinite() & (losses > losses.new_tensor(bounds)))
+    for name, value, bound in zip(statistics.names, losses.tolist(), bounds, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"Loss `{name}` should be finite. Found {value}. Skip the batch, lower the "
+                'learning rate, or pass nonfinite="skip" to skip such steps.'
+            )
+        if not value > bound:
+            raise BalanceValueError(
+                f"Loss `{name}` should be above {bound:g}, because {method} works with its "
+                f"distance from there. Found {value:g}. Give {method} a lower bound or a shift if "
+                "it has one, or a loss that stays above."
+            )
+    return None
+
+
+def flag_gradients(names: Sequence[str], gramian: Tensor, scaled: bool) -> Tensor | None:
+    """Flags [K] of the gradients that are not finite; None if the CPU found them all finite.
+
+    Args:
+        names: The K losses.
+        gramian: Inner products of their gradients, shape [K, K].
+        scaled: A loss scaler is in use. Gradients that overflow are its business: never an error.
+
+    Raises:
+        NonFiniteError: On the CPU, unless `scaled`.
+    """
+    # The trace is finite in the usual case. It may also overflow where its terms do not.
+    if is_on_cpu(gramian) and math.isfinite(gramian.trace().item()):
+        return None
+    finite = gramian.diagonal().isfinite()
+    if not is_on_cpu(gramian):
+        return ~finite
+    if bool(finite.all()):
+        return None
+    if scaled:
+        return ~finite
+    name = names[int((~finite).nonzero()[0])]
+    raise NonFiniteError(
+        f"The gradient of loss `{name}` should be finite. Found NaN or infinity in it. Look for a "
+        "square root or a division at zero, train under a GradScaler if this is float16, or pass "
+        'nonfinite="skip" to skip such steps.'
+    )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries of dense CPU tensors are finite."""
+    if not tensors:
+        return True
+    if find_nonfinite is not None:
+        flag = torch.zeros(())
+        try:
+            find_nonfinite(list(tensors), flag, torch.ones(()))
+            return not flag
+        except RuntimeError:
+            pass
+    # A sum that is finite has finite terms; only one that is not leads to a check of each entry.
+    return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors)
+
+
+def check_grads(params: Iterable[Tensor], names: Sequence[str], nonfinite: str) -> bool:
+    """Whether every ``.grad`` on the CPU is finite.
+
+    Raises:
+        NonFiniteError: One is not, and `nonfinite` is ``"raise"``.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    values = [g.coalesce().values() if g.is_sparse else g for g in grads if is_on_cpu(g)]
+    if all_finite(values):
+        return True
+    if nonfinite == "raise":
+        raise NonFiniteError(
+            f"The gradient of {' or '.join(f'`{name}`' for name in names)} should be finite. Found "
+            "NaN or infinity in `.grad`. Look for a square root or a division at zero, lower the "
+            'learning rate, or pass nonfinite="skip" to skip such steps.'
+        )
+    return False
+
+
+def replace_nonfinite(statistics: Statistics, bounds: Sequence[float], valid: Tensor) -> Statistics:
+    """Statistics with harmless values where `valid` is False.
+
+    A masked step still runs through the method, whose solvers refuse what is not finite.
+    """
+    harmless = [bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds]
+    losses = torch.where(valid, statistics.losses, statistics.losses.new_tensor(harmless))
+    gramian = statistics.gramian
+    if gramian is not None:
+        identity = torch.eye(len(harmless), dtype=gramian.dtype, device=gramian.device)
+        gramian = torch.where(valid, gramian, identity)
+    return statistics._replace(losses=losses, gramian=gramian)
+
+
+def select_state(valid: Tensor | None, following: State, before: State) -> State:
+    """The following state where the step was valid, else the one before; decided on the device."""
+    if valid is None:
+        return following
+    return {key: torch.where(valid, value, before[key]) for key, value in following.items()}
+
+
+class FaultCounts:
+    """How often each loss was flagged, counted on the device until the host reads it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, ...], Tensor] = {}
+
+    def add(self, names: tuple[str, ...], flags: Tensor) -> None:
+        """Count one step."""
+        self._counts[names] = self._counts.get(names, 0) + flags
+
+    def raise_if_any(self) -> None:
+        """Report what was flagged since the last call, and forget it. Synchronizes.
+
+        Raises:
+            NonFiniteError: A loss was flagged.
+        """
+        faults = [
+            (name, count)
+            for names, counts in self._counts.items()
+            for name, count in zip(names, counts.tolist(), strict=True)
+            if count
+        ]
+        self._counts.clear()
+        if faults:
+            name, count = faults[0]
+            raise NonFiniteError(
+                f"Loss `{name}` or its gradient should be finite and above its bound. Found "
+                f"{count} steps since the last report where it was not; the balance kept its "
+                'state in them. Lower the learning rate, or pass nonfinite="skip".'
+            )

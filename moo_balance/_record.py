@@ -1,0 +1,233 @@
+"""All that a BalancedOptimizer remembers between calls. It calls no other part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moo_balance._nonfinite import FaultCounts
+from moo_balance.errors import BalanceError
+from moo_balance.monitor import StepMetrics
+from moo_balance.weighting.base import State
+
+if TYPE_CHECKING:
+    from moo_balance._accumulation import Accumulation
+    from moo_balance._grad_scaler import Scaling
+    from moo_balance._reevaluation import Reevaluation
+
+
+@dataclass(eq=False, repr=False)
+class Staged:
+    """The result of ``backward``; applied by the next ``step``, or discarded.
+
+    Args:
+        names: All declared losses.
+        present: Those of this batch.
+        state: State of the method after the step, for all declared losses.
+        coefficients: What multiplies the gradients, shape [K] for the losses of this batch.
+        metrics: What ``optimizer.metrics`` will show; None if the step must be skipped.
+        valid: Whether the values were finite, on the device; None where the host has checked.
+        skip: The host found a value that is not finite: the step must not be taken.
+        combined: Made by ``combined_loss``, whose backward pass the caller runs.
+        reevaluations: How to evaluate the batch again after the step.
+        scaling: The loss scaler that the gradients were scaled with.
+    """
+
+    names: tuple[str, ...]
+    present: tuple[str, ...]
+    state: State
+    coefficients: Tensor
+    metrics: StepMetrics | None = None
+    valid: Tensor | None = None
+    skip: bool = False
+    combined: bool = False
+    reevaluations: Sequence[Reevaluation] = ()
+    scaling: Scaling | None = None
+
+    def is_invalid(self) -> bool:
+        """Whether a non-finite value was masked on the device. Synchronizes."""
+        return self.valid is not None and not bool(self.valid)
+
+
+@dataclass(eq=False, repr=False)
+class Record:
+    """Committed state, counters, the staged step and the open window.
+
+    Args:
+        names: The declared losses; None before the first step.
+        state: State of the method; None before the first step.
+        steps: Steps taken.
+        skipped: Steps that were skipped for a value that is not finite.
+        awaiting: The losses that ``observe`` must be shown before the next ``backward``.
+        metrics: Of the last ``backward``.
+        staged: The result of the last ``backward``, until ``step``.
+        window: The open window of micro-batches.
+        accumulating: Whether ``backward`` is called within ``accumulate()``.
+        faults: Values masked on a device, for the next report.
+    """
+
+    names: tuple[str, ...] | None = None
+    state: State | None = None
+    steps: int = 0
+    skipped: int = 0
+    awaiting: tuple[str, ...] | None = None
+    metrics: StepMetrics = field(default_factory=StepMetrics)
+    staged: Staged | None = None
+    window: Accumulation | None = None
+    accumulating: bool = False
+    faults: FaultCounts = field(default_factory=FaultCounts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gradients are not copied with a parameter, so a copy cannot use what depends on them.
+        return {**self.__dict__, "staged": None, "window": None}
+
+    @property
+    def in_window(self) -> bool:
+        """Whether the batch is one micro-batch of several."""
+        return self.accumulating or self.window is not None
+
+    def stage(self, staged: Staged) -> None:
+        """Keep the result of ``backward`` for the next step, which closes the window."""
+        self.staged, self.window = staged, None
+        self.metrics = staged.metrics or self.metrics
+
+    def commit(self, staged: Staged, observes: bool) -> None:
+        """Apply a staged step once the wrapped optimizer has taken it.
+
+        Args:
+            staged: The step.
+            observes: Whether the method needs the losses after this step.
+        """
+        if observes:
+            self.awaiting = staged.present
+        self.names, self.state, self.staged = staged.names, staged.state, None
+        self.steps += 1
+
+    def skip(self) -> None:
+        """Discard a staged step that must not be taken."""
+        self.staged = None
+        self.skipped += 1
+
+    def discard_gradients(self) -> None:
+        """Gradients were cleared, and with them what was staged on them."""
+        self.window = None
+        # Trainers clear gradients between `combined_loss` and `backward`, too.
+        if self.staged is not None and not self.staged.combined:
+            self.staged = None
+
+    # ------------------------------------------------------------ order of the calls
+
+    def check_same_scale(self, scaling: Scaling | None) -> None:
+        """Refuse to add gradients of one loss scale to those of another."""
+        earlier = self.window or self.staged
+        if earlier is None or (isinstance(earlier, Staged) and earlier.combined):
+            return
+        if scaling != earlier.scaling:
+            raise BalanceError(
+                "Gradients that are added up should be of one scale. Found a `backward` with "
+                "another `grad_scaler` than the one before. Give the same one to each `backward` "
+                "of a step, and call `zero_grad` between steps."
+            )
+
+    def check_observed(self, method: str) -> None:
+        """Refuse a ``backward`` where ``observe`` is due."""
+        if self.awaiting is not None:
+            raise BalanceError(
+                f"{method} has to see the losses of the same batch after the step. Found another "
+                "backward instead. One of three: give a closure to `backward` or `step`, call "
+                f"`observe(losses)` after `step`, or choose {method}(lagged=True), which takes the "
+                "next batch's losses."
+            )
+
+    def check_stepped(self) -> None:
+        """Refuse ``observe`` where no step was taken."""
+        if self.names is None or (self.staged is not None and self.staged.scaling is None):
+            raise BalanceError(
+                "`observe` should follow `step`. Found no step that was taken since the last "
+                "`backward`. Call `step` first."
+            )
+
+    def check_staged(self) -> None:
+        """Refuse a step where nothing was staged."""
+        if self.staged is None:
+            raise BalanceError(
+                "`step` should follow `backward` or `combined_loss`. Found neither since the last "
+                "step. Call `optimizer.backward(losses)` in place of `loss.backward()`, and the "
+                "last micro-batch of a window outside of `accumulate()`."
+            )
+
+    def check_no_window(self) -> None:
+        """Refuse ``combined_loss`` within a window."""
+        if self.in_window:
+            raise BalanceError(
+                "`combined_loss` balances each batch by itself. Found a window of micro-batches. "
+                "Use `backward` within `accumulate`, or `combined_loss` outside of it."
+            )
+
+    def check_window_closed(self) -> None:
+        """Refuse a step that would leave accumulated micro-batches unused."""
+        if self.window is not None:
+            raise BalanceError(
+                "`step` should follow the `backward` that closes a window of micro-batches. Found "
+                "it open. Call the last `backward` outside of `accumulate()`, or `zero_grad` to "
+                "drop the window."
+            )
+
+    def check_nothing_staged(self) -> None:
+        """Refuse a closure of ``step`` on top of gradients that are balanced already."""
+        if self.staged is not None or self.window is not None:
+            raise BalanceError(
+                "A closure given to `step` should only compute the losses. Found gradients that "
+                "`backward` or `combined_loss` has made already. Give the closure to `backward` "
+                "and call `step()` without it, or leave `backward` to `step`."
+            )
+
+    def check_scaled(self) -> None:
+        """Refuse ``GradScaler.step`` on gradients that were never scaled."""
+        staged = self.staged
+        if staged is not None and staged.scaling is None and not staged.combined:
+            raise BalanceError(
+                "A step by `scaler.step` should follow `backward(losses, grad_scaler=scaler)`. "
+                "Found gradients that carry no scale, which the scaler would divide by it. Give "
+                "the scaler to `backward`."
+            )
+
+
+# ------------------------------------------------------------ absent losses
+
+
+def loss_positions(
+    names: Sequence[str], present: Sequence[str], device: torch.device
+) -> Tensor | None:
+    """Positions of the present losses among the declared ones; None for all of them in order."""
+    if tuple(names) == tuple(present):
+        return None
+    return torch.tensor([names.index(name) for name in present], device=device)
+
+
+def select_losses(state: State, positions: Tensor | None) -> State:
+    """The part of a state that belongs to some losses: [K] and [K, K] are indexed along each K."""
+    if positions is None:
+        return state
+    selected = dict(state)
+    for key, value in state.items():
+        for dim in range(value.ndim):
+            selected[key] = selected[key].index_select(dim, positions)
+    return selected
+
+
+def merge_losses(state: State, part: State, positions: Tensor | None) -> State:
+    """A state in which the entries of some losses are replaced by those of `part`."""
+    if positions is None:
+        return part
+    merged = dict(part)
+    for key, value in part.items():
+        if value.ndim == 1:
+            merged[key] = state[key].index_copy(0, positions, value)
+        elif value.ndim == 2:
+            merged[key] = state[key].index_put((positions[:, None], positions), value)
+    return merged

@@ -1,0 +1,132 @@
+"""Private names of PyTorch's optimizers, scaler and modules.
+
+Those of autograd are in ``engine/autograd.py``.
+
+Checked with PyTorch 2.6 and 2.13. Every use is guarded: without the name the plain path is taken,
+which is said at each function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+# ------------------------------------------------------------ optimizer
+
+
+def initialize_hooks(optimizer: Optimizer) -> None:
+    """Give an optimizer its hook dictionaries, without groups and state of its own.
+
+    ``Optimizer.__init__`` would store a second copy of both; ``__setstate__`` of an empty state
+    does the rest of its work.
+    """
+    Optimizer.__setstate__(optimizer, {})
+
+
+def mark_as_hooked(step: Step) -> Step:
+    """Keep ``Optimizer`` from decorating `step`.
+
+    Its decoration records a profiler range and runs the global step hooks. The wrapped optimizer's
+    own ``step`` does both already. Without the attribute they happen twice.
+    """
+    step.hooked = True  # type: ignore[attr-defined]
+    return step
+
+
+def hooks_of(optimizer: Optimizer, kind: str) -> Mapping[int, Callable[..., Any]]:
+    """Hooks registered on an optimizer; none where PyTorch keeps them elsewhere.
+
+    Args:
+        optimizer: Any optimizer.
+        kind: ``"step_pre"``, ``"step_post"``, ``"state_dict_pre"``, ``"state_dict_post"``,
+            ``"load_state_dict_pre"`` or ``"load_state_dict_post"``.
+    """
+    hooks: Mapping[int, Callable[..., Any]] = getattr(optimizer, f"_optimizer_{kind}_hooks", {})
+    return hooks
+
+
+# ------------------------------------------------------------ scaler
+
+
+def scaler_stage(scaler: GradScaler, optimizer: Optimizer) -> str | None:
+    """What the scaler has done with this optimizer in this step.
+
+    ``"READY"``, ``"UNSCALED"`` or ``"STEPPED"``; None if it has not met the optimizer, and
+    ``"UNKNOWN"``, with which every check passes, where PyTorch does not tell.
+    """
+    states = getattr(scaler, "_per_optimizer_states", None)
+    if states is None:
+        return "UNKNOWN"
+    if id(optimizer) not in states:
+        return None
+    stage: str = getattr(states[id(optimizer)].get("stage"), "name", "UNKNOWN")
+    return stage
+
+
+def scaler_device(scaler: GradScaler) -> str:
+    """The device type a scaler was made for; the CPU where PyTorch does not tell."""
+    return str(getattr(scaler, "_device", "cpu"))
+
+
+# ------------------------------------------------------------ gradient values
+
+find_nonfinite: Callable[[list[Tensor], Tensor, Tensor], None] | None = getattr(
+    torch, "_amp_foreach_non_finite_check_and_unscale_", None
+)
+"""``GradScaler``'s check, one call for all tensors; None where PyTorch has no such function.
+
+Sets the second argument to 1 if a tensor of the first has an entry that is not finite, and
+multiplies the tensors by the third. It refuses complex numbers and overlapping memory."""
+
+
+# ------------------------------------------------------------ modules
+
+_listeners: list[Callable[[nn.Module], None]] = []
+_module_call = nn.Module.__call__
+
+
+def _announcing_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A compiler meets the same function in every step, and nothing in it to compile.
+    if not torch.compiler.is_compiling():
+        _listeners[-1](module)
+    return _module_call(module, *args, **kwargs)
+
+
+@contextmanager
+def announce_module_calls(listener: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call `listener` with each module that is about to run, inside the context.
+
+    ``nn.Module.__call__`` is replaced for that time, in the whole process. A global forward hook
+    would be compiled along with the model, anew in each step.
+    """
+    _listeners.append(listener)
+    nn.Module.__call__ = _announcing_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _listeners.pop()
+        nn.Module.__call__ = _module_call  # type: ignore[method-assign]
+
+
+_SYNC_FLAG = "require_forward_param_sync"
+
+
+def broadcasts_buffers(module: nn.Module) -> bool:
+    """Whether DistributedDataParallel will broadcast its buffers in the next forward pass."""
+    return bool(getattr(module, _SYNC_FLAG, False))
+
+
+def request_buffer_broadcast(module: nn.Module) -> None:
+    """Have DistributedDataParallel broadcast its buffers in the next forward pass.
+
+    It drops the request after a forward pass without a graph.
+    """
+    setattr(module, _SYNC_FLAG, True)

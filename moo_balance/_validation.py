@@ -1,0 +1,253 @@
+"""Validates all that the user passes: constructor arguments, losses, features.
+
+Every function raises before anything has changed. The message names the argument or the loss, the
+value found, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from moo_balance._wrapper import OptimizerWrapper
+from moo_balance.engine import Engine
+from moo_balance.errors import BalanceValueError
+from moo_balance.weighting.base import Weighting
+
+# ------------------------------------------------------------ constructor arguments
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what is no plain first-order optimizer."""
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+        raise BalanceValueError(
+            "Parameter `optimizer` should be a plain torch.optim.Optimizer. "
+            f"Found {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise BalanceValueError(
+            "Parameter `optimizer` should not be LBFGS: its line search evaluates one fixed "
+            "objective many times in a step, and balancing changes the objective with each "
+            "evaluation. Found LBFGS. Use a first-order optimizer, or LBFGS on a fixed sum."
+        )
+
+
+def check_method(weighting: object, engine: object) -> None:
+    """Refuse what is no weighting or no engine."""
+    if not isinstance(weighting, Weighting):
+        raise BalanceValueError(
+            "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
+            f"Found {weighting!r}."
+        )
+    if engine is not None and not isinstance(engine, Engine):
+        raise BalanceValueError(
+            f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
+        )
+
+
+def check_loss_names(names: Sequence[str] | None) -> None:
+    """Refuse names that are empty, equal, or no strings."""
+    if names is None:
+        return
+    if (
+        isinstance(names, str)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+        or len(set(names)) != len(names)
+    ):
+        raise BalanceValueError(
+            "Parameter `loss_names` should be a sequence of distinct, non-empty strings. "
+            f"Found {names!r}."
+        )
+
+
+def check_options(nonfinite: object, check_ranks_every: object, process_group: object) -> None:
+    """Refuse other values of the remaining arguments."""
+    if nonfinite not in ("raise", "skip"):
+        raise BalanceValueError(
+            f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
+        )
+    if not isinstance(check_ranks_every, int) or check_ranks_every < 0:
+        raise BalanceValueError(
+            "Parameter `check_ranks_every` should be a whole number of steps, 0 for never. "
+            f"Found {check_ranks_every!r}."
+        )
+    if not (process_group in (None, "auto") or _is_group(process_group)):
+        raise BalanceValueError(
+            "Parameter `process_group` should be 'auto', None, or a torch.distributed.ProcessGroup "
+            f"that this rank belongs to. Found {process_group!r}."
+        )
+
+
+def _is_group(value: object) -> bool:
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def read_shared_params(
+    params: Iterable[Tensor] | nn.Module | None, optimizer: Optimizer
+) -> list[Tensor] | None:
+    """The parameters named by ``shared_params=``; an error if the optimizer does not train them."""
+    if params is None:
+        return None
+    shared = list(params.parameters() if isinstance(params, nn.Module) else params)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    unknown = [p for p in shared if id(p) not in trained and p.requires_grad]
+    if not shared or unknown:
+        value = f"one of shape {tuple(unknown[0].shape)} that is not" if unknown else "none"
+        raise BalanceValueError(
+            "Parameter `shared_params` should hold parameters that the wrapped optimizer trains. "
+            f"Found {value}. Pass a module or parameters that were given to the optimizer too."
+        )
+    return shared
+
+
+# ------------------------------------------------------------ losses
+
+
+def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
+    """The losses as 0-d tensors with a graph, in declared order.
+
+    Args:
+        losses: What was passed to ``backward``.
+        declared: Names known from earlier calls; None in the first one.
+    """
+    scalars = _read_scalars(losses, declared)
+    for name, loss in scalars.items():
+        if not loss.requires_grad:
+            raise BalanceValueError(
+                f"Loss `{name}` should be attached to a graph. Found a tensor that requires no "
+                "gradient. Was it detached, turned into a number, or computed under no_grad?"
+            )
+    return scalars
+
+
+def read_observed_losses(
+    losses: object, declared: Sequence[str] | None, expected: Sequence[str]
+) -> dict[str, Tensor]:
+    """The losses after a step as 0-d tensors in declared order; a graph is not needed.
+
+    Args:
+        losses: What was passed to ``observe``.
+        declared: All declared names.
+        expected: The losses that the step was taken on.
+    """
+    scalars = _read_scalars(losses, declared)
+    if set(scalars) != set(expected):
+        raise BalanceValueError(
+            f"Parameter `losses` should hold the losses of the last backward, {_quote(expected)}. "
+            f"Found {_quote(list(scalars))}."
+        )
+    return scalars
+
+
+def _read_scalars(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
+    if not isinstance(losses, Mapping) or not losses:
+        raise _no_losses(losses)
+    for name, loss in losses.items():
+        if not (isinstance(name, str) and name):
+            raise _bad_name(name)
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+            raise _bad_loss(name, loss)
+    if declared is not None and tuple(losses) != tuple(declared):
+        _check_declared(losses, declared)
+        losses = {name: losses[name] for name in declared if name in losses}
+    return {name: loss if not loss.ndim else _as_scalar(loss) for name, loss in losses.items()}
+
+
+def _check_declared(names: Iterable[str], declared: Sequence[str]) -> None:
+    """Refuse a name that was never declared."""
+    for name in names:
+        if name not in declared:
+            raise BalanceValueError(
+                f"Loss `{name}` was never declared. Found {_quote(declared)} so far. The first "
+                "call declares the names; give `loss_names=[…]` to BalancedOptimizer if some "
+                "losses come later."
+            )
+
+
+def _as_scalar(loss: Tensor) -> Tensor:
+    with torch.enable_grad():  # `backward` works under no_grad, as that of a tensor does
+        return loss.reshape(())
+
+
+def _no_losses(losses: object) -> BalanceValueError:
+    if isinstance(losses, Mapping):
+        return BalanceValueError(
+            "Parameter `losses` should hold at least one loss. Found none. "
+            "Skip the call for a batch without losses."
+        )
+    return BalanceValueError(
+        "Parameter `losses` should be a mapping from a name to a scalar tensor. "
+        f'Found {type(losses).__name__}. Write `{{"rate": rate, "distortion": distortion}}`.'
+    )
+
+
+def _bad_name(name: object) -> BalanceValueError:
+    return BalanceValueError(
+        f"Parameter `losses` should have non-empty strings as names. Found {name!r}."
+    )
+
+
+def _bad_loss(name: str, loss: object) -> BalanceValueError:
+    if not isinstance(loss, Tensor):
+        return BalanceValueError(
+            f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
+            "Do not call `.item()` on a loss that is to be balanced."
+        )
+    if loss.numel() != 1:
+        return BalanceValueError(
+            f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. Reduce it, for "
+            "example with `.mean()`."
+        )
+    return BalanceValueError(
+        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
+    )
+
+
+# ------------------------------------------------------------ features
+
+
+def read_features(
+    features: Tensor | Sequence[Tensor], shared_params: bool, in_window: bool
+) -> tuple[Tensor, ...]:
+    """The features as a tuple.
+
+    Args:
+        features: What was passed to ``backward``.
+        shared_params: Whether the optimizer was given ``shared_params=``.
+        in_window: Whether the batch is a micro-batch of a window.
+    """
+    tensors = (features,) if isinstance(features, Tensor) else tuple(features)
+    bad = [f for f in tensors if not isinstance(f, Tensor) or not f.requires_grad]
+    if bad or not tensors:
+        value = _describe_feature(bad[0]) if bad else "none"
+        raise BalanceValueError(
+            "Parameter `features` should be a tensor that the losses are computed from, with a "
+            f"graph, or several. Found {value}. Pass the output of the shared part of the model."
+        )
+    if in_window:
+        raise BalanceValueError(
+            "Parameter `features` should be left out where micro-batches are accumulated: their "
+            "features are gone before the weights are known. Found it within `accumulate()`."
+        )
+    if shared_params:
+        raise BalanceValueError(
+            "Parameter `features` should not come together with `shared_params=` of "
+            "BalancedOptimizer: gradients are compared at the one or over the other. Found both. "
+            "Leave out one."
+        )
+    return tensors
+
+
+def _describe_feature(feature: object) -> str:
+    if isinstance(feature, Tensor):
+        return f"one of shape {tuple(feature.shape)} that requires no gradient"
+    return type(feature).__name__
+
+
+def _quote(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,86 @@
+"""Base class of an optimizer that wraps another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from moo_balance._torch_internals import hooks_of, initialize_hooks
+
+
+class OptimizerWrapper(Optimizer):
+    """Forwards groups, state and defaults to a wrapped optimizer, and owns none of them.
+
+    They are properties, because a copied reference goes stale when a state dict is loaded or a
+    framework prepares the optimizer anew. Nothing is ever written into the wrapped ``state``.
+    Hooks registered on the wrapper see the wrapper.
+    """
+
+    _pickled: tuple[str, ...] = ("_wrapped",)
+    """Attributes that a copy or a pickle keeps. ``step`` is not among them: schedulers replace it
+    on the instance."""
+
+    _wrapped: Optimizer
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.__setstate__({"_wrapped": optimizer})
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._wrapped
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's."""
+        return self._wrapped.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._wrapped.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's."""
+        return self._wrapped.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._wrapped.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self._wrapped.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._wrapped.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self._wrapped.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in self._pickled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Attributes first: PyTorch reads `defaults`, which are the wrapped optimizer's.
+        self.__dict__.update(state)
+        initialize_hooks(self)
+        # The dictionaries themselves, so that a step without hooks only finds them empty.
+        self._step_hooks = hooks_of(self, "step_pre"), hooks_of(self, "step_post")
+
+    def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `step` between the step hooks that were registered on the wrapper."""
+        before, after = self._step_hooks
+        for hook in before.values():
+            replaced = hook(self, (self, *args), kwargs)
+            if replaced is not None:
+                (_, *args), kwargs = replaced
+        result = step(*args, **kwargs)
+        for hook in after.values():
+            hook(self, (self, *args), kwargs)
+        return result

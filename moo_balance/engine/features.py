@@ -1,0 +1,220 @@
+"""Losses that share features: their Gramian there, and one pass through what comes before them.
+
+parameters --trunk--> features --heads--> K losses
+
+gramian():      loss_k --autograd.grad--> gradient at the features, row of the heads' parameters
+K gradients at the features --> [K, K]
+add_to_grad(c): c_1 gradient_1 + ... + c_K gradient_K at the features --one pass--> trunk's .grad
+c_1 row_1 + ... + c_K row_K                           ------------> heads' .grad
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from moo_balance.engine.autograd import (
+    Edge,
+    edge_of,
+    has_hooks,
+    has_reentrant_checkpoint,
+    is_flattened,
+    leaf_positions,
+    nodes_above,
+)
+from moo_balance.engine.base import (
+    Linearization,
+    Problem,
+    Row,
+    add_rows,
+    add_to_grad,
+    gradients_of,
+    gradients_through_hooks,
+    precomputed_gradient,
+    remove_loss_scale,
+    weighted_backward,
+    weighted_sum,
+)
+from moo_balance.engine.distributed import average_over_ranks, is_sharded
+from moo_balance.engine.jacobian import Jacobian
+from moo_balance.errors import BalanceError, BalanceValueError
+
+
+class FeatureGramian(Linearization):
+    """The Gramian of gradients at the features, and a single pass through the trunk."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self.problem = problem
+        self.dtype = dtype
+        self.at_features: Jacobian | None = None
+        self.of_heads: Jacobian | None = None
+
+    def gramian(self) -> Tensor:
+        problem = self.problem
+        cotangents, rows = differentiate_heads(problem)
+        self.at_features = Jacobian(cotangents)
+        self.of_heads = Jacobian(rows, ())
+        gramian = self.at_features.gramian(self.dtype, problem.losses[0].device)
+        if problem.averager is not None:
+            # Of the mean loss, each rank holds the gradient at its own samples' features.
+            gramian = gramian / problem.averager.size**2
+            dist.all_reduce(gramian, group=problem.averager.group)
+        return remove_loss_scale(gramian, problem.scale)
+
+    def add_to_grad(self, coefficients: Tensor) -> None:
+        problem = self.problem
+        if self.at_features is None or self.of_heads is None:
+            weighted_backward(problem, coefficients)
+        elif problem.averager is not None:
+            total = self._combine(self.at_features, self.of_heads, coefficients)
+            add_to_grad(total, problem.params)
+        else:
+            roots, cotangents = self._roots(self.at_features, coefficients)
+            torch.autograd.backward(roots, cotangents, retain_graph=problem.retain_graph)
+            add_to_grad(self.of_heads.combine(coefficients), problem.params)
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        problem = self.problem
+        if self.at_features is None or self.of_heads is None or has_hooks(problem.params):
+            return weighted_sum(problem, coefficients)
+        unscaled = coefficients if problem.scale is None else coefficients / problem.scale
+        total = self._combine(self.at_features, self.of_heads, unscaled)
+        value = weighted_sum(problem, coefficients).detach()
+        return precomputed_gradient(value, total, problem.params)
+
+    def _combine(self, at_features: Jacobian, of_heads: Jacobian, coefficients: Tensor) -> Row:
+        """The weighted gradient of all parameters."""
+        problem = self.problem
+        roots, cotangents = self._roots(at_features, coefficients)
+        reentrant = has_reentrant_checkpoint(nodes_above(roots))
+        take = gradients_through_hooks if reentrant else gradients_of
+        row = take(roots, cotangents, problem.params, _retains_graph(problem))
+        row = add_rows(of_heads.combine(coefficients), row)
+        if problem.averager is None:
+            return row
+        (total,) = average_over_ranks([("all of them", row)], problem.averager, problem.params)
+        return total
+
+    def _roots(
+        self, at_features: Jacobian, coefficients: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The features that a loss reaches, and the weighted gradients there."""
+        cotangents = at_features.combine(coefficients)
+        pairs = zip(self.problem.features, cotangents, strict=True)
+        reached = [(feature, gradient) for feature, gradient in pairs if gradient is not None]
+        return [feature for feature, _ in reached], [gradient for _, gradient in reached]
+
+
+class HeadGradients(NamedTuple):
+    """The losses differentiated down to the features.
+
+    Args:
+        cotangents: [K][F] gradients with respect to the features.
+        rows: [K][P] gradients with respect to parameters, along paths without any feature.
+    """
+
+    cotangents: list[list[Tensor | None]]
+    rows: list[list[Tensor | None]]
+
+
+def differentiate_heads(problem: Problem) -> HeadGradients:
+    """One pass for each loss, which ends at the features."""
+    parts = [nodes_above([loss], cut=problem.features) for loss in problem.losses]
+    heads, trunk = set().union(*parts), nodes_above(problem.features)
+    _check_surroundings(problem, has_reentrant_checkpoint(heads), has_reentrant_checkpoint(trunk))
+    positions = leaf_positions(heads, problem.params)
+    inputs = [*problem.features, *(problem.params[k] for k in positions)]
+    # A path around the features leads every pass through nodes of the trunk, needed once more.
+    bypassed = bool(heads & trunk) or _is_nested(problem.features, trunk)
+    retain = _later_used(parts, bypassed or _retains_graph(problem))
+    found = HeadGradients([], [])
+    # Usually nothing that is asked for comes before the features. But a parameter may be used on
+    # both sides, and one feature may be computed from another.
+    with _block_gradients(map(edge_of, problem.features)):
+        for k, (loss, output) in enumerate(
+            zip(problem.losses, problem.grad_outputs(), strict=True)
+        ):
+            each = list(gradients_of([loss], [output], inputs, retain[k]))
+            cotangents = each[: len(problem.features)]
+            if all(cotangent is None for cotangent in cotangents):
+                raise _not_between(problem.names[k])
+            row: list[Tensor | None] = [None] * len(problem.params)
+            for position, gradient in zip(positions, each[len(cotangents) :], strict=True):
+                row[position] = gradient
+            found.cotangents.append(cotangents)
+            found.rows.append(row)
+    return found
+
+
+@contextmanager
+def _block_gradients(edges: Iterable[Edge]) -> Iterator[None]:
+    """Let no gradient pass through these edges.
+
+    Gradients *at* the edges are still returned. Nodes after them receive only what arrives by
+    other paths.
+    """
+    handles = [node.register_prehook(_drop(output)) for node, output in edges]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(output: int) -> Any:
+    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if k == output else g for k, g in enumerate(gradients))
+
+    return hook
+
+
+def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:
+    """For each pass, whether a later one goes through some of its nodes.
+
+    Where each loss has a head of its own none does: each head's graph is freed by its own pass, and
+    the next works in its memory.
+    """
+    used, later = [], set[Node]()
+    for part in reversed(parts):
+        used.append(always or not part.isdisjoint(later))
+        later |= part
+    return used[::-1]
+
+
+def _is_nested(features: Sequence[Tensor], trunk: Iterable[Node]) -> bool:
+    """Whether one of the features is computed from another."""
+    followers = {node for parent in trunk for node, _ in parent.next_functions}
+    return any(edge_of(feature)[0] in followers for feature in features)
+
+
+def _retains_graph(problem: Problem) -> bool:
+    return problem.retain_graph or has_hooks(problem.params)
+
+
+def _not_between(name: str) -> BalanceError:
+    return BalanceValueError(
+        "Parameter `features` should be what every loss is computed from. Found none that loss "
+        f"`{name}` depends on. Pass the very tensors that went into the heads, not copies or "
+        "detached ones."
+    )
+
+
+def _check_surroundings(problem: Problem, in_heads: bool, in_trunk: bool) -> None:
+    """Refuse what a pass in two halves cannot get right: checkpoints in heads or trunk among it."""
+    obstacle = None
+    if is_sharded(problem.params) or is_flattened(problem.params):
+        obstacle = "sharded parameters, which are gathered for whole backward passes"
+    elif in_heads:
+        obstacle = "a reentrant checkpoint between features and losses (pass `use_reentrant=False`)"
+    elif in_trunk and problem.averager is not None:
+        obstacle = "a reentrant checkpoint in a data-parallel model (pass `use_reentrant=False`)"
+    elif has_hooks(problem.features):
+        obstacle = "a hook on a feature, which would see its gradient in parts"
+    if obstacle is not None:
+        raise BalanceError(f"Parameter `features` should be left out here. Found {obstacle}.")

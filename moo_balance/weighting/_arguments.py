@@ -1,0 +1,151 @@
+"""Checks of hyper-parameters, and arguments as tensors, for the methods of this folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+
+FloatOrByName: TypeAlias = float | Mapping[str, float]
+"""A number for all losses, or one for each by name."""
+
+
+# ---------------------------------------------------------------------- arguments as tensors
+
+
+def constant_state(value: float, count: int, device: torch.device) -> Tensor:
+    """A state tensor [K] with the same number for each loss."""
+    return torch.full((count,), value, dtype=state_dtype(device), device=device)
+
+
+def values_by_name(value: FloatOrByName, names: Sequence[str], default: float = 0.0) -> list[float]:
+    """One number per name, from a number for all or from a mapping."""
+    if isinstance(value, Mapping):
+        return [float(value.get(name, default)) for name in names]
+    return [float(value)] * len(names)
+
+
+def broadcastable(value: FloatOrByName, statistics: Statistics) -> Tensor | float:
+    """A number for all losses as it is, a mapping as a vector [K] with 0 for names it lacks."""
+    if isinstance(value, Mapping):
+        return statistics.losses.new_tensor(values_by_name(value, statistics.names))
+    return float(value)
+
+
+def shifted_losses(bounds: FloatOrByName, shift: FloatOrByName, statistics: Statistics) -> Tensor:
+    r"""The distances :math:`D_i = L_i - b_i + s_i` that log methods work with, shape [K]."""
+    return statistics.losses - (
+        broadcastable(bounds, statistics) - broadcastable(shift, statistics)
+    )
+
+
+def lower_limits(bounds: FloatOrByName, shift: FloatOrByName, names: Sequence[str]) -> list[float]:
+    """What each loss must stay above for :func:`shifted_losses` to be positive."""
+    pairs = zip(values_by_name(bounds, names), values_by_name(shift, names), strict=True)
+    return [bound - shift for bound, shift in pairs]
+
+
+def normalize_preference(preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
+    """Preferences of the present losses, summing to 1; equal ones for None."""
+    if preference is None:
+        return torch.full_like(statistics.losses, 1.0 / len(statistics.names))
+    values = values_by_name(preference, statistics.names)
+    total = sum(values)
+    return statistics.losses.new_tensor([value / total for value in values])
+
+
+def renormalize(weights: Tensor) -> Tensor:
+    """Weights that sum to 1 again where a loss is absent; equal ones where all others were 0."""
+    mass = weights.sum()
+    return torch.where(mass > 0, weights / mass, 1.0 / len(weights))
+
+
+def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = True) -> Tensor:
+    r"""Turn weights of the gradients of :math:`\log D_i` into coefficients of the raw gradients.
+
+    :math:`\nabla \log D_i = g_i / D_i`, hence :math:`c\,w_i / D_i` with
+    :math:`c = 1 / \sum_i (w_i / D_i)`, which makes them sum to 1 (FAMO, Algorithm 2), or
+    :math:`c = 1` without `renormalize`.
+    """
+    coefficients = weights / distances
+    return coefficients / coefficients.sum() if renormalize else coefficients
+
+
+def copy_mappings(weighting: Weighting) -> None:
+    """Copy the mappings of a frozen dataclass, so that a caller's later edit cannot reach it."""
+    for field in fields(weighting):  # type: ignore[arg-type]
+        value = getattr(weighting, field.name)
+        if isinstance(value, Mapping):
+            object.__setattr__(weighting, field.name, dict(value))
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check_names(argument: str, value: object, names: Sequence[str], complete: bool = False) -> None:
+    """Refuse a mapping with names that are no losses, or one that is not `complete`."""
+    if not isinstance(value, Mapping):
+        return
+    unknown = [name for name in value if name not in names]
+    missing = [name for name in names if name not in value] if complete else []
+    if unknown or missing:
+        fault = f"`{unknown[0]}`, which is no loss" if unknown else f"nothing for `{missing[0]}`"
+        listed = ", ".join(f"`{name}`" for name in names)
+        raise BalanceValueError(
+            f"Parameter `{argument}` should name the losses {listed}. Found {fault}. "
+            "Give each loss by the name it has in `backward`."
+        )
+
+
+def check_range(
+    weighting: Weighting,
+    argument: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open: bool = False,
+) -> None:
+    """Refuse a hyper-parameter, or an entry of a named one, outside [low, high] or (low, high)."""
+    value = getattr(weighting, argument)
+    entries = value.items() if isinstance(value, Mapping) else [("", value)]
+    for name, number in entries:
+        valid = isinstance(number, (int, float)) and math.isfinite(number)
+        if not valid or not (low < number < high if open else low <= number <= high):
+            span = f"{'(' if open else '['}{low:g}, {high:g}{')' if open else ']'}"
+            where = f"`{argument}[{name!r}]`" if name else f"`{argument}`"
+            raise BalanceValueError(
+                f"Parameter {where} of {type(weighting).__name__} should be a finite number in "
+                f"{span}. Found {number!r}."
+            )
+
+
+def check_preference(weighting: Weighting) -> None:
+    """Refuse a ``preference`` with an entry that is not positive."""
+    if getattr(weighting, "preference", None) is not None:
+        check_range(weighting, "preference", 0.0, open=True)
+
+
+def check_choice(weighting: Weighting, argument: str, choices: Sequence[object]) -> None:
+    """Refuse a hyper-parameter that is none of `choices`."""
+    value = getattr(weighting, argument)
+    if value not in choices:
+        raise BalanceValueError(
+            f"Parameter `{argument}` of {type(weighting).__name__} should be one of "
+            f"{', '.join(map(repr, choices))}. Found {value!r}."
+        )
+
+
+def check_whole(weighting: Weighting, argument: str, least: int) -> None:
+    """Refuse a hyper-parameter that is not a whole number of at least `least`."""
+    value = getattr(weighting, argument)
+    if not isinstance(value, int) or value < least:
+        raise BalanceValueError(
+            f"Parameter `{argument}` of {type(weighting).__name__} should be a whole number, "
+            f"at least {least}. Found {value!r}."
+        )

@@ -1,0 +1,329 @@
+"""Arguments, losses and calls that do not fit are refused by name, and change nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
+from moo_balance.errors import NonFiniteError
+from tests.support.problems import (
+    SmallModel,
+    adam,
+    gradients,
+    setup,
+    sgd,
+    snapshot,
+    train,
+    whole_state,
+)
+from tests.support.registry import NAMES, over, over_kinds, over_some
+
+
+def tensor(value, **arguments):
+    return torch.tensor(value, requires_grad=True, **arguments)
+
+
+def replace(name, value):
+    """All losses, one of them replaced by what `value` makes of it."""
+
+    def edit(losses):
+        return {**losses, name: value(losses[name])}
+
+    return edit
+
+
+# A fault, and what the message must say: the loss at fault, the value found.
+FAULTS = {
+    "a list": (lambda losses: list(losses.values()), r"`losses`.*Found list"),
+    "a tensor": (lambda losses: losses["a"], r"`losses`.*Found Tensor"),
+    "none": (lambda losses: None, r"`losses`.*Found NoneType"),
+    "empty": (lambda losses: {}, r"`losses`.*Found none"),
+    "a number as name": (lambda losses: {**losses, 1: losses["a"]}, r"names. Found 1\b"),
+    "an empty name": (lambda losses: {**losses, "": losses["a"]}, r"names. Found ''"),
+    "undeclared": (lambda losses: {**losses, "rat": losses["a"]}, r"`rat`.*`a`, `b`, `c`"),
+    "a float": (replace("b", lambda loss: loss.item()), r"`b`.*Found float"),
+    "none inside": (replace("b", lambda loss: None), r"`b`.*Found NoneType"),
+    "a vector": (replace("b", lambda loss: loss.repeat(3)), r"`b`.*shape \(3,\)"),
+    "nothing": (replace("b", lambda loss: loss.repeat(0)), r"`b`.*shape \(0,\)"),
+    "a whole number": (replace("b", lambda loss: loss.long()), r"`b`.*torch.int64"),
+    "complex": (replace("b", lambda loss: loss + 0j), r"`b`.*torch.complex128"),
+    "detached": (replace("b", lambda loss: loss.detach()), r"`b`.*attached"),
+    "not a number": (replace("b", lambda loss: loss * math.nan), r"`b`.*finite. Found nan"),
+    "infinite": (replace("c", lambda loss: loss / 0), r"`c`.*finite. Found inf"),
+    "minus infinite": (replace("c", lambda loss: -loss / 0), r"`c`.*finite. Found -inf"),
+}
+
+
+@over_kinds
+def test_bad_losses_are_refused_and_change_nothing(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, range(2))
+    before = whole_state(model, optimizer)
+    grads = snapshot(gradients(model))
+    figures = snapshot(optimizer.metrics.as_dict())
+    for fault, (edit, message) in FAULTS.items():
+        for call in (optimizer.backward, optimizer.combined_loss, by_closure(optimizer)):
+            with pytest.raises(BalanceValueError, match=message):
+                call(edit(model.losses(2)))
+        assert whole_state(model, optimizer) == before, fault
+        assert snapshot(gradients(model)) == grads, fault
+        assert snapshot(optimizer.metrics.as_dict()) == figures, fault
+
+
+def by_closure(optimizer):
+    return lambda losses: optimizer.backward(lambda: losses)
+
+
+@over_kinds
+def test_training_goes_on_after_refused_losses(method):
+    model, optimizer = setup(method)
+    twin, other = setup(method)
+    for step in range(4):
+        optimizer.zero_grad()
+        with pytest.raises(BalanceValueError):
+            optimizer.backward(replace("a", lambda loss: loss * math.nan)(model.losses(step)))
+        train(model, optimizer, [step])
+        train(twin, other, [step])
+    assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+@over_some("SumLog-bounds", "FAMO-lagged", "FAMO-adam", "AnalyticQP", "MGDA-log-every")
+def test_a_loss_at_its_bound_is_refused_by_name_value_and_method(method):
+    bounds = dict(zip(NAMES, method.bounds(NAMES), strict=True))
+    model, optimizer = setup(method)
+    train(model, optimizer, range(2))
+    before = whole_state(model, optimizer)
+    grads = snapshot(gradients(model))
+    for name, bound in bounds.items():
+        for value in (bound, bound - 1.5):
+            at_fault = replace(name, lambda loss, value=value: loss - loss.detach() + value)
+            message = (
+                rf"`{name}` should be above {bound:g}, because {type(optimizer.weighting).__name__}"
+            )
+            with pytest.raises(BalanceValueError, match=message) as caught:
+                optimizer.backward(at_fault(model.losses(2)))
+            assert f"Found {value:g}." in str(caught.value)
+    assert whole_state(model, optimizer) == before
+    assert snapshot(gradients(model)) == grads
+
+
+@over(lambda method: min(method.bounds(NAMES)) == -math.inf)
+def test_a_negative_loss_is_accepted_where_no_logarithm_is_taken(method):
+    model, optimizer = setup(method)
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward({name: -loss for name, loss in model.losses().items()})
+        optimizer.step()
+
+
+@over_kinds
+def test_a_refused_first_call_declares_no_loss_name(method):
+    model, optimizer = setup(method)
+    before = whole_state(model, optimizer)
+    with pytest.raises(BalanceValueError):
+        optimizer.backward({"a": model.losses()["a"], "d": tensor(math.nan)})
+    assert whole_state(model, optimizer) == before
+    train(model, optimizer, [0])
+    assert optimizer.state_dict()["balance"]["names"] == list(NAMES)
+
+
+# ---------------------------------------------------------------------- calls in the wrong order
+
+
+@over_kinds
+def test_step_before_backward_is_refused(method):
+    model, optimizer = setup(method)
+    for steps in range(2):
+        before = whole_state(model, optimizer)
+        with pytest.raises(BalanceError, match="should follow `backward` or `combined_loss`"):
+            optimizer.step()
+        assert whole_state(model, optimizer) == before
+        train(model, optimizer, [steps])
+
+
+@over_kinds
+def test_observe_before_step_is_refused(method):
+    model, optimizer = setup(method)
+    with pytest.raises(BalanceError, match="`observe` should follow `step`"):
+        optimizer.observe(model.losses())
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+    optimizer.zero_grad()
+    optimizer.backward(model.losses(1))
+    with pytest.raises(BalanceError, match="`observe` should follow `step`"):
+        optimizer.observe(model.losses(1))
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_observe_without_need_does_nothing(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+    optimizer.observe(model.losses())
+    assert whole_state(model, optimizer) == before
+
+
+@over_some("FAMO-adam", "MovingAverage-FAMO")
+def test_observing_other_losses_is_refused_and_can_be_repeated(method):
+    model, optimizer = setup(method)
+    twin, other = setup(method)
+    train(twin, other, [0])
+    optimizer.backward(model.losses())
+    optimizer.step()
+    before = whole_state(model, optimizer)
+    after = model.losses()
+    faults = {
+        r"`losses`.*Found `a`, `b`": {name: after[name] for name in "ab"},
+        r"`d`.*never declared": {**after, "d": after["a"]},
+        r"`b`.*Found float": {**after, "b": 1.0},
+        r"`b`.*shape \(2,\)": {**after, "b": torch.ones(2)},
+        r"`losses`.*Found list": list(after.values()),
+    }
+    for message, losses in faults.items():
+        with pytest.raises(BalanceValueError, match=message):
+            optimizer.observe(losses)
+        assert whole_state(model, optimizer) == before
+    optimizer.observe({name: loss.detach() for name, loss in after.items()})
+    assert snapshot(optimizer.state_dict()) == snapshot(other.state_dict())
+
+
+@over_some("FAMO-adam", "BalancedTrajectory-defaults", "MovingAverage-FAMO")
+def test_a_missing_observation_is_named_with_three_ways_to_make_it(method):
+    model, optimizer = setup(method)
+    optimizer.backward(model.losses())
+    optimizer.step()
+    before = whole_state(model, optimizer)
+    grads = snapshot(gradients(model))
+    for call in (optimizer.backward, optimizer.combined_loss):
+        with pytest.raises(BalanceError) as caught:
+            call(model.losses(1))
+        for way in (
+            "closure",
+            "`observe(losses)`",
+            "lagged=True",
+            type(optimizer.weighting).__name__,
+        ):
+            assert way in str(caught.value)
+    assert whole_state(model, optimizer) == before
+    assert snapshot(gradients(model)) == grads
+    optimizer.observe(model.losses())
+    train(model, optimizer, [1])
+
+
+@over_kinds
+def test_a_closure_that_has_called_backward_itself_is_refused(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        losses = model.losses(1)
+        optimizer.backward(losses)
+        return losses
+
+    with pytest.raises(BalanceError, match="only compute the losses"):
+        optimizer.step(closure)
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_a_closure_that_returns_no_losses_changes_nothing(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+    for result in (None, 1.0, model.losses()["a"]):
+        with pytest.raises(BalanceError):
+            optimizer.step(lambda result=result: result)
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_an_error_of_a_closure_passes_through_and_changes_nothing(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+
+    def closure():
+        raise KeyError("batch")
+
+    for call in (optimizer.step, optimizer.backward):
+        with pytest.raises(KeyError, match="batch"):
+            call(closure)
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_backward_through_a_freed_graph_stages_nothing(method):
+    """Autograd's own error, which comes late: no step may be made of what it left."""
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    optimizer.zero_grad()
+    losses = model.losses(1)
+    optimizer.backward(losses)
+    optimizer.zero_grad()
+    before = whole_state(model, optimizer)
+    with pytest.raises(RuntimeError, match="second time"):
+        optimizer.backward(losses)
+    with pytest.raises(BalanceError, match="should follow `backward`"):
+        optimizer.step()
+    assert whole_state(model, optimizer) == before
+
+
+# ---------------------------------------------------------------------- construction
+
+
+def arguments_at_fault():
+    stranger = nn.Parameter(torch.zeros(2))
+    model = SmallModel()
+    inner = sgd(model)
+    line_search = torch.optim.LBFGS(model.parameters())
+    yield "optimizer", (None, Sum()), {}, "NoneType"
+    yield "optimizer", (model, Sum()), {}, "SmallModel"
+    yield "optimizer", (line_search, Sum()), {}, "line search"
+    yield "optimizer", (BalancedOptimizer(inner, Sum()), Sum()), {}, "BalancedOptimizer"
+    yield "weighting", (inner, FAMO), {}, "FAMO"
+    yield "weighting", (inner, "famo"), {}, "'famo'"
+    yield "engine", (inner, Sum()), {"engine": "rows"}, "'rows'"
+    yield "nonfinite", (inner, Sum()), {"nonfinite": "ignore"}, "'ignore'"
+    yield "loss_names", (inner, Sum()), {"loss_names": "rate"}, "'rate'"
+    yield "loss_names", (inner, Sum()), {"loss_names": []}, r"\[\]"
+    yield "loss_names", (inner, Sum()), {"loss_names": ["a", "a"]}, r"\['a', 'a'\]"
+    yield "loss_names", (inner, Sum()), {"loss_names": ["a", ""]}, "''"
+    yield "loss_names", (inner, Sum()), {"loss_names": ["a", 1]}, "1"
+    yield "shared_params", (inner, MGDA()), {"shared_params": []}, "none"
+    yield "shared_params", (inner, MGDA()), {"shared_params": [stranger]}, r"shape \(2,\)"
+    yield "shared_params", (inner, MGDA()), {"shared_params": nn.Linear(2, 3)}, r"shape \(3, 2\)"
+    yield "check_ranks_every", (inner, Sum()), {"check_ranks_every": -1}, "-1"
+    yield "process_group", (inner, Sum()), {"process_group": "gloo"}, "'gloo'"
+    yield "bounds", (inner, FAMO(bounds={"d": 1.0})), {"loss_names": ["a"]}, "`d`"
+
+
+@pytest.mark.parametrize(
+    ("argument", "positional", "keywords", "found"),
+    list(arguments_at_fault()),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_of_the_optimizer_are_checked(argument, positional, keywords, found):
+    with pytest.raises(BalanceValueError, match=rf"`{argument}`.*{found}"):
+        BalancedOptimizer(*positional, **keywords)
+
+
+def test_named_arguments_are_checked_with_the_first_losses():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(adam(model), FAMO(bounds={"d": 1.0}))
+    before = whole_state(model, optimizer)
+    with pytest.raises(BalanceValueError, match=r"`bounds`.*`d`"):
+        optimizer.backward(model.losses())
+    assert whole_state(model, optimizer) == before
+
+
+def test_errors_tell_bad_values_from_calls_in_the_wrong_order():
+    assert issubclass(BalanceValueError, (BalanceError, ValueError))
+    assert issubclass(NonFiniteError, BalanceValueError)
+    assert not issubclass(BalanceError, ValueError)
