@@ -189,20 +189,17 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def stop(number: int, frame: object) -> None:
         trainer.stop = True
-        restore()
+        signal.signal(number, previous[number])
 
     for number in previous:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Saver(Observer):

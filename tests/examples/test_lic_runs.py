@@ -284,7 +284,8 @@ def test_each_lambda_starts_from_the_one_below(folder, tmp_path, capsys):
     assert same(weight(low), weight(high))
     assert (low["taken"], high["taken"]) == (2, 1)
     assert f"{tmp_path}/a/lambda-0.01.pt is complete: 2 steps." in capsys.readouterr().out
-    more = ["--lr", "1e-30", "--lambdas", "0.01", "--seed", "1", "--weighting", "solution1"]
+    more = ["--lr", "1e-30", "--lambdas", "0.01", "--seed", "1", "--weighting", "fixed",
+            "--rate-weight", "0.8"]  # fmt: skip
     assert command(folder, tmp_path / "b", *more, "--from", str(tmp_path / "a")) == 0
     assert same(weight(load(tmp_path / "b" / "lambda-0.01.pt")), weight(low))
     more = ["--arch", "variable-rate:8,8", "--lambdas", "0.01", "0.02", "--weighting", "mgda"]
