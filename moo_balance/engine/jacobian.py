@@ -175,8 +175,8 @@ class FlatBlock(NamedTuple):
         """As that of a block; the gradients share memory."""
         total = weighted_tensor(self.vectors, [factors[k] for k in self.losses])
         pieces = torch.split(total, [piece.size for piece in self.slices])
-        # `.data` has a version of its own: whoever edits one gradient in place does not seem to
-        # autograd to have edited all of them.
+        # `.data` has a version of its own: to autograd, an edit of one gradient in place is then
+        # no edit of the others.
         shaped = [
             piece.view(shape).data if strides is None else piece.as_strided(shape, strides).data
             for piece, (_, shape, strides) in zip(pieces, self.slices, strict=True)

@@ -19,11 +19,11 @@ from moo_balance.engine.cuts import SMALL, finest, sparing
 from moo_balance.engine.descent import Descent, Rows
 from moo_balance.engine.portions import Choice, Portion, parted, portions
 from moo_balance.engine.survey import Survey
-from tests.engine.test_contract import assert_same
-from tests.engine.test_per_loss import counted
 from tests.support.engine_graphs import (
     GRAPHS,
     Graph,
+    assert_same,
+    counted,
     drawn,
     hooked_and_tied,
     hooked_beside_a_way_around,
