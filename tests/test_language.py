@@ -6,6 +6,7 @@ import ast
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,11 @@ def place(file: Path, line: int) -> str:
     return f"{file.relative_to(ROOT)}:{line}"
 
 
-def definitions(file: Path) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            yield node
+@cache
+def definitions(file: Path) -> list[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    """The module itself, its classes and its functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
 
 
 def docstrings(file: Path) -> Iterator[tuple[int, str]]:
@@ -102,7 +104,7 @@ def test_every_module_has_a_docstring(folder: str) -> None:
     without = [
         place(file, 1)
         for file in files(folder)
-        if file.read_text().strip() and not ast.get_docstring(ast.parse(file.read_text()))
+        if file.read_text().strip() and not ast.get_docstring(definitions(file)[0])
     ]
     assert not without
 
@@ -135,7 +137,7 @@ def test_tests_import_helpers_and_no_other_test() -> None:
     importing = [
         f"{place(file, node.lineno)}: {node.module}"
         for file in files("tests")
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in definitions(file)[0].body
         if isinstance(node, ast.ImportFrom)
         and re.match(r"tests(\..*)?\.(test_\w+|conftest)$", node.module or "")
     ]
