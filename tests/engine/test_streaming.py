@@ -29,11 +29,11 @@ from moo_balance.engine.streaming.partition import (
     choose_cuts,
     partition,
 )
-from tests.engine.test_contract import assert_same
-from tests.engine.test_per_loss import counted
 from tests.support.engine_graphs import (
     GRAPHS,
     Graph,
+    assert_same,
+    counted,
     drawn,
     hooked_and_tied,
     hooked_beside_a_way_around,
