@@ -1,19 +1,20 @@
-"""Three tasks on one small network, with every weighting in the package.
+"""Three tasks on one small network, with every method of the package.
 
-A trunk reads scikit-learn's handwritten digits; three heads say which digit it is, whether it is
-odd, and what the image looked like. Their losses differ by three orders of magnitude, so in a plain
-sum the reconstruction drowns the other two. Each method sees the same initial weights and batches.
+A trunk reads scikit-learn's handwritten digits; three heads predict which digit it is, whether it
+is odd, and the image itself. Their losses differ by three orders of magnitude, so in a plain sum
+the reconstruction dominates the other two. Each method gets the same initial weights and batches.
 
-    python -m examples.multitask --method famo     # beside the plain sum
+    python -m examples.multitask --method FAMO     # compared with the plain sum
     python -m examples.multitask --method all
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -24,25 +25,31 @@ from tqdm import tqdm
 import moo_balance as mb
 from moo_balance.weighting import Weighting
 
-# FixedWeights and the Tchebycheff family take losses as they are, so they are told what each is
-# worth: an all-black picture costs about 4000, a guessed digit 2.3, a guessed parity 0.7.
+# FixedWeights and the Tchebycheff family take losses as they are, so they need to know what each is
+# worth: a black image has a loss of about 4000, a guessed digit 2.3, a guessed parity 0.7.
 WORTH = {"digit": 1.0, "parity": 1.0, "reconstruction": 1 / 4000}
 
-METHODS: dict[str, Weighting] = {
-    "sum": mb.Sum(),
-    "fixed": mb.FixedWeights(WORTH),
-    "sum-log": mb.SumLog(),
-    "random": mb.RandomWeights(),
-    "famo": mb.FAMO(),
-    "balanced-trajectory": mb.BalancedTrajectory(),
-    "analytic-qp": mb.AnalyticQP(),
-    "mgda": mb.MGDA(),
-    "mgda-log": mb.MGDA(normalize="log"),
-    "mgda-smoothed": mb.MovingAverage(mb.MGDA()),
-    "tchebycheff": mb.Tchebycheff(preference=WORTH),
-    "smooth-tchebycheff": mb.SmoothTchebycheff(preference=WORTH),
-    "online-tchebycheff": mb.OnlineTchebycheff(preference=WORTH),
+# Arguments of the methods that need some here; every other one has its defaults.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "FixedWeights": {"values": WORTH},
+    "MovingAverage": {"weighting": mb.MGDA()},
+    "OnlineTchebycheff": {"preference": WORTH},
+    "SmoothTchebycheff": {"preference": WORTH},
+    "Tchebycheff": {"preference": WORTH},
 }
+
+
+def every_method() -> dict[str, Weighting]:
+    """One instance of each method that the package exports, by the name of its class."""
+    exported = {name: getattr(mb.weighting, name) for name in mb.weighting.__all__}
+    return {
+        name: cls(**ARGUMENTS.get(name, {}))
+        for name, cls in exported.items()
+        if Weighting in getattr(cls, "__mro__", ()) and not inspect.isabstract(cls)
+    }
+
+
+METHODS = {"Sum": mb.Sum(), **every_method(), "MGDA-log": mb.MGDA(normalize="log")}
 
 
 class Digits(NamedTuple):
@@ -65,7 +72,7 @@ def load(seed: int = 0, held_out: int = 360) -> tuple[Digits, Digits]:
 
 
 class ThreeHeads(nn.Module):
-    """A trunk too narrow to give every task all it wants."""
+    """A trunk that is too narrow for all three tasks, and a head for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,9 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--steps and --seeds should be at least 1")
     torch.set_num_threads(1)  # the network is too small to share
 
-    chosen = list(METHODS) if args.method == "all" else list(dict.fromkeys(["sum", args.method]))
+    chosen = list(METHODS) if args.method == "all" else list(dict.fromkeys(["Sum", args.method]))
     training, test = load()
-    train(METHODS["sum"], training, 1, 0)  # the first step of a process is slow
+    train(METHODS["Sum"], training, 1, 0)  # the first step of a process is slow
     results: dict[str, list[Scores]] = {}
     milliseconds: dict[str, float] = {}
     with tqdm(total=len(chosen) * args.seeds, unit="run") as progress:
@@ -149,8 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report(results, milliseconds))
     print(
         f"\nHeld-out digits, {args.seeds} seeds of {args.steps} steps: mean ± standard deviation, "
-        "* the best mean.\nEach method spends the same narrow trunk in its own way: read rows, not "
-        "cells."
+        "* the best mean.\nThe tasks compete for the same narrow trunk: compare rows, not cells."
     )
 
 

@@ -18,7 +18,7 @@ from moo_balance import (
     Tchebycheff,
 )
 from moo_balance.weighting import Weighting
-from tests import toy
+from tests.support import toy
 
 LOW = dict(zip(toy.NAMES, toy.BOUNDS, strict=True))
 # For the Tchebycheff family: distances from about the ideal point in units of about the range.

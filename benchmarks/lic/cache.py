@@ -37,30 +37,23 @@ def write(path: Path, text: str) -> None:
 
 
 def store(path: Path, key: str, value: Any) -> Any:
-    """Keep `value` for `key`, and return it as JSON gives it back (a tuple as a list)."""
+    """Keep `value`, and return it as JSON gives it back (a tuple as a list)."""
     text = json.dumps({"key": key, "value": value}, indent=1, ensure_ascii=False)
     write(path, text)
     return json.loads(text)["value"]
 
 
-def load(path: Path, key: str) -> Any:
-    """Return what was kept for `key`, or None.
+def load(path: Path) -> Any:
+    """Return what was kept at `path`, or None.
 
     Raises:
-        CacheError: The file cannot be read, or holds the result of another key.
+        CacheError: The file cannot be read.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        other, value = stored["key"], stored["value"]
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(
             f"{path} is not a result that can be read ({error}). Remove it to compute it again."
         ) from error
-    if other != key:
-        raise CacheError(
-            f"{path} should hold the result for {key}. Found that for {other}. "
-            "Remove it to compute it again."
-        )
-    return value

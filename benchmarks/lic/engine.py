@@ -79,6 +79,10 @@ def waves(jobs: Iterable[Job]) -> Iterator[list[Job]]:
             del left[repr(job)]
 
 
+def no_report(line: str) -> None:
+    """Print nothing; unlike a lambda it can be sent to another process."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """Does jobs with photographs; what is in `folder` is not done again.
@@ -93,7 +97,7 @@ class Engine:
     photographs: Photographs
     folder: Path
     workers: int = 1
-    say: Callable[[str], object] = lambda line: None
+    say: Callable[[str], object] = no_report
 
     def collect(self, experiment: Experiment) -> dict[str, Any]:
         """Do all jobs of an experiment, and read its results."""
@@ -103,10 +107,10 @@ class Engine:
 
     def result(self, job: Job) -> Result:
         """Return the result of a job, which is done now if it was not done before."""
-        path, key = self._path(job), self._key(job)
-        result = cache.load(path, key)
+        path = self._path(job)
+        result = cache.load(path)
         if result is None:
-            result = cache.store(path, key, job(self))
+            result = cache.store(path, self._key(job), job(self))
             self.say(str(job))
         return result
 

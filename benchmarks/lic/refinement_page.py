@@ -50,10 +50,17 @@ def section(title: str, data: Mapping[str, Any]) -> str:
             _maxima_table(records, base, [*data["maxima"], 1.0]),
             f"**Another λ than that of training**: SGA+ by the codec of λ = {base:g} only, and its "
             "PSNR above curves of one codec for each λ, at the same rate:",
-            _one_codec_table(records),
+            _rate_table(
+                records,
+                ONE_CODEC,
+                {
+                    "above no refinement": _curve(records, NONE),
+                    "above SGA+ by each codec": _curve(records, SGA_PLUS),
+                },
+            ),
             f"**Balanced or plain**: SGA+ by the codec of λ = {base:g}, and its PSNR above the "
             "plain sums of the table before, at the same rate:",
-            _balanced_table(records),
+            _rate_table(records, BALANCED, {"above plain": select(records, group=ONE_CODEC)}),
             _conclusion(records, base),
         ]
     )
@@ -146,28 +153,16 @@ def _maxima_table(records: Sequence[Record], base: float, maxima: Sequence[float
     return table(("probability", *columns), rows)
 
 
-def _one_codec_table(records: Sequence[Record]) -> str:
-    anchors = [_curve(records, name) for name in (NONE, SGA_PLUS)]
-    head = ("λ", "bpp", "PSNR / dB", "above no refinement", "above SGA+ by each codec")
-    rows = [
-        (f"{record['lambda']:g}", *_point(record), *(_above(record, a) for a in anchors))
-        for record in select(records, group=ONE_CODEC)
-    ]
-    return table(head, rows)
-
-
-def _balanced_table(records: Sequence[Record]) -> str:
-    plain = select(records, group=ONE_CODEC)
-    rows = [
-        (record["name"], f"{record['lambda']:g}", *_point(record), _above(record, plain))
-        for record in select(records, group=BALANCED)
-    ]
-    return table(("weighting", "λ", "bpp", "PSNR / dB", "above plain"), rows)
-
-
-def _point(record: Record) -> tuple[str, str]:
-    bpp, psnr = mean_score(scores(record))
-    return f"{bpp:.3f}", f"{psnr:.2f}"
+def _rate_table(
+    records: Sequence[Record], group: str, anchors: Mapping[str, Sequence[Record]]
+) -> str:
+    """Rate and PSNR of the codes of a group, and their PSNR above other curves."""
+    rows = []
+    for record in select(records, group=group):
+        bpp, psnr = mean_score(scores(record))
+        above = (_above(record, anchor) for anchor in anchors.values())
+        rows.append((record["name"], f"{record['lambda']:g}", f"{bpp:.3f}", f"{psnr:.2f}", *above))
+    return table(("", "λ", "bpp", "PSNR / dB", *anchors), rows)
 
 
 def _above(record: Record, anchor: Sequence[Record]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -32,13 +32,34 @@ OneRun = Mapping[str, Any]
 
 
 def section(title: str, data: Data) -> str:
-    """What was run, the increments, the losses that were minimised, and what can be said."""
-    return "\n\n".join((_setup(data), _increments(data), _losses(data), _details(data)))
+    """What was run, BD-rates, the losses that were minimised, and what was learned."""
+    seeds = len(data["runs"])
+    return "\n\n".join(
+        [
+            _setup(data),
+            "BD-rate in per cent (less is better), mean over seeds and photographs with the 95 % "
+            "t-interval over seeds. The change is the BD-rate over the row above, and for the last "
+            f"rows, which replace the plain average of the levels, over *{PLAIN}*:",
+            _bd_rates(data),
+            "Further BD-rates, of equal budgets and of adaptive against fixed weights:",
+            table(
+                ("codec", "against", "BD-rate in per cent"),
+                ((*pair, with_interval(bd_rate(data, *pair), 1)) for pair in FURTHER),
+            ),
+            "What is minimised is R + λD at each level; in per cent above (+) or below (−):",
+            _losses(data),
+            _learned(data),
+            f"{seeds} seed{'s' * (seeds != 1)}: with so few, only very large differences can be "
+            "told from noise, and a short interval is short by chance.",
+        ]
+    )
 
 
-def _held_out(data: Data) -> list[str]:
-    runs = next(iter(data["runs"].values()))
-    return list(runs[SINGLE]["points"][0]["images"])
+FURTHER = [
+    *((name, LONG) for name, design in ALTERNATIVES.items() if design.one_level),
+    *((balanced, static) for static, balanced in STATIC.items()),
+]
+"""Pairs that are compared besides those of :data:`COMPARED`."""
 
 
 def _setup(data: Data) -> str:
@@ -54,6 +75,11 @@ def _setup(data: Data) -> str:
         "steps on one random level each. To show what more training would bring: single-rate "
         f"models of {levels * steps} steps each. Training took {seconds / 60:.1f} minutes."
     )
+
+
+def _held_out(data: Data) -> list[str]:
+    runs = next(iter(data["runs"].values()))
+    return list(runs[SINGLE]["points"][0]["images"])
 
 
 def bd_rate(data: Data, test: str, anchor: str, *, between: bool = False) -> Difference | None:
@@ -75,13 +101,13 @@ def bd_rate(data: Data, test: str, anchor: str, *, between: bool = False) -> Dif
 def loss_ratio(data: Data, test: str, anchor: str, lmbda: float) -> Difference:
     """By how many per cent R + λD of `test` lies above that of `anchor`."""
 
-    def measure(runs: Mapping[str, OneRun], image: str) -> float:
-        own, other = (
-            rate_distortion_loss(_score(runs[name], image, lmbda), lmbda) for name in (test, anchor)
-        )
-        return 100 * (own / other - 1)
+    def loss(run: OneRun, image: str) -> float:
+        (score,) = (Score(*p["images"][image]) for p in run["points"] if p["lambda"] == lmbda)
+        return rate_distortion_loss(score, lmbda)
 
-    return _difference(data, measure)
+    return _difference(
+        data, lambda runs, image: 100 * (loss(runs[test], image) / loss(runs[anchor], image) - 1)
+    )
 
 
 def _difference(data: Data, measure: Callable[[Mapping[str, OneRun], str], float]) -> Difference:
@@ -96,89 +122,50 @@ def curve(run: OneRun, image: str, *, between: bool = False) -> list[Score]:
     return [Score(*p["images"][image]) for p in run["points"] if p["trained"] or between]
 
 
-def _score(run: OneRun, image: str, lmbda: float) -> Score:
-    (score,) = (Score(*p["images"][image]) for p in run["points"] if p["lambda"] == lmbda)
-    return score
-
-
-def _increments(data: Data) -> str:
-    rows = [_row(data, BEFORE), _row(data, LONG)]
-    rows += [_row(data, name, above) for name, above in COMPARED.items()]
-    head = (
-        "codec", "against single-rate models", "with steps in between", "change", "ms per step",
-    )  # fmt: skip
-    return (
-        "BD-rate in per cent (less is better), mean over seeds and photographs with the 95 % "
-        "t-interval over seeds. The change is the BD-rate over the row above, and for the last "
-        f"rows, which replace the plain average of the levels, over *{PLAIN}*:\n\n"
-        + table(head, rows)
-    )
-
-
-def _row(data: Data, name: str, above: str = SINGLE) -> tuple[str, ...]:
-    times = [runs[name].get("ms_per_step") for runs in data["runs"].values()]
-    return (
-        name,
-        with_interval(bd_rate(data, name, SINGLE), 1),
-        "" if name == LONG else with_interval(bd_rate(data, name, SINGLE, between=True), 1),
-        "" if above == SINGLE else with_interval(bd_rate(data, name, above), 1),
-        f"{fmean(times):.0f}" if all(times) else "",
-    )
+def _bd_rates(data: Data) -> str:
+    rows = []
+    for name, above in {BEFORE: SINGLE, LONG: SINGLE, **COMPARED}.items():
+        between = name != LONG and with_interval(bd_rate(data, name, SINGLE, between=True), 1)
+        change = above != SINGLE and with_interval(bd_rate(data, name, above), 1)
+        times = [runs[name].get("ms_per_step") for runs in data["runs"].values()]
+        rows.append(
+            (
+                name,
+                with_interval(bd_rate(data, name, SINGLE), 1),
+                between or "",
+                change or "",
+                f"{fmean(times):.0f}" if all(times) else "",
+            )
+        )
+    head = ("codec", "against single-rate models", "with steps in between", "change", "ms per step")
+    return table(head, rows)
 
 
 def _losses(data: Data) -> str:
+    pairs = [(name, SINGLE) for name in (LONG, *COMPARED)]
+    pairs += [(name, other) for static, name in STATIC.items() for other in (PLAIN, static)]
     lambdas = data["lambdas"]
-    rows = [
-        (name, *(with_interval(loss_ratio(data, name, SINGLE, x), 1) for x in lambdas))
-        for name in (LONG, *COMPARED)
-    ]
-    return (
-        "What is minimised is R + λD at each level; in per cent above (+) or below (−) the "
-        "single-rate models:\n\n" + table(("codec", *(f"λ = {x:g}" for x in lambdas)), rows)
+    rows = (
+        (*pair, *(with_interval(loss_ratio(data, *pair, lmbda), 1) for lmbda in lambdas))
+        for pair in pairs
     )
+    return table(("codec", "over", *(f"λ = {lmbda:g}" for lmbda in lambdas)), rows)
 
 
-def _details(data: Data) -> str:
-    pairs = list(COMPARED.items())
-    # As many steps in all, for all levels together and not for one.
-    pairs += [(name, LONG) for name, design in ALTERNATIVES.items() if design.one_level]
-    pairs += [(balanced, static) for static, balanced in STATIC.items()]
-    seeds = len(data["runs"])
-    lines = [
-        *(f"*{name}* against *{other}*: {verdict(bd_rate(data, name, other))}."
-          for name, other in pairs),
-        *_learned(data),
-        f"{seeds} seed{'s' * (seeds != 1)}: with so few, only very large differences can be told "
-        "from noise.",
-    ]  # fmt: skip
-    return "\n".join(f"- {line}" for line in lines)
+def _learned(data: Data) -> str:
+    """What was learned for each level, as means over the seeds."""
+    rows = [
+        (f"*{name}*, mean weight", *_by_level(data, name, lambda run: map(fmean, run["weights"])))
+        for name in STATIC.values()
+    ]
+    steps = _by_level(data, PLAIN, lambda run: run["hyper_steps"])
+    head = ("learned", *(f"λ = {lmbda:g}" for lmbda in data["lambdas"]))
+    return table(head, [*rows, (f"*{PLAIN}*, step of z", *steps)])
 
 
-def _learned(data: Data) -> Iterator[str]:
-    """What the methods chose, and what came of it at each level."""
-    for static, name in STATIC.items():
-        weights = _by_level(data, name, lambda run: [fmean(row) for row in run["weights"]])
-        yield f"*{name}*, mean weights: {weights}."
-        for anchor in (PLAIN, static):
-            ratios = {x: loss_ratio(data, name, anchor, x) for x in data["lambdas"]}
-            shown = ", ".join(f"{with_interval(r, 1)} at λ = {x:g}" for x, r in ratios.items())
-            yield f"*{name}*, R + λD over *{anchor}* in per cent: {shown}."
-    yield f"*{PLAIN}*, learned steps: {_by_level(data, PLAIN, lambda run: run['hyper_steps'])}."
-
-
-def _by_level(data: Data, name: str, measure: Callable[[OneRun], Sequence[float]]) -> str:
-    """What a run has for each level, as a mean over the seeds."""
+def _by_level(data: Data, name: str, measure: Callable[[OneRun], Iterable[float]]) -> list[str]:
     levels = zip(*(measure(runs[name]) for runs in data["runs"].values()), strict=True)
-    named = zip(data["lambdas"], levels, strict=True)
-    return ", ".join(f"{fmean(values):.2f} at λ = {lmbda:g}" for lmbda, values in named)
-
-
-def verdict(difference: Difference | None) -> str:
-    """What an interval allows one to say."""
-    if difference is None:
-        return "no BD-rate, some curves hardly overlap or do not rise"
-    words = {-1: "fewer bits", 0: "no difference that can be told from noise", 1: "more bits"}
-    return f"{words[difference.sign()]} ({with_interval(difference, 1)})"
+    return [f"{fmean(values):.2f}" for values in levels]
 
 
 COLOURS = dict(zip((*DESIGNS, *STATIC), colormaps["tab10"].colors, strict=False))

@@ -14,7 +14,6 @@ from examples.lic.compressai_adapter import (
     CompressAICodec,
     CompressAICoder,
 )
-from examples.lic.evaluation import ImageCoder
 from examples.lic.hyperprior import MeanScaleHyperprior
 from examples.lic.variable_rate import VariableRateCodec
 
@@ -66,6 +65,6 @@ def _hyperprior(name: str) -> MeanScaleHyperprior:
     )
 
 
-def coder_for(model: nn.Module) -> ImageCoder:
+def coder_for(model: nn.Module) -> Coder | CompressAICoder:
     """What codes images with `model`, a fixed-rate codec or one step of a variable-rate one."""
     return CompressAICoder(model) if isinstance(model, CompressAICodec) else Coder(model)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import bjontegaard
 from scipy.special import stdtrit
@@ -20,15 +19,12 @@ POINTS = 3
 OVERLAP = 0.25
 """Least part of the shorter curve's PSNR range that the other one has to cover."""
 
-Interpolation = Literal["pchip", "akima"]
-
 
 class CurveError(Exception):
     """Curves that cannot be compared; the message says why, and what would help."""
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """The distance of one curve from another."""
 
     rate: float
@@ -37,47 +33,31 @@ class Delta:
     """BD-PSNR in dB: gained (positive) or lost at the same rate."""
     psnr_overlap: float
     """Part of the PSNR range of both curves together that they share, where `rate` is a mean."""
-    rate_overlap: float
-    """The same of the log-rate range, for `psnr`."""
 
 
-def compare(
-    test: Sequence[Score],
-    anchor: Sequence[Score],
-    *,
-    method: Interpolation = "pchip",
-    least_overlap: float = OVERLAP,
-) -> Delta:
+def compare(test: Sequence[Score], anchor: Sequence[Score]) -> Delta:
     """Return the mean distance of curve `test` from curve `anchor`, each first made a front.
 
-    Args:
-        test: Points of a curve, in any order.
-        anchor: Points of the curve that it is compared with.
-        method: How the log-rate is interpolated between points.
-        least_overlap: Refuse curves that share less of the shorter one's PSNR range, in [0, 1]. A
-            long anchor is no fault; two curves that only meet at their ends are one.
+    The log-rate is interpolated by PCHIP between the points, which may come in any order.
 
     Raises:
-        CurveError: When a curve has fewer than three points that increase, or the two hardly
-            overlap.
+        CurveError: When a curve has fewer than three points that increase, or the two overlap in
+            less than a quarter of the shorter one's PSNR range. (A long anchor is no fault; two
+            curves that only meet at their ends are one.)
     """
     test, anchor = front(test, "test"), front(anchor, "anchor")
-    psnr_overlap, covered = _overlap([s.psnr for s in test], [s.psnr for s in anchor], "PSNR", "dB")
-    rate_overlap, _ = _overlap([s.bpp for s in test], [s.bpp for s in anchor], "rate", "bpp")
-    if covered < least_overlap:
+    overlap, covered = _overlap([s.psnr for s in test], [s.psnr for s in anchor], "PSNR", "dB")
+    _overlap([s.bpp for s in test], [s.bpp for s in anchor], "rate", "bpp")
+    if covered < OVERLAP:
         raise CurveError(
-            f"The curves should share at least {least_overlap:.0%} of the shorter one's PSNR "
-            f"range. Found {covered:.0%}. Choose λ so that they cover the same rates."
+            f"The curves should share at least {OVERLAP:.0%} of the shorter one's PSNR range. "
+            f"Found {covered:.0%}. Choose λ so that they cover the same rates."
         )
     points = [list(axis) for curve in (anchor, test) for axis in zip(*curve, strict=True)]
     # The package warns below an overlap of its own choice; here the overlap is part of the answer.
-    options = {"method": method, "require_matching_points": False, "min_overlap": 0}
-    return Delta(
-        float(bjontegaard.bd_rate(*points, **options)),
-        float(bjontegaard.bd_psnr(*points, **options)),
-        psnr_overlap,
-        rate_overlap,
-    )
+    options = {"method": "pchip", "require_matching_points": False, "min_overlap": 0}
+    rate, psnr = (f(*points, **options) for f in (bjontegaard.bd_rate, bjontegaard.bd_psnr))
+    return Delta(float(rate), float(psnr), overlap)
 
 
 def front(points: Sequence[Score], name: str = "curve") -> list[Score]:
@@ -110,17 +90,17 @@ def front(points: Sequence[Score], name: str = "curve") -> list[Score]:
 def _overlap(
     test: Sequence[float], anchor: Sequence[float], axis: str, unit: str
 ) -> tuple[float, float]:
-    """The common part of both ranges, relative to their union and to the shorter one."""
-    scale = math.log if axis == "rate" else float
-    ranges = [(scale(curve[0]), scale(curve[-1])) for curve in (test, anchor)]
-    (low, left), (right, high) = (sorted(ends) for ends in zip(*ranges, strict=True))
+    """The common part of two sorted ranges, relative to their union and to the shorter one."""
+    (low, left), (right, high) = (
+        sorted(ends) for ends in ((test[0], anchor[0]), (test[-1], anchor[-1]))
+    )
     if left >= right:
         raise CurveError(
             f"The curves should overlap in {axis}. Found {test[0]:.3g} to {test[-1]:.3g} {unit} "
             f"against {anchor[0]:.3g} to {anchor[-1]:.3g} {unit}. Choose λ so that they cover "
             "the same rates."
         )
-    shorter = min(end - start for start, end in ranges)
+    shorter = min(test[-1] - test[0], anchor[-1] - anchor[0])
     return (right - left) / (high - low), (right - left) / shorter
 
 

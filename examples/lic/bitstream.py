@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import struct
 import zlib
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import constriction
 import numpy as np
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.lic.evaluation import pad_to_multiple, to_pixels
-from examples.lic.hyperprior import SCALE_FLOOR
+from examples.lic.hyperprior import SCALE_FLOOR, MeanScaleHyperprior
+from examples.lic.variable_rate import FixedStep
 
 # Attributes, not modules: constriction is one compiled extension.
 Categorical = constriction.stream.model.Categorical
@@ -47,20 +48,6 @@ LATENT_STEP = 4
 
 class BitstreamError(Exception):
     """Bytes that cannot be decoded, or an image that cannot be encoded; says why."""
-
-
-class SymbolCodec(Protocol):
-    """What :class:`Coder` asks of a codec; see :class:`MeanScaleHyperprior` for each."""
-
-    stride: int
-
-    def to_symbols(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def z_scale(self) -> Tensor: ...
-
-    def y_scale(self, z_symbols: Tensor) -> Tensor: ...
-
-    def from_symbols(self, z_symbols: Tensor, y_symbols: Tensor) -> Tensor: ...
 
 
 class _Header(NamedTuple):
@@ -87,7 +74,7 @@ def fingerprint(model: nn.Module) -> int:
 
 
 class Coder:
-    """Encodes and decodes images with one codec, in evaluation mode.
+    """Encodes and decodes images with one codec.
 
     Example::
 
@@ -95,7 +82,7 @@ class Coder:
         image = Coder(model).decode(data)     # uint8, equal to the codec's own reconstruction
     """
 
-    def __init__(self, model: SymbolCodec) -> None:
+    def __init__(self, model: MeanScaleHyperprior | FixedStep) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._precise = copy.deepcopy(self._model).double()
         self._fingerprint = fingerprint(model)
@@ -195,14 +182,9 @@ class Coder:
     @torch.no_grad()
     def _synthesize(self, z: np.ndarray, y: np.ndarray) -> Tensor:
         """The decoded image, from symbols in the memory layout of the codec's own pass."""
-        return self._model.from_symbols(
-            *(
-                torch.from_numpy(symbols)[None]
-                .to(self._device, torch.float32)
-                .contiguous(memory_format=torch.channels_last)
-                for symbols in (z, y)
-            )
-        )
+        sent = (torch.from_numpy(s)[None].to(self._device, torch.float32) for s in (z, y))
+        layout = torch.channels_last
+        return self._model.from_symbols(*(s.contiguous(memory_format=layout) for s in sent))
 
     def _read_header(self, data: bytes) -> _Header:
         if len(data) < _LAYOUT.size or len(data) % 4 != _LAYOUT.size % 4 or data[:2] != _MAGIC:

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from tqdm import tqdm
-
 from examples.lic import images, options, plots
 from examples.lic.bd import gap_above
 from examples.lic.checkpoint import load_codec
 from examples.lic.evaluation import Score, evaluate, mean_score
 from examples.lic.images import Photographs
+from examples.lic.log import Progress
 from examples.lic.runs import Run, train
-from examples.lic.training import Observer, Recipe, Recorder, Trainer
+from examples.lic.training import Recipe, Recorder
 from examples.lic.weightings import EQUAL, SOLUTIONS, fixed
 from moo_balance.weighting import Weighting
 
@@ -49,7 +48,12 @@ SENTENCE = (
 )
 
 COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"
-QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5, "output": Path("runs/lic/quick")}
+QUICK = {
+    "lambdas": [0.013],
+    "steps": 10,
+    "finetune_steps": 5,
+    "output": Path("runs/lic/quick/demo"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,29 +64,15 @@ class Result:
     record: Recorder
     lmbda: float
 
-    def fixed_weights(self, part: float) -> Weighting:
-        """The coefficients that the run arrived at, with `part` of the distortion's; sum 1."""
-        mean = self.record.late_mean("coefficient")
-        return fixed(mean["rate"] / (mean["rate"] + part * mean["distortion"]))
-
     @property
     def effective_lambda(self) -> float:
-        """The λ' of a plain sum whose gradient has the direction of these coefficients."""
+        """The λ' of a plain sum whose gradient has the direction that the run's arrived at."""
         mean = self.record.late_mean("coefficient")
         return self.lmbda * mean["distortion"] / mean["rate"]
 
-
-class _Bar(Observer):
-    """Shares one progress bar among all runs."""
-
-    def __init__(self, bar: tqdm, label: str) -> None:
-        self._bar, self._label = bar, label
-
-    def begin(self, trainer: Trainer) -> None:
-        self._bar.set_description(self._label, refresh=False)
-
-    def after(self, trainer: Trainer) -> None:
-        self._bar.update()
+    def fixed_weights(self, part: float) -> Weighting:
+        """The coefficients that the run arrived at, with `part` of the distortion's; sum 1."""
+        return fixed(1 / (1 + part * self.effective_lambda / self.lmbda))
 
 
 @dataclass(frozen=True)
@@ -92,48 +82,47 @@ class Comparison:
     photographs: Photographs
     chosen: argparse.Namespace
     folder: Path
-    bar: tqdm
 
     def __call__(self) -> dict[float, dict[str, Result]]:
-        """For each λ, the results by method; ``"checkpoint"`` is what the others started from."""
+        """For each λ, the results by method; all others started from ``"checkpoint"``."""
         results, start = {}, None
-        for lmbda in sorted(self.chosen.lambdas):
-            recipe = Recipe(self.chosen.steps, lr=1e-3, clip="unit")
-            point = {"checkpoint": self._run("checkpoint", lmbda, EQUAL, recipe, start)}
+        for lmbda in sorted(set(self.chosen.lambdas)):
+            standard = Recipe(self.chosen.steps, lr=1e-3, clip="unit")
+            further = Recipe(self.chosen.finetune_steps, lr=5e-4, clip="unit")
+            point = {"checkpoint": self._run("checkpoint", lmbda, EQUAL, standard, start)}
             start = self._path("checkpoint", lmbda)
             # Same start, same crops, same noise: only the weighting differs.
-            recipe = Recipe(self.chosen.finetune_steps, lr=5e-4, clip="unit")
             for name, weighting in {STANDARD: EQUAL, **SOLUTIONS}.items():
-                point[name] = self._run(name, lmbda, weighting, recipe, start)
+                point[name] = self._run(name, lmbda, weighting, further, start)
             for name, (solution, part) in RIVALS.items():
                 weighting = point[solution].fixed_weights(part)
-                point[name] = self._run(name, lmbda, weighting, recipe, start)
+                point[name] = self._run(name, lmbda, weighting, further, start)
             results[lmbda] = point
         return results
 
     def _run(
         self, name: str, lmbda: float, weighting: Weighting, recipe: Recipe, start: Path | None
     ) -> Result:
-        chosen, path, record = self.chosen, self._path(name, lmbda), Recorder()
-        run = Run(
-            "small", (lmbda,), weighting, recipe, chosen.crop, chosen.batch, chosen.seed, start
-        )
+        path, record = self._path(name, lmbda), Recorder()
+        options = (self.chosen.crop, self.chosen.batch, self.chosen.seed, start)
         path.unlink(missing_ok=True)  # of an earlier demonstration
-        bar = _Bar(self.bar, f"λ {lmbda:g}, {name}")
-        train(run, list(self.photographs.train.values()), path, observers=[record, bar])
+        train(
+            Run("small", (lmbda,), weighting, recipe, *options),
+            list(self.photographs.train.values()),
+            path,
+            observers=[record, Progress(f"λ {lmbda:g}, {name}")],
+        )
         scores = evaluate(load_codec(path)[0], self.photographs.held_out)
         return Result(mean_score(scores), record, lmbda)
 
     def _path(self, name: str, lmbda: float) -> Path:
-        return (
-            self.folder / name.replace(",", "").replace(" ", "-").lower() / f"lambda-{lmbda!r}.pt"
-        )
+        method = name.replace(",", "").replace(" ", "-").lower()
+        return self.folder / method / f"lambda-{lmbda!r}.pt"
 
 
 def gap(point: Mapping[str, Result], method: str) -> float | None:
     """PSNR of `method` above fixed weights from the same checkpoint, at the same rate, in dB."""
-    curve = [point[name].score for name in (STANDARD, *RIVALS)]
-    return gap_above(point[method].score, curve)
+    return gap_above(point[method].score, [point[name].score for name in (STANDARD, *RIVALS)])
 
 
 def table(results: Mapping[float, Mapping[str, Result]]) -> str:
@@ -152,7 +141,7 @@ def table(results: Mapping[float, Mapping[str, Result]]) -> str:
                 f"{result.effective_lambda:.2g}",
                 ("–" if name in SOLUTIONS else "") if above is None else f"{above:+.2f}",
             )  # fmt: skip
-            lines.append(COLUMNS.format(*row).replace("-", "−"))
+            lines.append(COLUMNS.format(*row).rstrip().replace("-", "−"))
     return "\n".join(lines)
 
 
@@ -165,26 +154,18 @@ def main(arguments: Sequence[str]) -> int:
     chosen.output.mkdir(parents=True, exist_ok=True)
     for role, pictures in (("Trains on", photographs.train), ("Held out:", photographs.held_out)):
         print(role, ", ".join(pictures) if len(pictures) < 6 else f"{len(pictures)} images")
-    print(*photographs.notes, sep="\n")
-    runs = 1 + len(SOLUTIONS) + len(RIVALS)
-    total = len(chosen.lambdas) * (chosen.steps + runs * chosen.finetune_steps)
-    with tqdm(total=total, unit="step", mininterval=0.5, smoothing=0.05) as bar:
-        results = Comparison(photographs, chosen, chosen.output, bar)()
+    print("".join(f"{note}\n" for note in photographs.notes), end="")
+    results = Comparison(photographs, chosen, chosen.output)()
     print(f"\n{table(results)}\n\n{fill(SENTENCE, 88)}\n")
     scores = {x: {name: r.score for name, r in point.items()} for x, point in results.items()}
-    markers = dict.fromkeys(RIVALS, ".") | {"checkpoint": "x", STANDARD: "s"}
+    markers = {"checkpoint": "x", STANDARD: "s", **dict.fromkeys(RIVALS, ".")}
     markers |= dict(zip(SOLUTIONS, "o^", strict=True))
     figure = plots.starts_figure(scores, markers=markers, line=(STANDARD, *RIVALS))
-    figure.savefig(chosen.output / "rate-distortion.png")
-    content = {
-        str(x): {
-            name: {**r.score._asdict(), "effective_lambda": r.effective_lambda}
-            for name, r in point.items()
-        }
-        for x, point in results.items()
-    }
-    (chosen.output / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    print(chosen.output / "rate-distortion.png", chosen.output / "results.json", sep="\n")
+    paths = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
+    figure.savefig(paths[0])
+    content = {x: {name: s._asdict() for name, s in point.items()} for x, point in scores.items()}
+    paths[1].write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print(*paths, sep="\n")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m examples.lic evaluate runs/lic/standard runs/lic/solution1 --anchor standard
+    python -m examples.lic evaluate runs/lic/fixed runs/lic/solution2 --anchor runs/lic/fixed
     python -m examples.lic evaluate runs/lic/standard --images kodak
 
 Every image is encoded to a file, which is read back and decoded. The checkpoints of one folder make
@@ -30,13 +30,11 @@ from examples.lic.checkpoint import CheckpointError, load_codec
 from examples.lic.evaluation import MS_SSIM_SIDE, Measurement, Score, measure
 from examples.lic.variable_rate import VariableRateCodec
 
-QUICK = {"output": Path("runs/lic/quick")}
+QUICK = {"output": Path("runs/lic/quick/evaluation")}
 QUICK_SIDE = 192
 """Of the part of the first image that ``--quick`` codes, in pixels."""
 
-COLUMNS = "{:<22}{:>8}{:>9}{:>11}{:>10}{:>10}"
-
-Pictures = Mapping[str, Callable[[], Tensor]]
+COLUMNS = "{:<26}{:>8}{:>9}{:>11}{:>10}{:>10}"
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,18 @@ def compare_curves(curves: Mapping[str, Sequence[Point]], test: str, anchor: str
 
 def _evaluate(chosen: argparse.Namespace) -> Iterator[Point]:
     """Every codec on every image; all checkpoints are read before the first is used."""
-    paths = _checkpoints(chosen.checkpoints)
-    names = _curve_names(paths)
-    if chosen.anchor is not None and chosen.anchor not in names.values():
+    paths: dict[Path, str] = {}
+    for argument in chosen.checkpoints:
+        inside = sorted(argument.glob("*.pt")) if argument.is_dir() else [argument]
+        if not inside:
+            raise CheckpointError(
+                f"{argument} holds no checkpoints (*.pt). Train some with "
+                "`python -m examples.lic train`, or name another folder."
+            )
+        paths |= {path: str(path.parent) for path in inside}
+    if chosen.anchor is not None and chosen.anchor not in paths.values():
         raise CheckpointError(
-            f"--anchor should be one of {', '.join(sorted(set(names.values())))}, the folders of "
+            f"--anchor should be one of {', '.join(sorted(set(paths.values())))}, the folders of "
             f"the checkpoints. Found {chosen.anchor}. Choose one of these."
         )
     codecs: list[tuple[Path, float, nn.Module]] = []
@@ -144,56 +149,26 @@ def _evaluate(chosen: argparse.Namespace) -> Iterator[Point]:
     pictures = _pictures(chosen.images, quick=chosen.quick)
     for path, lmbda, codec in tqdm(codecs, unit="codec", disable=None):
         coder = coder_for(codec.to(chosen.device))
-        folder = chosen.output / "files" / names[path].strip("/").replace("/", "_")
+        folder = chosen.output / "files" / paths[path].strip("/").replace("/", "_")
         measured = {
             name: measure(codec, coder, load, folder / f"lambda-{lmbda!r}" / f"{name}.bin")
             for name, load in pictures.items()
         }
-        yield Point(str(path), names[path], lmbda, measured)
+        yield Point(str(path), paths[path], lmbda, measured)
 
 
-def _checkpoints(arguments: Sequence[Path]) -> list[Path]:
-    """Files as they are, and for each folder its checkpoints."""
-    paths = []
-    for argument in arguments:
-        inside = sorted(argument.glob("*.pt")) if argument.is_dir() else [argument]
-        if not inside:
-            raise CheckpointError(
-                f"{argument} holds no checkpoints (*.pt). Train some with "
-                "`python -m examples.lic train`, or name another folder."
-            )
-        paths += inside
-    return list(dict.fromkeys(paths))
-
-
-def _curve_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The name of each checkpoint's folder, or its whole path where two have the same name."""
-    folders = {path: path.resolve().parent for path in paths}
-    short = [folder.name for folder in set(folders.values())]
-    return {
-        path: folder.name if short.count(folder.name) == 1 else str(path.parent)
-        for path, folder in folders.items()
-    }
-
-
-def _pictures(folder: Path | None, *, quick: bool) -> Pictures:
+def _pictures(folder: Path | None, *, quick: bool) -> dict[str, Callable[[], Tensor]]:
+    """Functions that load each image, by its name."""
     if folder is None:
-        held_out = images.bundled().held_out
-        pictures = {name: partial(_same, image) for name, image in held_out.items()}
+        pictures = {name: image.clone for name, image in images.bundled().held_out.items()}
     else:
-        paths = images.list_images(folder)
-        modes, faults = images.read_modes(paths)
-        images.check(faults, len(paths))
-        print(*images.conversions(modes), sep="\n")
+        paths, notes = images.check_headers(images.list_images(folder))
+        print("".join(f"{note}\n" for note in notes), end="")
         pictures = {str(p.relative_to(folder)): partial(images.read_image, p) for p in paths}
     if quick:
         name, load = next(iter(pictures.items()))
         pictures = {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
     return pictures
-
-
-def _same(image: Tensor) -> Tensor:
-    return image
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -205,7 +180,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="CHECKPOINT")  # fmt: skip
     add("--images", "code this folder, not the bundled held-out photographs", type=Path,
         metavar="DIR")  # fmt: skip
-    add("--anchor", "folder of the curve that others are compared with", metavar="NAME")
+    add("--anchor", "folder of the curve that others are compared with", metavar="DIR")
     add("--output", "for files, figure and results", type=Path, metavar="DIR",
         default=Path("runs/lic/evaluation"))  # fmt: skip
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_msssim import ms_ssim
@@ -99,30 +99,27 @@ def evaluate(model: nn.Module, images: Mapping[str, Tensor]) -> dict[str, Score]
         model.train(was_training)
 
 
-class ImageCoder(Protocol):
-    """From images to bytes and back."""
-
-    def encode(self, image: Tensor) -> bytes: ...
-
-    def decode_exactly(self, data: bytes) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Measurement:
-    """The result of coding one image to a file."""
+    """The result of coding one image to a file.
+
+    Attributes:
+        pixels: Height times width.
+        size: Bytes of the file, header included.
+        estimated_bits: Information content of the symbols under the model.
+        psnr: In dB.
+        ms_ssim: In [0, 1]; None for an image too small for it.
+        exact: Whether the decoded image equals the codec's own reconstruction bit by bit, before
+            both are rounded to 8 bits. CompressAI's autoregressive codecs need not: they decode
+            symbol by symbol.
+    """
 
     pixels: int
     size: int
-    """Bytes of the file, header included."""
     estimated_bits: float
-    """Information content of the symbols under the model."""
     psnr: float
-    """In dB."""
     ms_ssim: float | None
-    """None for an image too small for it."""
     exact: bool
-    """Whether the decoded image equals the codec's own reconstruction bit by bit, before both are
-    rounded to 8 bits. CompressAI's autoregressive codecs decode symbol by symbol and need not."""
 
     @property
     def bpp(self) -> float:
@@ -140,14 +137,12 @@ class Measurement:
         return Score(self.bpp, self.psnr)
 
 
-def measure(
-    model: nn.Module, coder: ImageCoder, image: Callable[[], Tensor], file: Path
-) -> Measurement:
+def measure(model: nn.Module, coder: Any, image: Callable[[], Tensor], file: Path) -> Measurement:
     """Code one image to a file, read it back, decode it and compare.
 
     Args:
         model: The codec, in evaluation mode.
-        coder: Its coder; see ``architectures.coder_for``.
+        coder: Its coder, from ``architectures.coder_for``.
         image: Loads a uint8 image ``[3, H, W]``.
         file: Receives the bytes.
 

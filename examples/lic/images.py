@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +12,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-TRAIN_BYTES = 2**29
-"""How much of a folder is held in memory to train on; the rest of a larger one is left out."""
-
-EVAL_BYTES = 2**25
-"""The same for held-out images: every trained model is evaluated on all of them in full."""
+MOST = 200
+"""Most images of a folder that are held in memory."""
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are taken for images."""
@@ -55,10 +52,9 @@ def bundled() -> Photographs:
         "china": load_sample_image("china.jpg"),
         "flower": load_sample_image("flower.jpg"),
     }
-    return Photographs(
-        {name: _to_tensor(pixels) for name, pixels in train.items()},
-        {name: _to_tensor(pixels) for name, pixels in held_out.items()},
-    )
+    return Photographs(*(
+        {name: _to_tensor(pixels) for name, pixels in role.items()} for role in (train, held_out)
+    ))  # fmt: skip
 
 
 def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photographs:
@@ -89,9 +85,16 @@ def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photograp
                 f"The held-out images should not be trained on. Found {min(shared)} in both "
                 f"{folder} and {held_out}. Move it out of one of them."
             )
-    notes: list[str] = []
-    train = _read_all(train_paths, TRAIN_BYTES, crop, notes)
-    return Photographs(train, _read_all(eval_paths, EVAL_BYTES, 1, notes), notes)
+    roles, notes = [], []
+    for paths, min_side in ((train_paths, crop), (eval_paths, 1)):
+        if len(paths) > MOST:
+            raise ImageError(
+                f"At most {MOST} images should be held in memory. Found {len(paths)}. Name a "
+                "smaller folder; the train command reads images of any folder as it needs them."
+            )
+        roles.append({str(path): read_image(path, min_side=min_side) for path in paths})
+        notes += check_headers(paths)[1]
+    return Photographs(*roles, notes)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -112,78 +115,54 @@ def read_image(path: Path, *, min_side: int = 1) -> Tensor:
     Raises:
         ImageError: It cannot be read, or a side is shorter than `min_side` pixels.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = _to_rgb(ImageOps.exif_transpose(image))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    with _open(path) as image:
+        pixels = _to_rgb(ImageOps.exif_transpose(image))
     _check_side(path, *pixels.shape[:2], min_side)
     return _to_tensor(pixels)
 
 
-def read_modes(
-    paths: Sequence[Path], *, min_side: int = 1
-) -> tuple[dict[Path, str], list[ImageError]]:
+def check_headers(
+    paths: Sequence[Path], *, min_side: int = 1, skip: bool = False
+) -> tuple[list[Path], list[str]]:
     """Read every file's header, so that a bad one is found now and not after days of training.
 
     Returns:
-        The modes of the images that can be used, and an error for each of the others.
+        The images that can be used, and notes on those left out or not stored as 8-bit RGB.
+
+    Raises:
+        ImageError: One cannot be read or is too small; with `skip`, all of them.
     """
-    modes, faults = {}, []
+    usable, faults, converted = [], [], []
     for path in paths:
         try:
-            modes[path] = _read_mode(path, min_side)
+            with _open(path) as image:
+                _check_side(path, image.height, image.width, min_side)
         except ImageError as error:
             faults.append(error)
-    return modes, faults
-
-
-def check(faults: Sequence[ImageError], count: int) -> None:
-    """Raise the first fault among `count` images, if there is one, and say how many there are."""
-    if faults:
-        more = f" {len(faults)} of {count} images have such a fault." if faults[1:] else ""
+        else:
+            usable.append(path)
+            converted += [] if image.mode == "RGB" else [f"{path.name} ({image.mode})"]
+    if faults and not (skip and usable):
+        more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
+    notes = [f"Left out {len(faults)}, the first because: {faults[0]}"] if faults else []
+    if converted:
+        more = f" and {len(converted) - 3} more" if converted[3:] else ""
+        notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
+    return usable, notes
 
 
-def conversions(modes: Mapping[Path, str]) -> list[str]:
-    """A sentence on the images whose mode is not 8-bit RGB, if there are any."""
-    names = [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return [f"Converted to 8-bit RGB: {', '.join(names[:3])}{more}."]
-
-
-def _read_all(
-    paths: Sequence[Path], budget: int, min_side: int, notes: list[str]
-) -> dict[str, Tensor]:
-    images: dict[Path, Tensor] = {}
-    # In shuffled order, so that what fits into the budget is a fair sample of the folder.
-    for path in random.Random(0).sample(paths, len(paths)):
-        images[path] = read_image(path, min_side=min_side)
-        budget -= images[path].numel()
-        if budget <= 0:
-            notes.append(f"{len(images)} of {len(paths)} images fit into memory and are used.")
-            break
-    notes += conversions(read_modes(list(images))[0])
-    return {str(path): image for path, image in images.items()}
-
-
-def _read_mode(path: Path, min_side: int) -> str:
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            _check_range(image)
-            mode, (width, height) = image.mode, image.size
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range")
+            yield image
     except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    _check_side(path, height, width, min_side)
-    return mode
-
-
-def _unreadable(path: Path, error: Exception) -> ImageError:
-    known = not isinstance(error, UnidentifiedImageError)
-    reason = str(error) if known else "not an image format that Pillow knows"
-    return ImageError(f"{path} cannot be read ({reason}). Repair or remove it.")
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = str(error) if known else "not an image format that Pillow knows"
+        raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.") from None
 
 
 def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
@@ -194,16 +173,10 @@ def _check_side(path: Path, height: int, width: int, min_side: int) -> None:
         )
 
 
-def _check_range(image: Image.Image) -> None:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-
-
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip and not scale
         gray = np.asarray(image).astype(np.float64) / 257
         return np.repeat(gray.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    _check_range(image)
     if image.has_transparency_data:
         # The colour of transparent pixels is not part of the picture.
         image = image.convert("RGBA")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -58,26 +59,26 @@ class Log(Observer):
             figures |= _validate(trainer, self._held_out)
         if not (figures and self._works):
             return
-        try:
+        with self._full_disk_allowed():
             if logs:
                 add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, trainer.taken)
-        except OSError as error:
-            self._give_up(error)
 
     def end(self, trainer: Trainer) -> None:
-        try:
-            if self._works:
-                self._writer.close()
-        except OSError as error:
-            self._give_up(error)
+        with self._full_disk_allowed():
+            self._writer.close()
         threading.excepthook = self._hook
 
-    def _give_up(self, error: OSError) -> None:
-        self._works = False
-        print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
-              "Training goes on without it.", file=sys.stderr)  # fmt: skip
+    @contextmanager
+    def _full_disk_allowed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._works:
+                print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
+                      "Training goes on without it.", file=sys.stderr)  # fmt: skip
+            self._works = False
 
     def _ignore_full_disk(self, fault: threading.ExceptHookArgs) -> None:
         """TensorBoard's own thread prints a traceback of an error that is reported anyway."""
@@ -99,11 +100,9 @@ class Progress(Observer):
         self._title, self._seconds = title, seconds
 
     def begin(self, trainer: Trainer) -> None:
-        self._bar = tqdm(
-            total=trainer.recipe.steps, initial=trainer.taken, unit="step", disable=None,
-            mininterval=0.5, desc=self._title,
-        )  # fmt: skip
-        self._interval = self._seconds if self._bar.disable else 1.0
+        steps, terminal = trainer.recipe.steps, sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=trainer.taken, desc=self._title, disable=not terminal)
+        self._interval = 1.0 if terminal else self._seconds
         self._last = time.monotonic()
 
     def after(self, trainer: Trainer) -> None:
@@ -115,8 +114,8 @@ class Progress(Observer):
         text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
         self._bar.set_postfix_str(text, refresh=False)
         if self._bar.disable:
-            print(f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            progress = f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}"
+            print(progress, file=sys.stderr, flush=True)
 
     def end(self, trainer: Trainer) -> None:
         self._bar.close()

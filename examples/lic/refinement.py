@@ -113,29 +113,24 @@ def refine(
     with _without_parameter_gradients(model):
         for step in range(how.steps):
             on_step(step, latents)
-            rounding = partial(_relax, how.relaxation, step)
             optimizer.zero_grad()
             # A closure, so that a method that observes the step can evaluate the losses after it.
-            optimizer.backward(partial(_losses, model, image, latents, rounding, how, lmbda))
+            optimizer.backward(partial(_losses, model, image, latents, how, step, lmbda))
             optimizer.step()
         on_step(how.steps, latents)
         with torch.no_grad():
             return quantize(model, latents, centered=how.centered)
 
 
-def _relax(relaxation: Relaxation, step: int, values: Tensor) -> Tensor:
-    return relaxation(values, step)
-
-
 def _losses(
     model: MeanScaleHyperprior,
     image: Tensor,
     latents: Latents,
-    rounding: Callable[[Tensor], Tensor],
     how: Refinement,
+    step: int,
     lmbda: float,
 ) -> dict[str, Tensor]:
-    sent = quantize(model, latents, rounding, centered=how.centered)
+    sent = quantize(model, latents, partial(how.relaxation, step=step), centered=how.centered)
     mse = functional.mse_loss(_decode(model, sent, image), _in_unit_range(image))
     return {"rate": sent.bits / image[0].numel(), "distortion": lmbda * 255**2 * mse}
 

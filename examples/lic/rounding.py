@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from examples.lic.hyperprior import round_straight_through
+
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """Log-probability, up to a constant, of an integer at a distance d ≥ 0; falls with d."""
 
@@ -56,12 +58,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    r""":math:`\log \cos^n(\tfrac{\pi}{2} \min(r d, 1))`; flat at both ends of a unit interval.
-
-    Args:
-        slope: r.
-        power: n.
-    """
+    r""":math:`\log \cos^n(\tfrac{\pi}{2} \min(r d, 1))`, with `slope` r and `power` n."""
 
     slope: float = 1.0
     power: float = 2.0
@@ -110,13 +107,9 @@ class Rounding:
         below = values.detach().floor() if self.classes == 2 else values.detach().round() - 1
         return torch.stack([below + k for k in range(self.classes)])
 
-    def scores(self, values: Tensor, candidates: Tensor) -> Tensor:
-        """Scores of the candidates, differentiable in ``values``."""
-        return self.score((values - candidates).abs())
-
     def probabilities(self, values: Tensor) -> Tensor:
         """Probabilities ``[classes, *values.shape]`` at temperature 1; they sum to 1."""
-        return self.scores(values, self.candidates(values)).softmax(0)
+        return self.score((values - self.candidates(values)).abs()).softmax(0)
 
     def sample(self, values: Tensor, temperature: float) -> Tensor:
         """Draw a soft rounding of ``values`` from torch's global generator.
@@ -124,7 +117,7 @@ class Rounding:
         The temperature enters twice: it sharpens the probabilities, and it hardens the sample.
         """
         candidates = self.candidates(values)
-        scores = self.scores(values, candidates)
+        scores = self.score((values - candidates).abs())
         gumbel = -torch.empty_like(scores).exponential_().log()
         shares = ((scores / temperature + gumbel) / temperature).softmax(0)
         return (shares * candidates).sum(0)
@@ -145,9 +138,8 @@ THREE_CLASS = {
 }
 """Their extensions to three integers, with the paper's r, n and a."""
 
-
 PUBLISHED_STEPS = 2000
-"""How many iterations the papers take."""
+"""Iterations of both papers."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ class Annealing:
         return min(self.maximum, self.start * math.exp(-self.rate * (step - self.delay)))
 
     def within(self, steps: int) -> Annealing:
-        """The same curve in fewer steps than the 2000 for which it was published."""
+        """The same temperatures in fewer steps than the 2000 for which they were published."""
         part = steps / PUBLISHED_STEPS
         return replace(self, rate=self.rate / part, delay=round(self.delay * part))
 
@@ -195,4 +187,4 @@ class StraightThrough:
     """Plain rounding with the gradient of the identity, at every step."""
 
     def __call__(self, values: Tensor, step: int) -> Tensor:
-        return values + (values.round() - values).detach()
+        return round_straight_through(values)

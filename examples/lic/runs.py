@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """The run in types that JSON has, a start that is a run inside it."""
         start = self.start.as_dict() if isinstance(self.start, Run) else self.start
-        return {
+        content = {
             "arch": self.arch,
             "lambdas": list(self.lambdas),
             "weighting": repr(self.weighting),
@@ -72,6 +72,7 @@ class Run:
             "start": str(start) if isinstance(start, Path) else start,
             "one_level": self.one_level,
         }
+        return json.loads(json.dumps(content))  # so that tuples are lists before saving, too
 
     def file_name(self) -> str:
         """A name for its checkpoint, which differs between any two runs."""
@@ -127,88 +128,64 @@ def train(
         ImageError: An image cannot be read. The state before is saved.
         KeyboardInterrupt: After a signal.
     """
-    options = {"device": device, "workers": workers, "skip_broken": skip_broken}
     start = run.start
     if isinstance(start, Run):
         start = path.parent / start.file_name()
         if not path.exists():
-            train(run.start, sources, start, save_every=save_every, **options)
-    job = _Job(run, start, sources, path, **options)
+            train(run.start, sources, start, device=device, workers=workers,
+                  save_every=save_every, skip_broken=skip_broken)  # fmt: skip
+    model, settings = _build(run, start, resuming=path.exists())
+    objective = run.objective(model.to(device))
+    trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream)
+    crops = Crops(sources, crop=run.crop, seed=run.stream, skip_broken=skip_broken)
+    stream = CropStream(crops, batch=run.batch, workers=workers)
+
+    def save() -> None:
+        about = {"run": settings, "images": crops.identity, "crops": stream.state_dict()}
+        checkpoint.save(path, {**about, **trainer.state_dict()})
+
     if path.exists():
-        job.resume()
-    if job.trainer.complete:
-        return
+        content = checkpoint.load(path)
+        _check_settings(path, content["run"], settings)
+        trainer.load_state_dict(content)
+        stream.load_state_dict(content["crops"])
+        if trainer.complete:
+            return
+        print(f"{path}: goes on from step {trainer.taken}.")
+        if content["images"] != crops.identity:
+            print(f"{path}: the images are not those that it was trained on so far.")
     try:
-        with _stop_on_signals(job.trainer):
-            job.trainer.run(job.stream, [_Saver(job, save_every), *observers])
+        with _stop_on_signals(trainer):
+            trainer.run(stream, [_Saver(save, save_every), *observers])
     except ImageError:
-        job.save()
+        save()
         raise
-    job.save()
-    if job.trainer.stop:
+    save()
+    if trainer.stop:
         raise KeyboardInterrupt
 
 
-class _Job:
-    """A run under way: the trainer, its crops, and how both are saved."""
+def _build(run: Run, start: Path | None, *, resuming: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The codec that a run begins with, and the settings that its checkpoint keeps."""
+    torch.manual_seed(run.seed)
+    model, settings = architectures.build(run.arch, highest=run.lambdas[-1]), run.as_dict()
+    if isinstance(run.start, Path):
+        checkpoint.load_start(model, run.start, run.arch)
+        # The weights and not the name: a file may be moved, and must not be another.
+        settings["start"] = f"{fingerprint(model):08x}"
+    elif start is not None and not resuming:
+        checkpoint.load_start(model, start, run.arch)
+    return model, settings
 
-    def __init__(
-        self,
-        run: Run,
-        start: Path | None,
-        sources: Sources,
-        path: Path,
-        *,
-        device: torch.device | str,
-        workers: int,
-        skip_broken: bool,
-    ) -> None:
-        self._path, self._settings = path, run.as_dict()
-        torch.manual_seed(run.seed)
-        model = architectures.build(run.arch, highest=run.lambdas[-1])
-        if isinstance(run.start, Path) or (start is not None and not path.exists()):
-            checkpoint.load_start(model, start, run.arch)
-        if isinstance(run.start, Path):
-            # The weights and not the name: a file may be moved, and must not be another.
-            self._settings["start"] = f"{fingerprint(model):08x}"
-        objective = run.objective(model.to(device))
-        self.trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream)
-        self._crops = Crops(sources, crop=run.crop, seed=run.stream, skip_broken=skip_broken)
-        self.stream = CropStream(self._crops, batch=run.batch, workers=workers)
 
-    def save(self) -> None:
-        """Save everything that is needed to go on from here."""
-        content = {
-            "run": self._settings,
-            "images": self._crops.identity,
-            "crops": self.stream.state_dict(),
-            **self.trainer.state_dict(),
-        }
-        checkpoint.save(self._path, content)
-
-    def resume(self) -> None:
-        """Go on from the checkpoint.
-
-        Raises:
-            CheckpointError: It was made with other settings.
-        """
-        content = checkpoint.load(self._path)
-        saved, now = content["run"], self._settings
-        if differing := [key for key, value in now.items() if saved.get(key) != value]:
-            was, is_now = (
-                ", ".join(f"{key} {settings.get(key)}" for key in differing)
-                for settings in (saved, now)
-            )
-            raise CheckpointError(
-                f"{self._path} should go on with the options it was started with: {was}. Found "
-                f"{is_now}. Give those, or choose another --output."
-            )
-        self.trainer.load_state_dict(content)
-        self.stream.load_state_dict(content["crops"])
-        if not self.trainer.complete:
-            print(f"{self._path}: goes on from step {self.trainer.taken}.")
-        if content["images"] != self._crops.identity:
-            print(f"{self._path}: the images are not those that it was trained on so far.")
+def _check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    if differing := [key for key, value in now.items() if saved.get(key) != value]:
+        was, found = (", ".join(f"{k} {settings.get(k)}" for k in differing)
+                      for settings in (saved, now))  # fmt: skip
+        raise CheckpointError(
+            f"{path} should go on with the options it was started with: {was}. Found {found}. "
+            "Give those, or choose another --output."
+        )
 
 
 @contextmanager
@@ -238,14 +215,14 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
 class _Saver(Observer):
     """Saves now and then. A full disk does not end a run that may find room the next time."""
 
-    def __init__(self, job: _Job, every: int) -> None:
-        self._job, self._every = job, every
+    def __init__(self, save: Callable[[], None], every: int) -> None:
+        self._save, self._every = save, every
 
     def after(self, trainer: Trainer) -> None:
         if trainer.taken % self._every or trainer.complete:
             return
         try:
-            self._job.save()
+            self._save()
         except CheckpointError as error:
             print(f"warning: {error} Training goes on; the next attempt is "
                   f"{self._every} steps away.", file=sys.stderr)  # fmt: skip

@@ -1,7 +1,7 @@
 """When the learning rate falls: at fixed points of a run, or when the loss no longer does.
 
-A schedule is a value; :meth:`start` gives the scheduler of a run, which takes each step's loss and
-can be saved and resumed.
+A schedule is a value; ``start`` gives the scheduler of a run, which takes each step's loss, or None
+for a skipped step, and can be saved and resumed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class AtMilestones:
     def __init__(self, scheduler: MultiStepLR) -> None:
         self._scheduler = scheduler
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss: Tensor | None) -> None:
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +80,9 @@ class OnPlateau:
         # Read on the host only once in `every` steps.
         self._total, self._seen = torch.zeros(()), 0
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss: Tensor | None) -> None:
+        if loss is None:
+            return
         self._total = self._total.to(loss.device) + loss
         self._seen += 1
         if self._seen == self._every:

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from examples.lic.images import (
-    ImageError,
-    bundled,
-    check,
-    conversions,
-    list_images,
-    read_image,
-    read_modes,
-)
+from examples.lic.images import ImageError, bundled, check_headers, list_images, read_image
 
 Sources: TypeAlias = Sequence[Path] | Sequence[Tensor]
 """Images to train on: files, or uint8 tensors ``[3, H, W]``."""
@@ -42,9 +34,7 @@ class Crops(Dataset[Tensor | ImageError]):
         skip_broken: Take the next image of the epoch in place of a broken one.
     """
 
-    def __init__(
-        self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False
-    ) -> None:
+    def __init__(self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False):
         self._sources, self._side, self._seed = sources, crop, seed
         self._tries = len(sources) if skip_broken else 1
 
@@ -84,13 +74,10 @@ def _collate(crops: list[Tensor | ImageError]) -> Tensor | ImageError:
     return errors[0] if errors else torch.stack(crops)
 
 
-def _blocks(first: int, length: int, stride: int) -> Iterator[range]:
-    """Numbers of the crops of batch after batch.
-
-    Not a method: a reader that refers to its stream would be collected as a cycle, late and in the
-    wrong order, and its workers would linger.
-    """
-    return (range(start, start + length) for start in itertools.count(first, stride))
+def _batches(first: int, length: int) -> Iterator[range]:
+    # Not a method: a reader that refers to its stream would be collected as a cycle, late and in
+    # the wrong order, and its workers would linger.
+    return (range(start, start + length) for start in itertools.count(first, length))
 
 
 class CropStream(Iterator[Tensor]):
@@ -101,20 +88,16 @@ class CropStream(Iterator[Tensor]):
             paired.
         batch: Crops in a batch.
         workers: Processes that read ahead; 0 reads in this one.
-        rank: Of `world` streams that share the crops among them, this one.
     """
 
-    def __init__(
-        self, crops: Crops, *, batch: int, workers: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, crops: Crops, *, batch: int, workers: int = 0) -> None:
         self._crops, self._batch, self._workers = crops, batch, workers
-        self._rank, self._world = rank, world
         self._taken = 0
         self._batches: Iterator[Tensor | ImageError] | None = None
 
     def __next__(self) -> Tensor:
         if self._batches is None:
-            self._batches = iter(self._loader())
+            self._batches = iter(self._load())
         batch = next(self._batches)
         if isinstance(batch, ImageError):
             self._batches = None  # which ends the workers
@@ -123,12 +106,10 @@ class CropStream(Iterator[Tensor]):
         pixels = batch.to(torch.float32).div_(255)
         return pixels.contiguous(memory_format=torch.channels_last)
 
-    def _loader(self) -> DataLoader[Any]:
-        first = (self._taken * self._world + self._rank) * self._batch
-        stride = self._world * self._batch
+    def _load(self) -> DataLoader[Any]:
         return DataLoader(
             self._crops,
-            batch_sampler=_blocks(first, self._batch, stride),
+            batch_sampler=_batches(self._taken * self._batch, self._batch),
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -152,7 +133,7 @@ def find_sources(
     Args:
         folder: Of images, subfolders included; None for the bundled photographs.
         crop: Side of the crops in pixels.
-        skip: Leave out what is too small or broken, which is an error otherwise.
+        skip: Leave out images that are too small or broken, which are errors otherwise.
 
     Raises:
         ImageError: The folder is missing or empty, or an image is broken or too small.
@@ -160,11 +141,5 @@ def find_sources(
     if folder is None:
         train = bundled().train
         return list(train.values()), [f"Trains on {', '.join(train)}."]
-    paths = list_images(folder)
-    modes, faults = read_modes(paths, min_side=crop)
-    if not (skip and modes):
-        check(faults, len(paths))
-    notes = [f"{len(modes)} images in {folder}."]
-    if faults:
-        notes.append(f"Left out {len(faults)}, the first because: {faults[0]}")
-    return list(modes), notes + conversions(modes)
+    paths, notes = check_headers(list_images(folder), min_side=crop, skip=skip)
+    return paths, [f"{len(paths)} images in {folder}.", *notes]

@@ -30,7 +30,7 @@ from examples.lic.training import Recipe
 from examples.lic.weightings import WEIGHTINGS, fixed
 
 QUICK = {"lambdas": [0.0035, 0.013], "steps": 6, "crop": 64, "batch": 1, "log_every": 3,
-         "save_every": 4, "output": Path("runs/lic/quick")}  # fmt: skip
+         "save_every": 4}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -135,5 +135,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if chosen.workers < 0:
         parser.error(f"argument --workers: should not be negative, found {chosen.workers}")
     if chosen.output is None:
-        chosen.output = Path("runs/lic") / chosen.weighting
+        chosen.output = Path("runs/lic", *["quick"] * chosen.quick, chosen.weighting)
     return chosen

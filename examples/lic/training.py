@@ -124,8 +124,8 @@ class Trainer:
         else:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
-        losses = self.optimizer.metrics.losses.values()
-        self._scheduler.step(sum(losses) / len(losses))
+        losses = self.optimizer.metrics.losses.values()  # none, if the step was skipped
+        self._scheduler.step(sum(losses) / len(losses) if losses else None)
         for action in self._after_step:
             action()
         self.taken += 1

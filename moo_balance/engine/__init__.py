@@ -18,15 +18,14 @@ An engine gets a `Problem` (K losses, P parameters) and gives a `Linearization`.
                  coefficients[0] * row 0 + ... --> .grad of every parameter
 
 Without a call of `gramian`, `add_to_grad` is one ordinary backward pass of the weighted sum (base).
-`combined(coefficients)` gives the weighted sum as a scalar whose backward pass returns the gradient.
+`combined(coefficients)` gives the weighted sum as a scalar with the weighted gradient.
 
 What is kept in memory between the two calls, for a large weight W, small parameters a and b that
-all losses reach, and a parameter h that loss 1 alone reaches:
+all losses reach, and a parameter h that only loss 1 reaches:
 
-    loss 0    | W_0 |    | a_0 b_0 |                 W   one tensor per loss, as autograd gave it;
-    loss 1    | W_1 |    | a_1 b_1 |    | h_1 |          or two thin factors, if W is the weight of a
-    loss 2    | W_2 |    | a_2 b_2 |                     linear layer (linear)
-                                                     a b copied into one matrix [K, size]
+    loss 0    | W_0 |    | a_0 b_0 |             W    one tensor per loss, as autograd gave it,
+    loss 1    | W_1 |    | a_1 b_1 |    | h_1 |       or factors, in some linear layers (linear)
+    loss 2    | W_2 |    | a_2 b_2 |             a b  copied into one matrix [K, size]
 
 Other ways: losses that share features are differentiated down to these (features); `Streaming`
 keeps the K gradients of a few layers at a time (streaming/). Several processes average rows while

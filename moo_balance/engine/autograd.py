@@ -153,10 +153,10 @@ def leaf_positions(nodes: Collection[Node], params: Sequence[Tensor]) -> list[in
     return [k for k, param in enumerate(params) if id(param) in leaves]
 
 
-def gradient_shape(edge: Edge) -> torch.Size | None:
+def gradient_shape(edge: Edge) -> Sequence[int] | None:
     """Shape of the gradient that arrives at an edge; None if it is not known."""
     metadata = getattr(edge[0], _METADATA, None)
-    return None if metadata is None else metadata[edge[1]].shape
+    return None if metadata is None else tuple(metadata[edge[1]].shape)
 
 
 class MatrixProduct(NamedTuple):

@@ -170,6 +170,30 @@ def gradients_through_hooks(
             param.grad = gradient
 
 
+def add_rows(left: Row, right: Row) -> Row:
+    """Sum of two gradients, parameter by parameter."""
+    return [_sum(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return right + left if left.is_sparse else left + right
+
+
+def add_to_grad(total: Row, params: Sequence[Tensor]) -> None:
+    """Add a gradient to ``.grad`` of `params`, or store it there: it must not be used elsewhere."""
+    for param, gradient in zip(params, total, strict=True):
+        if gradient is None:
+            continue
+        if param.grad is None:
+            param.grad = gradient
+        elif param.grad.is_sparse and not gradient.is_sparse:
+            param.grad = gradient.add_(param.grad)  # a sparse tensor cannot take in a dense one
+        else:
+            param.grad.add_(gradient)
+
+
 def remove_loss_scale(gramian: Tensor, scale: Tensor | None) -> Tensor:
     """The Gramian of the unscaled gradients: the scale enters both sides of every product."""
     return gramian if scale is None else gramian / scale.to(gramian) ** 2

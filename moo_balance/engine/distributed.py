@@ -72,6 +72,13 @@ class RowAverager:
             rows.append([g if k in indices else None for k, g in enumerate(average)])
         return rows
 
+    def is_same_everywhere(self, number: int, device: torch.device) -> bool:
+        """Whether all ranks pass the same number, of 32 bits at most."""
+        extremes = torch.tensor([number, -number], dtype=torch.float64, device=device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        highest, lowest = extremes.tolist()
+        return bool(highest == -lowest)
+
     def _reached_on_any_rank(
         self, rows: Sequence[Row], params: Sequence[Tensor]
     ) -> list[frozenset[int]]:
@@ -145,9 +152,14 @@ class PendingRow(NamedTuple):
 
 
 def average_over_ranks(
-    named: Iterable[tuple[str, Row]], averager: RowAverager, params: Sequence[Tensor]
+    named: Iterable[tuple[str, Row]], averager: RowAverager | None, params: Sequence[Tensor]
 ) -> list[list[Tensor | None]]:
-    """Averages of rows, each of which is sent while the next one is computed."""
+    """Averages of rows, each of which is sent while the next one is computed.
+
+    With one process, or no parameters, there is nothing to send.
+    """
+    if averager is None or not params:
+        return [list(row) for _, row in named]
     pending = [averager.begin_all_reduce(name, row, params) for name, row in named]
     return [list(row) for row in averager.wait(pending, params)]
 

@@ -32,6 +32,8 @@ from moo_balance.engine.base import (
     Linearization,
     Problem,
     Row,
+    add_rows,
+    add_to_grad,
     gradients_of,
     gradients_through_hooks,
     precomputed_gradient,
@@ -40,7 +42,7 @@ from moo_balance.engine.base import (
     weighted_sum,
 )
 from moo_balance.engine.distributed import average_over_ranks, is_sharded
-from moo_balance.engine.jacobian import Jacobian, add_rows, add_to_grad
+from moo_balance.engine.jacobian import Jacobian
 from moo_balance.errors import BalanceError, BalanceValueError
 
 

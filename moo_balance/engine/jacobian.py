@@ -258,28 +258,6 @@ def _in_memory_order(
     return [gradient.as_strided((size,), (1,)) for gradient in gradients], first.stride()
 
 
-# ---------------------------------------------------------------------- sums of gradients
-
-
-def add_rows(left: Row, right: Row) -> Row:
-    """Sum of two gradients, parameter by parameter."""
-    return [add(a, b) for a, b in zip(left, right, strict=True)]
-
-
-def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Sum of the gradients of one parameter; None where there is neither."""
-    if left is None or right is None:
-        return right if left is None else left
-    return right + left if left.is_sparse else left + right
-
-
-def add_to_grad(total: Row, params: Sequence[Tensor]) -> None:
-    """Add a gradient to ``.grad`` of `params`, or store it there: it must not be used elsewhere."""
-    for param, gradient in zip(params, total, strict=True):
-        if gradient is not None:
-            param.grad = gradient if param.grad is None else _add(param.grad, gradient, 1.0)
-
-
 def weighted_tensor(gradients: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
     """A weighted sum, in memory of its own.
 

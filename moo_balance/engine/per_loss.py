@@ -30,6 +30,8 @@ from moo_balance.engine.base import (
     Problem,
     Row,
     Window,
+    add_rows,
+    add_to_grad,
     gradients_through_hooks,
     precomputed_gradient,
     remove_loss_scale,
@@ -43,7 +45,7 @@ from moo_balance.engine.distributed import (
     sharded_inner_products,
 )
 from moo_balance.engine.features import FeatureGramian
-from moo_balance.engine.jacobian import Jacobian, add_rows, add_to_grad
+from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.linear import (
     GradInputs,
     LinearWeightGradient,

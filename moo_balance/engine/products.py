@@ -112,7 +112,10 @@ def assemble_gramian(
 
 
 def add_products(gramian: Tensor, products: Tensor, losses: tuple[int, ...]) -> Tensor:
-    """Add products of some losses at their rows and columns, in the wider precision."""
+    """Add products of some losses at their rows and columns, in the wider precision.
+
+    `gramian` itself may change.
+    """
     gramian = gramian.to(torch.promote_types(gramian.dtype, products.dtype))
     products = products.to(gramian.device)
     first, last = losses[0], losses[-1] + 1

@@ -1,4 +1,4 @@
-"""The pure maths of balancing: tensors in, tensors out, no state and no autograd.
+"""The mathematics of balancing: tensors in, tensors out, no state and no autograd.
 
 Every function takes any floating dtype, computes in float32 at least, and returns float32 at least.
 """
@@ -8,10 +8,9 @@ from moo_balance.functional.dual_cone import project_dual_cone
 from moo_balance.functional.gramian import cosine_similarity, regularize
 from moo_balance.functional.min_norm import kkt_residual, min_norm_weights
 from moo_balance.functional.scaling import gradient_scales, scale_gramian
+from moo_balance.functional.set_tchebycheff import set_tchebycheff, set_tchebycheff_value
 from moo_balance.functional.simplex import project_simplex
 from moo_balance.functional.tchebycheff import (
-    set_tchebycheff,
-    set_tchebycheff_value,
     smooth_tchebycheff,
     smooth_tchebycheff_log,
     smooth_tchebycheff_log_value,

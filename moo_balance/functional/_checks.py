@@ -62,7 +62,7 @@ def refuse_nonfinite(entries: list[list[float]]) -> NoReturn:
     """Refuse a Gramian with these entries, not all of which are finite."""
     raise BalanceValueError(
         f"Parameter `gramian` should be finite. Found {entries}. "
-        "Look for a loss that diverged, or compute the Gramian in float64 if it overflowed."
+        "Check for a loss that diverged, or compute the Gramian in float64 if it overflowed."
     )
 
 

@@ -1,8 +1,8 @@
 r"""Tchebycheff scalarizations, as values and as coefficients.
 
 A scalarization turns K losses into one number; its gradient with respect to the losses is what
-multiplies the gradient of each loss. Every value here has its coefficients beside it, in closed
-form and free of autograd.
+multiplies the gradient of each loss. Each value here is followed by its coefficients, in closed
+form and without autograd.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import at_least_float32, check_positive
 
 
@@ -25,7 +24,7 @@ def tchebycheff_value(
         losses: :math:`L`, shape ``[K]``.
         preference: :math:`\lambda`, shape ``[K]``, positive; on the simplex by convention.
         ideal: :math:`z`, the ideal point, shape ``[K]`` or a number: what each loss would reach
-            alone.
+            if it were the only one.
         augment: :math:`\rho \ge 0`; 0 is the plain maximum, a small positive value excludes points
             that are only weakly Pareto optimal.
 
@@ -175,8 +174,8 @@ def smooth_tchebycheff_log_value(
     .. math:: g_\mu(L) = K \mu \log \sum_i \exp \frac{K \lambda_i \log (L_i / n_i)}{\mu}
 
     The ideal point is implicit in the logarithm. With equal preferences and :math:`\mu = 1` this is
-    :math:`K \log \sum_i L_i / n_i`, which has nothing of a maximum: choose a smaller :math:`\mu`
-    for that.
+    :math:`K \log \sum_i L_i / n_i`, which is far from a maximum; a smaller :math:`\mu` is closer
+    to it.
 
     Args:
         losses: :math:`L > 0`, shape ``[K]``.
@@ -244,85 +243,3 @@ def smooth_tchebycheff_log(
     scale = len(losses) * at_least_float32(preference)
     exponent = scale * (losses / (1.0 if nadir is None else nadir)).log() / mu
     return len(losses) * scale * torch.softmax(exponent, dim=0) / losses
-
-
-def set_tchebycheff_value(
-    losses: Tensor, preference: Tensor, ideal: Tensor | float, mu: float
-) -> Tensor:
-    r"""The smooth Tchebycheff set scalarization: few solutions that serve many objectives together.
-
-    .. math:: g_\mu(L) = \mu \log \sum_i \exp \frac{\lambda_i (m_i - z_i)}{\mu}, \qquad
-              m_i = -\mu \log \sum_s \exp \frac{-L_{si}}{\mu}
-
-    Each objective counts by (a smooth version of) its best solution, and the set by its worst
-    objective.
-
-    Args:
-        losses: :math:`L`, shape ``[S, K]``: loss of solution s on objective i.
-        preference: :math:`\lambda`, shape ``[K]``, positive; ones in the official code.
-        ideal: :math:`z`, shape ``[K]`` or a number; 0 in the official code.
-        mu: :math:`\mu > 0`, the smoothing of both the maximum and the minimum, as in the official
-            code.
-
-    Returns:
-        The value, a 0-d tensor in float32 or wider.
-
-    Raises:
-        BalanceValueError: ``losses`` is not a matrix, or ``mu`` is not positive and finite.
-
-    Source:
-        Lin et al., "Few for Many: Tchebycheff Set Scalarization for Many-Objective Optimization",
-        ICLR 2025 (arXiv 2405.19650).
-
-    Example:
-        >>> import torch
-        >>> losses = torch.tensor([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
-        >>> set_tchebycheff_value(losses, torch.ones(3), 0.0, 0.01)
-        tensor(0.9931)
-    """
-    best = _smooth_best(losses, mu)
-    return mu * torch.logsumexp(at_least_float32(preference) * (best - ideal) / mu, dim=0)
-
-
-def set_tchebycheff(losses: Tensor, preference: Tensor, ideal: Tensor | float, mu: float) -> Tensor:
-    r"""Coefficients of the smooth Tchebycheff set scalarization.
-
-    .. math:: c_{si} = \lambda_i \, \operatorname{softmax}_i \frac{\lambda (m - z)}{\mu} \,
-              \operatorname{softmax}_s \frac{-L_{si}}{\mu}
-
-    Args:
-        losses: :math:`L`, shape ``[S, K]``.
-        preference: :math:`\lambda`, shape ``[K]``, positive.
-        ideal: :math:`z`, shape ``[K]`` or a number.
-        mu: :math:`\mu > 0`.
-
-    Returns:
-        :math:`c = \partial g_\mu / \partial L`, shape ``[S, K]``, in float32 or wider, of
-        :func:`set_tchebycheff_value`.
-
-    Raises:
-        BalanceValueError: ``losses`` is not a matrix, or ``mu`` is not positive and finite.
-
-    Source:
-        As :func:`set_tchebycheff_value`.
-
-    Example:
-        >>> import torch
-        >>> losses = torch.tensor([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
-        >>> set_tchebycheff(losses, torch.ones(3), 0.0, 0.01).round(decimals=4)
-        tensor([[0.0000, 0.0000, 0.5000],
-                [0.0000, 0.0000, 0.5000]])
-    """
-    preference = at_least_float32(preference)
-    worst = torch.softmax(preference * (_smooth_best(losses, mu) - ideal) / mu, dim=0)
-    return preference * worst * torch.softmax(-at_least_float32(losses) / mu, dim=0)
-
-
-def _smooth_best(losses: Tensor, mu: float) -> Tensor:
-    check_positive("mu", mu)
-    if losses.ndim != 2:
-        raise BalanceValueError(
-            "Parameter `losses` should have shape [S, K], one row for each solution. "
-            f"Found shape {tuple(losses.shape)}. Use `smooth_tchebycheff` for a single solution."
-        )
-    return -mu * torch.logsumexp(-at_least_float32(losses) / mu, dim=0)

@@ -12,8 +12,9 @@ from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
+from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.random_weights import RandomWeights
-from moo_balance.weighting.tchebycheff import OnlineTchebycheff, SmoothTchebycheff, Tchebycheff
+from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
 __all__ = [
     "FAMO",

@@ -17,13 +17,13 @@ from tests.support.distributed import (
     assert_equals_reference,
     by_backward,
     by_closure,
-    by_combine,
+    by_combined_loss,
     losses_of,
     share,
     train,
 )
 from tests.support.problems import snapshot
-from tests.support.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_kinds, over_methods, over_some
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -32,15 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
 }
 
-# One of each kind: known beforehand, by losses, watching the step, lagging, by gradients.
-over_kinds_of_method = over_some(
-    "Sum", "SumLog", "FAMO-adam", "FAMO-lagged", "AnalyticQP", "MGDA-none", "MGDA-every"
-)
-
 
 def refuses_static_graph(method, step=by_closure):
-    """It records its hooks in the first step, which Gramians bypass and later steps may not."""
-    return method.gramian and (step is by_combine or method.make(NAMES).every > 1)
+    """DDP records its hooks in the first step, which Gramians bypass and later steps may not."""
+    return method.gramian and (step is by_combined_loss or method.make(NAMES).every > 1)
 
 
 def check(method, kind, dtype, step=None):
@@ -57,15 +52,15 @@ def test_every_method_in_double_precision(method):
 
 
 @pytest.mark.capability("DistributedDataParallel")
-@over_methods
-def test_every_method_in_single_precision(method):
+@over_kinds
+def test_every_kind_of_method_in_single_precision(method):
     check(method, "find_unused_parameters", torch.float32)
 
 
 @pytest.mark.capability("DDP with static_graph or gradient_as_bucket_view")
-@over_kinds_of_method
+@over_some("FixedWeights", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-every")
 @pytest.mark.parametrize("kind", ["static_graph", "gradient_as_bucket_view"])
-@pytest.mark.parametrize("step", [by_backward, by_combine], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", [by_backward, by_combined_loss], ids=lambda step: step.__name__)
 def test_every_kind_of_wrapper(method, kind, step):
     if kind == "static_graph" and refuses_static_graph(method, step):
         model = DDP(Net(), static_graph=True)
@@ -80,7 +75,7 @@ def test_every_kind_of_wrapper(method, kind, step):
 @over_methods
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_everything(method, kind, dtype):
+def test_every_method_with_every_kind_of_wrapper(method, kind, dtype):
     if not (kind == "static_graph" and refuses_static_graph(method)):
         check(method, kind, dtype)
 
@@ -95,7 +90,7 @@ class Checkpointed(Net):
 
 
 @pytest.mark.capability("activation checkpointing under DDP")
-@over_kinds_of_method
+@over_some("SumLog", "FAMO-adam", "AnalyticQP")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(method, reentrant):
     net = Checkpointed()
@@ -120,9 +115,9 @@ class Normalized(Net):
         return [head(features) for head in self.heads]
 
 
-@over_some("FAMO-adam", "BalancedTrajectory-defaults")
+@over_some("FAMO-adam")
 def test_running_statistics_are_updated_once_a_step(method):
-    """DDP spreads rank 0's buffers before a forward pass, and must not forget to after a look."""
+    """DDP broadcasts rank 0's buffers before a forward pass, also after a second evaluation."""
     model = DDP(Normalized())
     optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
     twin = DDP(Normalized())

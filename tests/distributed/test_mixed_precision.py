@@ -1,4 +1,4 @@
-"""GradScaler and autocast on ranks: the scale changes nothing, an overflow is everybody's."""
+"""GradScaler and autocast on ranks: the scale changes nothing, all ranks skip an overflow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.distributed import (
 from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_some
 
-over_kinds = over_some("Sum", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-none")
+over_some_kinds = over_some("SumLog", "FAMO-adam", "AnalyticQP")
 
 
 def replicated(dtype=torch.float64):
@@ -51,13 +51,13 @@ def scaled_step(optimizer, scaler, losses):
 
 
 @pytest.mark.capability("GradScaler under DDP")
-@over_kinds
+@over_some_kinds
 def test_a_scale_changes_nothing_in_data_parallel(method):
     check_scale(replicated(), method)
 
 
 @pytest.mark.capability("GradScaler under FSDP2")
-@over_kinds
+@over_some_kinds
 def test_a_scale_changes_nothing_in_shards(method):
     check_scale(sharded(), method)
 
@@ -73,7 +73,7 @@ def check_scale(model, method):
     assert_equals_reference(model, optimizer, method, torch.float64)
 
 
-@over_some("Sum", "FAMO-adam", "MGDA-none")
+@over_some("FAMO-adam", "MGDA-none")
 @over_wrappers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(method, make, dtype):
@@ -95,7 +95,7 @@ def test_autocast(method, make, dtype):
     assert any(last[key] < first[key] for key in first if key.startswith("loss/"))
 
 
-@over_kinds
+@over_some_kinds
 @over_wrappers
 def test_an_overflow_on_one_rank_is_skipped_by_all(method, make):
     model = make()
@@ -103,11 +103,11 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(method, make):
     scaler = GradScaler("cpu", init_scale=2.0**12)
 
     def losses(batch, overflow):
-        found = losses_of(model, batch)
+        losses = losses_of(model, batch)
         if overflow and dist.get_rank() == 1:
             # Finite, with a gradient that is not.
-            found["b"] = found["b"] + (found["b"] * 0.0).sqrt()
-        return found
+            losses["b"] = losses["b"] + (losses["b"] * 0.0).sqrt()
+        return losses
 
     for step in range(6):
         before = snapshot([parameters(model), optimizer.state_dict()["balance"]])

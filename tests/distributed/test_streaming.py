@@ -18,7 +18,7 @@ from tests.support.distributed import (
     adam,
     assert_equals_reference,
     by_backward,
-    by_combine,
+    by_combined_loss,
     losses_of,
     share,
     train,
@@ -31,7 +31,7 @@ over_gramians = over_some("AnalyticQP", "MGDA-none", "MGDA-every")
 
 @pytest.mark.capability("DistributedDataParallel")
 @over_gramians
-@pytest.mark.parametrize("step", [by_backward, by_combine], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", [by_backward, by_combined_loss], ids=lambda step: step.__name__)
 @pytest.mark.parametrize("wrap", [{}, {"find_unused_parameters": True}], ids=["default", "unused"])
 def test_ranks_take_the_step_of_one_process(method: Any, step: Step, wrap: dict[str, bool]) -> None:
     model = DDP(Net(), **wrap)

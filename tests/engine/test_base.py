@@ -1,8 +1,9 @@
-"""What every engine starts from."""
+"""Problems, weighted sums, and sums of gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ from torch import Tensor, nn
 
 from moo_balance import BalanceError
 from moo_balance.engine import Engine, Linearization, PerLoss, Problem
-from moo_balance.engine.base import weighted_backward, weighted_sum
+from moo_balance.engine.base import (
+    add_rows,
+    add_to_grad,
+    gradients_of,
+    gradients_through_hooks,
+    precomputed_gradient,
+    remove_loss_scale,
+    stack_losses,
+    weighted_backward,
+    weighted_sum,
+)
+from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter, shared
 
 
 def problem(weight: Tensor, dtypes: Sequence[torch.dtype], scale: float | None = None) -> Problem:
@@ -47,3 +59,66 @@ class Windowless(Engine):
 def test_an_engine_without_windows_says_so() -> None:
     with pytest.raises(BalanceError, match="PerLoss"):
         Windowless().window()
+
+
+def test_losses_of_different_precision_are_stacked_in_the_widest() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    stacked = stack_losses([weight.sum().half(), weight.double().sum(), weight.sum()])
+    assert stacked.dtype == torch.float64
+    assert stacked.requires_grad
+    assert stacked.tolist() == [2, 2, 2]
+    with torch.no_grad():
+        assert stack_losses([weight.sum()]).dtype == torch.float32
+
+
+def test_a_loss_scale_is_squared_in_the_gramian() -> None:
+    gramian = drawn(2, 2)
+    assert remove_loss_scale(gramian, None) is gramian
+    assert torch.equal(remove_loss_scale(64 * gramian, torch.tensor(8.0)), gramian)
+
+
+def test_a_precomputed_gradient_is_scaled_and_added_as_any_other() -> None:
+    used, idle = parameter(3), parameter(2, seed=1)
+    used.grad = torch.ones_like(used)
+    value = precomputed_gradient(torch.tensor(2.0), [drawn(3, seed=2), None], [used, idle])
+    assert value.item() == 2.0
+    (3 * value).backward()
+    torch.testing.assert_close(used.grad, 1 + 3 * drawn(3, seed=2))
+    assert idle.grad is None
+
+
+@pytest.mark.parametrize("take", [gradients_of, gradients_through_hooks])
+def test_rows_are_taken_without_touching_grad(take: Any) -> None:
+    built = shared()
+    jacobian = naive_jacobian(built)
+    for param in built.params:
+        param.grad = torch.ones_like(param)
+    rows = [take([loss], [torch.ones_like(loss)], built.params, True) for loss in built.losses]
+    assert all(torch.equal(param.grad, torch.ones_like(param)) for param in built.params)
+    for row, expected in zip(rows, jacobian, strict=True):
+        for param, entry in zip(built.params, row, strict=True):
+            param.grad = entry
+        torch.testing.assert_close(gradient(Graph([], built.params)), expected)
+
+
+def some_gradients() -> list[Tensor | None]:
+    values = drawn(2, 3, seed=1)
+    sparse = torch.sparse_coo_tensor([[1, 3]], values, (4, 3), check_invariants=True)
+    return [None, drawn(4, 3), sparse]
+
+
+def as_dense(gradient: Tensor | None) -> Tensor:
+    return torch.zeros(4, 3).double() if gradient is None else gradient.to_dense()
+
+
+@pytest.mark.parametrize("before", range(3), ids=["nothing", "dense", "sparse"])
+@pytest.mark.parametrize("added", range(3), ids=["nothing", "dense", "sparse"])
+def test_gradients_of_any_kind_are_added(before: int, added: int) -> None:
+    param, first, second = parameter(4, 3), some_gradients()[before], some_gradients()[added]
+    expected = as_dense(first) + as_dense(second)
+    (total,) = add_rows([first], [second])
+    assert (total is None) == (before == added == 0)
+    torch.testing.assert_close(as_dense(total), expected)
+    param.grad = first
+    add_to_grad([second], [param])
+    torch.testing.assert_close(as_dense(param.grad), expected)

@@ -202,7 +202,9 @@ def coefficients(built: Split) -> Tensor:
 
 @over_splits
 @pytest.mark.parametrize("scale", [None, torch.tensor(2.0**10)], ids=["", "scaled"])
-def test_the_gramian_is_that_at_the_features(build: Callable[[], Split], scale: Any) -> None:
+def test_a_feature_gramian_is_that_of_gradients_at_the_features(
+    build: Callable[[], Split], scale: Any
+) -> None:
     built = build()
     jacobian = built.jacobian()
     if jacobian.is_complex():
@@ -213,11 +215,11 @@ def test_the_gramian_is_that_at_the_features(build: Callable[[], Split], scale: 
 
 
 @over_splits
-@pytest.mark.parametrize("form", ["accumulate", "combined", "unasked"])
-def test_the_gradient_is_the_combination(build: Callable[[], Split], form: str) -> None:
+@pytest.mark.parametrize("form", ["add_to_grad", "combined", "without a gramian"])
+def test_features_lead_to_the_weighted_gradient(build: Callable[[], Split], form: str) -> None:
     expected, built = naive_jacobian(build().graph), build()
     linearization = built.linearize()
-    if form != "unasked":
+    if form != "without a gramian":
         linearization.gramian()
     if form == "combined":
         linearization.combined(coefficients(built)).backward()
@@ -227,7 +229,7 @@ def test_the_gradient_is_the_combination(build: Callable[[], Split], form: str) 
 
 
 @over_splits
-def test_gradients_that_are_there_are_added_to(build: Callable[[], Split]) -> None:
+def test_with_features_gradients_that_are_there_are_added_to(build: Callable[[], Split]) -> None:
     expected, built = naive_jacobian(build().graph), build()
     for _ in range(2):
         linearization = built.linearize(retain_graph=True)
@@ -247,7 +249,7 @@ def counted() -> tuple[Split, dict[str, list[int]]]:
     return Split(Graph(losses, [below, *heads]), [features]), passes
 
 
-def test_how_often_the_parts_are_passed() -> None:
+def test_with_features_heads_and_trunk_are_passed_once() -> None:
     built, passes = counted()
     linearization = built.linearize()
     linearization.gramian()
@@ -256,14 +258,14 @@ def test_how_often_the_parts_are_passed() -> None:
     assert passes == {"encoder": [1], "first": [1], "second": [1]}
 
 
-def test_no_hook_of_ours_stays_behind() -> None:
+def test_hooks_that_block_gradients_are_removed() -> None:
     built = nested()
     linearization = built.linearize(retain_graph=True)
     linearization.gramian()
     same(naive_jacobian(built.graph), naive_jacobian(nested().graph))
 
 
-def test_a_graph_that_is_not_kept_is_freed() -> None:
+def test_with_features_a_graph_that_is_not_retained_is_freed() -> None:
     built = plain()
     linearization = built.linearize()
     linearization.gramian()
@@ -297,7 +299,7 @@ def optimizer_of(net: Net, weighting: Any = None, **arguments: Any) -> BalancedO
     return BalancedOptimizer(sgd, MGDA() if weighting is None else weighting, **arguments)
 
 
-def test_weights_come_from_the_features_and_gradients_reach_everything() -> None:
+def test_weights_come_from_features_and_gradients_reach_all_parameters() -> None:
     net = Net()
     losses = net.losses(drawn(6, 4))
     rows = [
@@ -314,7 +316,7 @@ def test_weights_come_from_the_features_and_gradients_reach_everything() -> None
 
 
 @pytest.mark.parametrize("form", ["tensor", "list", "closure", "combine"])
-def test_forms_of_the_argument(form: str) -> None:
+def test_features_may_be_a_tensor_a_list_or_a_closure(form: str) -> None:
     net, twin = Net(), Net()
     twin.load_state_dict(net.state_dict())
     batch = drawn(6, 4)
@@ -335,7 +337,7 @@ def test_forms_of_the_argument(form: str) -> None:
 
 
 @pytest.mark.parametrize("weighting", [Sum(), MGDA(every=2)], ids=["Sum", "every"])
-def test_features_do_no_harm_where_nobody_asks_for_a_gramian(weighting: Any) -> None:
+def test_features_change_nothing_where_no_gramian_is_needed(weighting: Any) -> None:
     net = Net()
     optimizer = optimizer_of(net, weighting)
     for _ in range(2):
@@ -355,14 +357,14 @@ def test_features_do_no_harm_where_nobody_asks_for_a_gramian(weighting: Any) -> 
         (torch.ones(3, requires_grad=True), r"`features`.*loss `a`"),
     ],
 )
-def test_features_that_are_none(features: Any, match: str) -> None:
+def test_what_cannot_be_features_is_refused(features: Any, match: str) -> None:
     net = Net()
     with pytest.raises(BalanceValueError, match=match):
         optimizer_of(net).backward(net.losses(drawn(6, 4)), features=features)
     assert all(param.grad is None for param in net.parameters())
 
 
-def test_a_loss_that_passes_the_features_by_is_named() -> None:
+def test_a_loss_that_does_not_depend_on_features_is_named() -> None:
     net = Net()
     losses = {**net.losses(drawn(6, 4)), "decay": net.heads[0].weight.square().sum()}
     with pytest.raises(BalanceValueError, match="loss `decay` depends on"):
@@ -377,7 +379,7 @@ def test_features_and_shared_params_are_refused_together() -> None:
         optimizer.backward(losses, features=net.features)
 
 
-def test_windows_are_refused_from_first_to_last() -> None:
+def test_features_are_refused_in_a_window_from_first_to_last() -> None:
     net = Net()
     optimizer = optimizer_of(net)
     with optimizer.accumulate(), pytest.raises(BalanceValueError, match="accumulate"):
@@ -388,7 +390,7 @@ def test_windows_are_refused_from_first_to_last() -> None:
         optimizer.backward(net.losses(drawn(6, 4)), features=lambda: net.features)
 
 
-def test_a_reentrant_checkpoint_above_the_features_is_refused() -> None:
+def test_a_reentrant_checkpoint_in_a_head_is_refused() -> None:
     weight, features = trunk()
     head = parameter(3, seed=1)
     output = checkpoint(lambda x: x @ head, features, use_reentrant=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moo_balance.engine.base import Row
-from moo_balance.engine.jacobian import Jacobian, add_rows, add_to_grad, inner_products
+from moo_balance.engine.jacobian import Jacobian, inner_products
 from tests.support.engine_graphs import drawn
 
 CPU = torch.device("cpu")
@@ -41,24 +41,23 @@ def some_rows() -> tuple[list[Row], list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [[0, 1, 2], [0], [1, 2], []])
-def test_inner_products_over_chosen_columns(columns: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compared", [[0, 1, 2], [0], [1, 2], []])
+def test_inner_products_over_compared_parameters(compared: list[int], dtype: torch.dtype) -> None:
     rows, like = some_rows()
-    chosen = [
-        dense([row[c] for c in columns], [like[c] for c in columns]) if columns else torch.zeros(1)
-        for row in rows
-    ]
+    kept = [[row[c] for c in compared] for row in rows]
+    parts = [like[c] for c in compared]
+    chosen = [dense(row, parts) if compared else torch.zeros(1) for row in kept]
     jacobian = torch.stack(chosen).double()
-    found = inner_products(rows, columns, dtype, CPU)
+    found = inner_products(rows, compared, dtype, CPU)
     torch.testing.assert_close(found.double(), jacobian @ jacobian.T, rtol=1e-14, atol=1e-14)
-    assert found.dtype == (torch.float64 if columns else dtype)
+    assert found.dtype == (torch.float64 if compared else dtype)
 
 
 def test_rows_that_reach_nothing_have_inner_products_of_zero() -> None:
     assert inner_products([[None], [None]], [0], torch.float32, CPU).tolist() == [[0.0, 0.0]] * 2
 
 
-def test_a_lazily_conjugated_gradient_is_read_as_what_it_is() -> None:
+def test_a_lazily_conjugated_gradient_is_resolved() -> None:
     z, w = drawn(3, dtype=torch.complex128), drawn(3, seed=1, dtype=torch.complex128)
     found = inner_products([[z.conj()], [w]], [0], torch.float64, CPU)
     cross = (z.real * w.real - z.imag * w.imag).sum()
@@ -66,13 +65,13 @@ def test_a_lazily_conjugated_gradient_is_read_as_what_it_is() -> None:
     torch.testing.assert_close(found[0, 0], z.abs().square().sum())
 
 
-def test_half_precision_products_are_wide_before_they_are_summed() -> None:
+def test_products_of_half_precision_are_summed_in_float32() -> None:
     row = torch.full((1000,), 300.0, dtype=torch.float16)
     assert inner_products([[row]], [0], torch.float32, CPU).item() == 9e7
 
 
-@pytest.mark.parametrize("on_host", [True, False], ids=["numbers", "tensors"])
-def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
+@pytest.mark.parametrize("on_host", [True, False], ids=["floats", "tensors"])
+def test_a_combination_is_new_memory_and_does_not_change_the_rows(
     on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:  # as on an accelerator, where reading a coefficient would wait
@@ -90,7 +89,7 @@ def test_a_combination_is_new_memory_and_leaves_the_rows_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_coefficients_on_the_device_serve_gradients_of_any_precision(
+def test_coefficients_as_tensors_combine_gradients_of_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moo_balance.engine.jacobian.as_scalars", lambda c: c.float().unbind())
@@ -104,7 +103,7 @@ def test_coefficients_on_the_device_serve_gradients_of_any_precision(
 
 
 @pytest.mark.parametrize("count", [2, 6])
-def test_long_gradients_are_multiplied_piece_by_piece(count: int) -> None:
+def test_long_gradients_are_multiplied_in_chunks(count: int) -> None:
     rows = [[drawn(700_001, seed=k).float(), drawn(5, seed=k).float()] for k in range(count)]
     jacobian = torch.stack([torch.cat(row).double() for row in rows])
     exact = jacobian @ jacobian.T
@@ -115,11 +114,11 @@ def test_long_gradients_are_multiplied_piece_by_piece(count: int) -> None:
     torch.testing.assert_close(wide, exact, rtol=1e-13, atol=1e-7)
 
 
-def test_a_column_that_no_row_reaches_has_no_combination() -> None:
+def test_a_parameter_that_no_row_reaches_has_no_combination() -> None:
     assert combination([[None, torch.ones(1)], [None, None]], torch.ones(2))[0] is None
 
 
-def test_nobody_else_keeps_the_gradients() -> None:
+def test_rows_and_blocks_are_consumed() -> None:
     rows = [list(row) for row in some_rows()[0]]
     jacobian = Jacobian(rows)
     assert rows == [[]] * 3
@@ -137,7 +136,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("first", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("size", [3, 300], ids=["small", "large"])
-def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> None:
+def test_gradients_of_any_memory_layout_are_multiplied_entry_by_entry(
+    first, last, size: int
+) -> None:
     rows: list[Row] = [
         [drawn(5, seed=k), lay(drawn(size, 4, 5, 6, seed=k)), drawn(2, 3, seed=k)]
         for k, lay in enumerate((first, last))
@@ -154,7 +155,7 @@ def test_images_of_any_layout_meet_entry_by_entry(first, last, size: int) -> Non
         assert total[1].stride() == rows[0][1].stride()  # as an optimizer likes it best
 
 
-def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moo_balance.engine.products._CPU_CHUNK", 30)
     rows: list[Row] = [[drawn(5, seed=5 * k + j) for j in range(8)] for k in range(2)]
     blocks = Jacobian([list(row) for row in rows]).blocks
@@ -164,24 +165,3 @@ def test_a_portion_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatc
         inner_products(rows, range(8), torch.float64, CPU), jacobian @ jacobian.T
     )
     torch.testing.assert_close(torch.cat(combination(rows, torch.ones(2))), jacobian.sum(0))
-
-
-@pytest.mark.parametrize("there", ["nothing", "dense", "sparse"])
-def test_combine_adds_to_any_gradient_that_is_there(there: str) -> None:
-    rows, like = some_rows()
-    first = {"nothing": None, "dense": drawn(4, 3, seed=8), "sparse": rows[1][0] * 3}[there]
-    like[0].grad = None if first is None else first.clone()
-    expected = combination(rows, torch.ones(3))[0].to_dense()
-    if first is not None:
-        expected = expected + first.to_dense()
-    add_to_grad(combination(rows, torch.ones(3)), like)
-    torch.testing.assert_close(like[0].grad.to_dense(), expected)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_added_rows_keep_what_only_one_of_them_reaches(flip: bool) -> None:
-    rows, like = some_rows()
-    pair = rows[:2][::-1] if flip else rows[:2]
-    expected = dense(rows[0], like) + dense(rows[1], like)
-    torch.testing.assert_close(dense(add_rows(*pair), like), expected)
-    assert add_rows([None], [None]) == [None]

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance.engine import PerLoss, Problem
-from moo_balance.engine.autograd import nodes_above
-from moo_balance.engine.linear import find_linear_layers
 from tests.support.engine_graphs import Graph, clear, drawn, gradient, naive_jacobian, parameter
 
 
@@ -56,7 +54,7 @@ def test_a_gramian_costs_a_pass_per_loss_and_the_combination_none() -> None:
     assert (trunk, heads) == ([2], [[1], [1]])
 
 
-def test_a_combined_scalar_costs_no_further_pass_either() -> None:
+def test_a_combined_scalar_costs_no_further_pass() -> None:
     built, trunk, heads = counted()
     linearization = PerLoss().linearize(built.problem())
     linearization.gramian()
@@ -78,18 +76,6 @@ def test_a_float64_gramian_of_float32_gradients_is_exact() -> None:
     torch.testing.assert_close(gramian(PerLoss(dtype=torch.float64)), exact, rtol=1e-13, atol=1e-9)
 
 
-def test_factored_layers_come_in_the_order_of_the_parameters() -> None:
-    """Autograd's nodes come in the order of their addresses, which another run does not repeat."""
-    layers = [nn.Linear(32, 32, bias=False) for _ in range(12)]
-    params = [layer.weight for layer in layers]
-    out = nn.Sequential(*layers)(drawn(2, 32).float())
-    problem = Graph([out.sum(), out.square().sum()], params).problem()
-    found = [
-        layer.param_index for layer in find_linear_layers(problem, nodes_above(problem.losses))
-    ]
-    assert found == list(range(12))
-
-
 def micro_batches(weight: nn.Parameter, table: nn.Embedding) -> list[dict[str, Tensor]]:
     """Three of them; one loss skips the second."""
     looked_up = table(torch.tensor([0, 2]))
@@ -100,7 +86,7 @@ def micro_batches(weight: nn.Parameter, table: nn.Embedding) -> list[dict[str, T
     ]
 
 
-def test_a_window_is_the_batch_that_its_parts_make_up() -> None:
+def test_a_window_equals_one_batch_of_its_micro_batches() -> None:
     weight, table = parameter(3), nn.Embedding(4, 3, sparse=True, dtype=torch.float64)
     params = [weight, table.weight]
     parts = micro_batches(weight, table)
@@ -123,6 +109,6 @@ def test_a_window_is_the_batch_that_its_parts_make_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_is_a_value(dtype: torch.dtype) -> None:
+def test_per_loss_is_a_value(dtype: torch.dtype) -> None:
     assert PerLoss(dtype) == PerLoss(dtype=dtype)
     assert repr(PerLoss(dtype)) == f"PerLoss(dtype={dtype})"

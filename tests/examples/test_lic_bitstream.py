@@ -13,8 +13,9 @@ from hypothesis import given, strategies as st
 
 from examples.lic import bitstream, checkpoint
 from examples.lic.bitstream import SCALES, BitstreamError, Coder, fingerprint
-from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.evaluation import reconstruct, to_pixels
+from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.variable_rate import VariableRateCodec
 
 ROOT = Path(__file__).parents[2]
 HEADER = 18
@@ -56,6 +57,21 @@ def test_what_is_decoded_is_what_the_codec_reconstructs(height, width, spread):
     own, _ = reconstruct(model, image)
     assert torch.equal(Coder(model).decode_exactly(data), own)
     assert torch.equal(Coder(model).decode(data), to_pixels(own))
+
+
+@pytest.mark.parametrize("lmbda", [0.002, 0.05, 0.2])
+def test_a_variable_rate_codec_is_decoded_at_the_step_it_was_coded_with(lmbda):
+    codec = VariableRateCodec(make_model(spread=3.0), 0.05, offsets=True, hyper_step=True).eval()
+    with torch.no_grad():
+        for layers in (codec.offset.layers, codec.hyper_step.layers):
+            layers[-1].weight.uniform_(-0.5, 0.5)
+    image = noise(70, 90)
+    data = Coder(codec.at(lmbda)).encode(image)
+    own, bits = reconstruct(codec.at(lmbda), image)
+    assert torch.equal(Coder(codec.at(lmbda)).decode_exactly(data), own)
+    assert 8 * len(data) == pytest.approx(bits, rel=0.03, abs=8 * HEADER + 64)
+    with pytest.raises(BitstreamError, match="by the codec that encoded it"):
+        Coder(codec.at(0.01)).decode(data)
 
 
 @given(st.integers(0, 2**31), st.sampled_from([0, 1, 100, bitstream.LARGEST]))
@@ -126,7 +142,7 @@ def test_true_size_is_the_information_content():
 def test_another_process_decodes_the_same_picture(tmp_path):
     torch.manual_seed(0)
     model = MeanScaleHyperprior(24, 32).eval()
-    content = {"arch": "small", "model": model.state_dict()}
+    content = {"run": {"arch": "small"}, "model": model.state_dict()}
     checkpoint.save(tmp_path / "codec.pt", content)
     image = noise(100, 130)
     (tmp_path / "image.bin").write_bytes(Coder(model).encode(image))

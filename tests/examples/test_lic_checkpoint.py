@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and a clear word on what does not fit."""
+"""Checkpoints: whole or not at all, with a clear error for what does not fit; codecs by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from examples.lic import checkpoint
 from examples.lic.architectures import build
-from examples.lic.checkpoint import CheckpointError, load, load_codec, load_weights, save
-from examples.lic.compressai_codecs import ArchitectureError
+from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
+from examples.lic.compressai_adapter import ArchitectureError
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def full_disk(after=5000):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def content(value, arch="small", **more):
-    return {"arch": arch, "model": {"weight": torch.full((9000,), value)}, **more}
+def content(value):
+    return {"run": {"arch": "small"}, "model": {"weight": torch.full((9000,), value)}}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -89,30 +89,46 @@ def test_something_else_that_torch_saved_is_refused(tmp_path):
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*nowhere\.pt.*examples\.lic\.train"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*nowhere\.pt.*examples\.lic train"):
         load(tmp_path / "nowhere.pt")
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    save(tmp_path / "codec.pt", {"arch": "base", "model": build("base").state_dict()})
+def test_a_start_of_another_architecture_is_refused(tmp_path):
+    save(tmp_path / "codec.pt", {"run": {"arch": "base"}, "model": build("base").state_dict()})
     with pytest.raises(CheckpointError, match=r"architecture small\. Found base\. .*--arch base"):
-        load_weights(build("small"), tmp_path / "codec.pt", "small")
+        load_start(build("small"), tmp_path / "codec.pt", "small")
 
 
 def test_averaged_weights_are_the_ones_to_use(tmp_path):
-    model, average = build("small").state_dict(), build("small").state_dict()
+    model, average = build("8,8").state_dict(), build("8,8").state_dict()
     ema = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}}
-    save(tmp_path / "codec.pt", {"arch": "small", "model": model, "ema": ema})
+    save(tmp_path / "codec.pt", {"run": {"arch": "8,8"}, "model": model, "ema": ema})
     codec, found = load_codec(tmp_path / "codec.pt")
     assert not codec.training
-    assert found["arch"] == "small"
+    assert found["run"]["arch"] == "8,8"
     assert all(torch.equal(value, average[key]) for key, value in codec.state_dict().items())
-    fresh = build("small")
-    load_weights(fresh, tmp_path / "codec.pt", "small")
+    fresh = build("8,8")
+    load_start(fresh, tmp_path / "codec.pt", "8,8")
     assert torch.equal(fresh.analysis[0].weight, average["analysis.0.weight"])
 
 
-@pytest.mark.parametrize(("arch", "widths"), [("small", (24, 32)), ("base", (32, 48))])
+@pytest.mark.parametrize("arch", ["gains:8,8", "gains+offsets:8,8", "variable-rate:8,8"])
+def test_a_variable_rate_codec_starts_from_its_base_and_keeps_its_highest_lambda(arch, tmp_path):
+    base, codec = build("8,8"), build(arch, highest=0.2)
+    run = {"arch": "8,8", "lambdas": [0.05]}
+    save(tmp_path / "base.pt", {"run": run, "model": base.state_dict()})
+    load_start(codec, tmp_path / "base.pt", arch)
+    save(tmp_path / "codec.pt", {"run": {"arch": arch}, "model": codec.state_dict()})
+    found, _ = load_codec(tmp_path / "codec.pt")
+    assert found.highest == 0.05
+    assert torch.equal(found.base.analysis[0].weight, base.analysis[0].weight)
+    assert (found.offset is not None) == (arch != "gains:8,8")
+    assert (found.hyper_step is not None) == (arch == "variable-rate:8,8")
+
+
+@pytest.mark.parametrize(
+    ("arch", "widths"), [("small", (24, 32)), ("base", (32, 48)), ("7,9", (7, 9))]
+)
 def test_sizes(arch, widths):
     model = build(arch)
     assert (len(model.z_median), model.analysis[-1].out_channels) == widths
@@ -121,9 +137,9 @@ def test_sizes(arch, widths):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny", "--arch should be small, base, large, full or compressai:MODEL. Found tiny"),
-        ("compressai:jpeg", "should name one of bmshj2018-hyperprior, .* Found compressai:jpeg"),
-        ("compressai:mbt2018@9", "with @1 to @8 for the widths"),
+        ("tiny", "--arch should be small, base, large, full, widths like 24,32, .* Found tiny"),
+        ("0,8", "Found 0,8"),
+        ("variable-rate:tiny", "Found tiny"),
     ],
 )
 def test_an_unknown_architecture_lists_those_there_are(name, message):
@@ -135,5 +151,5 @@ def test_the_format_is_part_of_every_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     save(tmp_path / "codec.pt", content(1.0))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"codec\.pt should be a checkpoint .* format 1\."):
+    with pytest.raises(CheckpointError, match=r"codec\.pt should be a checkpoint .* format 2\."):
         load(tmp_path / "codec.pt")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from examples.lic.architectures import build
+from examples.lic.architectures import build, coder_for
 from examples.lic.bitstream import BitstreamError
-from examples.lic.compressai_codecs import ArchitectureError, CompressAICodec, CompressAICoder
-from examples.lic.measurement import measure
-from examples.lic.session import Recipe, Session
+from examples.lic.compressai_adapter import ArchitectureError, CompressAICodec, CompressAICoder
+from examples.lic.evaluation import measure
+from examples.lic.losses import RateDistortion
 from examples.lic.streams import Crops, CropStream
+from examples.lic.training import Recipe, Trainer
 from moo_balance import AnalyticQP
 
 INSTALLED = importlib.util.find_spec("compressai") is not None
@@ -26,6 +27,8 @@ class StandIn(nn.Module):
 
     def __init__(self, quality=1):
         super().__init__()
+        if quality == 7:
+            raise KeyError("no quality 7")
         self.quality = quality
         self.g_a = nn.Conv2d(3, 4, 64, stride=64)
         self.g_s = nn.ConvTranspose2d(4, 3, 64, stride=64)
@@ -74,18 +77,31 @@ def test_without_compressai_a_sentence_says_what_to_do():
 
 
 @pytest.mark.parametrize("name", ["mbt2018-mean", "mbt2018-mean@6", "elic2022-official"])
-def test_names_and_qualities(stand_in, name):
+def test_any_name_that_compressai_has_is_built(stand_in, name):
     codec = build(f"compressai:{name}")
     assert isinstance(codec, CompressAICodec)
     assert codec.codec.quality == (6 if name.endswith("@6") else 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("jpeg", "should name one of mbt2018-mean, elic2022-official. Found compressai:jpeg"),
+        ("mbt2018-mean@7", r"Found 7 \('no quality 7'\)\. Choose another"),
+        ("mbt2018-mean@best", "Found best "),
+    ],
+)
+def test_a_model_or_quality_that_compressai_does_not_have_is_refused(stand_in, name, message):
+    with pytest.raises(ArchitectureError, match=message):
+        build(f"compressai:{name}")
+
+
 def test_both_optimizers_train_it(stand_in):
     codec = build("compressai:mbt2018-mean")
-    session = Session(codec, AnalyticQP(), Recipe(3, 1e-3), lmbda=0.01, seed=0)
+    trainer = Trainer(RateDistortion(codec, 0.01), AnalyticQP(), Recipe(3, 1e-3), seed=0)
     before = codec.codec.g_a.weight.detach().clone()
     pictures = [torch.randint(0, 256, (3, 70, 70), dtype=torch.uint8)]
-    session.run(CropStream(Crops(pictures, crop=64, seed=0), batch=2))
+    trainer.run(CropStream(Crops(pictures, crop=64, seed=0), batch=2))
     assert not torch.equal(before, codec.codec.g_a.weight)
     quantiles = codec.codec.entropy_bottleneck.quantiles
     torch.testing.assert_close(quantiles, torch.full_like(quantiles, 1 - 3e-3))
@@ -94,7 +110,7 @@ def test_both_optimizers_train_it(stand_in):
 def test_its_own_coder_fills_the_files(stand_in, tmp_path):
     codec = build("compressai:mbt2018-mean").eval()
     picture = torch.randint(0, 256, (3, 70, 130), dtype=torch.uint8)
-    found = measure(codec, {"noise": lambda: picture}, tmp_path)["noise"]
+    found = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
     header, shape, lengths, symbols = 10, len('{"y":[[2,3]]}'), 8, 4 * 2 * 3 + 1
     data = (tmp_path / "noise.bin").read_bytes()
     assert found.size == len(data) == header + shape + lengths + symbols
@@ -112,8 +128,9 @@ def test_bytes_of_something_else_are_refused(stand_in):
 def test_the_real_codecs_train_and_code(name, tmp_path):
     codec = build(f"compressai:{name}")
     picture = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)
-    session = Session(codec, AnalyticQP(), Recipe(1, 1e-4), lmbda=0.01, seed=0)
-    session.run(CropStream(Crops([picture], crop=128, seed=0), batch=1))
-    found = measure(codec.eval(), {"noise": lambda: picture}, tmp_path)["noise"]
+    trainer = Trainer(RateDistortion(codec, 0.01), AnalyticQP(), Recipe(1, 1e-4), seed=0)
+    trainer.run(CropStream(Crops([picture], crop=128, seed=0), batch=1))
+    codec.eval()
+    found = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
     assert found.psnr > 3
     assert 8 * found.size == pytest.approx(found.estimated_bits, rel=0.1)

@@ -1,4 +1,4 @@
-"""Folders of images: what is converted, what is held out, and what is refused."""
+"""Folders of images: what is converted, held out and refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from examples.lic import images
-from examples.lic.images import ImageError, RandomCrops, from_folders, read_image
+from examples.lic.images import ImageError, check_headers, from_folders, read_image
 
 
 def write(path, *, size=(80, 70), mode="RGB", value=0):
@@ -48,11 +48,10 @@ def test_subfolders_and_a_folder_of_held_out_images(folder, tmp_path):
     assert photographs.held_out[str(small)].shape == (3, 7, 9)
 
 
-def test_a_folder_beyond_memory_is_sampled_and_said(folder, monkeypatch):
-    monkeypatch.setattr(images, "TRAIN_BYTES", 2 * 80 * 70 * 3)
-    photographs = from_folders(folder, None, crop=64)
-    assert len(photographs.train) == 2
-    assert photographs.notes == ["2 of 5 images fit into memory and are used."]
+def test_a_folder_beyond_memory_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(images, "MOST", 4)
+    with pytest.raises(ImageError, match=r"At most 4 images .* Found 5\. Name a smaller folder"):
+        from_folders(folder, None, crop=64)
 
 
 @pytest.mark.parametrize(
@@ -67,26 +66,24 @@ def test_a_folder_beyond_memory_is_sampled_and_said(folder, monkeypatch):
     ],
 )
 def test_other_modes_are_converted(tmp_path, mode, stored, read):
-    image, found = read_image(write(tmp_path / "image.png", mode=mode, value=stored))
+    image = read_image(write(tmp_path / "image.png", mode=mode, value=stored))
     assert image.shape == (3, 70, 80)
     assert tuple(image[:, 3, 4].tolist()) == read
-    assert found == mode
 
 
-def test_conversions_are_said(folder):
+def test_notes_name_converted_images(folder):
     write(folder / "0.png", mode="L")
     write(folder / "1.png", mode="RGBA")
-    (note,) = from_folders(folder, None, crop=64).notes
-    assert note.startswith("Converted to 8-bit RGB: ")
-    assert "0.png (L)" in note
-    assert "1.png (RGBA)" in note
+    notes = check_headers(sorted(folder.iterdir()))[1]
+    assert notes == ["Converted to 8-bit RGB: 0.png (L), 1.png (RGBA)."]
+    assert len(from_folders(folder, None, crop=64).notes) == 1
 
 
 def test_camera_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (80, 70)).save(tmp_path / "portrait.jpg", exif=exif)
-    assert read_image(tmp_path / "portrait.jpg")[0].shape == (3, 80, 70)
+    assert read_image(tmp_path / "portrait.jpg").shape == (3, 80, 70)
 
 
 def broken(path):
@@ -133,21 +130,19 @@ def test_held_out_images_are_not_trained_on(folder):
         from_folders(folder, folder, crop=64)
 
 
-def test_crops_are_paired_by_their_seed():
-    pictures = {"noise": torch.randint(0, 256, (3, 90, 100), dtype=torch.uint8)}
-    first, second, other = (
-        RandomCrops(pictures, crop=64, batch=3, seed=seed) for seed in (1, 1, 2)
-    )
-    for _ in range(2):
-        crops = next(first)
-        assert torch.equal(crops, next(second))
-        assert not torch.equal(crops, next(other))
-        assert crops.shape == (3, 3, 64, 64)
-        assert 0 <= crops.min() < crops.max() <= 1
+def test_all_headers_are_read_before_training(folder):
+    broken(folder / "3.png")
+    write(folder / "1.png", size=(100, 63))
+    with pytest.raises(ImageError, match=r"1\.png .* 63 x 100.*2 of 6 images have such a fault"):
+        check_headers(sorted(folder.iterdir()), min_side=64)
+    usable, notes = check_headers(sorted(folder.iterdir()), min_side=64, skip=True)
+    assert [path.name for path in usable] == ["0.png", "2.png", "4.png", "5.png"]
+    assert notes[0].startswith(f"Left out 2, the first because: {folder}/1.png should be at least")
+    with pytest.raises(ImageError, match="6 of 6 images"):
+        check_headers(sorted(folder.iterdir()), min_side=128, skip=True)
 
 
-def test_a_crop_may_be_the_whole_image():
-    pictures = {"noise": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
-    (crop,) = next(RandomCrops(pictures, crop=64, batch=1, seed=0))
-    whole = pictures["noise"] / 255
-    assert torch.equal(crop, whole) or torch.equal(crop, whole.flip(-1))
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.new("F", (100, 100)).save(tmp_path / "depth.tiff")
+    with pytest.raises(ImageError, match=r"depth\.tiff cannot be read \(floating-point pixels"):
+        read_image(tmp_path / "depth.tiff")

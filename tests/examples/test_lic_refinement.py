@@ -1,22 +1,16 @@
-"""Refinement of latents: the code it returns, what it leaves alone, and the study as a whole."""
+"""Refinement of latents: the code it returns, and what it does not change."""
 
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
 import torch
-from PIL import Image
 
-from examples.lic import evaluation, parts
+from examples.lic import evaluation
 from examples.lic.bitstream import Coder
-from examples.lic.codec import MeanScaleHyperprior
-from examples.lic.images import Photographs
-from examples.lic.refinement import report, study
-from examples.lic.refinement.experiment import loss
-from examples.lic.refinement.refine import Latents, Refinement, encode, quantize, refine, score
-from examples.lic.refinement.rounding import TWO_CLASS, Gumbel, StraightThrough
+from examples.lic.evaluation import rate_distortion_loss as loss
+from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.refinement import Latents, Refinement, encode, quantize, refine, score
+from examples.lic.rounding import TWO_CLASS, Gumbel, StraightThrough
 from moo_balance import AnalyticQP, BalancedTrajectory
 
 LAMBDA = 0.01
@@ -43,7 +37,7 @@ def refinement(name="SSL", steps=12, **kwargs):
 
 def test_without_steps_the_code_is_that_of_the_codec(model, image):
     sent = refine(model, image, refinement(steps=0), lmbda=LAMBDA)
-    plain = evaluation.score(model, image)
+    plain = evaluation.evaluate(model, {"image": image})["image"]
     found = score(model, sent, image)
     assert found.bpp == pytest.approx(plain.bpp, rel=1e-4)
     assert found.psnr == pytest.approx(plain.psnr, rel=1e-4)
@@ -97,7 +91,7 @@ def test_lambda_moves_along_the_curve(model, image):
     assert low.psnr < high.psnr
 
 
-def test_the_network_is_left_as_it_was(model, image):
+def test_the_network_is_not_changed(model, image):
     model.train()
     next(model.parameters()).requires_grad_(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -115,14 +109,14 @@ def test_refinement_follows_its_seed(model, image):
     assert not torch.equal(codes[0], codes[2])
 
 
-def test_every_step_is_looked_at_before_it_is_taken(model, image):
+def test_the_callback_sees_the_latents_before_each_step(model, image):
     seen = {}
     start = encode(model, image)
 
-    def look(step: int, latents: Latents) -> None:
+    def keep(step: int, latents: Latents) -> None:
         seen[step] = latents.y.detach().clone()
 
-    sent = refine(model, image, refinement(steps=3), lmbda=LAMBDA, on_step=look)
+    sent = refine(model, image, refinement(steps=3), lmbda=LAMBDA, on_step=keep)
     assert list(seen) == [0, 1, 2, 3]
     assert torch.equal(seen[0], start.y)
     with torch.no_grad():
@@ -136,79 +130,3 @@ def test_soft_codes_cost_what_the_codec_says(model, image):
     mean, scale = model.predict(latents.z)
     bits = model.bits(latents.y - mean, scale, latents.z - model.z_median)
     torch.testing.assert_close(sent.bits, bits["y"] + bits["z"])
-
-
-def test_loss_and_middle():
-    assert loss((0.5, math.inf), 0.01) == 0.5
-    assert loss((0.5, 20.0), 0.01) == pytest.approx(0.5 + 0.01 * 650.25)
-    image = torch.arange(3 * 5 * 6).reshape(3, 5, 6)
-    assert torch.equal(parts.middle(image, 2), image[:, 1:3, 2:4])
-    assert torch.equal(parts.middle(image, 9), image)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The short study on one small picture, once for all tests that look at it."""
-    rows = torch.linspace(0, 30, 128).sin()[:, None]
-    picture = (127 + 100 * rows).expand(3, 128, 130).to(torch.uint8).contiguous()
-    photographs = Photographs({"train": picture}, {"held out": picture.flip(-2)})
-    folder = tmp_path_factory.mktemp("refinement")
-    said = []
-    found = study.run("short", folder, photographs=photographs, say=said.append)
-    assert said
-    said.clear()
-    assert study.run("short", folder, photographs=photographs, say=said.append) == found
-    assert not said  # all was kept
-    return json.loads(json.dumps(found))
-
-
-def test_study_reports_every_group(results):
-    text = study.section(results)
-    for word in (*TWO_CLASS, "straight-through", "three integers", "τ_max 0.2", "Solution 2"):
-        assert word in text
-    figures = study.figures(results)
-    assert all(figure.axes[0].lines for figure in figures.values())
-
-
-def test_study_computes_gains_from_its_records(results):
-    """A refinement that saves a tenth of the rate everywhere has a BD-rate of −10 %."""
-    points = {0.0025: (0.1, 25.0), 0.0067: (0.2, 28.0), 0.018: (0.4, 31.0)}
-    part = {"none": 1.0, "straight-through": 1.0, "SGA+": 0.9}
-    for record in report.select(results["records"], group="curve"):
-        bpp, psnr = points[record["lambda"]]
-        record["images"]["held out"]["score"] = [part[record["name"]] * bpp, psnr]
-    curves = {name: report.select(results["records"], group="curve", name=name) for name in part}
-    (delta,) = report.deltas(curves["SGA+"], curves["none"]).values()
-    assert delta.rate == pytest.approx(-10)
-    assert "| SGA+, SSL | no refinement | −10.0 % [−10.0, −10.0] |" in study.section(results)
-
-
-def test_command_line(tmp_path, monkeypatch, capsys, results):
-    for index in range(2):
-        Image.effect_noise((140, 130), 40 + index).save(tmp_path / f"{index}.png")
-    monkeypatch.setattr(study, "run", lambda *arguments, **options: results)
-    options = ["--quick", "--images", str(tmp_path), "--output", str(tmp_path / "out")]
-    (tmp_path / "out").mkdir()
-    assert parts.main(study, "refinement", "About.", options) == 0
-    out = capsys.readouterr().out
-    for name in ("results.json", "section.md", "refinement-course.png"):
-        assert str(tmp_path / "out" / name) in out
-        assert (tmp_path / "out" / name).stat().st_size > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--images", "nowhere"], "error: nowhere is not a folder."),
-        (["--eval-images", "nowhere"], "--eval-images needs --images"),
-        (["--threads", "0"], "should be positive, found 0"),
-        (["--seed", "x"], "invalid int value: 'x'"),
-    ],
-)
-def test_bad_options_end_with_a_sentence_and_code_2(options, message, capsys, tmp_path):
-    try:
-        code = parts.main(study, "refinement", "", [*options, "--output", str(tmp_path)])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err

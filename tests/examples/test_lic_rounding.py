@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from examples.lic.refinement.rounding import (
+from examples.lic.rounding import (
     PUBLISHED_STEPS,
     SGA_ANNEALING,
     SGA_PLUS_ANNEALING,

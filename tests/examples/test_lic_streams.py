@@ -1,4 +1,4 @@
-"""Crops for long runs: which images, in which order, from which process, and what is refused."""
+"""Training crops: which images in which order, and what happens to broken ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from examples.lic.images import ImageError
-from examples.lic.streams import Crops, CropStream, bundled_crops, folder_crops
+from examples.lic.streams import Crops, CropStream, find_sources
 
 
 @pytest.fixture
@@ -17,6 +17,10 @@ def folder(tmp_path):
     for index in range(5):
         Image.effect_noise((80, 70), 40 + index).convert("RGB").save(tmp_path / f"{index}.png")
     return tmp_path
+
+
+def folder_crops(folder, *, seed):
+    return Crops(sorted(folder.iterdir()), crop=64, seed=seed)
 
 
 def flat(images=5):
@@ -53,7 +57,7 @@ def test_crops_are_cut_within_the_image_and_half_of_them_mirrored():
 
 
 def test_workers_make_no_difference(folder):
-    crops, _ = folder_crops(folder, crop=64, seed=3)
+    crops = folder_crops(folder, seed=3)
     alone, helped = take(stream(crops), 4), take(stream(crops, workers=2), 4)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert alone[0].is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +66,7 @@ def test_workers_make_no_difference(folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_goes_on_where_it_was(workers, folder):
-    crops, _ = folder_crops(folder, crop=64, seed=3)
+    crops = folder_crops(folder, seed=3)
     expected = take(stream(crops), 6)
     broken = stream(crops, workers=workers)
     take(broken, 3)
@@ -71,36 +75,18 @@ def test_a_stream_goes_on_where_it_was(workers, folder):
     assert all(torch.equal(a, b) for a, b in zip(take(resumed, 3), expected[3:], strict=True))
 
 
-def test_processes_share_the_crops_among_them():
-    crops = Crops(flat(), crop=64, seed=0)
-    ranks = [take(stream(crops, rank=rank, world=2), 2) for rank in range(2)]
-    together = take(stream(crops), 4)
-    for step in range(2):
-        for rank in range(2):
-            assert torch.equal(ranks[rank][step], together[2 * step + rank])
-
-
-def test_drawing_crops_leaves_the_noise_alone(folder):
+def test_drawing_crops_does_not_touch_torchs_random_stream(folder):
     """Or a resumed run, which starts its reader anew, would see other noise."""
-    crops, _ = folder_crops(folder, crop=64, seed=3)
+    crops = folder_crops(folder, seed=3)
     before = torch.get_rng_state()
     take(stream(crops), 2)
     take(stream(crops, workers=1), 2)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_images_are_checked_before_training(folder):
-    (folder / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(ImageError, match=r"3\.png cannot be read .*Repair or remove it\.$"):
-        folder_crops(folder, crop=64, seed=0)
-    Image.new("RGB", (100, 63)).save(folder / "1.png")
-    with pytest.raises(ImageError, match=r"1\.png .* 63 x 100.*2 of 5 images have such a fault"):
-        folder_crops(folder, crop=64, seed=0)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_off_is_named_when_its_turn_comes(workers, folder):
-    crops, _ = folder_crops(folder, crop=64, seed=0)
+    crops = folder_crops(folder, seed=0)
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:3000])
     with pytest.raises(ImageError, match=r"2\.png cannot be read") as caught:
@@ -109,7 +95,7 @@ def test_an_image_that_breaks_off_is_named_when_its_turn_comes(workers, folder):
 
 
 def test_a_broken_image_does_not_count_as_taken(folder):
-    crops, _ = folder_crops(folder, crop=64, seed=0)
+    crops = folder_crops(folder, seed=0)
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:3000])
     broken, taken = stream(crops), []
@@ -118,30 +104,40 @@ def test_a_broken_image_does_not_count_as_taken(folder):
     assert broken.state_dict() == {"taken": len(taken)}
 
 
-def test_unusable_images_are_left_out_on_request(folder):
-    Image.new("RGB", (100, 63)).save(folder / "1.png")
-    Image.new("F", (100, 100)).save(folder / "5.tiff")
-    crops, notes = folder_crops(folder, crop=64, seed=0, skip=True)
-    assert crops.identity.startswith("4 images")
-    assert notes[0] == f"4 images in {folder}."
-    assert notes[1].startswith(f"Left out 2, the first because: {folder}/1.png should be at least")
-    with pytest.raises(ImageError, match="6 of 6 images"):
-        folder_crops(folder, crop=128, seed=0, skip=True)
+def test_a_broken_image_may_be_replaced_by_the_next(folder):
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:3000])
+    paths = sorted(folder.iterdir())
+    crops = Crops(paths, crop=64, seed=3, skip_broken=True)
+    expected = Crops(paths, crop=64, seed=3)
+    for index in range(10):
+        crop, plain = crops[index], expected[index]
+        if isinstance(plain, ImageError):
+            follower = index + 1 if index % 5 < 4 else index - 4
+            assert crop.shape == (3, 64, 64)
+            assert not isinstance(expected[follower], ImageError)
+        else:
+            assert torch.equal(crop, plain)
+
+
+def test_a_folder_without_any_usable_image_is_an_error_all_the_same(folder):
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:3000])
+    crops = Crops(sorted(folder.iterdir()), crop=64, seed=0, skip_broken=True)
+    with pytest.raises(ImageError, match="cannot be read"):
+        next(stream(crops))
 
 
 def test_other_images_are_another_identity(folder):
-    first = folder_crops(folder, crop=64, seed=0)[0].identity
+    first = folder_crops(folder, seed=0).identity
     (folder / "4.png").rename(folder / "5.png")
-    assert first != folder_crops(folder, crop=64, seed=0)[0].identity
+    assert first != folder_crops(folder, seed=0).identity
 
 
-def test_notes_count_images_and_name_conversions(folder):
+def test_sources_are_a_folder_or_the_bundled_photographs(folder):
     Image.new("L", (80, 70)).save(folder / "9.png")
-    _, notes = folder_crops(folder, crop=64, seed=0)
+    paths, notes = find_sources(folder, crop=64)
+    assert paths == sorted(folder.iterdir())
     assert notes == [f"6 images in {folder}.", "Converted to 8-bit RGB: 9.png (L)."]
-
-
-def test_bundled_photographs_are_crops_too():
-    crops, (note,) = bundled_crops(crop=128, seed=0)
+    images, (note,) = find_sources(None, crop=128)
     assert "astronaut" in note
-    assert crops[0].shape == (3, 128, 128)
+    assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in images)

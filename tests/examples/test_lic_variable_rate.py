@@ -1,4 +1,4 @@
-"""Variable rate: the codec it starts as, golden offsets and bits, gradients, one step for all λ."""
+"""Variable rate: the codec it starts as, offsets, the step of z, training at several λ."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ import math
 import pytest
 import torch
 
-from examples.lic.codec import MeanScaleHyperprior
 from examples.lic.evaluation import evaluate
-from examples.lic.images import RandomCrops
-from examples.lic.training import Recipe, rate_distortion
-from examples.lic.variable_rate.model import (
+from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.losses import Levels, RateDistortion, level_name
+from examples.lic.streams import Crops, CropStream
+from examples.lic.training import Observer, Recipe, Recorder, Trainer
+from examples.lic.variable_rate import (
     HYPER_STEP_FLOOR,
     HyperStep,
     ReconstructionOffset,
     VariableRateCodec,
-    reconstruct,
+    apply_offset,
     step_for,
-)
-from examples.lic.variable_rate.training import (
-    level_losses,
-    name_of,
-    post_train,
-    random_level,
 )
 from moo_balance import MGDA, BalancedOptimizer, Sum
 
 LAMBDAS = [0.0035, 0.0131, 0.05]
+
+
+def make_codec(base):
+    return VariableRateCodec(base, 0.05, offsets=True, hyper_step=True)
+
+
+def levels_of(codec, *, noisy=False, one_level=False):
+    """The losses of all levels, in the first (noisy) half of a training or in the second."""
+    levels = Levels(codec, LAMBDAS, one_level=one_level, seed=0)
+    levels.begin_step(0 if noisy else 9, 10)
+    return levels
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def base():
 @pytest.fixture
 def codec(base):
     """A codec whose small networks have left their starting point."""
-    codec = VariableRateCodec(base, 0.05, offset=ReconstructionOffset(), hyper_step=HyperStep())
+    codec = make_codec(base)
     with torch.no_grad():
         for layers in (codec.offset.layers, codec.hyper_step.layers):
             layers[-1].weight.uniform_(-0.5, 0.5)
@@ -71,7 +77,7 @@ def test_gains_are_the_published_ones(lmbda, gain):
 
 
 @pytest.mark.parametrize("lmbda", [0.0, -1.0, math.inf, math.nan])
-def test_a_price_that_has_no_step_is_refused(lmbda):
+def test_a_lambda_that_has_no_step_is_refused(lmbda):
     with pytest.raises(ValueError, match=r"`lmbda` should be positive and finite\. Found "):
         step_for(lmbda, 0.18)
 
@@ -95,17 +101,17 @@ def test_offset_is_minus_the_network_of_scale_and_gain(codec):
     torch.testing.assert_close(offset[1, 2, 3, 4], -codec.offset.layers(inputs)[0])
 
 
-def test_reconstruction_golden_values():
+def test_an_offset_moves_symbols_away_from_zero():
     symbols = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     offset = torch.tensor([-0.1, -0.2, -0.3, -0.4, 0.25])
     expected = torch.tensor([-1.9, -0.8, 0.0, 0.6, 3.25])
-    torch.testing.assert_close(reconstruct(symbols, offset), expected)
+    torch.testing.assert_close(apply_offset(symbols, offset), expected)
 
 
 @pytest.mark.parametrize(
     ("bias", "step"), [(math.log(math.e - 1), 1.0), (0.0, math.log(2)), (-9.0, 0.5), (3.0, 3.04859)]
 )
-def test_hyper_step_golden_values(bias, step):
+def test_hyper_step_is_a_softplus_with_a_floor(bias, step):
     assert hyper_step_of(bias)(2.5).item() == pytest.approx(step, abs=1e-5)
 
 
@@ -121,7 +127,7 @@ def test_hyper_step_at_its_floor_can_grow_again():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_at_step_one_it_starts_as_the_fixed_rate_codec(base, images, training):
-    codec = VariableRateCodec(base, 0.05, offset=ReconstructionOffset(), hyper_step=HyperStep())
+    codec = make_codec(base)
     codec.train(training)
     torch.manual_seed(2)
     expected = base(images)
@@ -148,7 +154,7 @@ def test_a_pass_at_a_step_is_the_papers_formula(codec, images):
 
 @pytest.mark.parametrize("step", [0.5, 3.0])
 def test_what_the_decoder_sees_in_each_stage(base, images, step, monkeypatch):
-    codec = VariableRateCodec(base, 0.05)
+    codec = VariableRateCodec(base, 0.05, offsets=False, hyper_step=False)
     y, z = base.analyze(images)
     seen = []
     monkeypatch.setattr(base, "predict", lambda z: (torch.zeros_like(y), torch.ones_like(y)))
@@ -161,46 +167,49 @@ def test_what_the_decoder_sees_in_each_stage(base, images, step, monkeypatch):
     torch.testing.assert_close(seen[1], step * (y / step).round())
 
 
-def test_offset_of_a_codec_that_sends_zeros_alone_changes_nothing(codec, images):
-    plain = VariableRateCodec(codec.base, codec.highest, hyper_step=codec.hyper_step).eval()
+def test_offsets_do_not_move_zeros(codec, images):
+    plain = VariableRateCodec(codec.base, 0.05, offsets=False, hyper_step=True).eval()
+    plain.hyper_step = codec.hyper_step
     codec.eval()
     torch.testing.assert_close(codec(images, 1e4).images, plain(images, 1e4).images)
     assert not torch.equal(codec(images, 0.1).images, plain(images, 0.1).images)
 
 
 @pytest.mark.parametrize("width", [0.5, 1.0, 2.7])
-def test_hyper_likelihood_sums_to_one_over_the_symbols_of_its_step(base, width):
-    codec = VariableRateCodec(base, 0.05, hyper_step=lambda step: torch.tensor(width))
-    codec.eval()
+def test_z_is_coded_in_intervals_of_its_step(base, width, monkeypatch):
+    """Rounded to multiples of the step around the median, at the logistic mass of the interval."""
+    codec = VariableRateCodec(base, 0.05, offsets=False, hyper_step=False).eval()
+    seen = []
+    monkeypatch.setattr(codec, "z_step", lambda step: torch.tensor(width))
+    monkeypatch.setattr(base, "predict", lambda z: seen.append(z) or (y, torch.ones_like(y)))
+    y = torch.zeros(1, 8, 4, 4)
     with torch.no_grad():
         base.z_median.fill_(0.3)
         base.z_log_scale.fill_(0.7)
-    symbols = torch.arange(-120, 121)
-    bits = torch.stack(
-        [
-            codec._code_hyper_latent(torch.full((1, 8, 1, 1), 0.3 + width * int(k)), 1.0)[2]
-            for k in symbols
-        ]
-    )
+        bits = torch.stack([
+            codec.code(y, torch.full((1, 8, 1, 1), 0.3 + width * (k + 0.2)), 1.0).bits["z"]
+            for k in range(-120, 121)
+        ])  # fmt: skip
+    torch.testing.assert_close(seen[121], torch.full((1, 8, 1, 1), 0.3 + width))
     assert (2 ** (-bits / 8)).sum().item() == pytest.approx(1, abs=1e-5)
-    # The middle one in closed form: the logistic mass within half a step of the median.
     expected = math.tanh(width / 2 / (2 * math.exp(0.7)))
     assert 2 ** (-bits[120].item() / 8) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [0.5, 2.7])
-def test_hyper_noise_fills_an_interval_of_the_steps_width(base, width, monkeypatch):
-    codec = VariableRateCodec(base, 0.05, hyper_step=lambda step: torch.tensor(width))
-    seen = []
-    monkeypatch.setattr(base, "predict", lambda z: seen.append(z) or (z, z))
-    codec._code_hyper_latent(torch.zeros(64, 8, 8, 8), 1.0)
+def test_noise_on_z_fills_an_interval_of_the_steps_width(base, width, monkeypatch):
+    codec = VariableRateCodec(base, 0.05, offsets=False, hyper_step=False)
+    seen, y = [], torch.zeros(64, 8, 4, 4)
+    monkeypatch.setattr(codec, "z_step", lambda step: torch.tensor(width))
+    monkeypatch.setattr(base, "predict", lambda z: seen.append(z) or (y, torch.ones_like(y)))
+    codec.code(y, torch.zeros(64, 8, 8, 8), 1.0)
     assert seen[0].abs().max().item() == pytest.approx(width / 2, rel=1e-3)
     assert seen[0].std().item() == pytest.approx(width / 12**0.5, rel=2e-2)
 
 
 @pytest.mark.parametrize("noisy_decoder", [True, False])
 def test_gradient_reaches_every_part_that_is_in_use(codec, images, noisy_decoder):
-    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=noisy_decoder)
+    losses = levels_of(codec, noisy=noisy_decoder)(images)
     sum(losses.values()).backward()
     reached = {
         name
@@ -230,47 +239,61 @@ def test_evaluation_takes_it_for_any_codec(codec):
 # ------------------------------------------------------------------ training
 
 
-def test_losses_of_all_levels_are_named_and_are_those_of_each_alone(base, images):
-    base.eval()
-    codec = VariableRateCodec(base, 0.05).eval()
-    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=False)
+def test_each_level_has_the_loss_of_the_codec_at_its_step(base, images):
+    losses = levels_of(make_codec(base.eval()).eval())(images)
     assert list(losses) == ["λ=0.0035", "λ=0.0131", "λ=0.05"]
-    alone = rate_distortion(base, images, 0.05)
-    torch.testing.assert_close(losses["λ=0.05"], alone["rate"] + alone["distortion"])
+    fixed_rate = RateDistortion(base, 0.05)(images)
+    torch.testing.assert_close(losses["λ=0.05"], fixed_rate["rate"] + fixed_rate["distortion"])
 
 
-def crops(seed):
+def run(codec, weighting, recipe, *, one_level=False):
     picture = torch.linspace(0, 255, 96 * 70).reshape(1, 96, 70).expand(3, -1, -1).to(torch.uint8)
-    return RandomCrops({"picture": picture}, crop=64, batch=1, seed=seed)
+    crops = CropStream(Crops([picture], crop=64, seed=0), batch=1)
+    record = Recorder()
+    objective = Levels(codec, LAMBDAS, one_level=one_level, seed=0)
+    Trainer(objective, weighting, recipe, seed=0).run(crops, [record])
+    return record.history
 
 
 @pytest.mark.parametrize("weighting", [Sum(), MGDA()])
-def test_post_training_lowers_every_loss(codec, weighting):
-    trace = post_train(codec, crops(0), LAMBDAS, weighting, Recipe(30, 5e-3), seed=0)
+def test_training_lowers_the_loss_of_every_level(codec, weighting):
+    history = run(codec, weighting, Recipe(30, 5e-3, clip="unit"))
     for lmbda in LAMBDAS:
-        _, losses = trace.history.series(f"loss/{name_of(lmbda)}")
+        _, losses = history.series(f"loss/{level_name(lmbda)}")
         assert len(losses) == 30
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_weights_of_mgda_are_the_min_norm_point_over_all_parameters(codec, images):
-    """What the optimizer wrote is no longer than any convex combination, nor at odds with one."""
+def test_offsets_are_trained_only_in_the_second_half(codec):
+    before = codec.offset.layers[0].weight.clone()
+    levels = Levels(codec, LAMBDAS, one_level=False, seed=0)
+    trainer = Trainer(levels, Sum(), Recipe(4, 1e-3), seed=0)
+    seen = []
+
+    class Watch(Observer):
+        def after(self, trainer):
+            seen.append(torch.equal(before, codec.offset.layers[0].weight))
+
+    picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    trainer.run(CropStream(Crops([picture], crop=64, seed=0), batch=1), [Watch()])
+    assert seen == [True, True, False, False]
+
+
+def test_mgda_writes_the_min_norm_point_over_all_parameters(codec, images):
+    """It is no longer than any convex combination, and at odds with no gradient."""
     optimizer = BalancedOptimizer(torch.optim.Adam(codec.parameters()), MGDA())
-    torch.manual_seed(3)
-    losses = level_losses(codec, images, LAMBDAS, noisy_decoder=False)
+    losses = levels_of(codec)(images)
     rows = []
     for loss in losses.values():
         gradients = torch.autograd.grad(loss, list(codec.parameters()), retain_graph=True)
         rows.append(torch.cat([g.flatten() for g in gradients]))
     optimizer.backward(losses)
-    descent = torch.cat([p.grad.flatten() for p in codec.parameters()])
-    inner = torch.stack(rows) @ descent
-    assert (inner >= descent.square().sum() * (1 - 1e-3)).all()
+    combined = torch.cat([p.grad.flatten() for p in codec.parameters()])
+    assert (torch.stack(rows) @ combined >= combined.square().sum() * (1 - 1e-3)).all()
 
 
-def test_random_levels_train_with_one_loss_a_step(codec):
-    recipe = Recipe(12, 1e-3)
-    trace = post_train(codec, crops(0), LAMBDAS, Sum(), recipe, seed=0, choose=random_level)
-    steps = [trace.history.series(f"loss/{name_of(lmbda)}")[0] for lmbda in LAMBDAS]
+def test_one_random_level_in_each_step(codec):
+    history = run(codec, Sum(), Recipe(12, 1e-3), one_level=True)
+    steps = [history.series(f"loss/{level_name(lmbda)}")[0] for lmbda in LAMBDAS]
     assert sorted(index for level in steps for index in level) == list(range(12))
     assert all(steps)

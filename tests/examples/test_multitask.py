@@ -1,16 +1,13 @@
-"""The second example covers the package, and its table says what was measured."""
+"""The example on digits has every method, and its table shows what was measured."""
 
 from __future__ import annotations
-
-import inspect
 
 import pytest
 import torch
 
-import moo_balance.weighting
 from examples import multitask
 from examples.multitask import METHODS, Scores
-from moo_balance.weighting import Weighting
+from tests.support import registry
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +26,16 @@ def mean_log_loss(model, data):
     return sum(loss.log().item() for loss in multitask.losses(model, data).values()) / 3
 
 
-def test_every_public_weighting_has_a_row():
-    public = [getattr(moo_balance.weighting, name) for name in moo_balance.weighting.__all__]
-    weightings = {cls for cls in public if Weighting in getattr(cls, "__mro__", ())}
-    concrete = {cls for cls in weightings if not inspect.isabstract(cls)}
-    assert {type(weighting) for weighting in METHODS.values()} == concrete
+def test_every_method_of_the_package_has_a_row():
+    expected = {type(row.make(registry.NAMES)) for row in registry.METHODS}
+    assert set(map(type, METHODS.values())) == expected
 
 
-def test_the_losses_differ_a_thousandfold(digits):
+def test_arguments_are_those_of_methods():
+    assert set(multitask.ARGUMENTS) <= set(METHODS)
+
+
+def test_the_losses_differ_by_a_factor_of_a_thousand(digits):
     values = multitask.losses(multitask.ThreeHeads(), digits[0])
     assert values["reconstruction"] > 1000 * max(values["digit"], values["parity"])
 
@@ -51,7 +50,7 @@ def test_every_method_learns(digits, name):
 
 def test_a_seed_fixes_a_run(digits):
     training, test = digits
-    runs = [multitask.train(METHODS["famo"], training, 5, seed) for seed in (3, 3, 4)]
+    runs = [multitask.train(METHODS["FAMO"], training, 5, seed) for seed in (3, 3, 4)]
     first, same, other = (multitask.evaluate(model, test) for model in runs)
     assert first == same != other
 
@@ -65,10 +64,10 @@ def test_the_table_stars_the_best_of_each_column():
     assert b.count("*") == 1
 
 
-def test_one_method_stands_beside_the_sum(capsys):
-    multitask.main(["--method", "famo", "--steps", "2", "--seeds", "2"])
+def test_one_method_is_compared_with_the_sum(capsys):
+    multitask.main(["--method", "FAMO", "--steps", "2", "--seeds", "2"])
     rows = capsys.readouterr().out.splitlines()[1:3]
-    assert [row.split()[0] for row in rows] == ["sum", "famo"]
+    assert [row.split()[0] for row in rows] == ["Sum", "FAMO"]
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--method", "unknown"]])

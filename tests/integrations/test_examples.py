@@ -1,4 +1,4 @@
-"""Each example runs as its first lines say; those for several ranks, in ``tests/distributed``."""
+"""Each example runs as its docstring says; ``tests/distributed`` runs those for several ranks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_runs(name, capsys):
+def test_an_example_runs_and_prints_metrics(name, capsys):
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "moo/" in printed or "event files" in printed
 
 
-def test_none_is_forgotten():
+def test_every_example_is_run():
     several_ranks = {"ddp", "fsdp2"}
     without_main = {"__init__", "tiny"}
     assert {file.stem for file in FOLDER.glob("*.py")} == {*ALONE, *several_ranks, *without_main}

@@ -1,4 +1,4 @@
-"""The Trainer of transformers takes the plain loop's steps through ``combined_loss``."""
+"""The Trainer of transformers takes the steps of a plain loop, through ``combined_loss``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.capability("Trainer of transformers")
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections():
-    """The Trainer collects garbage in every run; what is there already need not be looked at."""
+    """The Trainer collects garbage in every run; skip the objects that are there already."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -47,7 +47,7 @@ class InOrder(BalancedTrainer):
 
 
 def state(model, optimizer):
-    """All but the note that a scheduler leaves in the groups."""
+    """All but the entry that a scheduler leaves in the groups."""
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)
     return whole_state(model, optimizer)
@@ -95,7 +95,7 @@ def test_clipping(trainer, method):
     assert state(model, optimizer) == plain_run(method, clip=0.1)
 
 
-@over_some("FAMO-lagged", "AnalyticQP-every", "SmoothTchebycheff-warm-up")
+@over_some("FAMO-lagged", "AnalyticQP-every")
 def test_resumes_to_the_last_bit(trainer, method, tmp_path):
     _, _, interrupted = trainer(method, max_steps=3, save_strategy="steps", save_steps=3)
     interrupted.train()
@@ -146,6 +146,6 @@ def test_evaluation_balances_nothing(trainer, method):
 
 
 @over_some("FAMO-adam")
-def test_a_method_that_watches_the_step_says_what_it_lacks(trainer, method):
+def test_an_observing_method_says_what_it_needs(trainer, method):
     with pytest.raises(BalanceError, match="lagged=True"):
         trainer(method)[2].train()

@@ -1,4 +1,4 @@
-"""What is written for TensorBoard, read back."""
+"""Metrics written for TensorBoard, read back from its files."""
 
 from __future__ import annotations
 

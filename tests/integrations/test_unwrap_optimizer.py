@@ -1,4 +1,4 @@
-"""The optimizer behind a stand-in; what each framework's own is, its own test asks."""
+"""``balanced``: the BalancedOptimizer inside of a framework's optimizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.support.registry import over_some
 
 
 @over_some("Sum")
-def test_an_optimizer_is_itself(method):
+def test_a_balanced_optimizer_is_returned_as_it_is(method):
     _, optimizer = model_and_optimizer(method)
     assert unwrap_optimizer(optimizer) is optimizer
 
 
 @pytest.mark.parametrize("stranger", [torch.optim.SGD([torch.zeros(1)]), None])
-def test_one_that_balances_nothing_is_refused(stranger):
+def test_a_plain_optimizer_is_refused(stranger):
     with pytest.raises(BalanceValueError, match=f"`optimizer`.*Found {type(stranger).__name__}"):
         unwrap_optimizer(stranger)

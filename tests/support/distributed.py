@@ -1,4 +1,4 @@
-"""A small problem, trained by one process on whole batches and by ranks on their shares of them."""
+"""A small problem that one process trains on whole batches, and ranks on their shares of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moo_balance import BalancedOptimizer
 from tests.support.problems import snapshot
 from tests.support.registry import NAMES, Method
 
-STEPS = 20
+STEPS = 10
 BATCH = 8
 
 # Rounding differs in the last bit: a mean of two halves is summed in another order.
@@ -24,7 +24,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 class Net(nn.Module):
-    """A shared trunk and a head for each loss; sizes that two ranks cannot share evenly."""
+    """A shared trunk and a head for each loss; sizes that two ranks cannot split evenly."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def share(step: int, dtype: torch.dtype = torch.float64, alone: bool = False) -> Tensor:
-    """The batch of a step, or what of it this rank sees."""
+    """The batch of a step, or the part of it that this rank trains on."""
     generator = torch.Generator().manual_seed(step)
     batch = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64).to(dtype)
     return batch if alone else batch.chunk(dist.get_world_size())[dist.get_rank()]
@@ -70,7 +70,7 @@ def by_backward(optimizer: BalancedOptimizer, losses: Callable[[], dict[str, Ten
             optimizer.observe(losses())
 
 
-def by_combine(optimizer: BalancedOptimizer, losses: Callable[[], dict[str, Tensor]]) -> None:
+def by_combined_loss(optimizer: BalancedOptimizer, losses: Callable[[], dict[str, Tensor]]) -> None:
     optimizer.zero_grad()
     optimizer.combined_loss(losses()).backward()
     optimizer.step()
@@ -100,7 +100,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameters(model: nn.Module) -> list[Tensor]:
-    """Whole ones, wherever their shards are."""
+    """Whole parameters, also where each rank holds a shard."""
     return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
 
 
@@ -115,9 +115,9 @@ def reference(method: Method, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
 
 def assert_same_on_all_ranks(*values: Any) -> None:
     """Equal to the last bit."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, snapshot(values))
-    assert all(other == found[0] for other in found)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, snapshot(values))
+    assert all(other == gathered[0] for other in gathered)
 
 
 def assert_equals_reference(

@@ -11,9 +11,9 @@ import torch
 from torch.autograd.graph import Node
 
 from moo_balance.engine import Engine, Linearization, PerLoss, Problem, Streaming
-from moo_balance.engine.streaming.costs import GraphCosts
 from moo_balance.engine.streaming.engine import StreamingLinearization
 from moo_balance.engine.streaming.partition import (
+    GraphCosts,
     Segment,
     build_segments,
     choose_cuts,
@@ -38,12 +38,12 @@ class CutAt(Engine):
 def everywhere(costs: GraphCosts) -> list[int]:
     """All cuts that are possible."""
     cuts = range(1, len(costs.order))
-    return [cut for cut in cuts if costs.cut_size[cut] < inf and not costs.meets_hooks(cut)]
+    return [cut for cut in cuts if costs.cut_size[cut] < inf and not costs.has_hook_at(cut)]
 
 
 def in_little_memory(costs: GraphCosts) -> list[int]:
     """The cuts of a budget that no segment fits into."""
-    return choose_cuts(costs, budget=0, slack=0)
+    return choose_cuts(costs, budget=0)
 
 
 ENGINES: dict[str, Engine] = {

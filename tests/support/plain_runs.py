@@ -1,4 +1,4 @@
-"""The run that a framework is to reproduce to the last bit: a plain loop over numbered batches."""
+"""The runs that a framework should reproduce to the last bit: plain loops over numbered batches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def plain_mixed_run(method: Method, dtype: torch.dtype, scaler: torch.amp.GradSc
 
 
 def plain_accumulated_run(method: Method, share: float = 1.0) -> Any:
-    """Likewise, two micro-batches a step, and `share` of the losses of each."""
+    """Likewise, with two micro-batches in a step, and `share` of the losses of each."""
     model, optimizer = model_and_optimizer(method)
 
     def losses(batch: int) -> Losses:

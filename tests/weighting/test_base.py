@@ -184,3 +184,17 @@ def test_a_method_of_the_user_resumes_exactly(weighting: GramianWeighting) -> No
     again.load_state_dict(other.state_dict())
     train(resumed, again, range(3, 5))
     assert whole_state(resumed, again) == whole_state(model, optimizer)
+
+
+def test_entries_of_an_absent_loss_keep_their_values_in_a_state_of_shape_k_by_k() -> None:
+    model, optimizer = setup_with(MeanGramian())
+
+    def mean_after(batch: int, present: str) -> Tensor:
+        train(model, optimizer, [batch], present)
+        return optimizer.state_dict()["balance"]["state"]["mean"]
+
+    before = mean_after(0, "abc")
+    after = mean_after(1, "ac")
+    there = torch.tensor([[True, False, True], [False, False, False], [True, False, True]])
+    assert bool((after != before)[there].all())
+    assert torch.equal(after[~there], before[~there])

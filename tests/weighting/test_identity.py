@@ -15,6 +15,8 @@ from moo_balance import (
     FAMO,
     MGDA,
     AnalyticQP,
+    BalancedOptimizer,
+    BalanceValueError,
     FixedWeights,
     MovingAverage,
     Sum,
@@ -146,3 +148,17 @@ print(describe(Scheduled(MGDA(), value=[schedule, partial(mul, 2), {"z", "y", "x
     assert runs[0] == runs[1]
     assert "__main__.schedule" in runs[0]
     assert "0x" not in runs[0]
+
+
+def test_a_checkpoint_of_another_nested_method_is_refused() -> None:
+    def optimizer_with(weighting: Weighting) -> BalancedOptimizer:
+        return BalancedOptimizer(torch.optim.SGD([parameter], lr=0.1), weighting)
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = optimizer_with(MovingAverage(MGDA()))
+    optimizer.backward({"a": parameter.square().sum(), "b": parameter.sum()})
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer_with(MovingAverage(MGDA(normalize="l2"))).load_state_dict(saved)
+    with pytest.raises(BalanceValueError, match=r"MovingAverage\(AnalyticQP\)"):
+        optimizer_with(MovingAverage(AnalyticQP())).load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""The engine that cuts the graph: see ``partition`` for where, ``sweep`` for what follows."""
+"""The engine that cuts the graph: ``partition`` chooses where, ``engine`` does the rest."""
 
 from moo_balance.engine.streaming.engine import Streaming
 

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from moo_balance.engine.autograd import (
+    edge_of,
+    gradient_edge,
     has_reentrant_checkpoint,
     in_static_graph,
-    is_flattened,
     nodes_above,
 )
-from moo_balance.engine.base import (
-    Engine,
-    Linearization,
-    Problem,
-    remove_loss_scale,
-    weighted_backward,
-    weighted_sum,
-)
-from moo_balance.engine.distributed import is_sharded
+from moo_balance.engine.base import Engine, Linearization, Problem, gradients_of, remove_loss_scale
+from moo_balance.engine.distributed import average_over_ranks, is_whole
 from moo_balance.engine.features import FeatureGramian
+from moo_balance.engine.jacobian import Jacobian
+from moo_balance.engine.linear import OutputGradientRecorder, add_linear_layers
 from moo_balance.engine.per_loss import PerLossLinearization
-from moo_balance.engine.products import add_products
 from moo_balance.engine.streaming.partition import Segment, partition
-from moo_balance.engine.streaming.sweep import BackwardSweep
 from moo_balance.errors import BalanceError, BalanceValueError
+
+Split = Callable[[Problem, Collection[Node]], list[Segment]]
 
 
 @dataclass(frozen=True)
@@ -41,25 +36,22 @@ class Streaming(Engine):
 
     The graph is cut into segments of neighbouring layers. In each, every loss is differentiated
     from the cut above to the cut below; the K gradients of its parameters are multiplied with each
-    other and freed. Once the weights are known, one ordinary backward pass of the weighted sum
-    follows, so that hooks and data parallelism see what they always see.
+    other and freed. The weighted sum then takes one ordinary backward pass, with all its hooks.
 
     Time: K passes, and one more. Memory beyond a plain step, in place of the K·P elements of
-    :class:`PerLoss`: K gradients of one segment's parameters, and K gradients at the activations
-    that cross the cut below it. Linear layers stay factored as in :class:`PerLoss`.
+    :class:`PerLoss`: K gradients of one segment's parameters and of the activations that cross the
+    cut below it. Linear layers stay factored as in :class:`PerLoss`.
 
     There is no cut where a gradient would cross in parts: within a residual block, beneath a skip
-    connection, or between two uses of one parameter (a recurrence, tied weights). Nor is there one
+    connection, between two uses of a parameter (a recurrence, tied weights). Nor is there one
     where a hook on an activation or a module would see a gradient twice; hooks are found by
-    sending zeros where a cut is wanted. A hook that only observes, and computes nothing, is not
-    found: it may see those zeros, and a gradient twice. Accumulation windows need
-    :class:`PerLoss`, as do sharded parameters and reentrant checkpoints.
+    sending zeros where a cut is wanted, but for those that only observe. Accumulation windows,
+    sharded parameters and reentrant checkpoints need :class:`PerLoss`.
 
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
-            elements (4 MiB in float32) may be kept, so that a small model is one segment. Where no
-            cut does with what is allowed, the cuts are those that do with little.
+            elements (4 MiB in float32) may be kept, so that a small model is one segment.
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
             gradient of higher precision keeps its own.
 
@@ -73,9 +65,8 @@ class Streaming(Engine):
     def __post_init__(self) -> None:
         if not self.elements_per_param > 0:
             raise BalanceValueError(
-                "Parameter `elements_per_param` of Streaming should be above 0. Found "
-                f"{self.elements_per_param!r}. Pass how many gradient elements may be kept for all "
-                "losses together, in multiples of the number of parameter elements."
+                "Parameter `elements_per_param` of Streaming should be above 0, such as 0.5. "
+                f"Found {self.elements_per_param!r}."
             )
 
     def linearize(self, problem: Problem) -> Linearization:
@@ -85,43 +76,84 @@ class Streaming(Engine):
         return StreamingLinearization(problem, self.dtype, split)
 
 
-@dataclass
-class StreamingLinearization(Linearization):
-    """One batch. `split` makes segments of the nodes of its graph, or none to leave it whole."""
+class StreamingLinearization(PerLossLinearization):
+    """One batch. No gradient is kept for the weighted sum, so that it takes a pass of its own."""
 
-    problem: Problem
-    dtype: torch.dtype
-    split: Callable[[Problem, Collection[Node]], list[Segment]]
+    def __init__(self, problem: Problem, dtype: torch.dtype, split: Split) -> None:
+        super().__init__(problem, dtype)
+        self.split = split
 
     def gramian(self) -> Tensor:
         problem, nodes = self.problem, nodes_above(self.problem.losses)
         _check_surroundings(problem, has_reentrant_checkpoint(nodes))
         if problem.compared is not None:
-            compared = [problem.params[k] for k in sorted(problem.compared)]
-            problem = problem._replace(params=compared, compared=None)
+            params = [problem.params[k] for k in sorted(problem.compared)]
+            problem = problem._replace(params=params, compared=None)
         segments = self.split(problem, nodes)
         _check_same_on_all_ranks(problem, segments)
         if not segments:
             whole = problem._replace(retain_graph=True)
             return PerLossLinearization(whole, self.dtype).gramian()
-        sweep, count = BackwardSweep(problem), len(problem.losses)
-        gramian = torch.zeros(count, count, dtype=self.dtype, device=problem.losses[0].device)
-        for number, segment in enumerate(segments):
-            for products, losses in sweep.pass_segment(segment, number, self.dtype):
-                gramian = add_products(gramian, products, losses)
-        return remove_loss_scale(gramian, problem.scale)
+        sweep = BackwardSweep(problem, self.dtype)
+        parts = (sweep.pass_segment(segment, k) for k, segment in enumerate(segments))
+        return remove_loss_scale(reduce(torch.add, parts), problem.scale)
 
-    def add_to_grad(self, coefficients: Tensor) -> None:
-        weighted_backward(self.problem, coefficients)
 
-    def combined(self, coefficients: Tensor) -> Tensor:
-        return weighted_sum(self.problem, coefficients)
+class BackwardSweep:
+    """The gradients of K losses, at the edges where they have arrived.
+
+    A sweep takes them down segment by segment::
+
+        loss_1 ... loss_K       arrived[k] = {edge of loss_k: its own gradient}
+        --------------------
+        segment 0: the heads    K calls of autograd.grad, from the arrived gradients
+           |                      to the parameters: K rows --> [K, K], then freed
+           v                      to the leaving edges
+        --------------------    arrived[k] = {edge of the features: gradient of loss_k}
+        segment 1: layers       the same; what had arrived of a loss is freed with its call
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self.problem, self.dtype = problem, dtype
+        losses = zip(problem.losses, problem.grad_outputs(), strict=True)
+        self.arrived = [{edge_of(loss): gradient} for loss, gradient in losses]
+
+    def pass_segment(self, segment: Segment, number: int) -> Tensor:
+        """Inner products [K, K] of the gradients that are completed in this segment."""
+        problem = self.problem
+        params = [problem.params[k] for k in segment.param_indices]
+        names = [f"{name}, segment {number}" for name in problem.names]
+        named = zip(names, self._rows(segment, params), strict=True)
+        rows = average_over_ranks(named, problem.averager, params)
+        gramian = Jacobian(rows).gramian(self.dtype, problem.losses[0].device)
+        gramian = add_linear_layers(gramian, segment.layers, None, self.dtype)
+        for layer in segment.layers:
+            layer.output_gradients = []
+        return gramian
+
+    def _rows(self, segment: Segment, params: list[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+        """The K rows of the parameters, one after the other."""
+        edges = [*segment.leaving, *(layer.edge for layer in segment.layers)]
+        inputs = [*params, *map(gradient_edge, edges)]
+        unreached = [None] * len(inputs)
+        with OutputGradientRecorder(segment.layers) as recorder:
+            for arrived in self.arrived:
+                here = [edge for edge in arrived if edge[0] in segment.nodes]
+                entering = {edge: arrived.pop(edge) for edge in here}
+                roots, outputs = [*map(gradient_edge, entering)], [*entering.values()]
+                found = gradients_of(roots, outputs, inputs, True) if roots else unreached
+                rest = iter(found[len(params) :])
+                for edge in segment.leaving:
+                    if (gradient := next(rest)) is not None:
+                        arrived[edge] = gradient
+                recorder.append_to_layers(rest)
+                yield found[: len(params)]
 
 
 def _check_surroundings(problem: Problem, reentrant: bool) -> None:
     """Refuse what only whole backward passes differentiate correctly."""
     obstacle = None
-    if is_sharded(problem.params) or is_flattened(problem.params):
+    if not all(map(is_whole, problem.params)):
         obstacle = "sharded parameters"
     elif reentrant:
         obstacle = "a reentrant checkpoint (or pass `use_reentrant=False`)"
@@ -136,14 +168,9 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
 
 def _check_same_on_all_ranks(problem: Problem, segments: Sequence[Segment]) -> None:
     """Ranks average segment by segment, so they must have cut their graphs alike."""
-    if problem.averager is None:
-        return
-    digest = float(crc32(repr([segment.param_indices for segment in segments]).encode()))
-    device = problem.losses[0].device
-    extremes = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=problem.averager.group)
-    highest, lowest = extremes.tolist()
-    if highest != -lowest:
+    averager, device = problem.averager, problem.losses[0].device
+    digest = crc32(repr([segment.param_indices for segment in segments]).encode())
+    if averager is not None and not averager.is_same_everywhere(digest, device):
         raise BalanceError(
             "The losses of all ranks should have the same graph under Streaming(). Found different "
             "ones. Leave out `engine=` to have PerLoss()."

@@ -3,76 +3,75 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from math import inf, prod
 from typing import NamedTuple
 
 from torch.autograd.graph import Node
 
-from moo_balance.engine.autograd import Edge
+from moo_balance.engine.autograd import (
+    Edge,
+    count_reaching_losses,
+    edge_of,
+    edges_of,
+    gradient_shape,
+    has_hook_at,
+    recorded_order,
+)
 from moo_balance.engine.base import Problem
-from moo_balance.engine.linear import LinearWeightGradient
-from moo_balance.engine.streaming.costs import GraphCosts
+from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
 
-SLACK = 2**20
-"""Elements, 4 MiB of them in float32: to save less than that is not worth a cut."""
+NEGLIGIBLE = 2**20  # elements, 4 MiB of them in float32: to save less is not worth a cut
 
 
 class Segment(NamedTuple):
-    """Nodes between two cuts, and what is differentiated there.
-
-    Args:
-        nodes: The nodes.
-        param_indices: Positions of the parameters that they use, factored weights left out.
-        layers: Linear layers with factored weights whose output gradients are completed here.
-        leaving: Edges from where gradients go on in later segments.
-    """
+    """Nodes between two cuts, and what is differentiated there."""
 
     nodes: set[Node]
-    param_indices: list[int]
-    layers: list[LinearWeightGradient]
-    leaving: list[Edge]
+    param_indices: list[int]  # of the parameters that the nodes use, without factored weights
+    layers: list[LinearWeightGradient]  # whose output gradients are completed by the nodes
+    leaving: list[Edge]  # where gradients go on in later segments
 
 
 def partition(
     problem: Problem, nodes: Collection[Node], elements_per_param: float
 ) -> list[Segment]:
-    """Segments from the losses down which keep about so many elements; none for a whole graph."""
+    """Segments from the losses down that keep about so many elements; none for a whole graph."""
     size = sum(param.numel() for param in problem.params)
-    budget = max(elements_per_param * size, SLACK)
+    budget = max(elements_per_param * size, NEGLIGIBLE)
     if len(problem.losses) * size <= budget:
         return []
     costs = GraphCosts(problem, nodes)
     return build_segments(costs, choose_cuts(costs, budget))
 
 
-def choose_cuts(costs: GraphCosts, budget: float, slack: float = SLACK) -> list[int]:
+def choose_cuts(costs: GraphCosts, budget: float) -> list[int]:
     """Where to cut: one segment after the other takes what fits into the budget.
 
-    Walk down until the segment keeps more than the budget. Then go back to the narrowest cut, at
-    most to half of what the segment could have: so no node is walked past many times. If the
-    budget is too small for every cut, as when a wide activation crosses each of them, it is what
-    the best cut needs, and some slack.
+    Walk down until the segment keeps more than the budget. Then go back to the narrowest cut of
+    those that the budget allows, or of all if a wide activation crosses each of them; but at most
+    to half of what the segment could have. So no node is walked past many times.
     """
-    cuts, start, place = list[int](), 0, 0
-    kept, limit, candidates = 0, budget, list[tuple[int, int]]()
+    cuts, start, place, kept = list[int](), 0, 0, 0
+    candidates: dict[int, int] = {}  # with the elements that are kept above the cut
     while place < len(costs.order):
         kept += costs.kept(place, start)
-        if kept > limit and candidates:
-            fitting = [(k, cut) for k, cut in candidates if k + costs.cut_size[cut] <= limit]
-            half = fitting[-1][0] / 2
-            fitting.sort(key=lambda pair: (pair[0] < half, costs.cut_size[pair[1]], -pair[1]))
-            found = next((cut for _, cut in fitting if not costs.has_hook_at(cut)), None)
-            limit, candidates = budget, []
+        if kept > budget and candidates:
+            allowed = [c for c, k in candidates.items() if k + costs.cut_size[c] <= budget]
+            allowed = allowed or [*candidates]
+            half = candidates[allowed[-1]] / 2
+            allowed.sort(key=lambda c: (candidates[c] < half, costs.cut_size[c], -c))
+            found = next((c for c in allowed if not costs.has_hook_at(c)), None)
+            candidates = {}
             if found is not None:
                 cuts.append(found)
                 start, place, kept = found, found, 0
                 continue
         place += 1
         if kept and costs.cut_size[place] < costs.remaining[place]:
-            needed = kept + costs.cut_size[place] + slack
-            limit = max(budget, min(limit, needed) if candidates else needed)
-            candidates.append((kept, place))
+            candidates[place] = kept
     return cuts
 
 
@@ -83,9 +82,86 @@ def build_segments(costs: GraphCosts, cuts: Sequence[int]) -> list[Segment]:
     for edge, (_, last, _) in costs.spans.items() if cuts else ():
         segment, node = segments[bisect_right(cuts, last)], edge[0]
         if node in costs.leaves:
+            segment.nodes.add(node)
             segment.param_indices.append(costs.leaves[node])
         elif node not in segment.nodes:
             segment.leaving.append(edge)
         if node in costs.layers:
             segment.layers.append(costs.layers[node])
     return segments
+
+
+class GraphCosts:
+    """The nodes between losses and parameters, and the elements of K gradients there.
+
+    Cut ``c`` lies before the node at place ``c``. It is open if every gradient that crosses it is
+    complete. Otherwise autograd would run nodes below the cut with no gradient to pass on::
+
+        place 0   loss          cut 1   open     the gradient of a crosses
+              1   a ---.        cut 2   closed   that of d would cross in two parts, one of which
+              2   b    |        cut 3   closed     place 3 has yet to compute
+              3   c    |        cut 4   open     that of d crosses
+              4   d <--'
+
+    So there is no cut between two uses of a parameter, where its K gradients are kept anyway.
+    """
+
+    def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
+        edges = {node: edges_of(node) for node in nodes}
+        reaching = count_reaching_losses(problem.losses, nodes, edges.__getitem__)
+        layers = find_linear_layers(problem, nodes, reaching)
+        factored = {layer.param_index for layer in layers}
+        self.layers = {layer.node: layer for layer in layers}
+        self.leaves = {edge_of(p)[0]: k for k, p in enumerate(problem.params) if k not in factored}
+        leading, order = {*self.leaves, *self.layers}, recorded_order(nodes)
+        for node in reversed(order):
+            if any(after in leading for after, _ in edges[node]):
+                leading.add(node)
+        self.order = [node for node in order if edges[node]]
+        place = {node: k for k, node in enumerate(self.order)}
+        # For each edge: the first and last place that add to its gradient, and the place that
+        # receives it; for a parameter the last one. A loss may be a parameter itself.
+        roots = [edge for edge in map(edge_of, problem.losses) if edge[0] in self.leaves]
+        self.spans: dict[Edge, tuple[int, int, int]] = dict.fromkeys(roots, (0, 0, 0))
+        is_divisible = True
+        for k, node in enumerate(self.order):
+            for edge in edges[node]:
+                end = place.get(edge[0], k)
+                is_divisible &= k <= end  # not if nodes were recorded in several threads
+                if edge[0] in leading:
+                    first, *_ = self.spans.get(edge, (k,))
+                    self.spans[edge] = first, k, end
+        self._count_elements(reaching, is_divisible)
+        self._has_hook_at = cache(has_hook_at)
+
+    def kept(self, place: int, start: int) -> int:
+        """Elements that a segment which begins at cut `start` keeps for the node at `place`."""
+        # For a layer none, if its output gradient is already complete when it enters the segment.
+        return sum(elements for last, elements in self._retained[place] if start <= last)
+
+    def has_hook_at(self, cut: int) -> bool:
+        """Whether a hook would see a gradient that crosses twice. Each edge is probed once."""
+        crossing = (edge for edge, (_, last, end) in self.spans.items() if last < cut <= end)
+        return any(map(self._has_hook_at, crossing))
+
+    def _count_elements(self, reaching: Mapping[Node, int], is_divisible: bool) -> None:
+        count = len(self.order)
+        self._retained: list[list[tuple[int, int]]] = [[] for _ in range(count + 1)]
+        # Changes at each cut: of the elements that cross, and of how many gradients are in parts.
+        size, parts = [0] * (count + 2), [0] * (count + 2)
+        for edge, (first, last, end) in self.spans.items():
+            shape = gradient_shape(edge)
+            elements = prod(shape or ()) * reaching[edge[0]]
+            if edge[0] in self.leaves or edge[0] in self.layers:
+                self._retained[end].append((last, elements))
+            size[last + 1] += elements
+            size[end + 1] -= elements
+            parts[first + 1] += 1
+            parts[last + 1] -= 1
+            is_divisible &= shape is not None
+        # Elements that cross each cut, infinite if it is closed; and what is kept after it if there
+        # are no more cuts.
+        crossing = zip(accumulate(size), accumulate(parts), strict=True)
+        self.cut_size = [inf if p or not is_divisible else elements for elements, p in crossing]
+        kept = [self.kept(k, start=0) for k in range(count)]
+        self.remaining = list(accumulate(reversed(kept), initial=0))[::-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.lic.codec import (
+from examples.lic.hyperprior import (
     GDN1,
     LIKELIHOOD_FLOOR,
     MeanScaleHyperprior,
@@ -64,7 +64,7 @@ def test_gaussian_likelihood_is_the_integral_of_the_density():
 @pytest.mark.parametrize(
     ("value", "slope", "passed"), [(0.5, 1.0, 0.0), (0.5, -1.0, -1.0), (2.0, 1.0, 1.0)]
 )
-def test_lower_bound_passes_what_raises_a_clipped_value(value, slope, passed):
+def test_lower_bound_passes_gradients_that_raise_a_clipped_value(value, slope, passed):
     x = torch.tensor(value, requires_grad=True)
     bounded = lower_bound(x, 1.0)
     (slope * bounded).backward()
@@ -83,7 +83,7 @@ def test_gdn_is_the_published_formula(inverse):
     torch.testing.assert_close(layer(x), x * norm if inverse else x / norm)
 
 
-def test_gdn_norm_stays_positive():
+def test_gdn_stays_finite_with_negative_parameters():
     layer = GDN1(2)
     with torch.no_grad():
         layer.beta.fill_(-1)
@@ -106,8 +106,7 @@ def test_evaluation_is_deterministic_and_training_is_noisy(model, images):
     assert model(images).bpp() == model(images).bpp()
 
 
-def test_each_loss_reaches_what_it_should_and_no_more(model, images):
-    """Rate alone trains the hyperprior, distortion alone the synthesis; both the analysis."""
+def test_rate_trains_analysis_and_hyperprior_and_distortion_the_transforms(model, images):
     reached = {}
     for loss in ("rate", "distortion"):
         model.zero_grad()

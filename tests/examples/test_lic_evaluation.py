@@ -1,0 +1,217 @@
+"""Scores of images, and the evaluate command: true sizes, MS-SSIM, curves and their comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from examples.lic import bitstream
+from examples.lic.__main__ import main
+from examples.lic.architectures import build
+from examples.lic.checkpoint import save
+from examples.lic.evaluate import Point, compare_curves, table
+from examples.lic.evaluation import (
+    Measurement,
+    Score,
+    crop_center,
+    evaluate,
+    mean_score,
+    pad_to_multiple,
+    psnr,
+    rate_distortion_loss,
+    structural_similarity,
+)
+from examples.lic.hyperprior import MeanScaleHyperprior
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 63), (65, 130)])
+def test_padding_keeps_the_image(size):
+    image = torch.rand(1, 3, *size)
+    padded = pad_to_multiple(image, 64)
+    assert all(side % 64 == 0 for side in padded.shape[-2:])
+    assert torch.equal(padded[..., : size[0], : size[1]], image)
+    assert torch.equal(padded[..., -1, -1], image[..., -1, -1])
+
+
+def test_the_center_of_an_image():
+    image = torch.arange(3 * 5 * 6).reshape(3, 5, 6)
+    assert torch.equal(crop_center(image, 2), image[:, 1:3, 2:4])
+    assert torch.equal(crop_center(image, 9), image)
+
+
+def test_psnr_and_the_loss_it_stands_for():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert psnr(image, image) == math.inf
+    assert psnr(image, image + 255) == pytest.approx(0)
+    assert psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
+    assert rate_distortion_loss(Score(0.5, math.inf), 0.01) == 0.5
+    assert rate_distortion_loss(Score(0.5, psnr(image, image + 5)), 0.01) == pytest.approx(0.75)
+
+
+def test_evaluation_counts_the_pixels_of_the_image_and_not_of_its_padding():
+    model = MeanScaleHyperprior(8, 8)
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    edge = image[:, :, -1:].expand(-1, -1, 64)
+    scores = evaluate(model, {"whole": torch.cat([image, edge], -1), "part": image[:, :, :]})
+    wide = evaluate(model, {"a": torch.cat([image, edge[:, :, :1]], -1)})["a"]
+    assert model.training
+    assert wide.bpp * 65 == pytest.approx(scores["whole"].bpp * 128, rel=1e-5)
+    assert mean_score(scores).bpp == pytest.approx((scores["whole"].bpp + scores["part"].bpp) / 2)
+
+
+def test_ms_ssim_of_a_picture_with_itself_and_with_noise():
+    picture = torch.randint(0, 256, (3, 161, 170), dtype=torch.uint8)
+    assert structural_similarity(picture, picture) == pytest.approx(1)
+    assert structural_similarity(picture, picture.flip(-1)) < 0.5
+    assert structural_similarity(picture[:, :160], picture[:, :160]) is None
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three folders of checkpoints with random weights, one of them of a variable-rate codec."""
+    for seed, (curve, arch, lambdas) in enumerate(
+        [("standard", "8,8", [0.02]), ("solution1", "8,8", [0.01]),
+         ("variable", "variable-rate:8,8", [0.01, 0.05])]
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        run = {"arch": arch, "lambdas": lambdas, "steps": 9}
+        model = build(arch, highest=0.05).state_dict()
+        save(tmp_path / curve / "codec.pt", {"run": run, "taken": 9 - seed % 2, "model": model})
+    return tmp_path
+
+
+def photos(folder, sizes):
+    folder.mkdir()
+    for name, size in sizes.items():
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{name}.png")
+    return folder
+
+
+def run(runs, *more):
+    folders = [str(runs / curve) for curve in ("standard", "solution1", "variable")]
+    return main(["evaluate", *folders, "--output", str(runs / "out"), *more])
+
+
+def test_files_are_written_read_and_decoded(runs, capsys):
+    images = photos(runs / "kodak", {"small": (70, 90), "large": (200, 170)})
+    Image.new("RGBA", (64, 64)).save(images / "clear.png")
+    assert run(runs, "--images", str(images)) == 0
+    printed = capsys.readouterr().out
+    assert "Converted to 8-bit RGB: clear.png (RGBA)." in printed
+    assert "Decoded bit by bit as the codec reconstructs it: 12 of 12." in printed
+    assert "sides of 161 pixels, unlike clear.png, small.png" in printed
+    assert f"{runs}/solution1/codec.pt is at step 8 of 9." in printed
+    assert "standard/codec.pt is" not in printed
+    results = json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))
+    points = [(Path(p["curve"]).name, p["lmbda"]) for p in results["points"]]
+    assert points == [("standard", 0.02), ("solution1", 0.01), ("variable", 0.01),
+                      ("variable", 0.05)]  # fmt: skip
+    for point in results["points"]:
+        curve = point["curve"].strip("/").replace("/", "_")
+        folder = runs / "out" / "files" / curve / f"lambda-{point['lmbda']}"
+        for name, found in point["images"].items():
+            assert found["size"] == (folder / f"{name}.bin").stat().st_size
+            assert found["exact"]
+        assert point["images"]["small.png"]["pixels"] == 70 * 90
+        assert point["images"]["small.png"]["ms_ssim"] is None
+    with Image.open(runs / "out" / "rate-distortion.png") as figure:
+        assert min(figure.size) > 400
+
+
+def test_a_quick_run_codes_a_part_of_one_photograph_and_says_why_nothing_is_compared(runs, capsys):
+    assert run(runs, "--quick", "--anchor", str(runs / "standard")) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 4" in printed
+    # Two points make no curve; that is said and not hidden.
+    assert (
+        f"solution1 against {runs}/standard: no BD-rate. The test should have at least 3" in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("standard", ["--images", "nowhere"], "error: nowhere is not a folder."),
+        ("standard", ["--images", "{runs}/kodak"], "b.png cannot be read"),
+        ("standard", ["--anchor", "famo"], "standard, the folders of the checkpoints. Found famo"),
+        ("nowhere.pt", [], "nowhere.pt. `python -m examples.lic train` makes one."),
+        ("kodak", [], "kodak holds no checkpoints (*.pt)"),
+        ("kodak/b.png", [], "b.png cannot be read as a checkpoint"),
+    ],
+)
+def test_bad_input_ends_with_a_sentence_before_anything_is_coded(
+    path, options, message, runs, capsys
+):
+    (photos(runs / "kodak", {"a": (64, 64)}) / "b.png").write_bytes(b"no picture")
+    options = [option.format(runs=runs) for option in options]
+    assert main(["evaluate", str(runs / path), "--output", str(runs / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (runs / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_named(runs, capsys):
+    (runs / "out").touch()
+    assert run(runs, "--quick") == 2
+    printed = capsys.readouterr().err
+    assert f"error: {runs}/out" in printed
+    assert "cannot be written (Not a directory). Free some space, or choose another" in printed
+
+
+def test_a_decoder_that_differs_is_reported(runs, capsys, monkeypatch):
+    decode = bitstream.Coder.decode_exactly
+    monkeypatch.setattr(bitstream.Coder, "decode_exactly", lambda *a: decode(*a) + 1e-6)
+    assert run(runs, "--quick") == 1
+    assert "0 of 4" in capsys.readouterr().out
+
+
+def measured(bpp, decibel, similarity=0.9):
+    return Measurement(1000, round(1000 * bpp / 8), 990 * bpp, decibel, similarity, exact=True)
+
+
+def curve(name, gain):
+    """Two images at four rates, `gain` dB above a line; the second image costs twice as much."""
+    return [
+        Point(
+            "codec.pt", name, rate,
+            {
+                "a": measured(rate, 30 + 4 * math.log2(rate) + gain),
+                "b": measured(2 * rate, 29 + 4 * math.log2(rate) + 2 * gain),
+            },
+        )
+        for rate in (0.4, 0.8, 1.6, 3.2)
+    ]  # fmt: skip
+
+
+def test_means_over_images_and_none_where_one_has_no_ms_ssim():
+    point = Point("", "", 0.1, {"a": measured(0.8, 30), "b": measured(1.6, 32)})
+    found = [point.mean(name) for name in ("bpp", "estimated_bpp", "psnr", "ms_ssim")]
+    assert found == pytest.approx([1.2, 1.188, 31, 0.9])
+    point.images["b"] = measured(1.6, 32, None)
+    assert point.mean("ms_ssim") is None
+    assert table({"new": [point]}).splitlines()[2].endswith("–")
+
+
+def test_a_gain_is_found_for_the_mean_and_for_each_image():
+    """A line of 4 dB an octave, shifted by g dB, needs 2^(−g/4) of the rate."""
+    sentence = compare_curves({"old": curve("old", 0), "new": curve("new", 0.2)}, "new", "old")
+    assert sentence.startswith("new against old: BD-rate -5.07 %, BD-PSNR +0.300 dB, over")
+    rates = [100 * (2 ** (-gain / 4) - 1) for gain in (0.2, 0.4)]
+    middle, half = sum(rates) / 2, 12.7062 * abs(rates[0] - rates[1]) / 2
+    expected = f"{middle:+.2f} %, 95 % interval [{middle - half:+.2f}, {middle + half:+.2f}]."
+    assert sentence.endswith(f"image by image {expected}")
+
+
+def test_curves_that_do_not_meet_are_not_compared():
+    sentence = compare_curves({"old": curve("old", 0), "new": curve("new", 40)}, "new", "old")
+    assert sentence.startswith("new against old: no BD-rate. The curves should overlap in PSNR")
+    new = curve("new", 0)
+    for point in new:
+        point.images["b"] = measured(point.lmbda, point.images["b"].psnr + 30)
+        point.images["a"] = measured(point.lmbda, point.images["a"].psnr - 28)
+    sentence = compare_curves({"old": curve("old", 0), "new": new}, "new", "old")
+    assert "not for each image. The curves should overlap" in sentence

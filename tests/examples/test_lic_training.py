@@ -1,0 +1,176 @@
+"""The loop: losses, schedules, what is done to gradients, averaged weights, what is recorded."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import pytest
+import torch
+from torch import nn
+
+from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction
+from examples.lic.losses import RateDistortion
+from examples.lic.schedules import Milestones, Plateau
+from examples.lic.streams import Crops, CropStream
+from examples.lic.training import Observer, Recipe, Recorder, Trainer, normalize_gradient
+from examples.lic.weightings import EQUAL, WEIGHTINGS, fixed
+from moo_balance import NonFiniteError, Sum
+
+
+@pytest.fixture
+def pictures():
+    ramp = torch.linspace(0, 255, 96 * 70).reshape(1, 96, 70).expand(3, -1, -1)
+    return [ramp.to(torch.uint8), ramp.flip(-1).to(torch.uint8)]
+
+
+def make_trainer(weighting=EQUAL, recipe=None, model=None):
+    torch.manual_seed(0)
+    model = MeanScaleHyperprior(8, 8) if model is None else model
+    recipe = Recipe(1, 1e-3) if recipe is None else recipe
+    return Trainer(RateDistortion(model, 0.01), weighting, recipe, seed=1)
+
+
+def run(trainer, pictures, *observers):
+    trainer.run(CropStream(Crops(pictures, crop=64, seed=0), batch=1), observers)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_losses_are_rate_and_scaled_error():
+    model = MeanScaleHyperprior(8, 8).eval()
+    images = torch.rand(2, 3, 64, 64)
+    losses = RateDistortion(model, lmbda=0.01)(images)
+    output = model(images)
+    torch.testing.assert_close(losses["rate"], output.bpp())
+    error = (255 * (output.images - images)).square().mean()
+    torch.testing.assert_close(losses["distortion"], 0.01 * error)
+
+
+def test_training_lowers_the_loss_and_records_every_step(pictures):
+    record = Recorder()
+    run(make_trainer(recipe=Recipe(30, 5e-3, clip="unit")), pictures, record)
+    _, distortion = record.history.series("loss/distortion")
+    assert len(distortion) == len(record.seconds) == 30
+    assert fmean(distortion[-5:]) < 0.6 * fmean(distortion[:5])
+    assert record.last("loss")["distortion"] == distortion[-1]
+    assert record.late_mean("loss")["distortion"] == pytest.approx(fmean(distortion[21:]))
+    assert record.late_mean("coefficient") == {"rate": 0.5, "distortion": 0.5}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_weighting_trains_the_codec(name, pictures):
+    trainer = make_trainer(WEIGHTINGS[name], Recipe(2, 1e-3))
+    before = weights(trainer)
+    run(trainer, pictures)
+    assert weights(trainer).isfinite().all()
+    assert not torch.equal(before, weights(trainer))
+
+
+def test_fixed_weights_are_the_coefficients(pictures):
+    trainer = make_trainer(fixed(0.8))
+    run(trainer, pictures)
+    coefficients = trainer.optimizer.metrics.coefficients
+    assert coefficients == pytest.approx({"rate": 0.8, "distortion": 0.2})
+
+
+@pytest.mark.parametrize(("clip", "norm"), [("unit", 1.0), (1e-3, 1e-3), (math.inf, None)])
+def test_gradients_are_normalised_clipped_or_left(clip, norm, pictures):
+    trainer = make_trainer(Sum(), Recipe(1, 1e-3, clip=clip))
+    run(trainer, pictures)
+    length = nn.utils.get_total_norm([p.grad for p in trainer.parameters]).item()
+    assert length > 1.5 if norm is None else length == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_normalised_gradient_keeps_its_direction_and_zero_stays_zero():
+    a, b, unused = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, -4.0])
+    normalize_gradient([a, b, unused])
+    torch.testing.assert_close(a.grad, torch.tensor([0.6, 0.0]))
+    torch.testing.assert_close(b.grad, torch.tensor([0.0, -0.8]))
+    a.grad.zero_()
+    normalize_gradient([a])
+    assert torch.equal(a.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_loss_that_is_not_finite_raises_or_is_skipped(nonfinite, pictures):
+    trainer = make_trainer(recipe=Recipe(2, 1e-3, nonfinite=nonfinite))
+    before, lmbda = weights(trainer), trainer.objective.lmbda
+
+    class Recover(Observer):
+        def after(self, trainer):
+            assert torch.equal(before, weights(trainer)) == (trainer.taken == 1)
+            trainer.objective.lmbda = lmbda
+
+    trainer.objective.lmbda = math.nan
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match="distortion"):
+            run(trainer, pictures)
+    else:
+        run(trainer, pictures, Recover())
+        assert trainer.complete
+
+
+def test_the_learning_rate_falls_on_a_plateau_of_the_mean_loss():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = Plateau(every=2, patience=1, factor=0.5).start(optimizer, 100)
+    rates = []
+    optimizer.step()
+    for loss in [4, 2, 1, 3, 5, 0, 9, 9, 9, 9]:  # means 3, 2, 2.5, 9, 9
+        scheduler.step(torch.tensor(float(loss)))
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1, 1, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5]
+
+
+def test_the_learning_rate_falls_at_milestones():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = Milestones((0.5, 0.75), 0.1).start(optimizer, 8)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(torch.tensor(0.0))
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_averaged_weights_are_a_moving_average(pictures):
+    trainer = make_trainer(recipe=Recipe(2, 1e-2, ema=0.75))
+    seen = []
+
+    class Keep(Observer):
+        def after(self, trainer):
+            seen.append(trainer.model.z_log_scale.detach().clone())
+
+    run(trainer, pictures, Keep())
+    average = trainer.state_dict()["ema"]["module.z_log_scale"]
+    torch.testing.assert_close(average, 0.75 * seen[0] + 0.25 * seen[1])
+
+
+class WithQuantiles(nn.Module):
+    """A codec with a parameter that only an auxiliary loss reaches, as CompressAI's have."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.bottleneck = nn.Module()
+        self.bottleneck.quantiles = nn.Parameter(torch.tensor([4.0]))
+
+    def forward(self, images):
+        return Reconstruction(images * self.gain, {"y": 1e4 * self.gain.square()})
+
+    def aux_loss(self):
+        return self.bottleneck.quantiles.abs().sum()
+
+
+def test_quantiles_have_an_optimizer_of_their_own(pictures):
+    recipe = Recipe(5, 1e-5, auxiliary_lr=0.1)
+    trainer = make_trainer(model=WithQuantiles(), recipe=recipe)
+    run(trainer, pictures)
+    assert trainer.model.bottleneck.quantiles.item() == pytest.approx(3.5, rel=1e-5)
+    assert trainer.model.gain.item() == pytest.approx(0.5, abs=1e-4)
+    again = make_trainer(model=WithQuantiles(), recipe=recipe)
+    again.load_state_dict(trainer.state_dict())
+    assert again.state_dict()["auxiliary"]["state"][0]["step"] == 5
