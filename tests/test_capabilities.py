@@ -1,11 +1,11 @@
-"""The table of capabilities follows the tests, and a partial run leaves it alone."""
+"""The page of capabilities follows the tests; a partial run neither checks nor records it."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.support import capabilities
-from tests.support.capabilities import BEGIN, END, METHODS, table
+from tests.support.capabilities import METHODS, page, table
 
 pytest_plugins = ["pytester"]
 
@@ -35,9 +35,9 @@ SHOWN = {"flying": ["FAMO", "Sum"], "diving": ["FAMO"], "resting": []}
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """A test run of its own, beside a README that has a table."""
-    readme = pytester.path / "README.md"
-    monkeypatch.setattr(capabilities, "README", readme)
+    """A test run of its own, with a page of its own."""
+    page_file = pytester.path / "capabilities.md"
+    monkeypatch.setattr(capabilities, "PAGE", page_file)
     monkeypatch.setattr(capabilities, "ROOT", pytester.path)
     pytester.makepyprojecttoml("""
         [tool.pytest.ini_options]
@@ -49,29 +49,29 @@ def run(pytester, monkeypatch):
 
     def run(tests=TESTS, shown=SHOWN, arguments=()):
         (folder / "test_file.py").write_text(tests)
-        readme.write_text(f"Before.\n{BEGIN}\n{table(shown)}\n{END}After.\n")
+        page_file.write_text(page(shown))
         return pytester.inline_run("-p", "tests.support.capability_plugin", *arguments).ret
 
-    run.readme = readme
+    run.page_file = page_file
     return run
 
 
-def test_rows_name_the_methods():
+def test_rows_of_the_table_name_the_methods():
     lines = table({"flying": METHODS, "Diving": ["Sum", "FAMO"], "resting": []}).splitlines()
     assert lines[2:] == ["| Diving | `FAMO`, `Sum` |", "| flying | all methods |", "| resting |  |"]
 
 
-def test_a_full_run_agrees(run):
+def test_a_full_run_that_shows_what_the_page_says_passes(run):
     assert run() == pytest.ExitCode.OK
 
 
 @pytest.mark.parametrize(
     "claimed", [{}, {**SHOWN, "swimming": []}, {**SHOWN, "diving": ["Sum"]}], ids=str
 )
-def test_a_full_run_that_shows_something_else_fails_until_the_table_is_written(run, claimed):
+def test_a_full_run_that_shows_something_else_fails_until_the_page_is_written(run, claimed):
     assert run(shown=claimed) == pytest.ExitCode.TESTS_FAILED
     capabilities.main()
-    assert run.readme.read_text() == f"Before.\n{BEGIN}\n{table(SHOWN)}\n{END}After.\n"
+    assert run.page_file.read_text() == page(SHOWN)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_full_run_that_shows_something_else_fails_until_the_table_is_written(r
     ],
     ids=str,
 )
-def test_a_partial_run_has_no_say(run, arguments):
+def test_a_partial_run_is_not_compared_with_the_page(run, arguments):
     assert run(shown={}, arguments=arguments) == pytest.ExitCode.OK
     with pytest.raises(SystemExit, match="make test"):
         capabilities.main()
@@ -98,10 +98,10 @@ def test_a_partial_run_has_no_say(run, arguments):
         'pytest.skip("all of it", allow_module_level=True)',
     ],
 )
-def test_nor_has_one_that_skips(run, verdict):
+def test_a_run_that_skips_tests_is_not_compared_with_the_page(run, verdict):
     assert run(TESTS + verdict, shown={}) != pytest.ExitCode.TESTS_FAILED
 
 
-def test_slow_tests_are_not_missed(run):
+def test_a_full_run_needs_no_slow_tests(run):
     slow = "@pytest.mark.slow\ndef test_slow(): pass"
     assert run(TESTS + slow, shown={}) == pytest.ExitCode.TESTS_FAILED

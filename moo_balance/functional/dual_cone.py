@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import check_square, precision
-from moo_balance.functional._directions import Array, Directions, directions
-from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
 
 
 def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
@@ -60,40 +57,12 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
     result = torch.promote_types(
         torch.promote_types(gramian.dtype, coefficients.dtype), torch.float32
     )
-    gradients = directions(gramian)
-    start: Array = coefficients.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(start).all():
+    start = coefficients.detach().to("cpu", torch.float64)
+    if not bool(start.isfinite().all()):
         raise BalanceValueError(
             f"Parameter `coefficients` should be finite. Found {start.tolist()}."
         )
-    total = start + _addition(gradients, start, precision(gramian))
-    return torch.from_numpy(total).to(result).to(gramian.device)
+    from moo_balance.functional._solvers import addition_into_dual_cone  # loads NumPy
 
-
-def _addition(gradients: Directions, start: Array, precision: float) -> Array:
-    """What has to be added to the coefficients to take the direction into the dual cone."""
-    _, norms, cosines = gradients
-    lengths = start * norms
-    scale = np.abs(lengths).max()
-    if scale == 0.0:
-        return np.zeros(len(start))
-    lengths = lengths / scale
-    matrix, ridge, _ = make_definite(cosines, precision)
-    added = nonnegative_quadratic(matrix, -cosines.dot(lengths))
-    _verify(cosines, lengths, added, 1e-9 + 4 * ridge)
-    # A zero gradient keeps its coefficient.
-    divisors: Array = np.where(norms == 0.0, np.inf, norms)
-    return added * float(scale) / divisors
-
-
-def _verify(cosines: Array, lengths: Array, added: Array, tolerance: float) -> None:
-    """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
-    total = np.abs(lengths).sum() + added.sum()
-    along = cosines.dot((lengths + added) / total)
-    residual = np.maximum(-along, added / total * np.abs(along)).max()
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(lengths)} gradients. "
-            "Compute the Gramian in float64."
-        )
+    added = addition_into_dual_cone(gramian, start, precision(gramian))
+    return (start + added).to(result).to(gramian.device)

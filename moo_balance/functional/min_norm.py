@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import (
     at_least_float32,
     check_gramian,
     check_square,
     precision,
 )
-from moo_balance.functional._directions import Array, Directions, directions
-from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
 from moo_balance.functional._two import weights_of_two
-from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
@@ -77,7 +73,9 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     if gramian.shape[0] == 1:
         check_gramian(gramian)
         return torch.ones(1, dtype=result, device=gramian.device)
-    weights = torch.from_numpy(_by_active_set(directions(gramian), precision(gramian)))
+    from moo_balance.functional._solvers import shortest_combination  # loads NumPy
+
+    weights = shortest_combination(gramian, precision(gramian))
     return weights.to(result).to(gramian.device)
 
 
@@ -136,56 +134,3 @@ def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
-
-
-def _by_active_set(gradients: Directions, precision: float) -> Array:
-    """The weights of more than two gradients, verified."""
-    squares, norms, cosines = gradients
-    shortest = norms.min()
-    if squares.min() < 0.0:
-        raise BalanceValueError(
-            "Parameter `gramian` should have squared norms on its diagonal. "
-            f"Found {squares.min():.3e}. Pass the inner products of actual gradients."
-        )
-    if shortest == 0.0:
-        zero: Array = np.where(norms == 0.0, 1.0, 0.0)
-        return zero / float(zero.sum())
-    inverse = shortest / norms
-    matrix, ridge, pivot = make_definite(cosines, precision)
-    scaled: Array = nonnegative_quadratic(matrix, inverse) * inverse
-    weights: Array = scaled / float(sum(scaled.tolist()))
-    # Of two equal gradients the second has a pivot of this size.
-    if pivot <= 4 * (equality_tolerance(precision) + ridge):
-        weights = _share(weights, gradients, precision)
-    # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
-    # by its own rounding.
-    _verify(cosines, inverse, weights, 1e-9 + 4 * ridge + 32 * precision)
-    return weights
-
-
-def _share(weights: Array, gradients: Directions, precision: float) -> Array:
-    """:func:`share_between_equals` for arrays."""
-    tensors = [torch.from_numpy(a) for a in (weights, gradients.cosines, gradients.norms)]
-    shared: Array = share_between_equals(tensors[0], tensors[1], tensors[2], precision).numpy()
-    return shared
-
-
-def _verify(cosines: Array, inverse: Array, weights: Array, tolerance: float) -> None:
-    """Raise unless the optimality conditions hold."""
-    residual = _residual(cosines, inverse, weights)
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
-            "Compute the Gramian in float64."
-        )
-
-
-def _residual(cosines: Array, inverse: Array, weights: Array) -> float:
-    """:func:`kkt_residual` of gradients with these ``inverse`` norms, in any common unit."""
-    shares = weights / inverse
-    length = shares.sum()
-    along = cosines.dot(shares)
-    missing = shares.dot(along) * inverse - along
-    worst = np.maximum(missing, shares / length * np.abs(missing)).max()
-    return float(worst / length)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moo_balance.errors import BalanceValueError, ConvergenceError
 from moo_balance.functional import (
+    _solvers,
     _two,
     analytic_qp_weights,
     cosine_similarity,
     kkt_residual,
-    min_norm,
     min_norm_weights,
     scale_gramian,
 )
@@ -351,7 +351,7 @@ def test_finite_entries_may_overflow_in_sums(count, dtype, largest):
 
 
 def test_a_wrong_solution_is_never_returned(monkeypatch):
-    monkeypatch.setattr(min_norm, "nonnegative_quadratic", lambda matrix, vector: vector)
+    monkeypatch.setattr(_solvers, "nonnegative_quadratic", lambda matrix, vector: vector)
     gramian = torch.tensor([[1.0, 0.5, 0.0], [0.5, 3.0, 0.0], [0.0, 0.0, 2.0]])
     with pytest.raises(ConvergenceError, match=r"residual of \d\.\d+e-0\d for 3 gradients"):
         min_norm_weights(gramian)
@@ -364,7 +364,7 @@ def test_the_residual_that_is_verified_is_the_public_one(rows, share):
     weights = share * min_norm_weights(gramian)
     weights[0] += 1.0 - share
     _, norms, cosines = directions(gramian)
-    result = min_norm._residual(cosines, norms.min() / norms, weights.numpy())
+    result = _solvers._min_norm_residual(cosines, norms.min() / norms, weights.numpy())
     assert result == pytest.approx(float(kkt_residual(gramian, weights)), rel=1e-9, abs=1e-14)
 
 

@@ -1,8 +1,8 @@
-"""The README's table of what the tests show, written after a full run.
+"""The page of what the tests show, ``docs/capabilities.md``, written after a full run.
 
     python -m tests.support.capabilities
 
-``capability_plugin`` keeps the record of the run, and fails one that shows something else.
+``capability_plugin`` keeps the record of the run, and fails a run that shows something else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from moo_balance import weighting
 from moo_balance.weighting import Weighting
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "capabilities.md"
 RECORD = "moo_balance/capabilities"  # in pytest's cache
-BEGIN = "<!-- written by `python -m tests.support.capabilities` after a full run of the tests -->\n"
-END = "<!-- until here -->\n"
 
 METHODS = {
     name
@@ -28,35 +26,47 @@ METHODS = {
     and not inspect.isabstract(value)
 }
 
+HEAD = """\
+# What was tested
+
+Each row is shown by tests that pass, with the methods named in it: the run that is balanced ends
+where a plain loop, one process, or one large batch ends, most often to the last bit.
+
+<!-- Written by `python -m tests.support.capabilities` after a full run of the tests. -->
+
+"""
+
 
 def table(shown: Mapping[str, Collection[str]]) -> str:
     """Capabilities in alphabetical order, each with the methods it was tested with."""
     rows = [
-        f"| {name} | {_listed(METHODS & set(shown[name]))} |"
+        f"| {name} | {_list_methods(METHODS & set(shown[name]))} |"
         for name in sorted(shown, key=str.casefold)
     ]
     return "\n".join(["| what works | tested with |", "| --- | --- |", *rows, ""])
 
 
-def _listed(methods: set[str]) -> str:
+def _list_methods(methods: set[str]) -> str:
     if methods == METHODS:
         return "all methods"
     return ", ".join(f"`{name}`" for name in sorted(methods))
 
 
+def page(shown: Mapping[str, Collection[str]]) -> str:
+    """The whole page."""
+    return HEAD + table(shown)
+
+
 def is_current(shown: Mapping[str, Collection[str]]) -> bool:
-    """Does the README say so?"""
-    return f"{BEGIN}\n{table(shown)}\n{END}" in README.read_text()
+    """Whether the page in the manual says what the tests showed."""
+    return PAGE.exists() and PAGE.read_text() == page(shown)
 
 
 def main() -> None:
     record = ROOT / ".pytest_cache" / "v" / RECORD
     if not record.exists():
         raise SystemExit("No full run of the tests is on record. Run `make test` first.")
-    before, rest = README.read_text().split(BEGIN)
-    after = rest.partition(END)[2]
-    shown = json.loads(record.read_text())
-    README.write_text(f"{before}{BEGIN}\n{table(shown)}\n{END}{after}")
+    PAGE.write_text(page(json.loads(record.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Records which capabilities the passing tests show: ``@pytest.mark.capability("DDP")``.
 
-Methods are those that a test is parametrized with, and those that the mark names behind.
+Methods are those that a test is parametrized with, and those that the mark names after it.
 
-Only a full run has a say: nothing selected, left out, skipped or failed. Then the record goes to
-pytest's cache, and the run fails if the README claims something else.
+Only a full run counts: nothing selected, left out, skipped or failed. Then the record goes to
+pytest's cache, and the run fails if docs/capabilities.md says something else.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Recorder:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.is_stale:
             terminalreporter.write_line(
-                "The table in README.md is not what the tests showed. "
+                "docs/capabilities.md is not what the tests showed. "
                 "Write it with `python -m tests.support.capabilities`.",
                 red=True,
             )

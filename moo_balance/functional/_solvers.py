@@ -1,0 +1,122 @@
+"""The exact solvers on NumPy arrays, imported with the first Gramian that needs them.
+
+Within a training step they run once, on the host. There NumPy's operations on K numbers take a
+fraction of the time of PyTorch's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.functional._directions import Array, Directions, directions
+from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
+from moo_balance.functional.gramian import equality_tolerance, share_between_equals
+
+# ------------------------------------------------------------ min-norm point
+
+
+def shortest_combination(gramian: Tensor, precision: float) -> Tensor:
+    """Weights of the shortest convex combination of three gradients or more, verified.
+
+    Args:
+        gramian: Inner products, shape [K, K].
+        precision: Relative rounding unit of its entries.
+    """
+    return torch.from_numpy(_min_norm_weights(directions(gramian), precision))
+
+
+def _min_norm_weights(gradients: Directions, precision: float) -> Array:
+    squares, norms, cosines = gradients
+    shortest = norms.min()
+    if squares.min() < 0.0:
+        raise BalanceValueError(
+            "Parameter `gramian` should have squared norms on its diagonal. "
+            f"Found {squares.min():.3e}. Pass the inner products of actual gradients."
+        )
+    if shortest == 0.0:
+        zero: Array = np.where(norms == 0.0, 1.0, 0.0)
+        return zero / float(zero.sum())
+    inverse = shortest / norms
+    matrix, ridge, pivot = make_definite(cosines, precision)
+    scaled: Array = nonnegative_quadratic(matrix, inverse) * inverse
+    weights: Array = scaled / float(sum(scaled.tolist()))
+    # Of two equal gradients the second has a pivot of this size.
+    if pivot <= 4 * (equality_tolerance(precision) + ridge):
+        weights = _share(weights, gradients, precision)
+    # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
+    # by its own rounding.
+    _verify_min_norm(cosines, inverse, weights, 1e-9 + 4 * ridge + 32 * precision)
+    return weights
+
+
+def _share(weights: Array, gradients: Directions, precision: float) -> Array:
+    """:func:`share_between_equals` for arrays."""
+    tensors = [torch.from_numpy(a) for a in (weights, gradients.cosines, gradients.norms)]
+    shared: Array = share_between_equals(tensors[0], tensors[1], tensors[2], precision).numpy()
+    return shared
+
+
+def _verify_min_norm(cosines: Array, inverse: Array, weights: Array, tolerance: float) -> None:
+    """Raise unless the optimality conditions hold."""
+    residual = _min_norm_residual(cosines, inverse, weights)
+    if not residual <= tolerance:
+        raise ConvergenceError(
+            f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
+            f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
+            "Compute the Gramian in float64."
+        )
+
+
+def _min_norm_residual(cosines: Array, inverse: Array, weights: Array) -> float:
+    """``kkt_residual`` of gradients with these ``inverse`` norms, in any common unit."""
+    shares = weights / inverse
+    length = shares.sum()
+    along = cosines.dot(shares)
+    missing = shares.dot(along) * inverse - along
+    worst = np.maximum(missing, shares / length * np.abs(missing)).max()
+    return float(worst / length)
+
+
+# ------------------------------------------------------------ dual cone
+
+
+def addition_into_dual_cone(gramian: Tensor, coefficients: Tensor, precision: float) -> Tensor:
+    """What has to be added to coefficients to take their direction into the dual cone, verified.
+
+    Args:
+        gramian: Inner products, shape [K, K].
+        coefficients: Of the direction, shape [K], finite, float64 on the CPU.
+        precision: Relative rounding unit of the Gramian's entries.
+    """
+    return torch.from_numpy(_addition(directions(gramian), coefficients.numpy(), precision))
+
+
+def _addition(gradients: Directions, start: Array, precision: float) -> Array:
+    _, norms, cosines = gradients
+    lengths = start * norms
+    scale = np.abs(lengths).max()
+    if scale == 0.0:
+        return np.zeros(len(start))
+    lengths = lengths / scale
+    matrix, ridge, _ = make_definite(cosines, precision)
+    added = nonnegative_quadratic(matrix, -cosines.dot(lengths))
+    _verify_dual_cone(cosines, lengths, added, 1e-9 + 4 * ridge)
+    # A zero gradient keeps its coefficient.
+    divisors: Array = np.where(norms == 0.0, np.inf, norms)
+    return added * float(scale) / divisors
+
+
+def _verify_dual_cone(cosines: Array, lengths: Array, added: Array, tolerance: float) -> None:
+    """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
+    total = np.abs(lengths).sum() + added.sum()
+    along = cosines.dot((lengths + added) / total)
+    residual = np.maximum(-along, added / total * np.abs(along)).max()
+    if not residual <= tolerance:
+        raise ConvergenceError(
+            f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "
+            f"Found a residual of {residual:.3e} for {len(lengths)} gradients. "
+            "Compute the Gramian in float64."
+        )
