@@ -74,6 +74,7 @@ class Balancer:
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
         self.method = type(self.weighting).__name__
+        self.description = describe(self.weighting)
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
@@ -174,7 +175,7 @@ class Balancer:
             present = read()
             stacked = stack_losses(tuple(present.values()))
             return present, stacked, stacked.detach().to(state_dtype(stacked.device))
-        step_id = StepId(describe(self.weighting), self.record.steps, call)
+        step_id = StepId(self.description, self.record.steps, call)
         present, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
         return present, stack_losses(tuple(present.values())), values
 

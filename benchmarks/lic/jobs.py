@@ -98,23 +98,17 @@ class Train:
         return {"points": points, "hyper_steps": hyper_steps(codec, self.run.lambdas)}
 
     def _course(self, recorder: Recorder) -> Result:
-        # Levels that take turns have no weight in most steps.
-        course = (
-            {}
-            if self.run.one_level
-            else {
-                "series": thin_out(recorder.history),
-                "mean_coefficients": recorder.late_mean("coefficient"),
-                "mean_weights": recorder.late_mean("weight"),
-            }
-        )
-        return {
+        course = {
             "steps": self.run.recipe.steps,
             "milliseconds": recorder.milliseconds,
             "seconds": sum(recorder.seconds),
-            "series": {},
-            **course,
         }
+        if self.run.one_level:  # levels that take turns have no weight in most steps
+            return course
+        course["series"] = thin_out(recorder.history)
+        course["mean_coefficients"] = recorder.late_mean("coefficient")
+        course["mean_weights"] = recorder.late_mean("weight")
+        return course
 
 
 @dataclass(frozen=True)

@@ -123,32 +123,35 @@ def about(engine: Engine, run: Run) -> Results:
     }
 
 
+def _run(
+    lmbda: float, steps: int, arch: str = "24,32", crop: int = 128, batch: int = 2, **options: Any
+) -> Run:
+    """A run of the plain sum."""
+    recipe = Recipe(steps, lr=1e-3, clip="unit")
+    return Run(arch, (lmbda,), SUM, recipe, crop=crop, batch=batch, **options)
+
+
 def full() -> Setting:
     """An hour and a half on two busy cores, or less."""
-    arch, crop, batch = "24,32", 128, 2
-
-    def run(lmbda: float, steps: int, **options: Any) -> Run:
-        recipe = Recipe(steps, lr=1e-3, clip="unit")
-        return Run(arch, (lmbda,), SUM, recipe, crop=crop, batch=batch, **options)
-
-    start, far = run(0.013, 1500), run(0.1, 1500)
-    fine_tuned, scratch = run(0.0012, 400, seed=100), run(0.0006, 600, seed=100)
-    start_of_tuning = replace(start, seed=100)
-    clips = ("unit", 1.0, 5.0)
+    start, far = _run(0.013, 1500), _run(0.1, 1500)
+    fine_tuned, scratch = _run(0.0012, 400, start=start), _run(0.0006, 600)
+    tuning_seed, clips = 100, ("unit", 1.0, 5.0)
+    tuning_start = replace(start, seed=tuning_seed)
     few = (STATIC, OWN)
     longer = {name: lambdas[1:2] for name, lambdas in SCRATCH.items()}
     return Setting(
-        costs=StepCosts(arch, crop, batch, rounds=40),
+        costs=StepCosts(start, rounds=40),
         tuning={
             "Fine-tuned": Tuning(
-                replace(fine_tuned, start=start_of_tuning), (2.5e-4, 5e-4, 1e-3, 2e-3), clips
+                replace(fine_tuned, seed=tuning_seed, start=tuning_start),
+                (2.5e-4, 5e-4, 1e-3, 2e-3), clips,
             ),
-            "From scratch": Tuning(scratch, (1e-3, 2e-3), clips),
+            "From scratch": Tuning(replace(scratch, seed=tuning_seed), (1e-3, 2e-3), clips),
         },
         regimes={
             "Fine-tuned": {
                 "Fine-tuned": partial(
-                    Comparison, CONTINUED, replace(fine_tuned, start=start),
+                    Comparison, CONTINUED, fine_tuned,
                     lambdas=FINE_TUNED, static_lambdas=SUMS, seeds=range(3),
                 ),
                 "Far from balance": partial(
@@ -162,7 +165,7 @@ def full() -> Setting:
                     lambdas=SCRATCH, static_lambdas=SCRATCH_SUMS, seeds=range(4),
                 ),
                 "From scratch, longer": partial(
-                    Comparison, LONGER, run(0.0006, 1800),
+                    Comparison, LONGER, _run(0.0006, 1800),
                     lambdas=longer, static_lambdas=SCRATCH_SUMS, seeds=range(3), baselines=few,
                 ),
             },
@@ -170,30 +173,25 @@ def full() -> Setting:
         others={
             "Ablations": Ablations(start, steps=200, steps_from_scratch=500, seeds=range(2)),
             "Variable rate": VariableRate(
-                run(0.05, 1500), (0.0035, 0.0085, 0.0205, 0.05), steps=300, seeds=range(2)
+                _run(0.05, 1500), (0.0035, 0.0085, 0.0205, 0.05), steps=300, seeds=range(2)
             ),
-            "Latent refinement": LatentRefinement(run(0.0025, 1000)),
+            "Latent refinement": LatentRefinement(_run(0.0025, 1000)),
         },
     )  # fmt: skip
 
 
 def tiny() -> Setting:
     """Seconds: everything once, on a codec and photographs too small to find anything out."""
-    arch, crop, batch = "4,6", 64, 1
-
-    def run(lmbda: float, steps: int, **options: Any) -> Run:
-        recipe = Recipe(steps, lr=1e-3, clip="unit")
-        return Run(arch, (lmbda,), SUM, recipe, crop=crop, batch=batch, **options)
-
-    start, lambdas = run(0.01, 2), dict.fromkeys(BOTH, (0.001, 0.01, 0.1))
-    regime = run(0.001, 2, start=start)
+    start = _run(0.01, 2, arch="4,6", crop=64, batch=1)
+    fine_tuned = replace(start, start=start)
+    lambdas = dict.fromkeys(BOTH, (0.001, 0.01, 0.1))
     return Setting(
-        costs=StepCosts(arch, crop, batch, rounds=1),
-        tuning={"Fine-tuned": Tuning(regime, (1e-3,), ("unit", 1.0))},
+        costs=StepCosts(start, rounds=1),
+        tuning={"Fine-tuned": Tuning(fine_tuned, (1e-3,), ("unit", 1.0))},
         regimes={
             "Fine-tuned": {
                 "Fine-tuned": partial(
-                    Comparison, CONTINUED, regime,
+                    Comparison, CONTINUED, fine_tuned,
                     lambdas=lambdas, static_lambdas=lambdas, seeds=range(1),
                 )
             }

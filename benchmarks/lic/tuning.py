@@ -85,15 +85,11 @@ class StepCosts:
     CPU time, because other processes stretch the clock's; in turn, because they do so unevenly.
 
     Args:
-        arch: Of the codec.
-        crop: Side of the crops.
-        batch: Crops in a step.
+        run: The codec, its crops and its λ.
         rounds: How often each weighting takes its turn; the median counts.
     """
 
-    arch: str
-    crop: int
-    batch: int
+    run: Run
     rounds: int
 
     def __str__(self) -> str:
@@ -113,13 +109,14 @@ class StepCosts:
         weightings: Mapping[str, Weighting] = {"standard": SUM, **SOLUTIONS}
         seconds: dict[str, list[float]] = {name: [] for name in weightings}
         torch.manual_seed(0)
-        codec = architectures.build(self.arch)
-        crops = Crops(list(engine.photographs.train.values()), crop=self.crop, seed=0)
+        codec = architectures.build(self.run.arch)
+        objective = RateDistortion(codec, self.run.lambdas[-1])
+        crops = Crops(list(engine.photographs.train.values()), crop=self.run.crop, seed=0)
         recipe = Recipe(STEPS_PER_ROUND, lr=1e-4, clip="unit")
         for _ in range(self.rounds + 1):
             for name, weighting in weightings.items():
-                trainer = Trainer(RateDistortion(codec, 0.01), weighting, recipe, seed=0)
-                stream = CropStream(crops, batch=self.batch)
+                trainer = Trainer(objective, weighting, recipe, seed=0)
+                stream = CropStream(crops, batch=self.run.batch)
                 start = time.process_time()
                 trainer.run(stream)
                 seconds[name].append((time.process_time() - start) / STEPS_PER_ROUND)

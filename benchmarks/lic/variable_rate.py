@@ -140,7 +140,8 @@ def _merge(results: Sequence[Result], lambdas: Sequence[float]) -> dict[str, Any
         merged["seconds"] = sum(r["seconds"] for r in results)
     if len(results) == 1 and "hyper_steps" in results[0]:
         (result,) = results
-        rows = [result["series"].get(f"coefficient/{level_name(lmbda)}") for lmbda in lambdas]
-        merged["weights"] = [means(row, 10) for row in rows] if all(rows) else []
+        keys = [f"coefficient/{level_name(lmbda)}" for lmbda in lambdas]
+        series = result.get("series")
+        merged["weights"] = [means(series[key], 10) for key in keys] if series else []
         merged["hyper_steps"] = result["hyper_steps"]
     return merged

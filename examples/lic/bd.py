@@ -91,9 +91,7 @@ def _overlap(
     test: Sequence[float], anchor: Sequence[float], axis: str, unit: str
 ) -> tuple[float, float]:
     """The common part of two sorted ranges, relative to their union and to the shorter one."""
-    (low, left), (right, high) = (
-        sorted(ends) for ends in ((test[0], anchor[0]), (test[-1], anchor[-1]))
-    )
+    (low, left), (right, high) = (sorted((test[end], anchor[end])) for end in (0, -1))
     if left >= right:
         raise CurveError(
             f"The curves should overlap in {axis}. Found {test[0]:.3g} to {test[-1]:.3g} {unit} "

@@ -77,9 +77,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"There is no checkpoint {path}. `python -m examples.lic train` makes one."
-        ) from None
+        advice = "`python -m examples.lic train` makes one."
+        raise CheckpointError(f"There is no checkpoint {path}. {advice}") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -97,12 +96,8 @@ def trained_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights to use: the moving average where the run kept one."""
     if "ema" not in content:
         return content["model"]
-    prefix = "module."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in content["ema"].items()
-        if name.startswith(prefix)
-    }
+    prefix, ema = "module.", content["ema"]
+    return {name.removeprefix(prefix): ema[name] for name in ema if name.startswith(prefix)}
 
 
 def load_start(model: nn.Module, path: Path, arch: str) -> None:
@@ -114,16 +109,16 @@ def load_start(model: nn.Module, path: Path, arch: str) -> None:
         CheckpointError: The checkpoint holds another architecture.
     """
     content = load(path)
-    weights, found = trained_weights(content), content["run"]["arch"]
-    if found == arch:
+    weights, saved = trained_weights(content), content["run"]
+    if saved["arch"] == arch:
         model.load_state_dict(weights)
-    elif isinstance(model, VariableRateCodec) and found == architectures.base_of(arch):
+    elif isinstance(model, VariableRateCodec) and saved["arch"] == architectures.base_of(arch):
         model.base.load_state_dict(weights)
-        model.highest.fill_(content["run"]["lambdas"][-1])
+        model.highest.fill_(saved["lambdas"][-1])
     else:
         raise CheckpointError(
-            f"{path} should hold a codec of the architecture {arch}. Found {found}. Choose "
-            f"--arch {found}, or another checkpoint."
+            f"{path} should hold a codec of the architecture {arch}. Found {saved['arch']}. Choose "
+            f"--arch {saved['arch']}, or another checkpoint."
         )
 
 

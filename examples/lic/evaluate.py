@@ -92,9 +92,8 @@ def table(curves: Mapping[str, Sequence[Point]]) -> str:
     for name, curve in curves.items():
         lines.append("─" * len(head))
         for point in curve:
-            bpp, estimated, psnr, similarity = map(
-                point.mean, ("bpp", "estimated_bpp", "psnr", "ms_ssim")
-            )
+            names = ("bpp", "estimated_bpp", "psnr", "ms_ssim")
+            bpp, estimated, psnr, similarity = map(point.mean, names)
             last = "–" if similarity is None else f"{similarity:.4f}"
             row = (name, f"{point.lmbda:g}", f"{bpp:.4f}", f"{estimated:.4f}", f"{psnr:.2f}", last)
             lines.append(COLUMNS.format(*row))

@@ -33,15 +33,10 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
-def squared_error(decibels: float) -> float:
-    """255² times the mean squared error, of pixels in [0, 1], that has this PSNR."""
-    return 255**2 * 10 ** (-decibels / 10)
-
-
 def rate_distortion_loss(score: Score, lmbda: float) -> float:
-    """R + λ · 255² · MSE of a score."""
+    """R + λ · 255² · MSE of a score, with the MSE that its PSNR stands for."""
     bpp, decibels = score
-    return bpp + lmbda * squared_error(decibels)
+    return bpp + lmbda * 255**2 * 10 ** (-decibels / 10)
 
 
 def mean_score(scores: Mapping[str, Score]) -> Score:

@@ -40,18 +40,11 @@ def bundled() -> Photographs:
     from skimage import data
     from sklearn.datasets import load_sample_image
 
-    train = {
-        "astronaut": data.astronaut(),
-        "coffee": data.coffee(),
-        "rocket": data.rocket(),
-        # The other half of the stereo pair shows the same scene.
-        "motorcycle": data.stereo_motorcycle()[0],
-    }
-    held_out = {
-        "chelsea": data.chelsea(),
-        "china": load_sample_image("china.jpg"),
-        "flower": load_sample_image("flower.jpg"),
-    }
+    train = {name: getattr(data, name)() for name in ("astronaut", "coffee", "rocket")}
+    # The other half of the stereo pair shows the same scene.
+    train["motorcycle"] = data.stereo_motorcycle()[0]
+    held_out = {"chelsea": data.chelsea()}
+    held_out |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
     return Photographs(*(
         {name: _to_tensor(pixels) for name, pixels in role.items()} for role in (train, held_out)
     ))  # fmt: skip

@@ -84,21 +84,19 @@ def crop_side(text: str) -> int:
 def device(text: str) -> torch.device:
     """A parser of devices that are there."""
     try:
-        found = torch.device(text)
-        available = torch.get_device_module(found).is_available()
+        named = torch.device(text)
+        available = torch.get_device_module(named).is_available()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason})") from None
     if not available:
         raise argparse.ArgumentTypeError(f"{text} cannot be used, PyTorch finds none here")
-    return found
+    return named
 
 
 def describe(error: Exception) -> str:
     """The message for the user: errors of this example are sentences, the system's are not."""
     if not isinstance(error, OSError):
         return str(error)
-    return (
-        f"{error.filename or 'A file'} cannot be written ({error.strerror}). Free some space, or "
-        "choose another --output."
-    )
+    reason = f"{error.filename or 'A file'} cannot be written ({error.strerror})."
+    return f"{reason} Free some space, or choose another --output."

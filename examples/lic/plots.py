@@ -46,15 +46,11 @@ def starts_figure(
             ax.plot(*runs[name], marker, color=colour, markersize=7, zorder=2)
     ax.set_xlabel("rate (bits per pixel)")
     ax.set_ylabel("PSNR (dB)")
-    methods = [
-        Line2D([], [], marker=marker, color="0.3", linestyle="none", label=name)
-        for name, marker in markers.items()
-    ]
-    ax.add_artist(ax.legend(handles=methods, loc="upper left", frameon=False))
-    keys = [
-        Line2D([], [], color=colour, linewidth=3, label=f"λ = {lmbda:g}")
-        for lmbda, colour in zip(starts, colours, strict=True)
-    ]
+    style = {"color": "0.3", "linestyle": "none"}
+    keys = [Line2D([], [], marker=marker, label=name, **style) for name, marker in markers.items()]
+    ax.add_artist(ax.legend(handles=keys, loc="upper left", frameon=False))
+    pairs = zip(starts, colours, strict=True)
+    keys = [Line2D([], [], color=c, linewidth=3, label=f"λ = {x:g}") for x, c in pairs]
     ax.legend(handles=keys, loc="lower right", title="from the checkpoint", frameon=False)
     return figure
 

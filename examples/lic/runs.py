@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,13 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """The run in types that JSON has, a start that is a run inside it."""
-        start = self.start.as_dict() if isinstance(self.start, Run) else self.start
-        content = {
-            "arch": self.arch,
-            "lambdas": list(self.lambdas),
-            "weighting": repr(self.weighting),
-            **asdict(self.recipe),
-            "crop": self.crop,
-            "batch": self.batch,
-            "seed": self.seed,
-            "start": str(start) if isinstance(start, Path) else start,
-            "one_level": self.one_level,
-        }
-        return json.loads(json.dumps(content))  # so that tuples are lists before saving, too
+        start = (
+            self.start.as_dict() if isinstance(self.start, Run) else self.start and str(self.start)
+        )
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content |= {"weighting": repr(self.weighting), "start": start, **asdict(self.recipe)}
+        del content["recipe"]
+        return json.loads(json.dumps(content))  # tuples become lists, as in a saved run
 
     def file_name(self) -> str:
         """A name for its checkpoint, which differs between any two runs."""
@@ -180,10 +174,9 @@ def _build(run: Run, start: Path | None, *, resuming: bool) -> tuple[nn.Module, 
 
 def _check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differing := [key for key, value in now.items() if saved.get(key) != value]:
-        was, found = (", ".join(f"{k} {settings.get(k)}" for k in differing)
-                      for settings in (saved, now))  # fmt: skip
+        was, given = (", ".join(f"{k} {s.get(k)}" for k in differing) for s in (saved, now))
         raise CheckpointError(
-            f"{path} should go on with the options it was started with: {was}. Found {found}. "
+            f"{path} should go on with the options it was started with: {was}. Found {given}. "
             "Give those, or choose another --output."
         )
 
@@ -196,20 +189,17 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def stop(number: int, frame: object) -> None:
         trainer.stop = True
-        restore()
+        signal.signal(number, previous[number])
 
     for number in previous:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Saver(Observer):
@@ -224,5 +214,5 @@ class _Saver(Observer):
         try:
             self._save()
         except CheckpointError as error:
-            print(f"warning: {error} Training goes on; the next attempt is "
-                  f"{self._every} steps away.", file=sys.stderr)  # fmt: skip
+            more = f"Training goes on; the next attempt is {self._every} steps away."
+            print(f"warning: {error} {more}", file=sys.stderr)

@@ -7,12 +7,12 @@ for a skipped step, and can be saved and resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 FIRST_FALL = 0.7
 """The fraction of a run after which the learning rate falls first."""
@@ -25,10 +25,10 @@ class Milestones:
     at: tuple[float, ...] = (FIRST_FALL, 0.9)
     factor: float = 0.3
 
-    def start(self, optimizer: Optimizer, steps: int) -> AtMilestones:
+    def start(self, optimizer: Optimizer, steps: int) -> _AtMilestones:
         """Begin a run of so many steps."""
         milestones = [int(fraction * steps) for fraction in self.at]
-        return AtMilestones(MultiStepLR(optimizer, milestones, gamma=self.factor))
+        return _AtMilestones(optimizer, lambda t: self.factor ** sum(t >= m for m in milestones))
 
 
 @dataclass(frozen=True)
@@ -44,55 +44,32 @@ class Plateau:
     patience: int = 10
     factor: float = 0.5
 
-    def start(self, optimizer: Optimizer, steps: int) -> OnPlateau:
+    def start(self, optimizer: Optimizer, steps: int) -> _OnPlateau:
         """Begin a run of so many steps."""
-        scheduler = ReduceLROnPlateau(optimizer, factor=self.factor, patience=self.patience)
-        return OnPlateau(scheduler, self.every)
+        scheduler = _OnPlateau(optimizer, factor=self.factor, patience=self.patience)
+        scheduler.every = self.every
+        return scheduler
 
 
 Schedule: TypeAlias = Milestones | Plateau
 
 
-class AtMilestones:
-    """The scheduler of :class:`Milestones`."""
-
-    def __init__(self, scheduler: MultiStepLR) -> None:
-        self._scheduler = scheduler
-
-    def step(self, loss: Tensor | None) -> None:
-        self._scheduler.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        # MultiStepLR keeps its milestones in a Counter, which a safe load refuses; the recipe has
-        # them anyway.
-        state = self._scheduler.state_dict()
-        return {key: value for key, value in state.items() if key != "milestones"}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
+class _AtMilestones(LambdaLR):
+    def step(self, loss: Tensor | None = None) -> None:
+        super().step()
 
 
-class OnPlateau:
-    """The scheduler of :class:`Plateau`."""
-
-    def __init__(self, scheduler: ReduceLROnPlateau, every: int) -> None:
-        self._scheduler, self._every = scheduler, every
-        # Read on the host only once in `every` steps.
-        self._total, self._seen = torch.zeros(()), 0
+class _OnPlateau(ReduceLROnPlateau):
+    # In the state dict, as everything that a scheduler has.
+    every = 1
+    seen = 0
+    total = torch.zeros(())
 
     def step(self, loss: Tensor | None) -> None:
         if loss is None:
             return
-        self._total = self._total.to(loss.device) + loss
-        self._seen += 1
-        if self._seen == self._every:
-            self._scheduler.step(self._total.item() / self._every)
-            self._total, self._seen = torch.zeros(()), 0
-
-    def state_dict(self) -> dict[str, Any]:
-        scheduler, total = self._scheduler.state_dict(), self._total.cpu()
-        return {"scheduler": scheduler, "total": total, "seen": self._seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._total, self._seen = state["total"], state["seen"]
+        self.total = self.total.to(loss.device) + loss
+        self.seen += 1
+        if self.seen == self.every:  # read on the host only once in `every` steps
+            super().step(self.total.item() / self.every)
+            self.total, self.seen = torch.zeros(()), 0

@@ -37,9 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     """Train; returns the exit code."""
     chosen = _parse(arguments)
     plan = _plan(chosen)
+    paths = [path for _, path in plan]
     for run, _ in plan:  # what is missing is found now, and not after days of training
         model = architectures.build(run.arch)
-        if run.start is not None and run.start not in dict(plan).values():
+        if run.start is not None and run.start not in paths:
             checkpoint.load_start(model, run.start, run.arch)
     sources, notes = find_sources(chosen.images, crop=chosen.crop, skip=chosen.skip_unusable)
     print(*notes, sep="\n")

@@ -82,8 +82,9 @@ class Trainer:
             adam, weighting, loss_names=objective.names, nonfinite=recipe.nonfinite
         )
         self._scheduler = recipe.schedule.start(self.optimizer, recipe.steps)
-        self._parts: dict[str, Any] = {}
-        self._parts.update(model=self.model, optimizer=self.optimizer, schedule=self._scheduler)
+        self._parts: dict[str, Any] = {
+            "model": self.model, "optimizer": self.optimizer, "schedule": self._scheduler,
+        }  # fmt: skip
         self._after_step: list[Callable[[], object]] = []
         if quantiles:
             auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
@@ -133,19 +134,20 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        random = {"host": torch.get_rng_state()}
+        random = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
-            random["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+            module = torch.get_device_module(self.device)
+            random[self.device.type] = module.get_rng_state(self.device)
         return {**state, "taken": self.taken, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self.taken = state["taken"]
-        torch.set_rng_state(state["random"]["host"].cpu())
-        if "device" in state["random"] and self.device.type != "cpu":
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if self.device.type != "cpu" and self.device.type in state["random"]:
             module = torch.get_device_module(self.device)
-            module.set_rng_state(state["random"]["device"].cpu(), self.device)
+            module.set_rng_state(state["random"][self.device.type].cpu(), self.device)
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

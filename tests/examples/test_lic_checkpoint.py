@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -12,17 +9,7 @@ from examples.lic import checkpoint
 from examples.lic.architectures import build
 from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
 from examples.lic.compressai_adapter import ArchitectureError
-
-
-@contextmanager
-def full_disk(after=5000):
-    """No file may grow beyond so many bytes: the closest to a full disk without a disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (after, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+from tests.support.disk import full_disk
 
 
 def content(value):
@@ -103,9 +90,9 @@ def test_averaged_weights_are_the_ones_to_use(tmp_path):
     model, average = build("8,8").state_dict(), build("8,8").state_dict()
     ema = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}}
     save(tmp_path / "codec.pt", {"run": {"arch": "8,8"}, "model": model, "ema": ema})
-    codec, found = load_codec(tmp_path / "codec.pt")
+    codec, content = load_codec(tmp_path / "codec.pt")
     assert not codec.training
-    assert found["run"]["arch"] == "8,8"
+    assert content["run"]["arch"] == "8,8"
     assert all(torch.equal(value, average[key]) for key, value in codec.state_dict().items())
     fresh = build("8,8")
     load_start(fresh, tmp_path / "codec.pt", "8,8")
@@ -119,11 +106,11 @@ def test_a_variable_rate_codec_starts_from_its_base_and_keeps_its_highest_lambda
     save(tmp_path / "base.pt", {"run": run, "model": base.state_dict()})
     load_start(codec, tmp_path / "base.pt", arch)
     save(tmp_path / "codec.pt", {"run": {"arch": arch}, "model": codec.state_dict()})
-    found, _ = load_codec(tmp_path / "codec.pt")
-    assert found.highest == 0.05
-    assert torch.equal(found.base.analysis[0].weight, base.analysis[0].weight)
-    assert (found.offset is not None) == (arch != "gains:8,8")
-    assert (found.hyper_step is not None) == (arch == "variable-rate:8,8")
+    loaded, _ = load_codec(tmp_path / "codec.pt")
+    assert loaded.highest == 0.05
+    assert torch.equal(loaded.base.analysis[0].weight, base.analysis[0].weight)
+    assert (loaded.offset is not None) == (arch != "gains:8,8")
+    assert (loaded.hyper_step is not None) == (arch == "variable-rate:8,8")
 
 
 @pytest.mark.parametrize(

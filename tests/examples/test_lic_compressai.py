@@ -110,11 +110,11 @@ def test_both_optimizers_train_it(stand_in):
 def test_its_own_coder_fills_the_files(stand_in, tmp_path):
     codec = build("compressai:mbt2018-mean").eval()
     picture = torch.randint(0, 256, (3, 70, 130), dtype=torch.uint8)
-    found = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
+    result = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
     header, shape, lengths, symbols = 10, len('{"y":[[2,3]]}'), 8, 4 * 2 * 3 + 1
     data = (tmp_path / "noise.bin").read_bytes()
-    assert found.size == len(data) == header + shape + lengths + symbols
-    assert found.exact
+    assert result.size == len(data) == header + shape + lengths + symbols
+    assert result.exact
     assert CompressAICoder(codec).decode_exactly(data).shape == (3, 70, 130)
 
 
@@ -131,6 +131,6 @@ def test_the_real_codecs_train_and_code(name, tmp_path):
     trainer = Trainer(RateDistortion(codec, 0.01), AnalyticQP(), Recipe(1, 1e-4), seed=0)
     trainer.run(CropStream(Crops([picture], crop=128, seed=0), batch=1))
     codec.eval()
-    found = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
-    assert found.psnr > 3
-    assert 8 * found.size == pytest.approx(found.estimated_bits, rel=0.1)
+    result = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
+    assert result.psnr > 3
+    assert 8 * result.size == pytest.approx(result.estimated_bits, rel=0.1)

@@ -114,9 +114,9 @@ def test_files_are_written_read_and_decoded(runs, capsys):
     for point in results["points"]:
         curve = point["curve"].strip("/").replace("/", "_")
         folder = runs / "out" / "files" / curve / f"lambda-{point['lmbda']}"
-        for name, found in point["images"].items():
-            assert found["size"] == (folder / f"{name}.bin").stat().st_size
-            assert found["exact"]
+        for name, values in point["images"].items():
+            assert values["size"] == (folder / f"{name}.bin").stat().st_size
+            assert values["exact"]
         assert point["images"]["small.png"]["pixels"] == 70 * 90
         assert point["images"]["small.png"]["ms_ssim"] is None
     with Image.open(runs / "out" / "rate-distortion.png") as figure:
@@ -189,8 +189,8 @@ def curve(name, gain):
 
 def test_means_over_images_and_none_where_one_has_no_ms_ssim():
     point = Point("", "", 0.1, {"a": measured(0.8, 30), "b": measured(1.6, 32)})
-    found = [point.mean(name) for name in ("bpp", "estimated_bpp", "psnr", "ms_ssim")]
-    assert found == pytest.approx([1.2, 1.188, 31, 0.9])
+    values = [point.mean(name) for name in ("bpp", "estimated_bpp", "psnr", "ms_ssim")]
+    assert values == pytest.approx([1.2, 1.188, 31, 0.9])
     point.images["b"] = measured(1.6, 32, None)
     assert point.mean("ms_ssim") is None
     assert table({"new": [point]}).splitlines()[2].endswith("–")

@@ -38,9 +38,9 @@ def refinement(name="SSL", steps=12, **kwargs):
 def test_without_steps_the_code_is_that_of_the_codec(model, image):
     sent = refine(model, image, refinement(steps=0), lmbda=LAMBDA)
     plain = evaluation.evaluate(model, {"image": image})["image"]
-    found = score(model, sent, image)
-    assert found.bpp == pytest.approx(plain.bpp, rel=1e-4)
-    assert found.psnr == pytest.approx(plain.psnr, rel=1e-4)
+    result = score(model, sent, image)
+    assert result.bpp == pytest.approx(plain.bpp, rel=1e-4)
+    assert result.psnr == pytest.approx(plain.psnr, rel=1e-4)
 
 
 @pytest.mark.parametrize("centered", [True, False])

@@ -51,8 +51,8 @@ def values():
 )
 def test_probabilities_are_the_published_ones(roundings, golden):
     value = torch.tensor(0.3, dtype=torch.float64)
-    found = {name: r.probabilities(value).tolist() for name, r in roundings.items()}
-    assert found == {name: pytest.approx(p, abs=2e-7) for name, p in golden.items()}
+    computed = {name: r.probabilities(value).tolist() for name, r in roundings.items()}
+    assert computed == {name: pytest.approx(p, abs=2e-7) for name, p in golden.items()}
 
 
 @pytest.mark.parametrize("rounding", EVERY)

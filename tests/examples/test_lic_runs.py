@@ -22,7 +22,7 @@ from examples.lic.runs import Run, train
 from examples.lic.schedules import Plateau
 from examples.lic.training import Observer, Recipe
 from examples.lic.weightings import WEIGHTINGS, fixed
-from tests.examples.test_lic_checkpoint import full_disk
+from tests.support.disk import full_disk
 
 STEPS = 7
 
@@ -130,7 +130,7 @@ def test_a_complete_run_is_left_as_it_is(pictures, tmp_path):
 def test_a_run_does_not_go_on_with_other_settings(pictures, tmp_path):
     train(make_run(), pictures, tmp_path / "run.pt")
     other = make_run(recipe=Recipe(STEPS, 0.5), seed=3)
-    with pytest.raises(CheckpointError, match=r"with: lr 0\.001, seed 0\. Found lr 0\.5, seed 3"):
+    with pytest.raises(CheckpointError, match=r"with: seed 0, lr 0\.001\. Found seed 3, lr 0\.5"):
         train(other, pictures, tmp_path / "run.pt")
 
 
@@ -284,7 +284,8 @@ def test_each_lambda_starts_from_the_one_below(folder, tmp_path, capsys):
     assert same(weight(low), weight(high))
     assert (low["taken"], high["taken"]) == (2, 1)
     assert f"{tmp_path}/a/lambda-0.01.pt is complete: 2 steps." in capsys.readouterr().out
-    more = ["--lr", "1e-30", "--lambdas", "0.01", "--seed", "1", "--weighting", "solution1"]
+    more = ["--lr", "1e-30", "--lambdas", "0.01", "--seed", "1", "--weighting", "fixed",
+            "--rate-weight", "0.8"]  # fmt: skip
     assert command(folder, tmp_path / "b", *more, "--from", str(tmp_path / "a")) == 0
     assert same(weight(load(tmp_path / "b" / "lambda-0.01.pt")), weight(low))
     more = ["--arch", "variable-rate:8,8", "--lambdas", "0.01", "0.02", "--weighting", "mgda"]

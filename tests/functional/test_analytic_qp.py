@@ -1,3 +1,5 @@
+"""`analytic_qp_weights`: the explicit inverse, degenerate gradients, golden weights."""
+
 from __future__ import annotations
 
 import pytest

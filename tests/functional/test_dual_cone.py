@@ -1,3 +1,5 @@
+"""`dual_cone` and `project_dual_cone`: equal to SciPy, and conflict with no gradient."""
+
 from __future__ import annotations
 
 import pytest

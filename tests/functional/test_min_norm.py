@@ -1,3 +1,5 @@
+"""`min_norm_weights`: optimality conditions, enumeration of supports, SciPy."""
+
 from __future__ import annotations
 
 from itertools import combinations

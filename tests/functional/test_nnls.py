@@ -1,3 +1,5 @@
+"""Nonnegative quadratic problems: equal to SciPy, from any start, with the smallest ridge."""
+
 from __future__ import annotations
 
 import numpy as np

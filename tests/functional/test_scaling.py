@@ -1,3 +1,5 @@
+"""Scales of gradients by norms and losses, and the cosines that follow."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""`project_simplex`: equal to bisection, in any dtype, without a synchronization."""
+
 from __future__ import annotations
 
 import pytest

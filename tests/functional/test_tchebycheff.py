@@ -1,3 +1,5 @@
+"""Tchebycheff coefficients are the gradients of their scalarizations."""
+
 from __future__ import annotations
 
 import math
