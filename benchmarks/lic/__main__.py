@@ -1,4 +1,4 @@
-"""Run experiments, and write the page of what they found.
+"""Run experiments on learned image compression, and write the page of their results.
 
 ::
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -103,14 +104,14 @@ def seeds_of(records: Records) -> list[int]:
 
 def bd_rates(records: Records, title: str, against: str) -> list[float | None]:
     """BD-rate in per cent, by seed; None if the curves cannot be compared."""
-    found: list[float | None] = []
+    rates: list[float | None] = []
     for seed in seeds_of(records):
         try:
             pair = curve(records, title, seed), curve(records, against, seed)
-            found.append(compare(*pair).rate)
+            rates.append(compare(*pair).rate)
         except CurveError:
-            found.append(None)
-    return found
+            rates.append(None)
+    return rates
 
 
 def _rates(by_seed: Sequence[float | None]) -> str:
@@ -154,7 +155,9 @@ def _conclusion(records: Records) -> str:
 
 def figures(title: str, data: Mapping[str, Any]) -> Iterator[Drawing]:
     """A panel for each question, one line for each variation and seed."""
-    yield Drawing("ablations", "Curves of all variations, one line for each seed.", _figure(data))
+    yield Drawing(
+        "ablations", "Curves of all variations, one line for each seed.", partial(_figure, data)
+    )
 
 
 def _figure(data: Mapping[str, Any]) -> Figure:

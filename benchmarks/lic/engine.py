@@ -19,20 +19,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+import moo_balance
 from benchmarks.lic import cache
 from examples.lic.images import Photographs
 
 Result: TypeAlias = dict[str, Any]
 """What is kept of a job, as JSON gives it back."""
 
-VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("moo-balance", "torch"))
+VERSIONS = f"moo_balance {moo_balance.__version__}, torch {torch.__version__}"
 """Part of every key, so that results of another version are not taken for those of this one."""
 
 

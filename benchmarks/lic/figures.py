@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -19,16 +19,16 @@ SMOOTHING = 15
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, the stem of its file name, and what the page says below it."""
+    """A figure yet to be drawn, the stem of its file name, and what the page says below it."""
 
     stem: str
     caption: str
-    figure: Figure
+    draw: Callable[[], Figure]
 
     def png(self) -> bytes:
         """A small file, because the figures are kept with the sources: few pixels and colours."""
         drawn, written = BytesIO(), BytesIO()
-        self.figure.savefig(drawn, format="png", dpi=90)
+        self.draw().savefig(drawn, format="png", dpi=90)
         image = Image.open(drawn).convert("RGB").quantize(48)
         image.save(written, format="png", optimize=True)
         return written.getvalue()

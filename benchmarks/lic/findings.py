@@ -46,17 +46,19 @@ class Finding:
         return -self.gap.sign()
 
 
-def findings(experiments: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+def compare_all(experiments: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     """All comparisons of the experiments that compare solutions."""
     for title, data in experiments.items():
         if data["kind"] == "solutions":
             for solution in data["lambdas"]:
                 seeds = [curves[solution] for curves in data["seeds"].values()]
                 for baseline in data["baselines"]:
-                    yield finding(title, solution, baseline, seeds)
+                    yield compare_seeds(title, solution, baseline, seeds)
 
 
-def finding(experiment: str, solution: str, baseline: str, seeds: Sequence[Curves]) -> Finding:
+def compare_seeds(
+    experiment: str, solution: str, baseline: str, seeds: Sequence[Curves]
+) -> Finding:
     """Compare one solution with one baseline: seed by seed, then over seeds."""
     gaps = [gap for curves in seeds if (gap := gap_in_db(curves, baseline)) is not None]
     try:

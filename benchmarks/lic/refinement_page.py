@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.lic.refinement import (
     PROBABILITY,
     SGA_PLUS,
 )
-from benchmarks.lic.text import signed, table, with_range
+from benchmarks.lic.text import table, with_range, with_sign
 from examples.lic.bd import CurveError, Delta, compare, gap_above
 from examples.lic.evaluation import Score, mean_score, rate_distortion_loss
 
@@ -128,10 +129,10 @@ def _gain_table(records: Sequence[Record]) -> str:
 
 def _gain(test: Sequence[Record], anchor: Sequence[Record]) -> tuple[str, str]:
     try:
-        found = deltas(test, anchor)
+        compared = deltas(test, anchor)
     except CurveError as error:
         return f"not comparable: {error}", ""
-    rates, psnrs = [d.rate for d in found], [d.psnr for d in found]
+    rates, psnrs = [d.rate for d in compared], [d.psnr for d in compared]
     return with_range(rates, 1, "%"), with_range(psnrs, 2, "dB")
 
 
@@ -149,7 +150,7 @@ def _maxima_table(records: Sequence[Record], base: float, maxima: Sequence[float
     rows = []
     for name, row in groupby(tried, lambda record: record["name"]):
         change = {r["group"]: fmean(relative_loss(r, none)) for r in row}
-        rows.append((name, *(f"{signed(change[column], 1)} %" for column in columns)))
+        rows.append((name, *(f"{with_sign(change[column], 1)} %" for column in columns)))
     return table(("probability", *columns), rows)
 
 
@@ -166,9 +167,9 @@ def _rate_table(
 
 
 def _above(record: Record, anchor: Sequence[Record]) -> str:
-    found = gaps(record, anchor)
-    missing = len(record["images"]) - len(found)
-    parts = [with_range(found, 2, "dB")] if found else []
+    above = gaps(record, anchor)
+    missing = len(record["images"]) - len(above)
+    parts = [with_range(above, 2, "dB")] if above else []
     return ", ".join(parts + ([f"{missing} beyond its rates"] if missing else []))
 
 
@@ -185,8 +186,8 @@ def _conclusion(records: Sequence[Record], base: float) -> str:
         "column at the same rate compares them."
     )
     return (
-        f"The smallest mean loss is that of {best} ({signed(change[best], 1)} %), the largest that "
-        f"of {worst} ({signed(change[worst], 1)} %). {balanced}"
+        f"The smallest mean loss is that of {best} ({with_sign(change[best], 1)} %), the largest "
+        f"that of {worst} ({with_sign(change[worst], 1)} %). {balanced}"
     )
 
 
@@ -206,12 +207,12 @@ def figures(title: str, data: Mapping[str, Any]) -> Iterator[Drawing]:
     yield Drawing(
         "refinement-rate-distortion",
         "Means over the held-out photographs; lines join points that differ only in λ.",
-        _rate_distortion(records),
+        partial(_rate_distortion, records),
     )
     yield Drawing(
         "refinement-course",
         f"R + λD of the code if it were sent after so many steps, by the codec of λ = {base:g}.",
-        _course(records, base),
+        partial(_course, records, base),
     )
 
 

@@ -19,7 +19,7 @@ from benchmarks.lic import (
 )
 from benchmarks.lic.cache import CacheError
 from benchmarks.lic.figures import Drawing
-from benchmarks.lic.findings import MIN_SEEDS, Finding, findings
+from benchmarks.lic.findings import MIN_SEEDS, Finding, compare_all
 from benchmarks.lic.solutions import OWN
 from benchmarks.lic.solutions_page import WORDS
 from benchmarks.lic.statistics import holm
@@ -90,16 +90,16 @@ def write(results: Results, docs: Path) -> Path:
 
 def page(results: Results) -> tuple[str, list[Drawing]]:
     """The page in Markdown, and its figures; every number comes from `results`."""
-    found = list(findings(results["experiments"]))
-    blocks, drawings = [*_opening(found), *_setup(results), *_tuning(results)], []
+    findings = list(compare_all(results["experiments"]))
+    blocks, drawings = [*_opening(findings), *_setup(results), *_tuning(results)], []
     for title, data in results["experiments"].items():
         module = PAGES[data["kind"]]
         blocks += [f"## {title}", module.section(title, data)]
         drawn = list(module.figures(title, data))
         blocks += map(_image, drawn)
         drawings += drawn
-    if found:
-        drawings.append(solutions_page.intervals(found))
+    if findings:
+        drawings.append(solutions_page.intervals(findings))
         blocks += ["## All comparisons", _image(drawings[-1])]
     method = METHOD.format(points=POINTS, overlap=f"{OVERLAP:.0%}", least=MIN_SEEDS)
     text = "\n\n".join(block.strip() for block in [*blocks, method])
@@ -110,7 +110,7 @@ def _image(drawing: Drawing) -> str:
     return f"![{drawing.caption}]({FIGURES}/{drawing.stem}.png)\n\n*{drawing.caption}*"
 
 
-def _opening(found: Sequence[Finding]) -> Iterator[str]:
+def _opening(findings: Sequence[Finding]) -> Iterator[str]:
     yield (
         "# Learned image compression: what balancing gains\n\n"
         "What does it gain to balance rate and distortion, for a small codec and real photographs? "
@@ -118,18 +118,18 @@ def _opening(found: Sequence[Finding]) -> Iterator[str]:
         "result in it is written by hand. The runs take minutes, and their codecs are weak: read "
         "the limits at the end."
     )
-    if not found:
+    if not findings:
         return
     yield "## In short"
-    yield from _adapting([f for f in found if f.baseline == OWN])
+    yield from _adapting([f for f in findings if f.baseline == OWN])
     yield "Verdicts on all baselines:"
-    baselines = list(dict.fromkeys(f.baseline for f in found))
+    baselines = list(dict.fromkeys(f.baseline for f in findings))
     rows = []
-    for (experiment, solution), group in groupby(found, lambda f: (f.experiment, f.solution)):
+    for (experiment, solution), group in groupby(findings, lambda f: (f.experiment, f.solution)):
         words = {f.baseline: WORDS[f.verdict] for f in group}
         rows.append((experiment, solution, *(words.get(b, "") for b in baselines)))
     yield table(("", "", *(f"against {b}" for b in baselines)), rows)
-    yield _how_sure(found)
+    yield _how_sure(findings)
 
 
 def _adapting(own: Sequence[Finding]) -> Iterator[str]:
@@ -152,8 +152,8 @@ def _adapting(own: Sequence[Finding]) -> Iterator[str]:
     )
 
 
-def _how_sure(found: Sequence[Finding]) -> str:
-    told = [f for f in found if f.verdict is not None]
+def _how_sure(findings: Sequence[Finding]) -> str:
+    told = [f for f in findings if f.verdict is not None]
     better, worse = (sum(f.verdict == sign for f in told) for sign in (-1, 1))
     if not told:
         return f"No comparison has the {MIN_SEEDS} seeds that a verdict needs."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lic.figures import Drawing, grid, plain_ticks, plot_curve, smooth
-from benchmarks.lic.findings import Finding, findings
+from benchmarks.lic.findings import Finding, compare_all
 from benchmarks.lic.solutions import BALANCED, EQUAL_STEPS, EQUAL_TIME, OWN, STATIC
 from benchmarks.lic.statistics import mean_curve
 from benchmarks.lic.text import table, with_interval
@@ -40,13 +41,13 @@ COURSE_CAPTION = (
 
 def section(title: str, data: Data) -> str:
     """The comparisons and the operating points of one regime."""
-    found = list(findings({title: data}))
+    findings = list(compare_all({title: data}))
     head = ("", "against", "PSNR at equal rate [95 %]", "p", "BD-rate [95 %]", "overlap", "verdict")
     return "\n\n".join(
         [
             data["about"],
-            table(head, map(_row, found)),
-            *_refusals(found),
+            table(head, map(_row, findings)),
+            *_refusals(findings),
             "Operating points: the λ of each solution, and λ′, that of the plain sum with the "
             "coefficients to which the run settled. Means over seeds and photographs.",
             table(("", "λ", "λ′", "bpp", "PSNR / dB"), _operating_points(data)),
@@ -68,8 +69,8 @@ def _row(finding: Finding) -> tuple[str, ...]:
     )
 
 
-def _refusals(found: Sequence[Finding]) -> Iterator[str]:
-    refused = [f for f in found if f.refusal]
+def _refusals(findings: Sequence[Finding]) -> Iterator[str]:
+    refused = [f for f in findings if f.refusal]
     if refused:
         yield (
             f"{len(refused)} comparisons have no BD-rate, because the curves of a seed cannot be "
@@ -89,9 +90,9 @@ def _operating_points(data: Data) -> Iterator[tuple[str, ...]]:
 
 def figures(title: str, data: Data) -> Iterator[Drawing]:
     """The rate-distortion plane, and the course of one seed where it was kept."""
-    yield Drawing(stem("rd", title), RD_CAPTION, _rate_distortion(data))
+    yield Drawing(stem("rd", title), RD_CAPTION, partial(_rate_distortion, data))
     if any(_drawn(data, solution, OWN) for solution in data["lambdas"]):
-        yield Drawing(stem("course", title), COURSE_CAPTION, _course(data))
+        yield Drawing(stem("course", title), COURSE_CAPTION, partial(_course, data))
 
 
 def stem(kind: str, title: str) -> str:
@@ -99,9 +100,14 @@ def stem(kind: str, title: str) -> str:
     return "-".join([kind, *re.findall(r"\w+", title.lower())])
 
 
-def intervals(found: Sequence[Finding]) -> Drawing:
+def intervals(findings: Sequence[Finding]) -> Drawing:
     """Every PSNR difference with its interval; to the right of 0 the solution is better."""
-    rows = [f for f in found if f.gap is not None][::-1]
+    caption = "PSNR above the baseline at equal rate, with t-intervals over seeds."
+    return Drawing("differences", caption, partial(_intervals, findings))
+
+
+def _intervals(findings: Sequence[Finding]) -> Figure:
+    rows = [f for f in findings if f.gap is not None][::-1]
     figure, (ax,) = grid(1, 1, width=7.5, height=0.8 + 0.26 * len(rows))
     for height, finding in enumerate(rows):
         by_seed, (mean, low, high) = finding.gap.by_seed, finding.gap.interval
@@ -114,8 +120,7 @@ def intervals(found: Sequence[Finding]) -> Drawing:
     ax.set_yticks(range(len(rows)), names, fontsize="small")
     ax.axvline(0, color="0.3", linewidth=1)
     ax.set_xlabel("PSNR at equal rate (dB), 95 % interval; ticks are seeds")
-    caption = "PSNR above the baseline at equal rate, with t-intervals over seeds."
-    return Drawing("differences", caption, figure)
+    return figure
 
 
 def _rate_distortion(data: Data) -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import moo_balance
 from benchmarks.lic.ablations import Ablations
 from benchmarks.lic.engine import Engine, Experiment
 from benchmarks.lic.jobs import SUM
@@ -91,7 +92,7 @@ class Setting:
             if not set(family) & set(chosen):
                 continue
             results["tuning"][name] = engine.collect(self.tuning[name])
-            tuned = _tuned(results, name)
+            tuned = _read_tuning(results, name)
             for title in [title for title in family if title in chosen]:
                 results["experiments"][title] = engine.collect(family[title](tuned=tuned))
                 yield results
@@ -100,7 +101,7 @@ class Setting:
             yield results
 
 
-def _tuned(results: Results, name: str) -> Tuned:
+def _read_tuning(results: Results, name: str) -> Tuned:
     best, costs = results["tuning"][name]["cells"][0], results["seconds per step"]
     slower = max(costs[solution] for solution in BOTH)
     return Tuned(best["lr"], best["clip"], slower / costs["standard"])
@@ -108,13 +109,14 @@ def _tuned(results: Results, name: str) -> Tuned:
 
 def about(engine: Engine, run: Run) -> Results:
     """Machine, versions and images; no host names."""
-    packages = ("torch", "numpy", "scipy", "bjontegaard", "moo-balance")
+    packages = ("torch", "numpy", "scipy", "bjontegaard")
+    versions = {"Python": python_version(), **{name: version(name) for name in packages}}
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor(),
         "cores": torch.multiprocessing.cpu_count(),
         "workers": engine.workers,
-        "versions": {"Python": python_version(), **{name: version(name) for name in packages}},
+        "versions": {**versions, "moo_balance": moo_balance.__version__},
         "trained on": list(engine.photographs.train),
         "held out": list(engine.photographs.held_out),
         "crop": run.crop,

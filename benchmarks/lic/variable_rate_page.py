@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -176,12 +177,12 @@ def figures(title: str, data: Data) -> Iterator[Drawing]:
     yield Drawing(
         "variable-rate-curves",
         "Mean over the held-out photographs, a panel for each seed; rings are steps in between.",
-        _curves(data["runs"]),
+        partial(_curves, data["runs"]),
     )
     yield Drawing(
         "variable-rate-weights",
         "The weight of each level's loss under MGDA, mean over seeds, in tenths of a run.",
-        _weights(data),
+        partial(_weights, data),
     )
 
 

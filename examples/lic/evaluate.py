@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from examples.lic import images, options, plots
 from examples.lic.architectures import coder_for
-from examples.lic.bd import CurveError, compare, t_interval
+from examples.lic.bd import CurveError, Delta, compare, t_interval
 from examples.lic.checkpoint import CheckpointError, load_codec
 from examples.lic.evaluation import MS_SSIM_SIDE, Measurement, Score, measure
 from examples.lic.variable_rate import VariableRateCodec
@@ -103,7 +103,7 @@ def table(curves: Mapping[str, Sequence[Point]]) -> str:
 def compare_curves(curves: Mapping[str, Sequence[Point]], test: str, anchor: str) -> str:
     """BD-rate and BD-PSNR of the mean curves and of each image's, or why there are none."""
 
-    def delta(image: str | None) -> object:
+    def delta(image: str | None) -> Delta:
         return compare(*([p.score(image) for p in curves[name]] for name in (test, anchor)))
 
     try:
@@ -179,7 +179,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="CHECKPOINT")  # fmt: skip
     add("--images", "code this folder, not the bundled held-out photographs", type=Path,
         metavar="DIR")  # fmt: skip
-    add("--anchor", "folder of the curve that others are compared with", metavar="DIR")
+    add("--anchor", "folder of the curve that others are compared with", metavar="DIR",
+        type=lambda text: str(Path(text)))  # fmt: skip
     add("--output", "for files, figure and results", type=Path, metavar="DIR",
         default=Path("runs/lic/evaluation"))  # fmt: skip
     add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")

@@ -130,5 +130,5 @@ def test_section_and_figure_show_every_variation():
     text = section("Ablations", data)
     assert all(f"| {title} |" in text for title in VARIATIONS)
     (drawing,) = figures("Ablations", data)
-    shown = {t.get_text() for ax in drawing.figure.axes for t in ax.get_legend().get_texts()}
+    shown = {t.get_text() for ax in drawing.draw().axes for t in ax.get_legend().get_texts()}
     assert shown == set(VARIATIONS) >= {SUMS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -157,11 +156,10 @@ def test_bad_options_end_with_a_sentence(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_images_of_ones_own_take_the_place_of_the_bundled_ones(tmp_path, capsys):
+def test_images_of_ones_own_take_the_place_of_the_bundled_ones(tmp_path):
     for index in range(2):
         Image.effect_noise((140, 130), 40 + index).convert("RGB").save(tmp_path / f"{index}.png")
-    options = ["--quick", "--only", "Latent refinement", "--images", str(tmp_path),
-               "--output", str(tmp_path / "out")]  # fmt: skip
-    assert command.main(options) == 0
-    results = json.loads((tmp_path / "out" / "lic_report.json").read_text(encoding="utf-8"))
-    assert [Path(name).name for name in results["about"]["held out"]] == ["1.png"]
+    options = command._parse(["--images", str(tmp_path)])
+    photographs = command._photographs(options)
+    assert [Path(name).name for name in photographs.train] == ["0.png"]
+    assert [Path(name).name for name in photographs.held_out] == ["1.png"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.lic.findings import finding, findings
+from benchmarks.lic.findings import compare_all, compare_seeds
 from benchmarks.lic.jobs import SUM
 from benchmarks.lic.solutions import BALANCED, BASELINES, EQUAL_STEPS, EQUAL_TIME, OWN, STATIC
 from benchmarks.lic.solutions_page import section
@@ -82,11 +82,11 @@ def test_tuning_ranks_cells_by_the_loss_on_training_photographs():
 def test_findings_recover_a_known_shift(shift, rate):
     seeds = [curves(own=shift, rest=shift)] * 3
     for baseline in (STATIC, OWN):
-        found = finding("x", "Solution 1", baseline, seeds)
-        assert found.rate.by_seed == pytest.approx([rate] * 3, abs=0.01)
-        assert found.gap.by_seed == pytest.approx([shift] * 3, abs=0.01)
-        assert found.verdict == -math.copysign(1, shift)
-        assert not found.refusal
+        result = compare_seeds("x", "Solution 1", baseline, seeds)
+        assert result.rate.by_seed == pytest.approx([rate] * 3, abs=0.01)
+        assert result.gap.by_seed == pytest.approx([shift] * 3, abs=0.01)
+        assert result.verdict == -math.copysign(1, shift)
+        assert not result.refusal
 
 
 def test_own_weights_at_another_rate_are_compared_along_the_static_curve():
@@ -96,33 +96,33 @@ def test_own_weights_at_another_rate_are_compared_along_the_static_curve():
         scores = run["scores"].items()
         run["scores"] = {name: (1.1 * bpp, psnr + 10 * along) for name, (bpp, psnr) in scores}
     inside = {name: runs[:-1] if name in (BALANCED, OWN) else runs for name, runs in moved.items()}
-    found = finding("x", "Solution 1", OWN, [inside] * 3)
-    assert found.gap.by_seed == pytest.approx([0.0] * 3, abs=1e-6)
+    result = compare_seeds("x", "Solution 1", OWN, [inside] * 3)
+    assert result.gap.by_seed == pytest.approx([0.0] * 3, abs=1e-6)
 
 
 def test_curves_apart_have_no_rate_and_it_is_said_why():
-    found = finding("x", "Solution 1", STATIC, [curves(rest=99.0)] * 3)
-    assert found.rate is None
-    assert "should overlap in PSNR" in found.refusal
+    result = compare_seeds("x", "Solution 1", STATIC, [curves(rest=99.0)] * 3)
+    assert result.rate is None
+    assert "should overlap in PSNR" in result.refusal
 
 
 def test_short_curves_are_judged_by_psnr_and_two_seeds_not_at_all():
     short = {name: runs[1:3] if name in (BALANCED, OWN) else runs
              for name, runs in curves(rest=0.5).items()}  # fmt: skip
-    found = finding("x", "Solution 1", STATIC, [short] * 3)
-    assert (found.rate, found.verdict) == (None, -1)
-    assert finding("x", "Solution 1", STATIC, [short] * 2).verdict is None
+    result = compare_seeds("x", "Solution 1", STATIC, [short] * 3)
+    assert (result.rate, result.verdict) == (None, -1)
+    assert compare_seeds("x", "Solution 1", STATIC, [short] * 2).verdict is None
 
 
 def test_a_seed_that_disagrees_takes_the_verdict_away():
     seeds = [curves(rest=shift) for shift in (2, 2, 2, -0.5)]
-    assert finding("x", "Solution 1", STATIC, seeds[:3]).verdict == -1
-    assert finding("x", "Solution 1", STATIC, seeds).verdict == 0
+    assert compare_seeds("x", "Solution 1", STATIC, seeds[:3]).verdict == -1
+    assert compare_seeds("x", "Solution 1", STATIC, seeds).verdict == 0
 
 
 def test_the_section_has_every_comparison_and_operating_point():
     data = experiment(rest=0.5)
-    assert len(list(findings({"Fine-tuned": data}))) == len(SOLUTIONS) * len(BASELINES)
+    assert len(list(compare_all({"Fine-tuned": data}))) == len(SOLUTIONS) * len(BASELINES)
     text = section("Fine-tuned", data)
     assert ("| Solution 2 | standard, equal time | +0.50 dB [+0.50, +0.50] | 0 | −10.9 % "
             "[−10.9, −10.9] | 89% | better |") in text  # fmt: skip

@@ -19,9 +19,9 @@ LINE = [Score(2.0**k, 30.0 + 3 * k) for k in range(4)]
 def test_p_and_interval_are_those_of_the_t_test(values):
     expected = ttest_1samp(values, 0.0)
     interval = expected.confidence_interval(0.95)
-    found = Difference(values)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.interval == pytest.approx((np.mean(values), interval.low, interval.high))
+    difference = Difference(values)
+    assert difference.p == pytest.approx(expected.pvalue)
+    assert difference.interval == pytest.approx((np.mean(values), interval.low, interval.high))
 
 
 def test_intervals_of_three_seeds_cover_the_truth_at_their_level():

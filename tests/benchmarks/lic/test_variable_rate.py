@@ -84,6 +84,6 @@ def test_curves_that_cannot_be_compared_have_a_dash():
 
 
 def test_figures_show_every_seed_and_both_kinds_of_mgda():
-    curves, weights = (drawing.figure for drawing in figures("Variable rate", made_up()))
+    curves, weights = (drawing.draw() for drawing in figures("Variable rate", made_up()))
     assert [ax.get_title() for ax in curves.axes] == ["seed 0", "seed 1"]
     assert [ax.get_title() for ax in weights.axes] == ["+ MGDA", "MGDA, unit gradients"]
