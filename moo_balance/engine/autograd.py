@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from moo_balance.errors import BalanceError
 
-# Private names of PyTorch, checked with 2.6 and 2.13, and what happens without them. A test takes
+# Private names of PyTorch, checked with 2.13 (most of them with 2.6, too), and what happens without them. A test takes
 # each of them away.
 _SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order follows from the edges
 _METADATA = "_input_metadata"  # of nodes; without it, the shape of a gradient is not known
