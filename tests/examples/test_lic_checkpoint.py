@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -12,17 +9,7 @@ from examples.lic import checkpoint
 from examples.lic.architectures import build
 from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
 from examples.lic.compressai_adapter import ArchitectureError
-
-
-@contextmanager
-def full_disk(after=5000):
-    """No file may grow beyond so many bytes: the closest to a full disk without a disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (after, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+from tests.support.full_disk import full_disk
 
 
 def content(value):
