@@ -35,17 +35,17 @@ class StepMetrics:
     @property
     def losses(self) -> dict[str, Tensor]:
         """Loss values, 0-d tensors."""
-        return self._named(self._losses)
+        return self._by_name(self._losses)
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The method's own weights, on the simplex unless its docstring says otherwise."""
-        return self._named(self._weights)
+        return self._by_name(self._weights)
 
     @property
     def coefficients(self) -> dict[str, Tensor]:
         """What multiplied the raw gradients."""
-        return self._named(self._coefficients)
+        return self._by_name(self._coefficients)
 
     @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:
@@ -78,7 +78,7 @@ class StepMetrics:
         """:meth:`as_dict` as numbers, in one copy from the device."""
         return to_floats(self.as_dict())
 
-    def _named(self, values: Tensor | None) -> dict[str, Tensor]:
+    def _by_name(self, values: Tensor | None) -> dict[str, Tensor]:
         return {} if values is None else dict(zip(self.names, values.unbind(), strict=True))
 
 

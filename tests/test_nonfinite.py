@@ -17,6 +17,7 @@ from moo_balance.weighting import GramianWeighting
 from tests.support.internals import treat_cpu_as_device
 from tests.support.problems import (
     SmallModel,
+    as_vector,
     change_value,
     flat_gradient,
     gradients,
@@ -413,6 +414,7 @@ def test_a_faulty_loss_masks_the_step_and_is_named_when_metrics_are_read(method)
         optimizer.zero_grad()
         optimizer.backward(change_value(model.losses(3), value))
         assert not flat_gradient(model).any()
+        assert bool(as_vector(optimizer.metrics.weights).isfinite().all())
         optimizer.step()
         assert learned(optimizer) == before
         assert snapshot(model.state_dict()) == parameters

@@ -1,4 +1,4 @@
-"""The toy of CAGrad, Nash-MTL and FAMO: which methods reach the front, and from where."""
+"""The toy problem of CAGrad, Nash-MTL and FAMO: which methods reach the front from which start."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_gradients_at_the_origin_are_the_published_ones() -> None:
     assert rows[1] == pytest.approx((0.0, 10.856381), abs=1e-6)
 
 
-def test_the_closed_form_is_what_autograd_finds() -> None:
+def test_the_closed_form_equals_autograd() -> None:
     draws = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for point in [*toy.STARTS, (-7.0, 0.0), *(draws * 6).tolist()]:
         theta = torch.tensor(point, dtype=torch.float64, requires_grad=True)
@@ -85,7 +85,7 @@ def test_the_front_is_where_it_was_published() -> None:
     [Sum(), FAMO(shift=0.5), SumLog(), MGDA(), AnalyticQP(), SmoothTchebycheff(log=True)],
     ids=lambda weighting: type(weighting).__name__,
 )
-def test_closed_form_descent_is_the_optimizers_own_path(weighting: Weighting) -> None:
+def test_descent_in_closed_form_follows_the_optimizer(weighting: Weighting) -> None:
     for start in ((-8.5, 7.5), (-7.5, -0.5)):
         theta = nn.Parameter(torch.tensor(start, dtype=torch.float64))
         optimizer = BalancedOptimizer(torch.optim.Adam([theta], lr=1e-3), weighting)
@@ -100,7 +100,7 @@ def test_closed_form_descent_is_the_optimizers_own_path(weighting: Weighting) ->
         )
 
 
-# ---------------------------------------------------------------------- who reaches the front
+# ---------------------------------------------------------------------- reaching the front
 
 
 def on_front(point: toy.Point) -> bool:
@@ -205,10 +205,10 @@ def test_which_starts_lead_to_the_front_within_fifty_thousand_steps(
     FAMO, SGD 1          –            0      –      -2.44       4.11
     FAMO, SGD 25         -1.22        0      1.24   -0.60       1.46
     Tchebycheff          0            0      0      0           0
-    SmoothTchebycheff    0 with mu 0.01; with 0.1 and 1 the first and third stay behind
+    SmoothTchebycheff    0 with mu 0.01; with 0.1 and 1 the first and third stay on a plateau
     ==================== ============ ====== ====== =========== =======
 
-    Exact end points near the cusps hang on the order of float operations; that a front is reached
+    Exact end points near the cusps depend on the order of float operations; that a front is reached
     does not, so only that is asserted.
     """
     ends = [toy.descend(weighting, start, 50_000, positive, stop=on_front) for start in toy.STARTS]

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.speed.implementations import balanced
+from benchmarks.speed.implementations import balanced_step
 from moo_balance.engine import Streaming
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 
@@ -129,9 +129,9 @@ def held_elements(optimizer_step: Callable[[Weighting], Callable[[], None]]) -> 
 
 
 MODES: dict[str, Callable[[Weighting], Callable[[Any], Callable[[], None]]]] = {
-    "one gradient per loss": balanced,
-    "at features": partial(balanced, at_features=True),
-    "streaming": partial(balanced, engine=Streaming()),
+    "one gradient per loss": balanced_step,
+    "at features": partial(balanced_step, at_features=True),
+    "streaming": partial(balanced_step, engine=Streaming()),
 }
 """Ways to take gradients, each from a weighting to a step."""
 

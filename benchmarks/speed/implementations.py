@@ -125,7 +125,7 @@ def limit(setup: Setup) -> Step:
     return step
 
 
-def balanced(
+def balanced_step(
     weighting: Weighting, at_features: bool = False, **arguments: Any
 ) -> Callable[[Setup], Step]:
     """The same loop with a `BalancedOptimizer`."""
@@ -145,7 +145,7 @@ def balanced(
     return build
 
 
-def observing(weighting: Weighting) -> Callable[[Setup], Step]:
+def observing_step(weighting: Weighting) -> Callable[[Setup], Step]:
     """The same loop for a method that evaluates the losses again after the step."""
 
     def build(setup: Setup) -> Step:
@@ -166,16 +166,16 @@ def _no_features(workload: Workload) -> str | None:
 
 
 OURS = (
-    Implementation("Sum", balanced(Sum())),
-    Implementation("FAMO", observing(FAMO())),
-    Implementation("FAMO, every 10", observing(FAMO(every=10)), period=10),
-    Implementation("FAMO, lagged", balanced(FAMO(lagged=True))),
-    Implementation("SmoothTchebycheff", balanced(SmoothTchebycheff())),
+    Implementation("Sum", balanced_step(Sum())),
+    Implementation("FAMO", observing_step(FAMO())),
+    Implementation("FAMO, every 10", observing_step(FAMO(every=10)), period=10),
+    Implementation("FAMO, lagged", balanced_step(FAMO(lagged=True))),
+    Implementation("SmoothTchebycheff", balanced_step(SmoothTchebycheff())),
     Implementation(
-        "MGDA at features", balanced(MGDA(), at_features=True), unsupported=_no_features
+        "MGDA at features", balanced_step(MGDA(), at_features=True), unsupported=_no_features
     ),
-    Implementation("MGDA, every 10", balanced(MGDA(every=10)), period=10),
-    Implementation("AnalyticQP", balanced(AnalyticQP()), per_loss=True),
-    Implementation("MGDA", balanced(MGDA()), per_loss=True),
-    Implementation("MGDA, streaming", balanced(MGDA(), engine=Streaming()), per_loss=True),
+    Implementation("MGDA, every 10", balanced_step(MGDA(every=10)), period=10),
+    Implementation("AnalyticQP", balanced_step(AnalyticQP()), per_loss=True),
+    Implementation("MGDA", balanced_step(MGDA()), per_loss=True),
+    Implementation("MGDA, streaming", balanced_step(MGDA(), engine=Streaming()), per_loss=True),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.settings import Settings
-from benchmarks.speed.implementations import Setup, balanced
+from benchmarks.speed.implementations import Setup, balanced_step
 from benchmarks.speed.tables import table
 from benchmarks.speed.workloads import TINY, Workload, codec, mlp, resnet
 from moo_balance import MGDA
@@ -88,7 +88,7 @@ def _profile(workload: Workload, settings: Settings, steps: int) -> dict[str, An
     settings.report(workload.name)
     marked = replace(workload, forward=_marked_forward(workload))
     setup = Setup.create(marked, settings.device)
-    step = balanced(_MarkedWeighting(MGDA()), engine=_MarkedEngine(PerLoss()))(setup)
+    step = balanced_step(_MarkedWeighting(MGDA()), engine=_MarkedEngine(PerLoss()))(setup)
     for _ in range(3):
         step()
     settings.synchronize()

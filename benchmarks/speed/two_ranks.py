@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.settings import Settings
-from benchmarks.speed.implementations import PLAIN, Setup, Step, balanced, plain
+from benchmarks.speed.implementations import PLAIN, Setup, Step, balanced_step, plain
 from benchmarks.speed.processes import fresh_context
 from benchmarks.speed.tables import table
 from benchmarks.speed.timing import Budget, Runner, Spread, interleave
@@ -87,9 +87,9 @@ def _steps(setup: Setup) -> dict[str, Step]:
     return {
         PLAIN: plain(setup.copy()),
         PLAIN_DDP: _plain_ddp(setup.copy()),
-        NOT_AVERAGED: balanced(MGDA(), process_group=None)(setup.copy()),
-        OVERLAPPED: balanced(MGDA())(setup.copy()),
-        SEQUENTIAL: _sequential(balanced(MGDA())(setup.copy())),
+        NOT_AVERAGED: balanced_step(MGDA(), process_group=None)(setup.copy()),
+        OVERLAPPED: balanced_step(MGDA())(setup.copy()),
+        SEQUENTIAL: _sequential(balanced_step(MGDA())(setup.copy())),
     }
 
 
@@ -110,7 +110,7 @@ def _rank(rank: int, store: str, settings: Settings, sender: Any) -> None:
 
 
 def _figures(seconds: dict[str, list[float]], setup: Setup) -> dict[str, Any]:
-    def added(name: str, without: str) -> Spread:
+    def difference(name: str, without: str) -> Spread:
         pairs = zip(seconds[name], seconds[without], strict=True)
         return Spread.of([1000 * (own - other) for own, other in pairs])
 
@@ -118,9 +118,9 @@ def _figures(seconds: dict[str, list[float]], setup: Setup) -> dict[str, Any]:
         "megabytes": sum(4e-6 * p.numel() for p in setup.params),
         "ms": {name: Spread.of([1000 * v for v in values]) for name, values in seconds.items()},
         "added ms": {
-            PLAIN_DDP: added(PLAIN_DDP, PLAIN),
-            OVERLAPPED: added(OVERLAPPED, NOT_AVERAGED),
-            SEQUENTIAL: added(SEQUENTIAL, NOT_AVERAGED),
+            PLAIN_DDP: difference(PLAIN_DDP, PLAIN),
+            OVERLAPPED: difference(OVERLAPPED, NOT_AVERAGED),
+            SEQUENTIAL: difference(SEQUENTIAL, NOT_AVERAGED),
         },
     }
 
@@ -151,7 +151,7 @@ def section(results: dict[str, Any]) -> str:
     rows = [
         [name, *(f"{model['ms'][name][0]:.2f}" for model in models)] for name in models[0]["ms"]
     ]
-    added = [
+    differences = [
         [
             name,
             *("{:.2f} ({:.2f} to {:.2f})".format(*model["added ms"][name]) for model in models),
@@ -166,7 +166,7 @@ def section(results: dict[str, Any]) -> str:
             "Of these, the milliseconds that communication adds to the same step without it: the "
             "median and the two quartiles. On processors the averaging itself takes a core's "
             "time, so overlap only helps where cores are free.",
-            table(["", *heads], added),
+            table(["", *heads], differences),
         ]
     )
 

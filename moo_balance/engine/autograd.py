@@ -24,9 +24,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from moo_balance.errors import BalanceError
 
-# Private names of PyTorch, checked with 2.6 and 2.13, and what happens without them. A test takes
+# Private names of PyTorch, checked with 2.13 (most of them with 2.6, too), and what happens without them. A test takes
 # each of them away.
-_SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order is found from the edges
+_SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order follows from the edges
 _METADATA = "_input_metadata"  # of nodes; without it, the shape of a gradient is not known
 _ACCUMULATE, _LEAF = "AccumulateGrad", "variable"  # without them, no layer is factored
 _TENSOR_HOOKS = "_backward_hooks"  # of tensors; without it, parameters may have hooks
@@ -97,6 +97,11 @@ def nodes_above(tensors: Iterable[Tensor], cut: Iterable[Tensor] = ()) -> set[No
     return seen
 
 
+def count_uses(nodes: Iterable[Node]) -> Counter[Node | None]:
+    """How many edges of these nodes lead to each node."""
+    return Counter(after for node in nodes for after, _ in node.next_functions)
+
+
 def recorded_order(nodes: Iterable[Node]) -> list[Node]:
     """The nodes, those recorded last first: each before the nodes that it passes gradients to.
 
@@ -109,7 +114,7 @@ def recorded_order(nodes: Iterable[Node]) -> list[Node]:
 
 
 def _topological_order(nodes: set[Node]) -> list[Node]:
-    waiting = Counter(after for node in nodes for after, _ in node.next_functions)
+    waiting = count_uses(nodes)
     order = [node for node in nodes if not waiting[node]]
     for node in order:  # which grows meanwhile
         for after, _ in edges_of(node):
@@ -191,14 +196,14 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
         saved = _PRODUCTS.get(kind.__name__)
         if saved and hasattr(kind, saved.left) and hasattr(kind, saved.left + _SIZES):
             kinds[kind] = saved
-    found = []
+    products = []
     for node in nodes if kinds else ():
         if type(node) in kinds and hasattr(node, _RIGHT + _SIZES):
             saved = kinds[type(node)]
             samples, inputs = getattr(node, saved.left + _SIZES)
             _, outputs = getattr(node, _RIGHT + _SIZES)
-            found.append(MatrixProduct(node, saved, samples, inputs, outputs))
-    return found
+            products.append(MatrixProduct(node, saved, samples, inputs, outputs))
+    return products
 
 
 def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
         retain_graph: Keep the graph for another pass.
         averager: Averages gradients over ranks; None for one process.
         features: Tensors through which all losses are computed; empty if none were named.
-        stacked: The losses as one vector [K], as :func:`stack_losses` gives it; None to stack them
+        stacked: The losses as one vector [K], as ``stack_losses`` gives it; None to stack them
             when they are needed.
     """
 

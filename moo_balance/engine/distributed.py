@@ -61,7 +61,7 @@ class RowAverager:
 
     def wait(self, pending: Sequence[PendingRow], params: Sequence[Tensor]) -> list[Row]:
         """Wait for the averages. A parameter that no rank's loss reaches stays None."""
-        reached = self._reached_on_any_rank([p.row for p in pending], params)
+        reached = self._reduce_reach([p.row for p in pending], params)
         rows: list[Row] = []
         for row, indices in zip(pending, reached, strict=True):
             average: list[Tensor | None] = [None] * len(params)
@@ -79,9 +79,7 @@ class RowAverager:
         highest, lowest = extremes.tolist()
         return bool(highest == -lowest)
 
-    def _reached_on_any_rank(
-        self, rows: Sequence[Row], params: Sequence[Tensor]
-    ) -> list[frozenset[int]]:
+    def _reduce_reach(self, rows: Sequence[Row], params: Sequence[Tensor]) -> list[frozenset[int]]:
         """For each row the parameters that it reaches on any rank, in this very step."""
         mask = [[float(gradient is not None) for gradient in row] for row in rows]
         reached = torch.tensor(mask, device=params[0].device)

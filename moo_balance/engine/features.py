@@ -21,6 +21,7 @@ from torch.autograd.graph import Node
 
 from moo_balance.engine.autograd import (
     Edge,
+    count_uses,
     edge_of,
     has_hooks,
     has_reentrant_checkpoint,
@@ -132,8 +133,8 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
     inputs = [*problem.features, *(problem.params[k] for k in positions)]
     # A path around the features leads every pass through nodes of the trunk, needed once more.
     bypassed = bool(heads & trunk) or _is_nested(problem.features, trunk)
-    retain = _later_used(parts, bypassed or _retains_graph(problem))
-    found = HeadGradients([], [])
+    retain = _need_graph_later(parts, bypassed or _retains_graph(problem))
+    heads_gradients = HeadGradients([], [])
     # Usually nothing that is asked for comes before the features. But a parameter may be used on
     # both sides, and one feature may be computed from another.
     with _block_gradients(map(edge_of, problem.features)):
@@ -147,9 +148,9 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
             row: list[Tensor | None] = [None] * len(problem.params)
             for position, gradient in zip(positions, each[len(cotangents) :], strict=True):
                 row[position] = gradient
-            found.cotangents.append(cotangents)
-            found.rows.append(row)
-    return found
+            heads_gradients.cotangents.append(cotangents)
+            heads_gradients.rows.append(row)
+    return heads_gradients
 
 
 @contextmanager
@@ -174,7 +175,7 @@ def _drop(output: int) -> Any:
     return hook
 
 
-def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:
+def _need_graph_later(parts: Sequence[set[Node]], always: bool) -> list[bool]:
     """For each pass, whether a later one goes through some of its nodes.
 
     Where each loss has a head of its own none does: each head's graph is freed by its own pass, and
@@ -189,11 +190,12 @@ def _later_used(parts: Sequence[set[Node]], always: bool) -> list[bool]:
 
 def _is_nested(features: Sequence[Tensor], trunk: Iterable[Node]) -> bool:
     """Whether one of the features is computed from another."""
-    followers = {node for parent in trunk for node, _ in parent.next_functions}
-    return any(edge_of(feature)[0] in followers for feature in features)
+    uses = count_uses(trunk)
+    return any(edge_of(feature)[0] in uses for feature in features)
 
 
 def _retains_graph(problem: Problem) -> bool:
+    """Whether nodes of the trunk are needed after the last pass; hooks call for one more."""
     return problem.retain_graph or has_hooks(problem.params)
 
 

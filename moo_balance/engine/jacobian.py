@@ -175,8 +175,8 @@ class FlatBlock(NamedTuple):
         """As that of a block; the gradients share memory."""
         total = weighted_tensor(self.vectors, [factors[k] for k in self.losses])
         pieces = torch.split(total, [piece.size for piece in self.slices])
-        # `.data` has a version of its own: whoever edits one gradient in place does not seem to
-        # autograd to have edited all of them.
+        # `.data` has a version counter of its own: editing one gradient in place does not look to
+        # autograd like an edit of all of them.
         shaped = [
             piece.view(shape).data if strides is None else piece.as_strided(shape, strides).data
             for piece, (_, shape, strides) in zip(pieces, self.slices, strict=True)
@@ -206,7 +206,7 @@ def _build_blocks(
         column = waiting.pop()  # so that gradients are freed once they have been copied
         kind = tuple(map(type, column))
         if kind not in kinds:
-            losses = tuple([k for k, found in enumerate(kind) if found is not NoneType])
+            losses = tuple([k for k, entry in enumerate(kind) if entry is not NoneType])
             kinds[kind] = losses, set(kind) <= {Tensor, NoneType}
         losses, plain = kinds[kind]
         if not losses:

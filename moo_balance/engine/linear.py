@@ -9,7 +9,6 @@ samples and wide layers neither needs the K gradients themselves (the ghost prod
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from moo_balance.engine.autograd import (
     Edge,
     MatrixProduct,
     count_reaching_losses,
+    count_uses,
     gradient_edge,
     has_hooks,
     matrix_products,
@@ -117,7 +117,7 @@ def find_linear_layers(
     if not candidates:
         return []
     positions = {id(param): k for k, param in enumerate(problem.params) if _is_plain(param)}
-    uses = Counter(after for node in nodes for after, _ in node.next_functions)
+    uses = count_uses(nodes)
     reaching = count_reaching_losses(problem.losses, nodes) if reaching is None else reaching
     layers = []
     for product in candidates:

@@ -218,7 +218,7 @@ def differentiate(
 
 
 def _grad(loss: Tensor, output: Tensor, inputs: Sequence[Any], retain_graph: bool) -> Row:
-    """The gradient of one loss; neither ``.grad`` nor hooks that wait for it are met."""
+    """The gradient of one loss. It writes no ``.grad`` and runs no hook that waits for it."""
     if not inputs:  # all parameters are frozen
         return ()
     try:

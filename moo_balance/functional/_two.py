@@ -29,14 +29,16 @@ def weights_of_two(gramian: Tensor, *, convex: bool) -> Tensor:
 
 
 def _on_host(gramian: Tensor, precision: float, convex: bool) -> list[float]:
-    rows = gramian.tolist()
+    (first, cross), (mirrored, second) = rows = gramian.tolist()
     # A quarter of each entry, here and on the device, so that no sum overflows.
-    first, cross, mirrored, second = (entry / 4 for row in rows for entry in row)
+    first, cross, mirrored, second = first / 4, cross / 4, mirrored / 4, second / 4
     if not math.isfinite(first + cross + mirrored + second):
         refuse_nonfinite(rows)
     one, other, total, equal = _shares(first, cross, mirrored, second, precision)
-    weights = [0.5, 0.5] if equal else [one / total, other / total]
-    return [min(max(weight, 0.0), 1.0) for weight in weights] if convex else weights
+    if equal:
+        return [0.5, 0.5]
+    one, other = one / total, other / total
+    return [min(max(one, 0.0), 1.0), min(max(other, 0.0), 1.0)] if convex else [one, other]
 
 
 def _on_device(gramian: Tensor, precision: float, convex: bool) -> Tensor:

@@ -65,4 +65,4 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
     from moo_balance.functional._solvers import addition_into_dual_cone  # loads NumPy
 
     added = addition_into_dual_cone(gramian, start, precision(gramian))
-    return (start + added).to(gramian.device, result)
+    return (start + added).to(result).to(gramian.device)

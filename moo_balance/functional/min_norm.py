@@ -75,7 +75,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         return torch.ones(1, dtype=result, device=gramian.device)
     from moo_balance.functional._solvers import shortest_combination  # loads NumPy
 
-    return shortest_combination(gramian, precision(gramian)).to(gramian.device, result)
+    return shortest_combination(gramian, precision(gramian)).to(result).to(gramian.device)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:

@@ -124,9 +124,9 @@ class GramianWeighting(Weighting):
     ``coefficients`` should know. Between two refreshes ``coefficients`` follows the losses, and
     gets what was kept of the last solution.
 
-    What is kept is what :meth:`init` has an entry for: the weights where ``every`` is above 1. A
-    method that keeps more, or starts each solve from the last solution, overrides it. Entries keep
-    the dtype that ``init`` gave them.
+    What is kept is what :meth:`Weighting.init` has an entry for: the weights where ``every`` is
+    above 1. A method that keeps more, or starts each solve from the last solution, overrides it.
+    Entries keep the dtype that ``init`` gave them.
     """
 
     @property

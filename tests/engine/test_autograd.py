@@ -29,9 +29,9 @@ from moo_balance.engine.autograd import (
     recorded_order,
 )
 from moo_balance.engine.linear import find_linear_layers
-from tests.engine.test_features import plain as plain_features, same
 from tests.support.engine_graphs import (
     Graph,
+    assert_same,
     checkpointed_reentrant,
     drawn,
     gradient,
@@ -46,6 +46,7 @@ from tests.support.engine_graphs import (
     wide_and_tied,
 )
 from tests.support.engines import ENGINES
+from tests.support.feature_graphs import plain as plain_features
 
 NODES = ["_SEQUENCE_NUMBER", "_METADATA", "_ACCUMULATE", "_LEAF", "_TRANSPOSE", "_SIZES", "_RIGHT"]
 OTHERS = ["_TENSOR_HOOKS", "_BACKWARD_CLASS", "_CHECKPOINT", "_MODULE_HOOK", "_DISPATCH_MODE"]
@@ -73,14 +74,14 @@ def assert_right(engine: Engine, build: Callable[[], Graph]) -> None:
     jacobian, built = naive_jacobian(build()), build()
     coefficients = drawn(len(built.losses), seed=9)
     linearization = engine.linearize(built.problem())
-    same(linearization.gramian(), jacobian @ jacobian.T)
+    assert_same(linearization.gramian(), jacobian @ jacobian.T)
     linearization.add_to_grad(coefficients)
-    same(gradient(built), coefficients @ jacobian)
+    assert_same(gradient(built), coefficients @ jacobian)
     other = build()
     linearization = engine.linearize(other.problem())
     linearization.gramian()
     linearization.combined(coefficients).backward()
-    same(gradient(other), coefficients @ jacobian)
+    assert_same(gradient(other), coefficients @ jacobian)
 
 
 # ---------------------------------------------------------------------- no name is needed
@@ -129,9 +130,9 @@ def test_features_are_right_without_a_private_name(
     built = plain_features()
     jacobian, naive = built.jacobian(), naive_jacobian(built.graph)
     linearization = built.linearize()
-    same(linearization.gramian(), jacobian @ jacobian.T)
+    assert_same(linearization.gramian(), jacobian @ jacobian.T)
     linearization.add_to_grad(torch.tensor([0.3, 0.7], dtype=torch.float64))
-    same(gradient(built.graph), torch.tensor([0.3, 0.7], dtype=torch.float64) @ naive)
+    assert_same(gradient(built.graph), torch.tensor([0.3, 0.7], dtype=torch.float64) @ naive)
 
 
 # ---------------------------------------------------------------------- linear layers

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moo_balance.engine import Engine, Problem
 from tests.support.engine_graphs import (
     Graph,
+    assert_same,
     clear,
     drawn,
     gradient,
@@ -27,12 +28,6 @@ from tests.support.engines import (
 )
 
 Build = Callable[[], Graph]
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(
-        actual.double(), expected, rtol=1e-12, atol=1e-12 * (1 + float(expected.abs().max()))
-    )
 
 
 def coefficients(built: Graph) -> Tensor:

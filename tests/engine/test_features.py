@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,188 +11,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
-from moo_balance.engine import Linearization, PerLoss
-from tests.engine.test_per_loss import Counted
-from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter
-
-
-@dataclass
-class Split:
-    """A graph with features, and what the Gramian at them should be."""
-
-    graph: Graph
-    features: Sequence[Tensor]
-    partial: Callable[[], Sequence[Tensor]] | None = None
-    """The gradients at the features [K, sum of sizes] where autograd's total ones differ."""
-
-    def linearize(self, **arguments: Any) -> Linearization:
-        return PerLoss().linearize(self.graph.problem(features=self.features, **arguments))
-
-    def jacobian(self) -> Tensor:
-        """Gradients at the features, one loss after the other."""
-        if self.partial is not None:
-            return torch.stack(list(self.partial()))
-        rows = []
-        for loss in self.graph.losses:
-            found = torch.autograd.grad(loss, self.features, retain_graph=True, allow_unused=True)
-            pairs = zip(self.features, found, strict=True)
-            whole = [torch.zeros_like(f) if g is None else g for f, g in pairs]
-            rows.append(torch.cat([g.reshape(-1) for g in whole]))
-        return torch.stack(rows)
-
-
-SPLITS: dict[str, Callable[[], Split]] = {}
-
-
-def split(build: Callable[[], Split]) -> Callable[[], Split]:
-    SPLITS[build.__name__] = build
-    return build
-
-
-def trunk() -> tuple[Tensor, Tensor]:
-    weight = parameter(4, 3)
-    return weight, torch.tanh(drawn(5, 4, seed=1) @ weight)
-
-
-@split
-def plain() -> Split:
-    weight, features = trunk()
-    heads = [parameter(3, seed=k) for k in (2, 3)]
-    losses = [(features @ head).square().mean() for head in heads]
-    return Split(Graph(losses, [weight, *heads]), [features])
-
-
-@split
-def wide() -> Split:
-    """Few samples on a wide trunk, whose weight's gradients stay factored."""
-    first, second = parameter(9, 8), parameter(7, 9, seed=1)
-    hidden = torch.tanh(drawn(2, 9, seed=3) @ first)
-    features = torch.tanh(hidden[:, :7] @ second)
-    heads = [parameter(9, seed=k) for k in (4, 5)]
-    losses = [
-        (features @ heads[0]).square().sum(),
-        (features @ heads[1]).exp().sum(),
-        (features[:, :7] @ second).sum(),
-    ]
-    return Split(Graph(losses, [first, second, *heads]), [features])
-
-
-@split
-def several() -> Split:
-    weight, first = trunk()
-    second, head = drawn(2, 4, seed=5) @ weight, parameter(3, seed=2)
-    losses = [(first @ head).sum() + second.exp().sum(), (first * 2).square().sum(), second.sum()]
-    return Split(Graph(losses, [head, weight]), [first, second])
-
-
-@split
-def pieces_of_one_node() -> Split:
-    weight, whole = trunk()
-    left, right = whole.split([1, 2], dim=1)
-    losses = [left.square().sum() + right.sum(), (right**3).sum(), left.exp().sum()]
-    return Split(Graph(losses, [weight]), [left, right])
-
-
-@split
-def one_piece_and_a_way_around() -> Split:
-    """The second loss reaches the trunk also through a sibling of the feature."""
-    weight, whole = trunk()
-    left, right = whole.split([1, 2], dim=1)
-    losses = [left.square().sum(), (left.sum() * right.square().sum())]
-    return Split(Graph(losses, [weight]), [left])
-
-
-@split
-def tied() -> Split:
-    """The weight of the trunk is that of a head, too."""
-    weight, features = trunk()
-    losses = [(features @ weight.T).square().sum(), features.exp().sum()]
-    return Split(Graph(losses, [weight]), [features])
-
-
-@split
-def nested() -> Split:
-    """One feature is computed from another: its share is taken at itself alone."""
-    weight, first = trunk()
-    second = first.sin()
-    losses = [(first * 2).sum() + second.square().sum(), (second * first.detach()).sum()]
-
-    def partial() -> list[Tensor]:
-        at_second = [2 * second, first]
-        at_first = [torch.full_like(first, 2.0), torch.zeros_like(first)]
-        pairs = zip(at_first, at_second, strict=True)
-        return [torch.cat([a.reshape(-1), b.reshape(-1)]).detach() for a, b in pairs]
-
-    return Split(Graph(losses, [weight]), [first, second], partial)
-
-
-@split
-def leaf() -> Split:
-    """The features are a parameter, as a table of codes may be."""
-    codes, head = parameter(4, 3), parameter(3, seed=1)
-    losses = [(codes @ head).sum(), codes.square().sum()]
-    return Split(Graph(losses, [codes, head]), [codes])
-
-
-@split
-def changed_in_place() -> Split:
-    weight, features = trunk()
-    features = (features * 1.0).mul_(2.0)
-    return Split(Graph([features.sum(), features.square().sum()], [weight]), [features])
-
-
-@split
-def sparse() -> Split:
-    table, head = nn.Embedding(6, 3, sparse=True, dtype=torch.float64), parameter(3, seed=1)
-    with torch.no_grad():
-        table.weight.copy_(drawn(6, 3))
-    features = table(torch.tensor([0, 2, 2, 5]))
-    losses = [(features @ head).square().sum(), features.exp().sum()]
-    return Split(Graph(losses, [table.weight, head]), [features])
-
-
-@split
-def complex_valued() -> Split:
-    weight = parameter(3, dtype=torch.complex128)
-    features = weight * drawn(3, seed=1, dtype=torch.complex128)
-    losses = [features.real.sum(), features.abs().square().sum()]
-
-    def partial() -> list[Tensor]:
-        at = [torch.ones_like(features), 2 * features]
-        return [torch.view_as_real(value.detach()).reshape(-1) for value in at]
-
-    return Split(Graph(losses, [weight]), [features], partial)
-
-
-@split
-def hooked() -> Split:
-    weight, features = trunk()
-    head = parameter(3, seed=2)
-    mask = torch.tensor([1.0, 0.0, 2.0])
-    head.register_hook(lambda gradient: gradient * mask)
-    weight.register_hook(lambda gradient: gradient * mask)
-    losses = [(features @ head).square().sum(), features.exp().sum()]
-    return Split(Graph(losses, [weight, head]), [features])
-
-
-@split
-def reentrant_below() -> Split:
-    weight, x = parameter(4, 3), drawn(5, 4, seed=1).requires_grad_()
-    features = checkpoint(lambda x: torch.tanh(x @ weight), x, use_reentrant=True)
-
-    def partial() -> list[Tensor]:
-        at = features.detach()
-        return [torch.ones_like(at).reshape(-1), 2 * at.reshape(-1)]
-
-    losses = [features.sum(), features.square().sum()]
-    return Split(Graph(losses, [weight]), [features], partial)
-
-
-over_splits = pytest.mark.parametrize("build", list(SPLITS.values()), ids=list(SPLITS))
-
-
-def same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+from tests.support.engine_graphs import (
+    Counted,
+    Graph,
+    assert_same,
+    drawn,
+    gradient,
+    naive_jacobian,
+    parameter,
+)
+from tests.support.feature_graphs import Split, nested, over_splits, plain, trunk
 
 
 def coefficients(built: Split) -> Tensor:
@@ -210,7 +37,7 @@ def test_a_feature_gramian_is_that_of_gradients_at_the_features(
     if jacobian.is_complex():
         jacobian = torch.view_as_real(jacobian).flatten(1)
     gramian = built.linearize(scale=scale).gramian()
-    same(gramian, jacobian @ jacobian.T)
+    assert_same(gramian, jacobian @ jacobian.T)
     assert all(param.grad is None for param in built.graph.params)
 
 
@@ -225,7 +52,7 @@ def test_features_lead_to_the_weighted_gradient(build: Callable[[], Split], form
         linearization.combined(coefficients(built)).backward()
     else:
         linearization.add_to_grad(coefficients(built))
-    same(gradient(built.graph), coefficients(built) @ expected)
+    assert_same(gradient(built.graph), coefficients(built) @ expected)
 
 
 @over_splits
@@ -235,7 +62,7 @@ def test_with_features_gradients_that_are_there_are_added_to(build: Callable[[],
         linearization = built.linearize(retain_graph=True)
         linearization.gramian()
         linearization.add_to_grad(coefficients(built))
-    same(gradient(built.graph), 2 * coefficients(built) @ expected)
+    assert_same(gradient(built.graph), 2 * coefficients(built) @ expected)
 
 
 def counted() -> tuple[Split, dict[str, list[int]]]:
@@ -262,7 +89,7 @@ def test_hooks_that_block_gradients_are_removed() -> None:
     built = nested()
     linearization = built.linearize(retain_graph=True)
     linearization.gramian()
-    same(naive_jacobian(built.graph), naive_jacobian(nested().graph))
+    assert_same(naive_jacobian(built.graph), naive_jacobian(nested().graph))
 
 
 def test_with_features_a_graph_that_is_not_retained_is_freed() -> None:
@@ -309,9 +136,9 @@ def test_weights_come_from_features_and_gradients_reach_all_parameters() -> None
     jacobian = naive_jacobian(Graph(list(losses.values()), list(net.parameters())))
     optimizer = optimizer_of(net)
     optimizer.backward(losses, features=net.features)
-    same(optimizer.metrics.gramian, at_features @ at_features.T)
+    assert_same(optimizer.metrics.gramian, at_features @ at_features.T)
     weights = torch.stack([*optimizer.metrics.coefficients.values()])
-    same(gradient(Graph([], list(net.parameters()))), weights @ jacobian)
+    assert_same(gradient(Graph([], list(net.parameters()))), weights @ jacobian)
     optimizer.step()
 
 
@@ -333,7 +160,7 @@ def test_features_may_be_a_tensor_a_list_or_a_closure(form: str) -> None:
         else:
             optimizer.backward(losses, features=features)
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-        same(ours.grad, theirs.grad)
+        assert_same(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("weighting", [Sum(), MGDA(every=2)], ids=["Sum", "every"])

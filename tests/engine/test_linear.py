@@ -114,6 +114,15 @@ def regularized(weight: nn.Parameter, x: Tensor) -> Tensor:
     return x @ weight + weight.square().sum()
 
 
+def transposed_and_regularized(weight: nn.Parameter, x: Tensor) -> Tensor:
+    return x @ weight.t() + weight.square().sum()
+
+
+def transposed_once_for_two(weight: nn.Parameter, x: Tensor) -> Tensor:
+    transposed = weight.t()
+    return torch.tanh(x @ transposed) @ transposed
+
+
 def computed(weight: nn.Parameter, x: Tensor) -> Tensor:
     return x @ (2 * weight)
 
@@ -122,16 +131,23 @@ def multiplied(weight: nn.Parameter, x: Tensor) -> Tensor:
     return torch.addmm(torch.zeros(16).double(), x, weight, alpha=2)
 
 
-def plain(weight: nn.Parameter, x: Tensor) -> Tensor:
-    return x @ weight
-
-
-@pytest.mark.parametrize("use", [used_twice, regularized, computed, multiplied])
+@pytest.mark.parametrize(
+    "use",
+    [
+        used_twice,
+        regularized,
+        transposed_and_regularized,
+        transposed_once_for_two,
+        computed,
+        multiplied,
+    ],
+)
 def test_weights_with_another_use_are_not_factored(
     use: Callable[[nn.Parameter, Tensor], Tensor],
 ) -> None:
     weight, x = parameter(16, 16), drawn(2, 16)
-    assert found(Graph(three(plain(weight, x)), [weight])) == [0]
+    assert found(Graph(three(x @ weight), [weight])) == [0]
+    assert found(Graph(three(x @ weight.t()), [weight])) == [0]
     assert found(Graph(three(use(weight, x)), [weight])) == []
 
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moo_balance.engine import PerLoss, Problem
-from tests.support.engine_graphs import Graph, clear, drawn, gradient, naive_jacobian, parameter
-
-
-class Counted(torch.autograd.Function):
-    """The identity, which counts how often it is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, passes: list[int]) -> Tensor:
-        ctx.passes = passes
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        ctx.passes[0] += 1
-        return upstream, None
-
-
-def counted() -> tuple[Graph, list[int], list[list[int]]]:
-    """Two heads on a trunk, and how often each was passed."""
-    trunk_passes, head_passes = [0], [[0], [0]]
-    trunk, heads = parameter(4), [parameter(4, seed=k) for k in (1, 2)]
-    features = Counted.apply(trunk.exp(), trunk_passes)
-    losses = [
-        (features * Counted.apply(head, passes)).sum()
-        for head, passes in zip(heads, head_passes, strict=True)
-    ]
-    return Graph(losses, [trunk, *heads]), trunk_passes, head_passes
+from tests.support.engine_graphs import (
+    Graph,
+    clear,
+    counted,
+    drawn,
+    gradient,
+    naive_jacobian,
+    parameter,
+)
 
 
 def test_a_method_without_a_gramian_costs_one_pass() -> None:

@@ -63,5 +63,5 @@ def test_a_gramian_is_assembled_from_parts() -> None:
     expected[[0, 0, 2, 2], [0, 2, 0, 2]] += part.double().reshape(-1)
     torch.testing.assert_close(found, expected)
     assert assemble_gramian([], 2, torch.float32, CPU).tolist() == [[0, 0], [0, 0]]
-    alone = assemble_gramian([((1,), part[:1, :1])], 2, torch.float32, CPU)
-    assert alone.tolist() == [[0, 0], [0, part[0, 0].item()]]
+    single = assemble_gramian([((1,), part[:1, :1])], 2, torch.float32, CPU)
+    assert single.tolist() == [[0, 0], [0, part[0, 0].item()]]

@@ -1,29 +1,39 @@
-"""What is particular to streaming: its cuts, what it keeps, how often it passes a layer."""
+"""What is particular to `Streaming`: where it cuts, what it keeps, how often it passes a node."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from functools import partial
-from itertools import combinations
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from math import inf
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError
-from moo_balance.engine import Engine, PerLoss, Problem, Streaming
-from moo_balance.engine.autograd import nodes_above
-from moo_balance.engine.cuts import SMALL, finest, sparing
-from moo_balance.engine.descent import Descent, Rows
-from moo_balance.engine.portions import Choice, Portion, parted, portions
-from moo_balance.engine.survey import Survey
-from tests.engine.test_contract import assert_same
-from tests.engine.test_per_loss import counted
+from moo_balance.engine import Engine, PerLoss, Streaming
+from moo_balance.engine.autograd import edges_of, nodes_above
+from moo_balance.engine.streaming import partition as module
+from moo_balance.engine.streaming.engine import BackwardSweep
+from moo_balance.engine.streaming.partition import (
+    NEGLIGIBLE,
+    GraphCosts,
+    Segment,
+    build_segments,
+    choose_cuts,
+    partition,
+)
 from tests.support.engine_graphs import (
     GRAPHS,
     Graph,
+    assert_same,
+    counted,
     drawn,
     hooked_and_tied,
     hooked_beside_a_way_around,
@@ -32,10 +42,18 @@ from tests.support.engine_graphs import (
     parameter,
     wide_and_hooked,
 )
-from tests.support.engines import REFUSED_BY_STREAMING, Parted, everywhere, over_engines
+from tests.support.engines import (
+    REFUSED_BY_STREAMING,
+    CutAt,
+    everywhere,
+    in_little_memory,
+    over_engines,
+)
+
+over_cut_graphs = pytest.mark.parametrize("name", sorted({*GRAPHS} - REFUSED_BY_STREAMING))
 
 
-def deep(depth: int = 6, count: int = 4, samples: int = 3, width: int = 16) -> Graph:
+def residual(depth: int = 6, count: int = 4, samples: int = 3, width: int = 16) -> Graph:
     """A residual trunk; with more samples than the layers are wide, factors do not pay."""
     layers = [nn.Linear(width, width, dtype=torch.float64) for _ in range(depth)]
     heads = [nn.Linear(width, 2, dtype=torch.float64) for _ in range(count)]
@@ -46,75 +64,13 @@ def deep(depth: int = 6, count: int = 4, samples: int = 3, width: int = 16) -> G
     return Graph([head(value).square().mean() for head in heads], params)
 
 
-def surveyed(built: Graph) -> Survey:
-    problem = built.problem()
-    return Survey(problem, nodes_above(problem.losses), range(len(built.params)))
-
-
-def planned(built: Graph, memory: float) -> list[Portion]:
-    problem = built.problem()
-    return portions(problem, nodes_above(problem.losses), range(len(built.params)), memory)
-
-
-def needs(survey: Survey, cuts: list[int]) -> list[float]:
-    """What each portion keeps, with what leaves it."""
-    bounds = zip([0, *cuts], [*cuts, len(survey.order)], strict=True)
-    return [
-        sum(survey.kept(place, start) for place in range(start, end)) + survey.crossing[end]
-        for start, end in bounds
-    ]
-
-
-# ---------------------------------------------------------------------- where it cuts
-
-
-@pytest.mark.parametrize("samples", [1, 3, 20, 200])
-@pytest.mark.parametrize("allowed", [0, 600, 1200, 2400, 10**6])
-def test_cuts_are_the_best_of_all(samples: int, allowed: int) -> None:
-    survey = surveyed(deep(depth=3, count=2, samples=samples))
-    places = finest(survey)
-    ways = [[*way] for size in range(len(places) + 1) for way in combinations(places, size)]
-    least = min(max(needs(survey, way)) for way in ways)
-    good = [way for way in ways if max(needs(survey, way)) <= max(allowed, least)]
-
-    def cost(way: list[int]) -> tuple[int, float]:
-        return len(way), sum(survey.crossing[cut] for cut in way)
-
-    found = sparing(survey, allowed, slack=0)
-    assert found in good
-    assert cost(found) == min(map(cost, good))
-
-
-def test_less_memory_takes_more_cuts() -> None:
-    survey = surveyed(deep())
-    counts = [len(sparing(survey, allowed, slack=0)) for allowed in (500, 1000, 2000, 4000)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > 2
-    assert counts[-1] == 0
-
-
-def test_nothing_is_cut_where_more_would_cross_than_is_kept() -> None:
-    assert sparing(surveyed(deep(samples=200)), allowed=0, slack=0) == []
-
-
-def test_cuts_are_made_where_least_crosses() -> None:
-    """Between blocks there is the residual stream alone; within them, that and the block's own."""
-    found = parted(surveyed(deep(samples=20)), partial(sparing, allowed=0, slack=0))
-    assert len(found) > 3
-    assert all(len(portion.leaving) == 1 for portion in found[:-1])
-
-
-def test_every_parameter_is_done_with_once() -> None:
-    built = deep(samples=20)
-    found = parted(surveyed(built), everywhere)
-    assert sorted(c for portion in found for c in portion.last) == list(range(len(built.params)))
-
-
-def test_what_enters_at_a_layer_is_its_cotangent() -> None:
-    """So that it is there once, and not also for the sake of the layer's products."""
-    found = parted(surveyed(deep(depth=4)), finest)
-    assert [len(portion.entered) for portion in found[-4:]] == [1, 1, 1, 1]
-    assert not any(portion.layers for portion in found)
+def recurrent(steps: int, width: int = 512, count: int = 8) -> Graph:
+    """One weight for all steps, large enough that K gradients exceed the budget."""
+    weight = parameter(width, width, dtype=torch.float32)
+    state = torch.ones(1, width)
+    for _ in range(steps):
+        state = torch.tanh(state @ weight)
+    return Graph([(k + 1) * state.square().sum() for k in range(count)], [weight])
 
 
 def chain(depth: int, size: int, count: int = 4) -> Graph:
@@ -125,52 +81,190 @@ def chain(depth: int, size: int, count: int = 4) -> Graph:
     return Graph([value * (k + 1) for k in range(count)], weights)
 
 
-def test_less_than_is_worth_a_cut_is_kept_whatever_the_memory() -> None:
-    assert len(planned(chain(3, SMALL // 12), memory=1e-9)) == 1
-    # One of these takes as much as that, so that two do not take much more.
-    found = planned(chain(3, SMALL // 4), memory=1e-9)
-    assert sorted(len(portion.columns) for portion in found) == [1, 2]
+def costs_of(built: Graph) -> GraphCosts:
+    return GraphCosts(built.problem(), nodes_above(built.losses))
 
 
-def test_enough_memory_makes_one_portion() -> None:
-    assert len(planned(chain(3, SMALL // 4), memory=4.0)) == 1
+def segments_of(built: Graph, per_param: float) -> list[Segment]:
+    return partition(built.problem(), nodes_above(built.losses), per_param)
+
+
+# ---------------------------------------------------------------------- where it cuts
+
+
+def test_cuts_are_between_residual_blocks() -> None:
+    """Within a block, a part of the gradient of its input would cross."""
+    costs = costs_of(residual(samples=20))
+    segments = build_segments(costs, choose_cuts(costs, budget=500))
+    assert len(segments) > 4
+    assert all(len(segment.leaving) == 1 for segment in segments[:-1])
+
+
+def test_cuts_are_at_the_narrowest_place() -> None:
+    widths = [16, 16, 2, 16, 16]
+    weights = [parameter(a, b, seed=a + b) for a, b in pairwise(widths)]
+    value = drawn(50, 16)
+    for weight in weights:
+        value = torch.tanh(value @ weight)
+    costs = costs_of(Graph([value.sum(), value.square().sum()], weights))
+    (cut,) = choose_cuts(costs, budget=2 * (16 * 16 + 2 * 16) + 200)
+    assert costs.cut_size[cut] == 2 * 50 * 2
+
+
+def test_less_memory_takes_more_cuts() -> None:
+    costs = costs_of(residual())
+    counts = [len(choose_cuts(costs, budget)) for budget in (500, 1000, 2000, 10**4)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 2
+    assert counts[-1] == 0
+
+
+def test_nothing_is_cut_where_more_would_cross_than_is_kept() -> None:
+    assert in_little_memory(costs_of(residual(samples=200))) == []
+
+
+def test_a_model_whose_gradients_take_little_memory_is_not_cut() -> None:
+    assert segments_of(chain(3, NEGLIGIBLE // 12), per_param=1e-9) == []
+    assert len(segments_of(chain(3, NEGLIGIBLE // 4), per_param=1e-9)) > 1
+
+
+def test_a_model_whose_gradients_fit_into_the_budget_is_not_cut() -> None:
+    assert segments_of(chain(3, NEGLIGIBLE // 4), per_param=4.0) == []
+
+
+@over_cut_graphs
+def test_each_parameter_is_in_one_segment(name: str) -> None:
+    built = GRAPHS[name]()
+    costs = costs_of(built)
+    segments = build_segments(costs, everywhere(costs))
+    found = Counter(k for segment in segments for k in segment.param_indices)
+    found += Counter(layer.param_index for segment in segments for layer in segment.layers)
+    assert set(found.values()) <= {1}
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_graph_that_was_recorded_in_several_threads_is_not_cut(seed: int) -> None:
-    """Each thread has numbers of its own, so that they tell nothing of the order."""
-    built = deep()
+    """Each thread counts its nodes separately, so that the counts do not give an order."""
+    built = residual()
     jacobian, problem = naive_jacobian(built), built.problem()
     draw = random.Random(seed)
     for node in nodes_above(problem.losses):
         node._set_sequence_nr(draw.randrange(1000))
-    assert everywhere(surveyed(built)) == sparing(surveyed(built), 0, slack=0) == []
-    assert_same(Parted(everywhere).linearize(problem).gramian(), jacobian @ jacobian.T)
+    assert everywhere(costs_of(built)) == in_little_memory(costs_of(built)) == []
+    assert_same(CutAt(everywhere).linearize(problem).gramian(), jacobian @ jacobian.T)
 
 
-# ---------------------------------------------------------------------- what it keeps, and passes
+@given(st.sampled_from(sorted({*GRAPHS} - REFUSED_BY_STREAMING)), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_any_partition_gives_the_same_gramian(name: str, draw: random.Random) -> None:
+    def some(costs: GraphCosts) -> list[int]:
+        return [cut for cut in everywhere(costs) if draw.random() < 0.4]
+
+    jacobian, built = naive_jacobian(GRAPHS[name]()), GRAPHS[name]()
+    assert_same(CutAt(some).linearize(built.problem()).gramian(), jacobian @ jacobian.T)
 
 
-@pytest.mark.parametrize("choose", [finest, partial(sparing, allowed=1000, slack=0)])
+# ---------------------------------------------------------------------- what it keeps
+
+
 @pytest.mark.parametrize("samples", [3, 20])
-def test_no_more_is_kept_than_was_planned(
-    monkeypatch: pytest.MonkeyPatch, choose: Choice, samples: int
+@pytest.mark.parametrize("choose", [everywhere, in_little_memory])
+def test_what_crosses_a_cut_is_what_was_counted(
+    choose: Callable[[GraphCosts], list[int]], samples: int
 ) -> None:
-    kept, taken = [], Descent._rows
+    built = residual(samples=samples)
+    costs = costs_of(built)
+    cuts = choose(costs)
+    sweep = BackwardSweep(built.problem(), torch.float64)
+    for number, segment in enumerate(build_segments(costs, cuts)):
+        sweep.pass_segment(segment, number)
+        arrived = [g for gradients in sweep.arrived for g in gradients.values()]
+        expected = costs.cut_size[cuts[number]] if number < len(cuts) else 0
+        assert sum(g.numel() for g in arrived if g.dim()) == expected  # without the losses' own
 
-    def watched(self: Descent, portion: Portion, number: int) -> Rows:
-        rows = taken(self, portion, number)
-        cotangents = (layer.output_gradients for layer in portion.layers)
-        found = [g for each in (*rows, *cotangents, *self.arrived.values()) for g in each]
-        kept.append(sum(g.numel() for g in found if g is not None))
-        return rows
 
-    monkeypatch.setattr(Descent, "_rows", watched)
-    survey = surveyed(deep(samples=samples))
-    Parted(choose).linearize(deep(samples=samples).problem()).gramian()
-    planned = needs(survey, [*choose(survey)])
-    assert all(numbers <= plan for numbers, plan in zip(kept, planned, strict=True))
-    assert kept[-1] == planned[-1]
+# ---------------------------------------------------------------------- how often it passes a node
+
+
+@contextmanager
+def visits(built: Graph) -> Iterator[Counter[Node]]:
+    """How often each node is run, which must be with a gradient."""
+    counts: Counter[Node] = Counter()
+
+    def count(node: Node) -> Callable[[Any], None]:
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            assert any(gradient is not None for gradient in gradients)
+            counts[node] += 1
+
+        return hook
+
+    inner = [node for node in nodes_above(built.losses) if edges_of(node)]
+    handles = [node.register_prehook(count(node)) for node in inner]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+@over_cut_graphs
+def test_a_node_is_run_once_for_each_loss_and_with_a_gradient(name: str) -> None:
+    built = GRAPHS[name]()
+    with visits(built) as expected:
+        PerLoss().linearize(built.problem(retain_graph=True)).gramian()
+    with visits(built) as found:
+        CutAt(everywhere).linearize(built.problem(retain_graph=True)).gramian()
+    assert all(found[node] <= expected[node] for node in found)
+
+
+def test_a_recurrence_is_passed_once_for_each_loss() -> None:
+    built = recurrent(steps=40)
+    with visits(built) as counts:
+        Streaming().linearize(built.problem()).gramian()
+    assert max(counts.values()) == len(built.losses)
+
+
+def test_planning_is_linear_in_the_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing can be cut, as in a recurrence, or where hooks forbid each cut."""
+    calls: Counter[str] = Counter()
+    kept, probe = GraphCosts.kept, module.has_hook_at
+
+    def count_kept(self: GraphCosts, place: int, start: int) -> int:
+        calls["kept"] += 1
+        return kept(self, place, start)
+
+    def count_probes(edge: tuple[Node, int]) -> bool:
+        calls["probes"] += 1
+        return probe(edge)
+
+    monkeypatch.setattr(GraphCosts, "kept", count_kept)
+    monkeypatch.setattr(module, "has_hook_at", count_probes)
+    for build in (recurrent, residual, hooked_everywhere):
+        built = build(40)
+        calls.clear()
+        costs = costs_of(built)
+        for budget in (0, 1000, 3000):
+            choose_cuts(costs, budget)
+        assert calls["kept"] <= 1 + 3 * (1 + 3) * len(costs.order)
+        assert calls["probes"] <= len(costs.spans)
+
+
+def hooked_everywhere(depth: int) -> Graph:
+    weights, value = [parameter(16, 16, seed=k) for k in range(depth)], drawn(2, 16)
+    for weight in weights:
+        value = torch.tanh(value @ weight)
+        value.register_hook(lambda gradient: 2 * gradient)
+    return Graph([value.sum(), value.square().sum()], weights)
+
+
+def test_a_gramian_costs_a_pass_per_loss_and_the_gradient_one_more() -> None:
+    built, trunk, heads = counted()
+    linearization = CutAt(everywhere).linearize(built.problem())
+    linearization.gramian()
+    assert (trunk, heads) == ([2], [[1], [1]])
+    linearization.add_to_grad(torch.ones(2))
+    assert (trunk, heads) == ([3], [[2], [2]])
+
+
+# ---------------------------------------------------------------------- hooks and surroundings
 
 
 @over_engines
@@ -178,34 +272,15 @@ def test_no_more_is_kept_than_was_planned(
     "build", [hooked_and_tied, hooked_in_between, hooked_beside_a_way_around, wide_and_hooked]
 )
 def test_hooks_see_each_gradient_as_a_whole(engine: Engine, build: Callable[..., Graph]) -> None:
-    def clipped(gradient: Tensor) -> Tensor:
+    def clip(gradient: Tensor) -> Tensor:
         norm = gradient.norm()
         return gradient if norm < 0.1 else gradient * (0.1 / norm)
 
-    jacobian = naive_jacobian(build(clipped))
-    assert_same(engine.linearize(build(clipped).problem()).gramian(), jacobian @ jacobian.T)
+    jacobian = naive_jacobian(build(clip))
+    assert_same(engine.linearize(build(clip).problem()).gramian(), jacobian @ jacobian.T)
 
 
-@given(st.sampled_from(sorted({*GRAPHS} - REFUSED_BY_STREAMING)), st.randoms())
-@settings(max_examples=200, deadline=None)
-def test_any_cuts_will_do(name: str, draw: random.Random) -> None:
-    def some(survey: Survey) -> list[int]:
-        return [cut for cut in everywhere(survey) if draw.random() < 0.4]
-
-    jacobian, built = naive_jacobian(GRAPHS[name]()), GRAPHS[name]()
-    assert_same(Parted(some).linearize(built.problem()).gramian(), jacobian @ jacobian.T)
-
-
-def test_a_gramian_costs_a_pass_per_loss_and_the_gradient_one_more() -> None:
-    built, trunk, heads = counted()
-    linearization = Parted(finest).linearize(built.problem())
-    linearization.gramian()
-    assert (trunk, heads) == ([2], [[1], [1]])
-    linearization.add_to_grad(torch.ones(2))
-    assert (trunk, heads) == ([3], [[2], [2]])
-
-
-def test_hooks_see_the_balanced_gradient_once() -> None:
+def test_hooks_of_parameters_see_the_balanced_gradient_once() -> None:
     weight = nn.Parameter(drawn(3))
     seen: list[Tensor] = []
     weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.clone()))
@@ -215,34 +290,31 @@ def test_hooks_see_the_balanced_gradient_once() -> None:
     torch.testing.assert_close(seen[0], weight.grad)
 
 
-def test_parameters_that_are_not_measured_cost_no_products() -> None:
-    built = deep()
-    problem = Problem(
-        [str(k) for k in range(4)], built.losses, built.params, compared={0, 1},
-        retain_graph=True,
-    )  # fmt: skip
+def test_only_compared_parameters_are_differentiated() -> None:
+    built = residual()
+    problem = built.problem(compared={0, 1}, retain_graph=True)
     expected = PerLoss().linearize(problem).gramian()
-    for engine in (Streaming(), Parted(everywhere)):
+    for engine in (Streaming(), CutAt(everywhere)):
         torch.testing.assert_close(engine.linearize(problem).gramian(), expected)
 
 
-def test_a_loss_that_is_a_parameter() -> None:
+def test_a_loss_that_is_a_parameter_counts_in_the_gramian() -> None:
     weight, other = parameter(), parameter(seed=1)
     built = Graph([weight, weight * other], [weight, other])
     expected = PerLoss().linearize(built.problem(retain_graph=True)).gramian()
-    for engine in (Streaming(), Parted(everywhere)):
+    for engine in (Streaming(), CutAt(everywhere)):
         gramian = engine.linearize(built.problem(retain_graph=True)).gramian()
         torch.testing.assert_close(gramian, expected)
 
 
-def test_windows_need_another_engine() -> None:
+def test_accumulation_windows_need_another_engine() -> None:
     weight = nn.Parameter(drawn(3))
     optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), MGDA(), engine=Streaming())
     with optimizer.accumulate(), pytest.raises(BalanceError, match=r"PerLoss\(\)"):
         optimizer.backward({"a": weight.square().sum(), "b": weight.exp().sum()})
 
 
-@pytest.mark.parametrize("memory", [0.0, -1.0, float("nan")])
-def test_memory_must_be_positive(memory: float) -> None:
-    with pytest.raises(BalanceValueError, match="`memory`"):
-        Streaming(memory=memory)
+@pytest.mark.parametrize("value", [0.0, -1.0, -inf, float("nan")])
+def test_elements_per_param_must_be_above_zero(value: float) -> None:
+    with pytest.raises(BalanceValueError, match="`elements_per_param`"):
+        Streaming(elements_per_param=value)

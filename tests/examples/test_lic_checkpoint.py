@@ -9,7 +9,7 @@ from examples.lic import checkpoint
 from examples.lic.architectures import build
 from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
 from examples.lic.compressai_adapter import ArchitectureError
-from tests.support.full_disk import full_disk
+from tests.support.disk import full_disk
 
 
 def content(value):

@@ -22,7 +22,7 @@ from examples.lic.runs import Run, train
 from examples.lic.schedules import Plateau
 from examples.lic.training import Observer, Recipe
 from examples.lic.weightings import WEIGHTINGS, fixed
-from tests.support.full_disk import full_disk
+from tests.support.disk import full_disk
 
 STEPS = 7
 

@@ -1,3 +1,5 @@
+"""`analytic_qp_weights`: the explicit inverse, degenerate gradients, golden weights."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,7 +19,7 @@ def rows_of(*rows):
 
 @property_test
 @given(jacobians())
-def test_equals_the_explicit_inverse(rows):
+def test_weights_equal_the_explicit_inverse(rows):
     gramian = gramian_of(rows)
     numerator = torch.linalg.inv(gramian).sum(dim=1)
     expected = numerator / numerator.sum()
@@ -37,7 +39,7 @@ def test_over_24_decades_of_norms_every_gradient_is_equally_far_along_the_direct
 
 @property_test
 @given(jacobians(decades=12.0, degenerate=True))
-def test_is_finite_and_sums_to_one_on_degenerate_gradients(rows):
+def test_weights_of_degenerate_gradients_are_finite_and_sum_to_one(rows):
     weights = analytic_qp_weights(gramian_of(rows))
     assert bool(torch.isfinite(weights).all())
     assert float((weights.sum() - 1).abs()) <= 1e-12 * max(1.0, float(weights.abs().sum()))
@@ -81,7 +83,7 @@ def test_scaling_all_gradients_together_changes_nothing(rows, exponent):
         (rows_of((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0)), (0.5, 0.5, 0.0)),
     ],
 )
-def test_small_cases(rows, expected):
+def test_weights_of_small_cases(rows, expected):
     weights = analytic_qp_weights(gramian_of(rows))
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=DOUBLE), rtol=0, atol=1e-9)
 
@@ -118,12 +120,12 @@ def test_narrow_dtypes_are_computed_wide(count, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_reads_no_value(count):
+def test_no_value_is_read(count):
     # A meta tensor holds no values, so any branch on one would fail.
     assert analytic_qp_weights(torch.empty(count, count, device="meta")).shape == (count,)
 
 
-def test_takes_few_operations():
+def test_the_solution_takes_few_operations():
     gramian = torch.eye(3)
     with Operations() as operations:
         analytic_qp_weights(gramian)

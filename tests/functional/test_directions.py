@@ -1,3 +1,5 @@
+"""Cosines and norms of a Gramian on the host."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""`dual_cone` and `project_dual_cone`: equal to SciPy, and conflict with no gradient."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,7 +26,7 @@ def test_the_projection_conflicts_with_no_gradient(rows):
 
 @property_test
 @given(jacobians(), st.integers(0, 1))
-def test_equals_scipy_on_the_gradients_themselves(rows, index):
+def test_the_projection_equals_scipy_on_the_gradients_themselves(rows, index):
     start = torch.eye(len(rows), dtype=torch.float64)[index]
     # What is added is the non-negative combination of gradients closest to minus the direction.
     added, _ = nnls(rows.T.numpy(), -rows[index].numpy())
@@ -38,7 +40,7 @@ def test_equals_scipy_on_the_gradients_themselves(rows, index):
 
 @property_test
 @given(jacobians())
-def test_is_a_projection(rows):
+def test_projecting_twice_changes_nothing(rows):
     gramian = gramian_of(rows)
     once = project_dual_cone(gramian, uniform(rows))
     torch.testing.assert_close(project_dual_cone(gramian, once), once, rtol=0, atol=1e-9)
@@ -58,7 +60,7 @@ def test_permuting_the_gradients_permutes_the_coefficients(rows, random):
 
 
 @pytest.mark.parametrize("count", [16, 64])
-def test_many_gradients(count):
+def test_many_gradients_are_projected(count):
     rows = torch.randn(
         count, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -68,15 +70,15 @@ def test_many_gradients(count):
 
 
 def test_negative_coefficients_may_rise_to_zero():
-    found = project_dual_cone(torch.eye(2), torch.tensor([-1.0, 2.0]))
-    torch.testing.assert_close(found, torch.tensor([0.0, 2.0]))
+    result = project_dual_cone(torch.eye(2), torch.tensor([-1.0, 2.0]))
+    torch.testing.assert_close(result, torch.tensor([0.0, 2.0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes_are_computed_wide(dtype):
     gramian = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=dtype)
-    found = project_dual_cone(gramian, torch.tensor([1.0, 0.0], dtype=dtype))
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.5]))
+    result = project_dual_cone(gramian, torch.tensor([1.0, 0.0], dtype=dtype))
+    torch.testing.assert_close(result, torch.tensor([1.0, 0.5]))
 
 
 def test_zero_coefficients_stay_zero():

@@ -1,3 +1,5 @@
+"""`min_norm_weights`: optimality conditions, enumeration of supports, SciPy."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -35,7 +37,7 @@ GOLDEN_LOSSES = torch.tensor([0.5, 2.0, 0.1], dtype=torch.float64)
 
 
 def by_enumeration(gramian: Tensor) -> Tensor:
-    """The slow obvious twin: the best of the minimisers on every support."""
+    """The slow reference: the best of the minimisers on every support."""
     count = len(gramian)
     best, weights = float("inf"), torch.zeros(count, dtype=torch.float64)
     for size in range(1, count + 1):
@@ -72,14 +74,14 @@ def value(gramian: Tensor, weights: Tensor) -> Tensor:
 
 @property_test
 @given(jacobians(decades=12.0))
-def test_solves_the_optimality_conditions_over_24_decades_of_norms(rows):
+def test_weights_satisfy_the_optimality_conditions_over_24_decades_of_norms(rows):
     weights = min_norm_weights(gramian_of(rows))
     assert float(kkt_residual(gramian_of(rows), weights)) <= 1e-8
 
 
 @property_test
 @given(jacobians(decades=12.0, degenerate=True))
-def test_solves_the_optimality_conditions_of_degenerate_gradients(rows):
+def test_weights_satisfy_the_optimality_conditions_of_degenerate_gradients(rows):
     weights = min_norm_weights(gramian_of(rows))
     assert float(kkt_residual(gramian_of(rows), weights)) <= 1e-8
     assert bool((weights >= 0).all())
@@ -88,7 +90,7 @@ def test_solves_the_optimality_conditions_of_degenerate_gradients(rows):
 
 @property_test
 @given(jacobians(decades=12.0, degenerate=True))
-def test_never_conflicts(rows):
+def test_the_combination_conflicts_with_no_gradient(rows):
     weights = min_norm_weights(gramian_of(rows))
     assert float(relative_products(rows, weights).min()) >= -1e-10
 
@@ -96,7 +98,7 @@ def test_never_conflicts(rows):
 @pytest.mark.parametrize("count", [16, 32, 64])
 @pytest.mark.parametrize("decades", [0, 12])
 @pytest.mark.parametrize("shape", ["wide", "square", "thin", "parallel", "stationary", "opposite"])
-def test_solves_the_optimality_conditions_of_many_gradients(count, decades, shape):
+def test_weights_satisfy_the_optimality_conditions_of_many_gradients(count, decades, shape):
     generator = torch.Generator().manual_seed(count)
     for _ in range(3):
         width = {"square": count, "thin": count // 4}.get(shape, 2 * count)
@@ -114,7 +116,7 @@ def test_solves_the_optimality_conditions_of_many_gradients(count, decades, shap
 
 @property_test
 @given(jacobians(counts=(2, 6)))
-def test_equals_the_enumeration_of_supports(rows):
+def test_weights_equal_the_enumeration_of_supports(rows):
     gramian = gramian_of(rows)
     torch.testing.assert_close(
         min_norm_weights(gramian), by_enumeration(gramian), rtol=0, atol=1e-9
@@ -123,16 +125,16 @@ def test_equals_the_enumeration_of_supports(rows):
 
 @property_test
 @given(jacobians(counts=(2, 6), degenerate=True))
-def test_is_as_short_as_the_enumeration_of_degenerate_supports(rows):
+def test_the_combination_is_as_short_as_the_enumeration_of_degenerate_supports(rows):
     gramian = gramian_of(rows)
     assume(float(gramian.diagonal().min()) > 0)
-    found, best = min_norm_weights(gramian), by_enumeration(gramian)
-    scale = (found @ rows.norm(dim=1)).square()
-    assert float(value(gramian, found) - value(gramian, best)) <= 1e-12 * float(scale)
+    result, best = min_norm_weights(gramian), by_enumeration(gramian)
+    scale = (result @ rows.norm(dim=1)).square()
+    assert float(value(gramian, result) - value(gramian, best)) <= 1e-12 * float(scale)
 
 
 @pytest.mark.parametrize("count", [16, 32])
-def test_lies_within_the_duality_gap_of_frank_wolfe(count):
+def test_the_combination_lies_within_the_duality_gap_of_frank_wolfe(count):
     rows = torch.randn(
         count, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
@@ -144,7 +146,7 @@ def test_lies_within_the_duality_gap_of_frank_wolfe(count):
 
 
 @pytest.mark.parametrize("count", [3, 8, 32, 64])
-def test_equals_scipy_on_the_gradients_themselves(count):
+def test_weights_equal_scipy_on_the_gradients_themselves(count):
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 2 * count, dtype=torch.float64, generator=generator)
     rows = rows + 2 * rows[0]
@@ -194,11 +196,11 @@ def test_a_repeated_gradient_shares_the_weight_of_the_one(rows):
 def test_gradients_that_the_gramian_cannot_tell_apart_share_their_weight(rows, dtype):
     gramian = gramian_of(rows).to(dtype)
     assume(float(gramian.diagonal().min()) > 0)
-    found = min_norm_weights(gramian).double()
+    result = min_norm_weights(gramian).double()
     wide = gramian.double()
     cosines, norms = cosine_similarity(wide), wide.diagonal().sqrt()
-    again = share_between_equals(found, cosines, norms, torch.finfo(dtype).eps)
-    torch.testing.assert_close(found, again, rtol=0, atol=1e-6)
+    again = share_between_equals(result, cosines, norms, torch.finfo(dtype).eps)
+    torch.testing.assert_close(result, again, rtol=0, atol=1e-6)
 
 
 @property_test
@@ -310,7 +312,7 @@ def test_more_gradients_take_few_operations_of_torch(count):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_stays_out_of_autograd(count):
+def test_weights_have_no_graph(count):
     gramian = torch.eye(count, requires_grad=True)
     assert not min_norm_weights(gramian).requires_grad
 
@@ -344,8 +346,8 @@ def test_finite_entries_may_overflow_in_sums(count, dtype, largest):
     others = 1 / (count + 3)
     expected = torch.tensor([4 * others] + [others] * (count - 1), dtype=torch.float64)
     for solve in (min_norm_weights, analytic_qp_weights):
-        found = solve(torch.diag(gramian)).double()
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        result = solve(torch.diag(gramian)).double()
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
     opposite = torch.full((2, 2), largest, dtype=dtype) * torch.tensor([[1, -1], [-1, 1]])
     torch.testing.assert_close(min_norm_weights(opposite).tolist(), [0.5, 0.5])
 
@@ -364,8 +366,8 @@ def test_the_residual_that_is_verified_is_the_public_one(rows, share):
     weights = share * min_norm_weights(gramian)
     weights[0] += 1.0 - share
     _, norms, cosines = directions(gramian)
-    found = _solvers._min_norm_residual(cosines, norms.min() / norms, weights.numpy())
-    assert found == pytest.approx(float(kkt_residual(gramian, weights)), rel=1e-9, abs=1e-14)
+    result = _solvers._min_norm_residual(cosines, norms.min() / norms, weights.numpy())
+    assert result == pytest.approx(float(kkt_residual(gramian, weights)), rel=1e-9, abs=1e-14)
 
 
 @property_test

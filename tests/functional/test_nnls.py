@@ -1,3 +1,5 @@
+"""Nonnegative quadratic problems: equal to SciPy, from any start, with the smallest ridge."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,7 +21,7 @@ def systems(count, number=5):
 
 @pytest.mark.parametrize("exchanges", [0, 6], ids=["active set only", "with exchanges"])
 @pytest.mark.parametrize("count", [1, 2, 5, 20, 50])
-def test_equals_scipy(count, exchanges, monkeypatch):
+def test_solutions_equal_scipy(count, exchanges, monkeypatch):
     monkeypatch.setattr(_nnls, "_EXCHANGES", exchanges)
     for system, target in systems(count):
         expected, _ = nnls(system, target)

@@ -1,3 +1,5 @@
+"""Scales of gradients by norms and losses, and the cosines that follow."""
+
 from __future__ import annotations
 
 import pytest
@@ -23,10 +25,10 @@ ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_scales(normalize, expected, dtype):
-    found = gradient_scales(LOSSES.to(dtype), gramian_of(ROWS).to(dtype), normalize)
+def test_scales_of_each_normalisation(normalize, expected, dtype):
+    result = gradient_scales(LOSSES.to(dtype), gramian_of(ROWS).to(dtype), normalize)
     wide = torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=wide), rtol=0, atol=0)
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=wide), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("normalize", [None, "loss", "log"])
@@ -35,7 +37,7 @@ def test_scales_without_norms_need_no_gramian(normalize):
 
 
 @pytest.mark.parametrize("normalize", ["l2", "loss+"])
-def test_scales_with_norms_say_that_they_need_a_gramian(normalize):
+def test_scales_with_norms_are_refused_without_a_gramian(normalize):
     with pytest.raises(BalanceValueError, match="`gramian` should be given"):
         gradient_scales(LOSSES, None, normalize)
 
@@ -58,9 +60,9 @@ def test_scaling_the_gramian_is_scaling_the_gradients(rows):
 def test_unit_norms_give_cosines_and_leave_zero_gradients_zero(rows):
     gramian = gramian_of(rows)
     scales = gradient_scales(torch.ones(len(rows)), gramian, "l2")
-    found = scale_gramian(gramian, scales)
-    nonzero = (scales > 0).to(found.dtype)
-    torch.testing.assert_close(found, cosine_similarity(gramian) * nonzero.outer(nonzero))
+    result = scale_gramian(gramian, scales)
+    nonzero = (scales > 0).to(result.dtype)
+    torch.testing.assert_close(result, cosine_similarity(gramian) * nonzero.outer(nonzero))
 
 
 @property_test
@@ -68,10 +70,10 @@ def test_unit_norms_give_cosines_and_leave_zero_gradients_zero(rows):
 def test_cosines_are_those_of_the_gradients(rows):
     norms = rows.norm(dim=1, keepdim=True)
     expected = gramian_of(rows / torch.where(norms == 0, 1.0, norms)).fill_diagonal_(1.0)
-    found = cosine_similarity(gramian_of(rows))
-    torch.testing.assert_close(found, expected)
-    assert float(found.abs().max()) <= 1.0
-    assert torch.equal(found, found.T)
+    result = cosine_similarity(gramian_of(rows))
+    torch.testing.assert_close(result, expected)
+    assert float(result.abs().max()) <= 1.0
+    assert torch.equal(result, result.T)
 
 
 def test_cosines_of_extreme_norms_stay_in_range():
@@ -80,8 +82,8 @@ def test_cosines_of_extreme_norms_stay_in_range():
 
 
 def test_cosines_are_clamped():
-    found = cosine_similarity(torch.tensor([[1.0, 1.5], [1.5, 1.0]]))
-    torch.testing.assert_close(found, torch.ones(2, 2))
+    result = cosine_similarity(torch.tensor([[1.0, 1.5], [1.5, 1.0]]))
+    torch.testing.assert_close(result, torch.ones(2, 2))
 
 
 @property_test
@@ -95,7 +97,7 @@ def test_regularisation_commutes_with_scaling(rows):
     )
 
 
-def test_looks_at_no_value():
+def test_no_value_is_read():
     # A meta tensor holds no values, so any branch on one would fail.
     gramian, losses = torch.empty(3, 3, device="meta"), torch.empty(3, device="meta")
     assert scale_gramian(gramian, gradient_scales(losses, gramian, "loss+")).shape == (3, 3)
@@ -112,12 +114,12 @@ def test_scaling_takes_few_operations():
 
 @pytest.mark.parametrize("function", [cosine_similarity, lambda g: scale_gramian(g, torch.ones(2))])
 def test_finite_entries_may_overflow_in_sums(function):
-    found = function(torch.full((2, 2), 3e38))
-    torch.testing.assert_close(found / found[0, 0], torch.ones(2, 2))
+    result = function(torch.full((2, 2), 3e38))
+    torch.testing.assert_close(result / result[0, 0], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("function", [cosine_similarity, lambda g: scale_gramian(g, torch.ones(2))])
-def test_refuses_what_is_no_gramian(function):
+def test_refuses_a_matrix_that_is_no_gramian(function):
     with pytest.raises(BalanceValueError, match=r"square.*Found shape \(2, 3\)"):
         function(torch.ones(2, 3))
     with pytest.raises(BalanceValueError, match="finite"):

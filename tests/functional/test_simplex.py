@@ -1,3 +1,5 @@
+"""`project_simplex`: equal to bisection, in any dtype, without a synchronization."""
+
 from __future__ import annotations
 
 import pytest
@@ -28,7 +30,7 @@ def by_bisection(vector, radius):
 
 @property_test
 @given(vectors, radii)
-def test_equals_bisection(vector, radius):
+def test_the_projection_equals_bisection(vector, radius):
     torch.testing.assert_close(
         project_simplex(vector, radius), by_bisection(vector, radius), rtol=1e-9, atol=1e-8
     )
@@ -36,7 +38,7 @@ def test_equals_bisection(vector, radius):
 
 @property_test
 @given(vectors, radii)
-def test_lands_on_the_simplex_and_stays(vector, radius):
+def test_the_projection_lies_on_the_simplex_and_projecting_twice_changes_nothing(vector, radius):
     once = project_simplex(vector, radius)
     assert bool((once >= 0).all())
     torch.testing.assert_close(once.sum().item(), radius, rtol=1e-9, atol=0)
@@ -51,9 +53,9 @@ def test_a_common_shift_changes_nothing(vector, shift):
     )
 
 
-def test_golden_values():
-    found = project_simplex(torch.tensor([[0.6, 0.7, -0.1], [0.2, 0.3, 0.5]]))
-    torch.testing.assert_close(found, torch.tensor([[0.45, 0.55, 0.0], [0.2, 0.3, 0.5]]))
+def test_golden_projections():
+    result = project_simplex(torch.tensor([[0.6, 0.7, -0.1], [0.2, 0.3, 0.5]]))
+    torch.testing.assert_close(result, torch.tensor([[0.45, 0.55, 0.0], [0.2, 0.3, 0.5]]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 300])
@@ -62,26 +64,26 @@ def test_batches_are_projected_one_by_one(count):
         2, 3, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     radius = torch.tensor([[0.0, 0.5, 1.0], [2.0, 3.0, 1e-9]], dtype=torch.float64)
-    found = project_simplex(batch, radius)
+    result = project_simplex(batch, radius)
     for index in [(row, column) for row in range(2) for column in range(3)]:
         torch.testing.assert_close(
-            found[index], project_simplex(batch[index], float(radius[index]))
+            result[index], project_simplex(batch[index], float(radius[index]))
         )
-    torch.testing.assert_close(found.sum(dim=-1), radius)
+    torch.testing.assert_close(result.sum(dim=-1), radius)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
 def test_narrow_dtypes_are_computed_in_float32(dtype):
-    found = project_simplex(torch.tensor([1, 3, 3], dtype=dtype))
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.5, 0.5]))
+    result = project_simplex(torch.tensor([1, 3, 3], dtype=dtype))
+    torch.testing.assert_close(result, torch.tensor([0.0, 0.5, 0.5]))
 
 
 def test_large_entries_lose_no_digits():
-    found = project_simplex(torch.tensor([1e6 + 0.25, 1e6], dtype=torch.float32))
-    torch.testing.assert_close(found, torch.tensor([0.625, 0.375]))
+    result = project_simplex(torch.tensor([1e6 + 0.25, 1e6], dtype=torch.float32))
+    torch.testing.assert_close(result, torch.tensor([0.625, 0.375]))
 
 
-def test_looks_at_no_value():
+def test_no_value_is_read():
     # A meta tensor holds no values, so any branch on one would fail.
     assert project_simplex(torch.empty(4, 3, device="meta")).shape == (4, 3)
 
@@ -93,6 +95,6 @@ def test_refuses_a_bad_radius(radius):
 
 
 @pytest.mark.parametrize("vector", [torch.tensor(1.0), torch.ones(2, 0)])
-def test_refuses_what_is_no_vector(vector):
+def test_refuses_a_tensor_that_is_no_vector(vector):
     with pytest.raises(BalanceValueError, match="`vector` should have a last dimension"):
         project_simplex(vector)

@@ -1,3 +1,5 @@
+"""Tchebycheff coefficients are the gradients of their scalarizations."""
+
 from __future__ import annotations
 
 import math
@@ -121,15 +123,15 @@ def test_a_set_of_one_is_a_single_solution(problem, mu):
 
 @property_test
 @given(problems(), st.integers(2, 4))
-def test_equal_solutions_share_a_single_ones_coefficients(problem, solutions):
+def test_equal_solutions_share_the_coefficients_of_one(problem, solutions):
     losses, preference, ideal, _ = problem
-    found = set_tchebycheff(losses.expand(solutions, -1), preference, ideal, 0.1)
-    assert torch.equal(found, found[:1].expand_as(found))
+    result = set_tchebycheff(losses.expand(solutions, -1), preference, ideal, 0.1)
+    assert torch.equal(result, result[:1].expand_as(result))
 
 
 def test_ties_share_equally():
-    found = tchebycheff(torch.tensor([2.0, 1.0, 2.0]), torch.full((3,), 0.5), 0.0)
-    torch.testing.assert_close(found, torch.tensor([0.25, 0.0, 0.25]))
+    result = tchebycheff(torch.tensor([2.0, 1.0, 2.0]), torch.full((3,), 0.5), 0.0)
+    torch.testing.assert_close(result, torch.tensor([0.25, 0.0, 0.25]))
 
 
 def test_the_ideal_point_and_the_preference_decide_which_loss_is_active():
@@ -148,11 +150,11 @@ def test_the_ideal_point_and_the_preference_decide_which_loss_is_active():
     ],
 )
 def test_golden_smooth(mu, value, coefficients):
-    found = smooth_tchebycheff(LOSSES, THIRDS, 0.0, None, mu)
+    result = smooth_tchebycheff(LOSSES, THIRDS, 0.0, None, mu)
     expected = torch.tensor(coefficients, dtype=DOUBLE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    found = float(smooth_tchebycheff_value(LOSSES, THIRDS, 0.0, None, mu))
-    assert found == pytest.approx(value, abs=1e-6)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    result = float(smooth_tchebycheff_value(LOSSES, THIRDS, 0.0, None, mu))
+    assert result == pytest.approx(value, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +166,12 @@ def test_golden_smooth(mu, value, coefficients):
     ],
 )
 def test_golden_smooth_log(mu, value, coefficients):
-    found = smooth_tchebycheff_log(LOSSES, THIRDS, NADIR, mu)
+    result = smooth_tchebycheff_log(LOSSES, THIRDS, NADIR, mu)
     expected = torch.tensor(coefficients, dtype=DOUBLE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
     if value is not None:
-        found = float(smooth_tchebycheff_log_value(LOSSES, THIRDS, NADIR, mu))
-        assert found == pytest.approx(value, abs=1e-6)
+        result = float(smooth_tchebycheff_log_value(LOSSES, THIRDS, NADIR, mu))
+        assert result == pytest.approx(value, abs=1e-6)
 
 
 def test_a_nadir_changes_the_unit_of_each_loss():
@@ -183,9 +185,9 @@ def test_a_nadir_changes_the_unit_of_each_loss():
 
 def test_a_set_counts_each_objective_by_its_best_solution():
     losses = torch.tensor([[0.0, 9.0, 1.0], [9.0, 0.5, 2.0]], dtype=DOUBLE)
-    found = set_tchebycheff(losses, torch.ones(3, dtype=DOUBLE), 0.0, 1e-3)
+    result = set_tchebycheff(losses, torch.ones(3, dtype=DOUBLE), 0.0, 1e-3)
     expected = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=DOUBLE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
     value = float(set_tchebycheff_value(losses, torch.ones(3, dtype=DOUBLE), 0.0, 1e-3))
     assert value == pytest.approx(1.0)
 
@@ -209,9 +211,9 @@ HARD = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(call, dtype):
     losses = torch.tensor([0.5, 2.0])
-    found = call(losses.to(dtype), 0.1)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, call(losses, 0.1))
+    result = call(losses.to(dtype), 0.1)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, call(losses, 0.1))
 
 
 @pytest.mark.parametrize("call", CALLS)

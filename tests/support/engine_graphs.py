@@ -15,7 +15,7 @@ from moo_balance.engine import Problem
 
 @dataclass
 class Graph:
-    """Losses, parameters, and memory that belongs to the user, beside a copy of it."""
+    """Losses, parameters, and memory that belongs to the user, with a copy of it."""
 
     losses: Sequence[Tensor]
     params: Sequence[Tensor]
@@ -32,6 +32,12 @@ GRAPHS: dict[str, Callable[[], Graph]] = {}
 def graph(build: Callable[[], Graph]) -> Callable[[], Graph]:
     GRAPHS[build.__name__] = build
     return build
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=1e-12, atol=1e-12 * (1 + float(expected.abs().max()))
+    )
 
 
 def naive_jacobian(built: Graph) -> Tensor:
@@ -338,7 +344,7 @@ def single() -> Graph:
 
 @graph
 def elsewhere() -> Graph:
-    """A loss that reaches none of the parameters, only somebody else's."""
+    """A loss that reaches none of the parameters, only those of another optimizer."""
     mine, theirs = parameter(3), parameter(3, seed=1)
     return Graph([(mine * theirs.detach()).sum(), theirs.sum(), mine.square().sum()], [mine])
 
@@ -395,7 +401,7 @@ def wide_and_hooked(hook: Hook = doubled) -> Graph:
 
 @graph
 def wide_on_an_empty_batch() -> Graph:
-    """An expert to whom no sample is sent."""
+    """An expert that gets no samples."""
     weight, expert = parameter(4, 3), parameter(4, 5, seed=1)
     samples = drawn(2, 4, seed=2)
     common, special = samples @ weight, samples[samples.sum(1) > 1e9] @ expert
@@ -435,3 +441,32 @@ def wide_sequences() -> Graph:
         [out.sum(), out[:, 1:].square().sum(), out[..., 0].exp().sum()],
         [*first.parameters(), *second.parameters()],
     )
+
+
+# ---------------------------------------------------------------------- counting passes
+
+
+class Counted(torch.autograd.Function):
+    """The identity, which counts how often it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, passes: list[int]) -> Tensor:
+        ctx.passes = passes
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        ctx.passes[0] += 1
+        return upstream, None
+
+
+def counted() -> tuple[Graph, list[int], list[list[int]]]:
+    """Two heads on a trunk, and how often each was passed."""
+    trunk_passes, head_passes = [0], [[0], [0]]
+    trunk, heads = parameter(4), [parameter(4, seed=k) for k in (1, 2)]
+    features = Counted.apply(trunk.exp(), trunk_passes)
+    losses = [
+        (features * Counted.apply(head, passes)).sum()
+        for head, passes in zip(heads, head_passes, strict=True)
+    ]
+    return Graph(losses, [trunk, *heads]), trunk_passes, head_passes

@@ -1,16 +1,12 @@
-"""The only place where tests reach for private names of the package."""
+"""Private names of the package that several tests need."""
 
 from __future__ import annotations
 
 import pytest
 
-try:
-    from moo_balance import _nonfinite
-except ImportError:
-    from moo_balance import screening as _nonfinite
+from moo_balance import _nonfinite
 
 
 def treat_cpu_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handle values on the CPU as those of an accelerator, where reading them would synchronize."""
-    name = "is_on_cpu" if hasattr(_nonfinite, "is_on_cpu") else "on_host"
-    monkeypatch.setattr(_nonfinite, name, lambda tensor: False)
+    monkeypatch.setattr(_nonfinite, "is_on_cpu", lambda tensor: False)

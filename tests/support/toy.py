@@ -1,6 +1,6 @@
 """The two-objective toy of CAGrad, Nash-MTL and FAMO: cusps, plateaus and conflicting gradients.
 
-In closed form, so that tens of thousands of steps drive a weighting without autograd.
+In closed form, so that a test can take tens of thousands of steps without autograd.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def distance_to_front(point: Point) -> float:
 def front(x: float) -> float:
     """The y of the Pareto set at x: where a convex combination of the gradients vanishes.
 
-    Its share is (x + 7) / 14, from the x components; the y component is then found by bisection.
+    Its share is (x + 7) / 14, from the x components; the y component is then result by bisection.
     """
     share = (x + 7) / 14
     low, high = -9.0, -8.0
@@ -84,7 +84,7 @@ def front(x: float) -> float:
 
 @dataclass
 class Adam:
-    """Adam with torch's defaults on a handful of plain numbers."""
+    """Adam with the defaults of torch on two plain numbers."""
 
     lr: float = 1e-3
     steps: int = 0
@@ -113,23 +113,25 @@ def descend(
 ) -> Point:
     """Where Adam ends from `start` under a weighting, in float64.
 
-    With `positive` the weighting is shown the losses above their lower bounds, which leaves the
+    With `positive` the weighting gets the losses above their lower bounds, which leaves the
     gradients as they are.
     """
     adam, state = Adam(), weighting.init(NAMES, torch.device("cpu"))
     offset = torch.tensor(BOUNDS if positive else (0.0, 0.0), dtype=torch.float64)
     point, (values, rows) = start, linearized(start)
     for step in range(steps):
-        shown = torch.tensor(values, dtype=torch.float64) - offset
-        answer = weighting.weights(Statistics(NAMES, shown, _gramian(weighting, rows), step), state)
+        values_above = torch.tensor(values, dtype=torch.float64) - offset
+        answer = weighting.weights(
+            Statistics(NAMES, values_above, _gramian(weighting, rows), step), state
+        )
         first, second = answer.coefficients.tolist()
         state = answer.state
         direction = [first * a + second * b for a, b in zip(*rows, strict=True)]
         point = adam.step(point, direction)
         values, rows = linearized(point)
         if weighting.observes_step:
-            shown = torch.tensor(values, dtype=torch.float64) - offset
-            state = weighting.observe(Statistics(NAMES, shown, step=step + 1), state)
+            values_above = torch.tensor(values, dtype=torch.float64) - offset
+            state = weighting.observe(Statistics(NAMES, values_above, step=step + 1), state)
         if stop is not None and step % 100 == 0 and stop(point):
             break
     return point

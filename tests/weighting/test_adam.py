@@ -11,7 +11,7 @@ from tests.support.statistics import CPU, assert_near, normal
 ALL = torch.tensor([True, True, True])
 
 
-def test_it_is_the_adam_of_torch() -> None:
+def test_updates_are_those_of_the_adam_of_torch() -> None:
     parameter = nn.Parameter(normal(3))
     optimizer = torch.optim.Adam([parameter], lr=0.1)
     values, state = parameter.detach().clone(), init_adam(3, CPU)

@@ -38,7 +38,7 @@ TWO = torch.tensor([[2.0, 4.0], [4.0, 10.0]], dtype=torch.float64)  # of (1, 1) 
     ],
     ids=["code", "paper"],
 )
-def test_logits_are_those_of_the_reference_run(
+def test_trajectory_logits_are_those_of_the_reference_run(
     weighting: BalancedTrajectory, golden: tuple[float, ...]
 ) -> None:
     state = initial_state(weighting, 2)
@@ -52,14 +52,14 @@ def test_logits_are_those_of_the_reference_run(
         assert_near(answer.coefficients, (0.65445507, 0.34554493), 1e-8)
 
 
-def test_the_first_step_divides_by_the_shifted_losses() -> None:
+def test_the_first_step_of_a_trajectory_divides_by_the_shifted_losses() -> None:
     weighting = BalancedTrajectory()
     answer = weighting.weights(statistics_of((0.5, 2.0)), initial_state(weighting, 2))
     assert_near(answer.coefficients, (2 / 3, 1 / 3), 1e-15)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"logit_optimizer": "sgd", "lr": 1.0}, {"lagged": True}])
-def test_it_is_famo_on_shifted_losses(arguments: dict[str, object]) -> None:
+def test_a_trajectory_is_famo_on_shifted_losses(arguments: dict[str, object]) -> None:
     one, other = BalancedTrajectory(shift=0.7, **arguments), FAMO(shift=0.7, **arguments)
     states = [initial_state(one, 3), initial_state(other, 3)]
     assert one.lower_bounds(names(3)) == other.lower_bounds(names(3)) == [-0.7] * 3
@@ -103,7 +103,7 @@ def test_two_tasks_whose_solution_leaves_the_simplex(
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_it_is_the_explicit_inverse(count: int, shift: float) -> None:
+def test_analytic_qp_is_the_explicit_inverse(count: int, shift: float) -> None:
     jacobian, losses = normal(count, 9), normal(count, seed=1).exp()
     log_jacobian = jacobian / (losses + shift)[:, None]
     solved = torch.linalg.inv(log_jacobian @ log_jacobian.T).sum(1)
@@ -124,7 +124,7 @@ def test_it_is_the_explicit_inverse(count: int, shift: float) -> None:
         assert_near(raw.coefficients @ jacobian, weights @ log_jacobian, 1e-12)
 
 
-def test_exact_is_mgda_on_log_gradients() -> None:
+def test_exact_analytic_qp_is_mgda_on_log_gradients() -> None:
     for seed in range(20):
         jacobian, losses = normal(4, 5, seed=seed), normal(4, seed=100 + seed).exp()
         statistics = statistics_of(losses, jacobian @ jacobian.T)

@@ -1,4 +1,4 @@
-"""FAMO against published figures, against torch's optimizers, and against what it promises."""
+"""FAMO against published figures, the optimizers of torch, and its own promises."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAIRS = [
 
 
 def follow(weighting: FAMO, pairs: Iterable[Pair]) -> tuple[list[Tensor], State]:
-    """The logits after each pair of losses before and behind a step, and the last state."""
+    """The logits after each pair of losses before and after a step, and the last state."""
     state, logits = {}, []
     for step, (before, after) in enumerate(pairs):
         state = state or initial_state(weighting, len(before))
@@ -48,8 +48,8 @@ def follow(weighting: FAMO, pairs: Iterable[Pair]) -> tuple[list[Tensor], State]
 
 def updates(state: State) -> list[int]:
     """How often each logit was updated: a running average of ones has come to 1 - 0.9^t."""
-    found = torch.log1p(-state["exp_avg_weight"]) / math.log(0.9)
-    return [round(count) for count in found.tolist()]
+    actual = torch.log1p(-state["exp_avg_weight"]) / math.log(0.9)
+    return [round(count) for count in actual.tolist()]
 
 
 def random_pairs(count: int, steps: int = 300) -> list[Pair]:
@@ -68,9 +68,9 @@ def random_pairs(count: int, steps: int = 300) -> list[Pair]:
 )
 def test_logits_are_those_of_the_reference_run(weighting: FAMO, golden: tuple[float, ...]) -> None:
     logits, _ = follow(weighting, PAIRS)
-    for found, expected in zip(logits, golden, strict=True):
+    for actual, expected in zip(logits, golden, strict=True):
         # The reference adds 1e-8 to each loss.
-        assert_near(found, (expected, -expected), 2e-8)
+        assert_near(actual, (expected, -expected), 2e-8)
 
 
 def test_weights_are_those_of_the_reference_run() -> None:
@@ -91,8 +91,8 @@ def test_logits_descend_as_a_parameter_under_the_torch_optimizer(logits: str, de
     xi = nn.Parameter(torch.zeros(5, dtype=torch.float64))
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[logits]
     optimizer = kind([xi], lr=0.025, weight_decay=decay)
-    found, _ = follow(FAMO(decay=decay, logit_optimizer=logits), pairs)
-    for (before, after), ours in zip(pairs, found, strict=True):
+    actual, _ = follow(FAMO(decay=decay, logit_optimizer=logits), pairs)
+    for (before, after), ours in zip(pairs, actual, strict=True):
         optimizer.zero_grad()
         (torch.softmax(xi, 0) @ (before.log() - after.log())).backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def test_coefficients_are_the_gradient_of_the_renormalised_sum_of_logs() -> None
     assert_near(answer.coefficients, losses.grad, 1e-14)
 
 
-def test_lagged_learns_from_the_next_batch_what_the_other_learns_behind_the_step() -> None:
+def test_lagged_updates_use_the_losses_of_the_next_batch() -> None:
     sequence = normal(50, 3).exp()
     watched, _ = follow(FAMO(), pairwise(sequence))
     lagged = FAMO(lagged=True)
@@ -127,7 +127,7 @@ def test_lagged_learns_from_the_next_batch_what_the_other_learns_behind_the_step
         assert_near(answer.weights, torch.softmax(expected.double(), 0), 1e-14)
 
 
-def test_every_learns_from_each_nth_step_and_follows_the_losses_in_between() -> None:
+def test_every_updates_in_each_nth_step_and_follows_the_losses_in_between() -> None:
     pairs = random_pairs(3, steps=20)
     sparse, state = follow(FAMO(every=4), pairs)
     dense, _ = follow(FAMO(), pairs[::4])
@@ -139,7 +139,7 @@ def test_every_learns_from_each_nth_step_and_follows_the_losses_in_between() -> 
     assert_near(answer.coefficients, expected / expected.sum(), 1e-15)
 
 
-def test_lagged_with_every_learns_once_in_n_steps() -> None:
+def test_lagged_with_every_updates_once_in_n_steps() -> None:
     weighting, sequence = FAMO(lagged=True, every=3), normal(10, 2).exp()
     state, seen = initial_state(weighting, 2), []
     for step, losses in enumerate(sequence):
@@ -154,12 +154,12 @@ def test_lagged_with_every_learns_once_in_n_steps() -> None:
 def test_a_loss_that_falls_faster_than_the_average_loses_weight(logits: str) -> None:
     before, after = vector((3.0, 1.0, 0.2)), vector((1.5, 0.9, 0.19))  # -50 %, -10 %, -5 %
     weighting = FAMO(logit_optimizer=logits)
-    found, _ = follow(weighting, [(before, after)])
-    weights = torch.softmax(found[0], 0)
+    actual, _ = follow(weighting, [(before, after)])
+    weights = torch.softmax(actual[0], 0)
     assert weights[0] < 1 / 3 < min(weights[1], weights[2])
 
 
-def test_the_unit_of_a_loss_does_not_matter_to_the_weights() -> None:
+def test_weights_do_not_depend_on_the_unit_of_a_loss() -> None:
     units = vector((1e-6, 1.0, 1e6))
     pairs = random_pairs(3, steps=50)
     plain, state = follow(FAMO(), pairs)
@@ -177,9 +177,9 @@ def test_bounds_and_shift_by_name_move_the_losses() -> None:
     offset = vector((2.0, 0.5, -0.1))
     pairs = [(before + 1, after + 1) for before, after in random_pairs(3, steps=20)]
     assert moved.lower_bounds(names(3)) == [-2.0, -0.5, 0.1]
-    found, state = follow(moved, pairs)
+    actual, state = follow(moved, pairs)
     expected, _ = follow(FAMO(), [(before + offset, after + offset) for before, after in pairs])
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert_near(one, other, 1e-12)
     losses = vector((1.0, 2.0, 3.0))
     z = torch.softmax(state["logits"], 0)
@@ -191,7 +191,7 @@ def test_bounds_and_shift_by_name_move_the_losses() -> None:
     )
 
 
-def test_an_absent_loss_waits_and_the_others_go_on_among_themselves() -> None:
+def test_the_logit_of_an_absent_loss_is_kept_and_the_others_are_updated() -> None:
     parameter = nn.Parameter(vector((1.0, 2.0, 3.0)))
     optimizer = BalancedOptimizer(torch.optim.SGD([parameter], lr=0.01), FAMO())
 
@@ -213,7 +213,7 @@ def test_an_absent_loss_waits_and_the_others_go_on_among_themselves() -> None:
     assert updates(step("abc")) == [4, 3, 4]
 
 
-def test_lagged_judges_a_loss_only_once_it_has_been_seen_before() -> None:
+def test_lagged_updates_a_loss_only_once_it_was_present_before() -> None:
     weighting = FAMO(lagged=True, decay=0.0)
     state = initial_state(weighting, 3)
     pair = {key: value[:2] for key, value in state.items()}
@@ -221,8 +221,8 @@ def test_lagged_judges_a_loss_only_once_it_has_been_seen_before() -> None:
         pair = weighting.weights(statistics_of(losses, step=step), pair).state
     joined = {key: torch.cat([pair[key], state[key][2:]]) for key in state}
     after = weighting.weights(statistics_of((0.25, 1.8, 7.0), step=2), joined).state
-    alone = weighting.weights(statistics_of((0.25, 1.8), step=2), pair).state
-    assert_near(after["logits"][:2], alone["logits"], 1e-15)
+    without = weighting.weights(statistics_of((0.25, 1.8), step=2), pair).state
+    assert_near(after["logits"][:2], without["logits"], 1e-15)
     assert after["logits"][2] == 0.0
     assert updates(after) == [2, 2, 0]
     assert_near(after["log_gaps"], vector((0.25, 1.8, 7.0)).log(), 1e-15)
@@ -242,7 +242,7 @@ def final_point(weighting: FAMO | SumLog, steps: int) -> Tensor:
     return theta.detach()
 
 
-def test_with_decay_it_ends_where_the_sum_of_logs_ends_and_without_it_does_not() -> None:
+def test_famo_ends_where_the_sum_of_logs_ends_only_with_decay() -> None:
     end = final_point(SumLog(), 400)
     decayed = final_point(FAMO(decay=0.1, logit_optimizer="sgd", lr=2.0), 1000)
     assert torch.dist(decayed, end) < 1e-4
@@ -256,7 +256,7 @@ def test_the_sum_of_logs_ends_at_its_own_stationary_point() -> None:
     assert theta.grad.norm() < 1e-6
 
 
-def test_state_has_a_row_per_loss_and_starts_uniform() -> None:
+def test_a_state_has_an_entry_per_loss_and_starts_uniform() -> None:
     state = FAMO().init(("a", "b", "c"), CPU)
     assert {key: tuple(value.shape) for key, value in state.items()} == dict.fromkeys(
         (

@@ -23,7 +23,7 @@ def test_sum_counts_its_losses() -> None:
     assert answer.coefficients.tolist() == answer.weights.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_fixed_weights_go_by_name_whatever_the_order() -> None:
+def test_fixed_weights_go_by_name_not_by_order() -> None:
     weighting = FixedWeights({"c": -0.5, "a": 1.0, "b": 2.0})
     answer = weighting.weights(statistics_of((0.5, 2.0, 0.1)), {})
     assert answer.coefficients.tolist() == answer.weights.tolist() == [1.0, 2.0, -0.5]
@@ -47,7 +47,7 @@ def test_sum_log_is_the_gradient_of_the_sum_of_logs(bounds: float, shift: float)
     assert_near(answer.weights, (0.2,) * 5, 1e-15)
 
 
-def test_sum_log_is_indifferent_to_the_unit_of_a_loss() -> None:
+def test_sum_log_does_not_depend_on_the_unit_of_a_loss() -> None:
     losses, units = normal(3).exp(), vector((1e-6, 1.0, 1e6))
     plain = SumLog(renormalize=False).weights(statistics_of(losses), {}).coefficients
     scaled = SumLog(renormalize=False).weights(statistics_of(losses * units), {}).coefficients

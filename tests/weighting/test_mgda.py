@@ -50,9 +50,9 @@ def answer_to(normalize: str | None, losses: Tensor, jacobian: Tensor) -> tuple[
 def test_weights_apply_to_the_raw_gradients_as_in_the_reference_run(
     normalize: str | None, weights: tuple[float, ...], direction: tuple[float, ...] | None
 ) -> None:
-    found, along = answer_to(normalize, LOSSES, JACOBIAN)
-    assert_near(found, weights, 1e-6)
-    assert_near(along, found @ JACOBIAN, 1e-15)
+    actual, along = answer_to(normalize, LOSSES, JACOBIAN)
+    assert_near(actual, weights, 1e-6)
+    assert_near(along, actual @ JACOBIAN, 1e-15)
     if direction is not None:
         assert_near(along, direction, 2e-6)
     if normalize is None:
@@ -101,7 +101,7 @@ def test_no_scaled_gradient_conflicts_with_the_shortest_combination(
     ("normalize", "indifferent"),
     [(None, False), ("l2", True), ("loss", True), ("loss+", False), ("log", True)],
 )
-def test_which_weights_do_not_depend_on_the_unit_of_a_loss(
+def test_weights_depend_on_the_unit_of_a_loss_as_stated(
     normalize: str | None, indifferent: bool
 ) -> None:
     units = vector((10.0, 1.0, 0.1))

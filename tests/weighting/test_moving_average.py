@@ -1,4 +1,4 @@
-"""The moving average: its slow twin, its rules, and what it leaves to the method inside."""
+"""The moving average: the formula, its rules, and what it leaves to the method inside."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_adaptive_rule_averages_the_more_the_less_weights_move() -> None:
     assert_near(answers(MovingAverage(MGDA(), "adaptive")), torch.stack(expected), 1e-14)
 
 
-def test_the_adaptive_rule_follows_a_jump_at_once_and_holds_on_to_a_quiver() -> None:
+def test_the_adaptive_rule_follows_a_large_change_at_once_and_averages_a_small_one() -> None:
     weighting = MovingAverage(MGDA(), "adaptive")
     gramians = [torch.diag(vector(d)) for d in ((1.0, 1.0), (9.0, 1.0), (9.1, 1.0))]
     state, seen = initial_state(weighting, 2), []
@@ -50,7 +50,7 @@ def test_the_adaptive_rule_follows_a_jump_at_once_and_holds_on_to_a_quiver() -> 
     assert_near(seen[2][:1], [(1 - moved) * 0.1 + moved * raw], 1e-15)
 
 
-def test_the_total_is_that_of_the_method_in_the_same_step() -> None:
+def test_coefficients_sum_to_what_those_of_the_method_sum_to() -> None:
     inner = SumLog(renormalize=False)
     raw, smoothed = answers(inner), answers(MovingAverage(inner))
     assert_near(smoothed.sum(1), raw.sum(1), 1e-14)
@@ -58,19 +58,19 @@ def test_the_total_is_that_of_the_method_in_the_same_step() -> None:
 
 
 @pytest.mark.parametrize("values", [(1.0, -0.5, 3.0), (1.0, -1.0, 0.0), (0.0, 0.0, 0.0)])
-def test_constant_weights_stay_what_they_are(values: tuple[float, ...]) -> None:
+def test_constant_weights_are_not_changed(values: tuple[float, ...]) -> None:
     inner = FixedWeights(dict(zip(NAMES, values, strict=True)))
     assert_near(answers(MovingAverage(inner)), answers(inner), 1e-15)
 
 
-def test_those_present_divide_the_whole_and_the_absent_share_waits() -> None:
+def test_present_losses_divide_the_whole_and_an_absent_one_keeps_its_share() -> None:
     weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([0.1, 0.3])}  # of "a" and "b"; "c" is away
     answer = weighting.weights(statistics_of([1.0, 1.0], torch.eye(2).double(), 4), state)
     assert_near(answer.coefficients, (0.375, 0.625), 1e-15)
 
 
-def test_a_loss_that_is_new_starts_from_what_the_method_asks_for() -> None:
+def test_a_new_loss_starts_from_the_coefficients_of_the_method() -> None:
     weighting = MovingAverage(MGDA(), 0.5)
     state: State = {"shares": vector([1.0, float("nan")])}
     answer = weighting.weights(statistics_of([1.0, 1.0], torch.eye(2).double(), 4), state)
@@ -90,12 +90,12 @@ def test_the_method_inside_keeps_its_state_needs_and_bounds() -> None:
     assert not MovingAverage(RandomWeights()).uses_losses
 
 
-def test_smoothing_twice_is_allowed() -> None:
+def test_moving_averages_can_be_nested() -> None:
     state = initial_state(MovingAverage(MovingAverage(FAMO(lagged=True))), 2)
     assert "inner/inner/logits" in state
 
 
-def test_it_agrees_with_torchjd() -> None:
+def test_the_moving_average_agrees_with_torchjd() -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
     ours, theirs = MovingAverage(MGDA(), 0.9), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting(), 0.9)
     state = initial_state(ours, 2)

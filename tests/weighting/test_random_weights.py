@@ -13,7 +13,7 @@ def weights(seed: int, step: int, count: int = 3) -> torch.Tensor:
     return RandomWeights(seed).weights(statistics_of([1.0] * count, step=step), {}).weights
 
 
-def test_draws_depend_on_seed_and_step_alone() -> None:
+def test_draws_depend_on_seed_and_step_only() -> None:
     before = torch.get_rng_state()
     first = weights(0, 7)
     torch.manual_seed(123)

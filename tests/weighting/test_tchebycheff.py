@@ -89,9 +89,9 @@ def test_linear_form_is_that_of_the_reference_run(
     losses = LOSSES.clone().requires_grad_()
     smooth = mu * torch.logsumexp(losses / 3 / mu, 0)
     assert smooth.item() == pytest.approx(value, abs=1e-6)
-    found = coefficients(SmoothTchebycheff(mu), LOSSES)
-    assert_near(found, golden, 1e-6)
-    assert_near(found, gradient(smooth, losses), 1e-15)
+    actual = coefficients(SmoothTchebycheff(mu), LOSSES)
+    assert_near(actual, golden, 1e-6)
+    assert_near(actual, gradient(smooth, losses), 1e-15)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_log_form_is_that_of_the_reference_run(
     smooth = 3 * mu * torch.logsumexp((losses / vector((1.0, 4.0, 0.5))).log() / mu, 0)
     if value is not None:
         assert smooth.item() == pytest.approx(value, abs=1e-6)
-    found = coefficients(SmoothTchebycheff(mu, nadir=NADIR, log=True), LOSSES)
-    assert_near(found, golden, 1e-6)
-    assert_near(found, gradient(smooth, losses), 1e-14)
+    actual = coefficients(SmoothTchebycheff(mu, nadir=NADIR, log=True), LOSSES)
+    assert_near(actual, golden, 1e-6)
+    assert_near(actual, gradient(smooth, losses), 1e-14)
 
 
 @pytest.mark.parametrize("mu", [2.0, 0.3, 0.02])
@@ -190,8 +190,8 @@ def test_the_warm_up_averages_each_loss_over_the_steps_that_had_it() -> None:
     now = parameter.new_tensor([seen[name][-1] for name in "abc"])
     top = vector((np.mean(seen["a"][:3]), np.mean(seen["b"][:3]), seen["c"][0]))
     expected = torch.softmax(now / top / 3 / 0.1, 0) / 3 / top
-    found = torch.stack(list(optimizer.metrics.coefficients.values()))
-    assert_near(found, expected, 1e-14)
+    actual = torch.stack(list(optimizer.metrics.coefficients.values()))
+    assert_near(actual, expected, 1e-14)
 
 
 def test_a_logarithm_needs_losses_above_their_ideal() -> None:
@@ -209,19 +209,19 @@ def test_a_logarithm_needs_losses_above_their_ideal() -> None:
 @pytest.mark.parametrize(
     ("update", "golden"), [("mirror", (0.481259, 0.518741)), ("projected", (0.4625, 0.5375))]
 )
-def test_the_first_ascent_is_that_of_the_reference_run(
+def test_the_first_online_update_is_that_of_the_reference_run(
     update: str, golden: tuple[float, float]
 ) -> None:
     weighting = OnlineTchebycheff(update=update)
     first = weighting.weights(statistics_of((0.5, 2.0)), initial_state(weighting, 2))
-    assert_near(first.weights, (0.5, 0.5), 1e-15)  # those from before it saw the losses
+    assert_near(first.weights, (0.5, 0.5), 1e-15)  # those from before the first losses
     assert_near(first.coefficients, (0.25, 0.25), 1e-15)
     second = weighting.weights(statistics_of((0.5, 2.0)), first.state)
     assert_near(second.weights, golden, 1e-6)
 
 
 @pytest.mark.parametrize("update", ["mirror", "projected"])
-def test_it_is_the_textbook_ascent(update: str) -> None:
+def test_online_weights_follow_the_textbook_ascent(update: str) -> None:
     weighting = OnlineTchebycheff(0.3, update, PREFERENCE)
     state, weights = initial_state(weighting, 3), np.full(3, 1 / 3)
     preference = np.array([1, 2, 5]) / 8
@@ -250,7 +250,7 @@ def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("update", ["mirror", "projected"])
-def test_absent_losses_keep_their_share(update: str) -> None:
+def test_absent_losses_keep_their_online_weight(update: str) -> None:
     parameter = nn.Parameter(vector((1.0, 2.0, 3.0)))
     optimizer = BalancedOptimizer(
         torch.optim.SGD([parameter], lr=0.01), OnlineTchebycheff(0.2, update)

@@ -72,7 +72,7 @@ class Streaming(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
             return FeatureGramian(problem, self.dtype)
-        split = partial(partition, elements_per_param=self.elements_per_param)
+        split = partial(partition, per_param=self.elements_per_param)
         return StreamingLinearization(problem, self.dtype, split)
 
 
@@ -92,8 +92,7 @@ class StreamingLinearization(PerLossLinearization):
         segments = self.split(problem, nodes)
         _check_same_on_all_ranks(problem, segments)
         if not segments:
-            whole = problem._replace(retain_graph=True)
-            return PerLossLinearization(whole, self.dtype).gramian()
+            return PerLossLinearization(problem._replace(retain_graph=True), self.dtype).gramian()
         sweep = BackwardSweep(problem, self.dtype)
         parts = (sweep.pass_segment(segment, k) for k, segment in enumerate(segments))
         return remove_loss_scale(reduce(torch.add, parts), problem.scale)
@@ -120,12 +119,11 @@ class BackwardSweep:
 
     def pass_segment(self, segment: Segment, number: int) -> Tensor:
         """Inner products [K, K] of the gradients that are completed in this segment."""
-        problem = self.problem
-        params = [problem.params[k] for k in segment.param_indices]
-        names = [f"{name}, segment {number}" for name in problem.names]
+        params = [self.problem.params[k] for k in segment.param_indices]
+        names = [f"{name}, segment {number}" for name in self.problem.names]
         named = zip(names, self._rows(segment, params), strict=True)
-        rows = average_over_ranks(named, problem.averager, params)
-        gramian = Jacobian(rows).gramian(self.dtype, problem.losses[0].device)
+        rows = average_over_ranks(named, self.problem.averager, params)
+        gramian = Jacobian(rows).gramian(self.dtype, self.problem.losses[0].device)
         gramian = add_linear_layers(gramian, segment.layers, None, self.dtype)
         for layer in segment.layers:
             layer.output_gradients = []
@@ -135,19 +133,18 @@ class BackwardSweep:
         """The K rows of the parameters, one after the other."""
         edges = [*segment.leaving, *(layer.edge for layer in segment.layers)]
         inputs = [*params, *map(gradient_edge, edges)]
-        unreached = [None] * len(inputs)
         with OutputGradientRecorder(segment.layers) as recorder:
             for arrived in self.arrived:
                 here = [edge for edge in arrived if edge[0] in segment.nodes]
                 entering = {edge: arrived.pop(edge) for edge in here}
-                roots, outputs = [*map(gradient_edge, entering)], [*entering.values()]
-                found = gradients_of(roots, outputs, inputs, True) if roots else unreached
-                rest = iter(found[len(params) :])
+                roots, grads = [*map(gradient_edge, entering)], [*entering.values()]
+                row = gradients_of(roots, grads, inputs, True) if roots else [None] * len(inputs)
+                rest = iter(row[len(params) :])
                 for edge in segment.leaving:
                     if (gradient := next(rest)) is not None:
                         arrived[edge] = gradient
                 recorder.append_to_layers(rest)
-                yield found[: len(params)]
+                yield row[: len(params)]
 
 
 def _check_surroundings(problem: Problem, reentrant: bool) -> None:

@@ -35,12 +35,10 @@ class Segment(NamedTuple):
     leaving: list[Edge]  # where gradients go on in later segments
 
 
-def partition(
-    problem: Problem, nodes: Collection[Node], elements_per_param: float
-) -> list[Segment]:
-    """Segments from the losses down that keep about so many elements; none for a whole graph."""
+def partition(problem: Problem, nodes: Collection[Node], per_param: float) -> list[Segment]:
+    """Segments that keep about `per_param` elements for each of a parameter; none if not cut."""
     size = sum(param.numel() for param in problem.params)
-    budget = max(elements_per_param * size, NEGLIGIBLE)
+    budget = max(per_param * size, NEGLIGIBLE)
     if len(problem.losses) * size <= budget:
         return []
     costs = GraphCosts(problem, nodes)
@@ -48,31 +46,37 @@ def partition(
 
 
 def choose_cuts(costs: GraphCosts, budget: float) -> list[int]:
-    """Where to cut: one segment after the other takes what fits into the budget.
-
-    Walk down until the segment keeps more than the budget. Then go back to the narrowest cut of
-    those that the budget allows, or of all if a wide activation crosses each of them; but at most
-    to half of what the segment could have. So no node is walked past many times.
-    """
+    """Where to cut: walk down until a segment keeps more than the budget, and go back a little."""
     cuts, start, place, kept = list[int](), 0, 0, 0
-    candidates: dict[int, int] = {}  # with the elements that are kept above the cut
-    while place < len(costs.order):
-        kept += costs.kept(place, start)
+    candidates: dict[int, int] = {}  # by cut, the elements that are kept above it
+    while True:
         if kept > budget and candidates:
-            allowed = [c for c, k in candidates.items() if k + costs.cut_size[c] <= budget]
-            allowed = allowed or [*candidates]
-            half = candidates[allowed[-1]] / 2
-            allowed.sort(key=lambda c: (candidates[c] < half, costs.cut_size[c], -c))
-            found = next((c for c in allowed if not costs.has_hook_at(c)), None)
+            cut = _narrowest_cut(costs, candidates, budget)
             candidates = {}
-            if found is not None:
-                cuts.append(found)
-                start, place, kept = found, found, 0
-                continue
+            if cut is not None:
+                cuts.append(cut)
+                start, place, kept = cut, cut, 0
+        if place == len(costs.order):
+            return cuts
+        kept += costs.kept(place, start)
         place += 1
         if kept and costs.cut_size[place] < costs.remaining[place]:
             candidates[place] = kept
-    return cuts
+
+
+def _narrowest_cut(costs: GraphCosts, candidates: Mapping[int, int], budget: float) -> int | None:
+    """The candidate without hooks that the fewest elements cross.
+
+    It should come after half of what the segment could keep: else segments become too many. Where
+    wide activations cross all candidates, the budget is what these take, and as much more.
+    """
+    needs = {cut: kept + costs.cut_size[cut] for cut, kept in candidates.items()}
+    least = min(needs.values())
+    limit = budget if least <= budget else least + budget
+    allowed = [cut for cut, need in needs.items() if need <= limit]
+    half = candidates[allowed[-1]] / 2
+    allowed.sort(key=lambda cut: (candidates[cut] < half, costs.cut_size[cut], -cut))
+    return next((cut for cut in allowed if not costs.has_hook_at(cut)), None)
 
 
 def build_segments(costs: GraphCosts, cuts: Sequence[int]) -> list[Segment]:
@@ -119,8 +123,8 @@ class GraphCosts:
                 leading.add(node)
         self.order = [node for node in order if edges[node]]
         place = {node: k for k, node in enumerate(self.order)}
-        # For each edge: the first and last place that add to its gradient, and the place that
-        # receives it; for a parameter the last one. A loss may be a parameter itself.
+        # For each edge: the first and last place that add to its gradient, and the place that takes
+        # it; for a parameter the last one. A loss may be a parameter itself.
         roots = [edge for edge in map(edge_of, problem.losses) if edge[0] in self.leaves]
         self.spans: dict[Edge, tuple[int, int, int]] = dict.fromkeys(roots, (0, 0, 0))
         is_divisible = True

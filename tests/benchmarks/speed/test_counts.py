@@ -24,14 +24,14 @@ def syncs(weighting, count, at_features=False):
     outcome = setup.outcome()
     features = outcome.features if at_features else None
     with HostSyncs() as counted:
-        optimizer.backward(named(outcome.losses), features=features)
+        optimizer.backward(rename(outcome.losses), features=features)
         optimizer.step()
         if weighting.observes_step:
-            optimizer.observe(named(setup.outcome().losses))
+            optimizer.observe(rename(setup.outcome().losses))
     return counted.syncs
 
 
-def named(losses):
+def rename(losses):
     """Rename the losses as the registry's rows expect; more losses keep their own names."""
     names = NAMES if len(losses) <= len(NAMES) else losses
     return dict(zip(names, losses.values(), strict=False))

@@ -79,17 +79,17 @@ def table_of(results):
 
 
 def test_verdicts():
-    found = table_of(RESULTS)
-    assert found["loss-only methods"] == ("1.000 (Sum, codec, K = 2)", "reached")
-    assert found["FAMO, every 10"][1] == "missed by up to 2% in 1 of 1"
-    assert found["exact Gramian methods"] == (
+    rows = table_of(RESULTS)
+    assert rows["loss-only methods"] == ("1.000 (Sum, codec, K = 2)", "reached")
+    assert rows["FAMO, every 10"][1] == "missed by up to 2% in 1 of 1"
+    assert rows["exact Gramian methods"] == (
         "1.080 (MGDA, codec, K = 2)",
         "missed by up to 5% in 1 of 2",
     )
-    assert found["compared with TorchJD's default, K = 2"] == ("1.500 (codec, K = 2)", "reached")
-    assert found["compared with TorchJD's best setting"][1] == "missed by up to 10% in 1 of 1"
-    assert found["exact Gramian methods, K = 8 and 32"][1] == "reached"
-    assert found["solvers, K = 2"] == ("–", "not measured")
+    assert rows["compared with TorchJD's default, K = 2"] == ("1.500 (codec, K = 2)", "reached")
+    assert rows["compared with TorchJD's best setting"][1] == "missed by up to 10% in 1 of 1"
+    assert rows["exact Gramian methods, K = 8 and 32"][1] == "reached"
+    assert rows["solvers, K = 2"] == ("–", "not measured")
 
 
 def test_what_is_missed_is_explained_and_nothing_else():
