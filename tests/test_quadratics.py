@@ -127,10 +127,10 @@ def test_analytic_qp_is_the_explicit_inverse(
     inverse = torch.linalg.inv(log_jacobian @ log_jacobian.T)
     weights = torch.softmax(inverse.sum(1) / inverse.sum(), 0)
     expected = weights @ log_jacobian / (weights / gaps).sum()
-    found = direction(AnalyticQP(), problem, point)
+    actual = direction(AnalyticQP(), problem, point)
     condition = float(torch.linalg.cond(log_jacobian)) ** 2
     torch.testing.assert_close(
-        found, expected, rtol=0, atol=1e-13 * condition * float(expected.norm())
+        actual, expected, rtol=0, atol=1e-13 * condition * float(expected.norm())
     )
 
 

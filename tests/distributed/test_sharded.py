@@ -210,9 +210,9 @@ def test_tensor_parallel(method, plan, step):
         return parameters(model)
 
     expected = run(Tower(), True)
-    found = run(plan(Tower(), init_device_mesh("cpu", (2,))), False)
-    assert_same_on_all_ranks(found)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = run(plan(Tower(), init_device_mesh("cpu", (2,))), False)
+    assert_same_on_all_ranks(actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------- FSDP1

@@ -122,9 +122,9 @@ def jacobian(losses: Losses, params: Sequence[Tensor]) -> Tensor:
     """Row by row, the slow obvious way."""
     rows = []
     for loss in losses.values():
-        found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
         whole = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)
+            torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
         ]
         rows.append(torch.cat([g.reshape(-1) for g in whole]))
     return torch.stack(rows)
