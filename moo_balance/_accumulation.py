@@ -1,4 +1,4 @@
-"""A window of micro-batches (``accumulate()``); met only while one is open."""
+"""A window of micro-batches (``accumulate()``); used only while one is open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moo_balance.weighting.base import Statistics
 
 @dataclass(eq=False, repr=False)
 class Accumulation:
-    """What the micro-batches of an open window have left.
+    """Sums over the micro-batches of an open window.
 
     Args:
         losses: Sums of the losses so far, by name.

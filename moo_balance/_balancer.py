@@ -37,7 +37,8 @@ from moo_balance.engine.base import stack_losses
 from moo_balance.engine.distributed import is_whole
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
-from moo_balance.weighting.base import Statistics, Weighting, describe, state_dtype
+from moo_balance.weighting._identity import describe
+from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses: TypeAlias = Mapping[str, Tensor]
 Closure: TypeAlias = Callable[[], Losses]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moo_balance._record import Record
 from moo_balance.errors import BalanceValueError
-from moo_balance.weighting.base import State, Weighting, method_name
+from moo_balance.weighting._identity import method_name
+from moo_balance.weighting.base import State, Weighting
 
 if TYPE_CHECKING:
     from moo_balance._balancer import Balancer

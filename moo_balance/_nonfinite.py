@@ -125,7 +125,8 @@ def check_grads(params: Iterable[Tensor], names: Sequence[str], nonfinite: str) 
         NonFiniteError: One is not, and `nonfinite` is ``"raise"``.
     """
     grads = [param.grad for param in params if param.grad is not None]
-    if all_finite([entries_of(grad) for grad in grads if is_on_cpu(grad)]):
+    on_cpu = [grad for grad in grads if is_on_cpu(grad)]
+    if all_finite([entries_of(grad) if grad.is_sparse else grad for grad in on_cpu]):
         return True
     if nonfinite == "raise":
         raise NonFiniteError(

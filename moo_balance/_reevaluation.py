@@ -43,7 +43,7 @@ class Reevaluation:
     """A closure before its first evaluation, with the random state that it starts from.
 
     ``repeat`` evaluates it again after the step. Dropout and quantization noise repeat, so that a
-    difference in the losses is due to the step alone. Running statistics of modules in training
+    difference in the losses is due only to the step. Running statistics of modules in training
     mode (batch norm, codebooks) and the random generators are put back afterwards.
     """
 

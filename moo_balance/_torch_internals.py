@@ -80,9 +80,7 @@ def scaler_device(scaler: GradScaler) -> str | None:
 
 
 def entries_of(gradient: Tensor) -> Tensor:
-    """The stored entries of a gradient; without the private name a sparse one is sorted for it."""
-    if not gradient.is_sparse:
-        return gradient
+    """The stored entries of a sparse gradient; without the private name it is sorted for them."""
     read: Callable[[], Tensor] | None = getattr(gradient, "_values", None)
     return gradient.coalesce().values() if read is None else read()
 

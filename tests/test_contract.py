@@ -125,6 +125,22 @@ def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
 
 
 @over_methods
+def test_float32_statistics_are_taken_in_every_step(method):
+    """As in a method with a Gramian that contains another one, some in float64 in between."""
+    weighting, scene = method.make(NAMES), Scene.random()
+    state = weighting.init(NAMES, torch.device("cpu"))
+    for step, losses in enumerate(scene.losses):
+        dtype = torch.float64 if step == 2 else torch.float32
+        gramian = None
+        if weighting.uses_gramian and step % weighting.every == 0:
+            gramian = (scene.jacobians[step] @ scene.jacobians[step].T).to(dtype)
+        statistics = Statistics(NAMES, losses.to(dtype), gramian, step)
+        _, coefficients, state = weighting.weights(statistics, state)
+        state = weighting.observe(Statistics(NAMES, scene.after[step].to(dtype)), state)
+        assert bool(coefficients.isfinite().all())
+
+
+@over_methods
 def test_a_state_that_was_passed_in_stays_as_it_was(method):
     weighting = method.make(NAMES)
     scene = Scene.random()

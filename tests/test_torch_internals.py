@@ -9,9 +9,16 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from moo_balance import BalancedOptimizer, NonFiniteError, Sum
+from moo_balance import FAMO, BalancedOptimizer, NonFiniteError, Sum
 from moo_balance._nonfinite import all_finite
-from moo_balance._torch_internals import hooks_of, scaler_device, scaler_stage
+from moo_balance._torch_internals import (
+    broadcasts_buffers,
+    entries_of,
+    hooks_of,
+    request_buffer_broadcast,
+    scaler_device,
+    scaler_stage,
+)
 
 
 @pytest.fixture(params=[True, False], ids=["with the name", "without the name"])
@@ -54,38 +61,122 @@ def test_a_nan_gradient_is_refused() -> None:
         optimizer.step()
 
 
-class ScalerWithoutStates:
-    """A scaler of a PyTorch that keeps its states elsewhere."""
+def scaled_step() -> list[float]:
+    """The weights after a step under a scaler, with its checks of the order of calls."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), Sum())
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    optimizer.backward({"a": weight.sum(), "b": 2 * weight[0]}, grad_scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    return weight.tolist()
 
 
-def test_a_scaler_that_does_not_tell_its_stage() -> None:
+def hooked_step() -> list[object]:
+    """What step hooks of the wrapper and of the wrapped optimizer see, and the checkpoint's."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), Sum())
+    calls = list[object]()
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: calls.append(("step", len(args))))
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append("state_dict"))
+    optimizer.backward({"a": weight.sum()})
+    optimizer.step()
+    optimizer.state_dict()
+    return [*calls, *weight.tolist()]
+
+
+def reevaluated_step() -> list[float]:
+    """Running statistics of batch norm after a step whose losses are evaluated again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO(shift=1.0))
+    inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    optimizer.step(lambda: {"a": model(inputs).square().mean(), "b": model(inputs).abs().mean()})
+    return model[1].running_mean.tolist()  # type: ignore[union-attr, operator]
+
+
+class Hidden:
+    """A scaler or module seen through a PyTorch that does not have some names."""
+
+    def __init__(self, inner: object, hidden: str) -> None:
+        self._inner, self._hidden = inner, hidden
+
+    def __getattr__(self, name: str) -> object:
+        if name == self._hidden:
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize("name", ["_per_optimizer_states", "_device"])
+def test_a_step_under_a_scaler_without_a_private_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = scaled_step()
+    for function in (scaler_stage, scaler_device):
+        monkeypatch.setattr(
+            f"moo_balance._grad_scaler.{function.__name__}",
+            lambda scaler, *rest, function=function: function(Hidden(scaler, name), *rest),
+        )
+    assert scaled_step() == expected == pytest.approx([0.7, 0.9])
+
+
+def test_what_is_said_of_a_scaler_without_private_names() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    scaler: GradScaler = ScalerWithoutStates()  # type: ignore[assignment]
-    assert scaler_stage(scaler, optimizer) == "UNKNOWN"
-    assert scaler_device(scaler) == "cpu"
+    scaler = GradScaler("cpu")
+    assert scaler_stage(scaler, optimizer) is None
+    without_states: GradScaler = Hidden(scaler, "_per_optimizer_states")  # type: ignore[assignment]
+    without_device: GradScaler = Hidden(scaler, "_device")  # type: ignore[assignment]
+    assert scaler_stage(without_states, optimizer) == "UNKNOWN"
+    assert scaler_device(without_device) is None
 
 
-def test_a_step_under_a_scaler_that_does_not_tell_its_stage(
+@pytest.mark.parametrize("kind", ["step_post", "state_dict_pre"])
+def test_hooks_that_are_kept_under_another_name_do_not_run(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_hooks = hooked_step()
+
+    def hooks_of_another_pytorch(optimizer: torch.optim.Optimizer, asked: str) -> object:
+        return {} if asked == kind else hooks_of(optimizer, asked)
+
+    monkeypatch.setattr("moo_balance._wrapper.hooks_of", hooks_of_another_pytorch)
+    monkeypatch.setattr("moo_balance.optimizer.hooks_of", hooks_of_another_pytorch)
+    without = hooked_step()
+    assert with_hooks[-2:] == without[-2:] == pytest.approx([0.9, 0.9])
+    assert with_hooks[:-2] == [("step", 1), "state_dict"]
+    assert len(without) == len(with_hooks) - 1
+
+
+def test_hooks_that_an_optimizer_does_not_have() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert hooks_of(optimizer, "of_another_pytorch") == {}
+
+
+def test_entries_of_a_sparse_gradient_without_their_private_accessor() -> None:
+    values = torch.tensor([1.0, 2.0, math.inf])
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        gradient = torch.sparse_coo_tensor(torch.tensor([[0, 1, 1]]), values, (3,))
+    assert entries_of(gradient).tolist() == [1.0, 2.0, math.inf]
+    hidden = Hidden(gradient, "_values")
+    assert entries_of(hidden).tolist() == [1.0, math.inf]  # type: ignore[arg-type]
+
+
+def test_a_replacement_of_module_calls_by_another_library_survives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The checks of the order of calls pass, and the step is that of a scaler that tells."""
-    steps = []
-    for tells in (True, False):
-        weight = nn.Parameter(torch.ones(2))
-        optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), Sum())
-        scaler = GradScaler("cpu", init_scale=1024.0)
-        if not tells:
-            monkeypatch.setattr(
-                "moo_balance._grad_scaler.scaler_stage", lambda scaler, optimizer: "UNKNOWN"
-            )
-        optimizer.backward({"a": weight.sum(), "b": 2 * weight[0]}, grad_scaler=scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        steps.append(weight.detach().clone())
-    assert steps[0].tolist() == steps[1].tolist() == pytest.approx([0.7, 0.9])
+    expected = reevaluated_step()
+    before = nn.Module.__call__
+
+    def replacement(module: nn.Module, *args: object, **kwargs: object) -> object:
+        return before(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", replacement)
+    assert reevaluated_step() == expected
+    assert nn.Module.__call__ is replacement
 
 
-def test_hooks_that_are_kept_elsewhere() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    assert hooks_of(optimizer, "step_pre") == {}
-    assert hooks_of(optimizer, "of_another_pytorch") == {}
+def test_a_module_without_the_flag_of_data_parallelism() -> None:
+    module = nn.Linear(1, 1)
+    assert not broadcasts_buffers(module)
+    request_buffer_broadcast(module)
+    assert broadcasts_buffers(module)

@@ -29,8 +29,8 @@ all losses reach, and a parameter h that only loss 1 reaches:
 
 Other ways: losses that share features are differentiated down to these (features); `Streaming`
 keeps the K gradients of a few layers at a time (streaming/). Several processes average rows while
-the next loss is differentiated (distributed). Reading autograd's graph, and every private name of
-PyTorch, is the business of one file (autograd).
+the next loss is differentiated (distributed). One file (autograd) reads autograd's graph and holds
+every private name of PyTorch, except `torch._foreach_*`, on which torch.optim is built.
 """
 
 from moo_balance.engine.base import (

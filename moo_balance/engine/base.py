@@ -103,11 +103,11 @@ class Window(ABC):
 
 
 class Engine(ABC):
-    """Takes gradients. Knows autograd and memory; knows no method by name."""
+    """Computes gradients. It depends on autograd and memory, and on no method."""
 
     @abstractmethod
     def linearize(self, problem: Problem) -> Linearization:
-        """Prepare to differentiate; nothing is computed before it is asked for."""
+        """Prepare to differentiate; nothing is computed before it is requested."""
 
     def window(self) -> Window:
         """An empty window of micro-batches, for gradient accumulation."""
@@ -140,8 +140,11 @@ def weighted_backward(problem: Problem, coefficients: Tensor) -> None:
 def gradients_of(
     roots: Sequence[Any], grad_outputs: Sequence[Tensor], inputs: Sequence[Any], retain_graph: bool
 ) -> Row:
-    """``autograd.grad`` from tensors or edges to tensors or edges; None where nothing arrives."""
-    if not inputs:
+    """``autograd.grad`` from tensors or edges to tensors or edges; None where nothing arrives.
+
+    It writes no ``.grad`` and runs no post-accumulate hook.
+    """
+    if not inputs:  # all parameters are frozen
         return ()
     try:
         return torch.autograd.grad(

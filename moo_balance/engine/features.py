@@ -4,8 +4,8 @@ parameters --trunk--> features --heads--> K losses
 
 gramian():      loss_k --autograd.grad--> gradient at the features, row of the heads' parameters
 K gradients at the features --> [K, K]
-add_to_grad(c): c_1 gradient_1 + ... + c_K gradient_K at the features --one pass--> trunk's .grad
-c_1 row_1 + ... + c_K row_K                           ------------> heads' .grad
+add_to_grad(c): c_1 gradient_1 + ... at the features --one pass--> .grad of the trunk
+c_1 row_1 + ...                      ------------> .grad of the heads
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
     bypassed = bool(heads & trunk) or _is_nested(problem.features, trunk)
     retain = _need_graph_later(parts, bypassed or _retains_graph(problem))
     heads_gradients = HeadGradients([], [])
-    # Usually nothing that is asked for comes before the features. But a parameter may be used on
+    # Usually nothing that is requested comes before the features. But a parameter may be used on
     # both sides, and one feature may be computed from another.
     with _block_gradients(map(edge_of, problem.features)):
         for k, (loss, output) in enumerate(

@@ -102,7 +102,7 @@ def find_linear_layers(
 ) -> list[LinearWeightGradient]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
-    The weight must be used there and nowhere else, and no hook may want to see its gradient.
+    The weight must be used there and nowhere else, and have no hook.
     Averages over ranks are not products of factors: with several ranks there are none.
 
     Args:

@@ -10,16 +10,14 @@ Without a call of ``gramian`` the weighted sum of the losses takes one ordinary 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moo_balance.engine.autograd import (
-    explain_donated_buffers,
     has_hooks,
     has_reentrant_checkpoint,
     nodes_above,
@@ -32,6 +30,7 @@ from moo_balance.engine.base import (
     Window,
     add_rows,
     add_to_grad,
+    gradients_of,
     gradients_through_hooks,
     precomputed_gradient,
     remove_loss_scale,
@@ -71,7 +70,8 @@ class PerLoss(Engine):
     the Gramian is that of the averaged gradients. Rows of sharded parameters (``fully_shard``)
     stay sharded, and their inner products are summed over the shards.
 
-    Gradients are written to the wrapped optimizer's parameters.
+    With a Gramian, gradients are written to the wrapped optimizer's parameters only; without one,
+    to every leaf of the graph, as in a plain backward pass.
 
     Args:
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
@@ -90,7 +90,7 @@ class PerLoss(Engine):
 
 
 class PerLossLinearization(Linearization):
-    """One batch: it is differentiated loss by loss once its Gramian is asked for."""
+    """One batch: it is differentiated loss by loss once its Gramian is requested."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self.problem = problem
@@ -208,26 +208,14 @@ def differentiate(
         if sharded or reentrant:
             row = gradients_through_hooks([loss], [output], params, retain_graph)
         elif inputs is None:
-            row = _grad(loss, output, params, retain_graph)
+            row = gradients_of([loss], [output], params, retain_graph)
         else:
             with inputs.recorder:
-                row = inputs.split(_grad(loss, output, inputs.inputs, retain_graph))
+                row = gradients_of([loss], [output], inputs.inputs, retain_graph)
+            row = inputs.split(row)
         if sharded and all(gradient is None for gradient in row):
             raise _no_gradient_of_shards(problem.names[k])
         yield row
-
-
-def _grad(loss: Tensor, output: Tensor, inputs: Sequence[Any], retain_graph: bool) -> Row:
-    """The gradient of one loss. It writes no ``.grad`` and runs no hook that waits for it."""
-    if not inputs:  # all parameters are frozen
-        return ()
-    try:
-        return torch.autograd.grad(
-            loss, inputs, output, retain_graph=retain_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        explain_donated_buffers(error)
-        raise
 
 
 def _average(

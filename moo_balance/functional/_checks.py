@@ -47,7 +47,7 @@ def precision(tensor: Tensor) -> float:
 def check_gramian(gramian: Tensor) -> None:
     """Refuse a Gramian that is not square, or not finite.
 
-    The latter only on the CPU: reading a value of another device would wait for it.
+    The latter only on the CPU: reading a value from another device synchronizes.
     """
     check_square(gramian)
     # The sum of finite entries may overflow, so only a finite sum is an answer.

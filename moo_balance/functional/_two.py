@@ -17,8 +17,8 @@ def weights_of_two(gramian: Tensor, *, convex: bool) -> Tensor:
     """Weights of the shortest vector on the line through two gradients; ``convex``: between them.
 
     On the CPU this is arithmetic on Python's floats, in half the time of tensors or less, and
-    refuses what is not finite. Elsewhere it is the same on 0-d tensors, and no value is read, so
-    that the host need not wait.
+    refuses what is not finite. Elsewhere it is the same on 0-d tensors, and no value is read,
+    which would synchronize.
     """
     dtype = torch.promote_types(gramian.dtype, torch.float32)
     # Inner products are as precise as they were computed; a cast does not improve them.

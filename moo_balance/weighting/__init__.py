@@ -1,5 +1,8 @@
 """One file per published method; each is a frozen dataclass of hyper-parameters."""
 
+# For methods that are not in the package.
+from moo_balance.weighting._adam import adam as adam, init_adam as init_adam
+from moo_balance.weighting._random import step_generator as step_generator
 from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
 from moo_balance.weighting.base import (
     GramianWeighting,

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import partial
-from types import MethodType
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import widest_dtype as state_dtype
+from moo_balance.functional._checks import widest_dtype
 
-__all__ = [
-    "GramianWeighting",
-    "State",
-    "Statistics",
-    "Weighting",
-    "WeightingOutput",
-    "describe",
-    "method_name",
-    "state_dtype",
-]
+state_dtype = widest_dtype
+"""The dtype of state tensors on a device: float64 where the device has it."""
 
 State: TypeAlias = dict[str, Tensor]
 """What a weighting keeps from one step to the next: tensors of shape ``()``, ``[K]`` or ``[K, K]``,
@@ -39,8 +27,8 @@ class Statistics(NamedTuple):
 
     Args:
         names: The K losses that are present, in the order of the tensors below.
-        losses: Their values, shape [K], detached and unscaled. Their dtype is that of the Gramian
-            where the method uses one, else float64 (float32 on Apple's "mps").
+        losses: Their values, shape [K], detached and unscaled. Their dtype is that of `gramian` in
+            a step that has one, else float64 (float32 on Apple's "mps").
         gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
             for a method that does not use it, or in a step between two refreshes (``every``).
         step: Number of steps that have been committed so far.
@@ -167,70 +155,3 @@ class GramianWeighting(Weighting):
             solution = {**state, **self.solve(statistics, statistics.gramian, state)}
         kept = {key: solution[key].to(value.dtype) for key, value in state.items()}
         return WeightingOutput(solution["weights"], self.coefficients(statistics, solution), kept)
-
-
-def method_name(weighting: Weighting) -> str:
-    """The class of a weighting, with those of the weightings among its fields.
-
-    A checkpoint carries it: states of the same name fit each other.
-
-    Example:
-        >>> from moo_balance import MGDA, MovingAverage
-        >>> method_name(MovingAverage(MGDA(normalize="l2"), beta=0.5))
-        'MovingAverage(MGDA)'
-    """
-    nested = [method_name(inner) for inner in _weightings_in(list(_parameters(weighting).values()))]
-    return type(weighting).__name__ + (f"({', '.join(nested)})" if nested else "")
-
-
-def describe(weighting: Weighting) -> str:
-    """The class of a weighting and all its hyper-parameters, the same in every process.
-
-    Ranks compare it: unlike ``repr`` it has no address of a function in it.
-
-    Example:
-        >>> from moo_balance import FixedWeights, MovingAverage
-        >>> describe(MovingAverage(FixedWeights({"a": 1, "b": 0.5})))
-        "MovingAverage(weighting=FixedWeights(values={'a': 1, 'b': 0.5}), beta=0.9)"
-    """
-    arguments = ", ".join(f"{key}={_text(value)}" for key, value in _parameters(weighting).items())
-    return f"{type(weighting).__name__}({arguments})"
-
-
-def _parameters(weighting: Weighting) -> dict[str, Any]:
-    """The hyper-parameters: the fields that make two weightings equal or not."""
-    if not is_dataclass(weighting):
-        return vars(weighting)
-    return {f.name: getattr(weighting, f.name) for f in fields(weighting) if f.compare}
-
-
-def _weightings_in(value: object) -> list[Weighting]:
-    """The weightings in a value, or in the sequences and mappings of it."""
-    if isinstance(value, Weighting):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [weighting for entry in value for weighting in _weightings_in(entry)]
-    return []
-
-
-def _text(value: object) -> str:
-    """The representation of a hyper-parameter, without addresses."""
-    if isinstance(value, Weighting):
-        return describe(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    if isinstance(value, (set, frozenset)):  # whose order differs from process to process
-        return "{" + ", ".join(sorted(map(_text, value))) + "}"
-    if isinstance(value, Tensor):
-        return _text(value.tolist())
-    if isinstance(value, partial):
-        return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
-    if isinstance(value, MethodType):
-        return f"{_text(value.__self__)}.{value.__name__}"
-    if hasattr(value, "__qualname__"):  # a function or a class
-        return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -85,7 +85,7 @@ class OnlineTchebycheff(Weighting):
         if self.update == "mirror":
             weights = torch.softmax(state["logits"], 0)
             logits = state["logits"] + gain
-            # The present losses share what they hold; the mass of absent ones waits with them.
+            # The present losses share what they hold; the mass of absent ones is kept for them.
             grown = logits.logsumexp(0) - state["logits"].logsumexp(0)
             state = {"logits": logits - grown}
         else:

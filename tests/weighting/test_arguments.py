@@ -32,9 +32,9 @@ def test_a_constant_state_has_double_precision() -> None:
     assert constant_state(0.25, 4, CPU).dtype == torch.float64
 
 
-def test_values_by_name_have_a_default() -> None:
+def test_values_by_name_are_zero_where_a_name_is_missing() -> None:
     assert values_by_name(0.5, ("a", "b")) == [0.5, 0.5]
-    assert values_by_name({"b": 2}, ("a", "b"), default=1.0) == [1.0, 2.0]
+    assert values_by_name({"b": 2}, ("a", "b")) == [0.0, 2.0]
 
 
 def test_an_argument_broadcasts_against_the_losses_in_their_dtype() -> None:

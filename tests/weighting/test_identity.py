@@ -22,7 +22,7 @@ from moo_balance import (
     Sum,
 )
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
-from moo_balance.weighting.base import describe, method_name
+from moo_balance.weighting._identity import describe, method_name
 from tests.support.registry import NAMES, over_methods
 
 
@@ -128,7 +128,7 @@ from functools import partial
 from typing import Any
 from operator import mul
 from moo_balance import MGDA, MovingAverage
-from moo_balance.weighting.base import describe
+from moo_balance.weighting._identity import describe
 
 @dataclass(frozen=True)
 class Scheduled(MovingAverage):

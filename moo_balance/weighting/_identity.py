@@ -1,0 +1,81 @@
+"""What identifies a weighting: its classes for checkpoints, all hyper-parameters for ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor
+
+from moo_balance.weighting.base import Weighting
+
+
+def method_name(weighting: Weighting) -> str:
+    """The class of a weighting, with those of the weightings among its fields.
+
+    A checkpoint carries it: states of the same name fit each other.
+
+    Example:
+        >>> from moo_balance import MGDA, MovingAverage
+        >>> method_name(MovingAverage(MGDA(normalize="l2"), beta=0.5))
+        'MovingAverage(MGDA)'
+    """
+    nested = [method_name(inner) for inner in _weightings_in(list(_parameters(weighting).values()))]
+    return type(weighting).__name__ + (f"({', '.join(nested)})" if nested else "")
+
+
+def describe(weighting: Weighting) -> str:
+    """The class of a weighting and all its hyper-parameters, the same in every process.
+
+    Ranks compare it: unlike ``repr`` it has no address of a function in it.
+
+    Example:
+        >>> from moo_balance import FixedWeights, MovingAverage
+        >>> describe(MovingAverage(FixedWeights({"a": 1, "b": 0.5})))
+        "MovingAverage(weighting=FixedWeights(values={'a': 1, 'b': 0.5}), beta=0.9)"
+    """
+    arguments = ", ".join(f"{key}={_text(value)}" for key, value in _parameters(weighting).items())
+    return f"{type(weighting).__name__}({arguments})"
+
+
+def _parameters(weighting: Weighting) -> dict[str, Any]:
+    """The hyper-parameters: the fields that make two weightings equal or not."""
+    if not is_dataclass(weighting):
+        return vars(weighting)
+    return {f.name: getattr(weighting, f.name) for f in fields(weighting) if f.compare}
+
+
+def _weightings_in(value: object) -> list[Weighting]:
+    """The weightings in a value, or in the sequences and mappings of it."""
+    if isinstance(value, Weighting):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [weighting for entry in value for weighting in _weightings_in(entry)]
+    return []
+
+
+def _text(value: object) -> str:
+    """The representation of a hyper-parameter, without addresses."""
+    if isinstance(value, Weighting):
+        return describe(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, (set, frozenset)):  # whose order differs from process to process
+        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+    if isinstance(value, Tensor):
+        return _text(value.tolist())
+    if isinstance(value, partial):
+        return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
+    if isinstance(value, MethodType):
+        return f"{_text(value.__self__)}.{value.__name__}"
+    if hasattr(value, "__qualname__"):  # a function or a class
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
