@@ -123,23 +123,10 @@ def test_nothing_is_cut_where_more_would_cross_than_is_kept() -> None:
     assert in_little_memory(costs_of(residual(samples=200))) == []
 
 
-def test_a_model_whose_gradients_take_little_memory_is_not_cut() -> None:
-    assert segments_of(chain(3, NEGLIGIBLE // 12), per_param=1e-9) == []
-    assert len(segments_of(chain(3, NEGLIGIBLE // 4), per_param=1e-9)) > 1
-
-
 def test_a_model_whose_gradients_fit_into_the_budget_is_not_cut() -> None:
+    assert segments_of(chain(3, NEGLIGIBLE // 12), per_param=1e-9) == []
     assert segments_of(chain(3, NEGLIGIBLE // 4), per_param=4.0) == []
-
-
-@over_cut_graphs
-def test_each_parameter_is_in_one_segment(name: str) -> None:
-    built = GRAPHS[name]()
-    costs = costs_of(built)
-    segments = build_segments(costs, everywhere(costs))
-    found = Counter(k for segment in segments for k in segment.param_indices)
-    found += Counter(layer.param_index for segment in segments for layer in segment.layers)
-    assert set(found.values()) <= {1}
+    assert len(segments_of(chain(3, NEGLIGIBLE // 4), per_param=1e-9)) > 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -241,9 +228,11 @@ def test_planning_is_linear_in_the_number_of_nodes(monkeypatch: pytest.MonkeyPat
         built = build(40)
         calls.clear()
         costs = costs_of(built)
+        assert calls["kept"] == len(costs.order)
         for budget in (0, 1000, 3000):
+            calls["kept"] = 0
             choose_cuts(costs, budget)
-        assert calls["kept"] <= 1 + 3 * (1 + 3) * len(costs.order)
+            assert calls["kept"] <= 3 * len(costs.order)
         assert calls["probes"] <= len(costs.spans)
 
 
