@@ -154,6 +154,14 @@ def test_any_partition_gives_the_same_gramian(name: str, draw: random.Random) ->
 # ---------------------------------------------------------------------- what it keeps
 
 
+def test_an_output_gradient_that_enters_a_segment_is_not_kept_for_its_layer() -> None:
+    costs = costs_of(residual(samples=3))
+    assert costs.layers
+    for node in costs.layers:
+        place = costs.order.index(node)
+        assert costs.kept(place, start=place) < costs.kept(place, start=0)
+
+
 @pytest.mark.parametrize("samples", [3, 20])
 @pytest.mark.parametrize("choose", [everywhere, in_little_memory])
 def test_what_crosses_a_cut_is_what_was_counted(
@@ -239,8 +247,9 @@ def test_planning_is_linear_in_the_number_of_nodes(monkeypatch: pytest.MonkeyPat
 def hooked_everywhere(depth: int) -> Graph:
     weights, value = [parameter(16, 16, seed=k) for k in range(depth)], drawn(2, 16)
     for weight in weights:
-        value = torch.tanh(value @ weight)
-        value.register_hook(lambda gradient: 2 * gradient)
+        product = value @ weight
+        product.register_hook(lambda gradient: 2 * gradient)
+        value = torch.tanh(product)
     return Graph([value.sum(), value.square().sum()], weights)
 
 
@@ -254,6 +263,13 @@ def test_a_gramian_costs_a_pass_per_loss_and_the_gradient_one_more() -> None:
 
 
 # ---------------------------------------------------------------------- hooks and surroundings
+
+
+def test_no_cut_is_made_where_a_hook_would_see_a_gradient_twice() -> None:
+    costs = costs_of(hooked_everywhere(6))
+    cuts = in_little_memory(costs)
+    assert len(cuts) > 1
+    assert not any(map(costs.has_hook_at, cuts))
 
 
 @over_engines
