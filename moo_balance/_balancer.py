@@ -35,7 +35,7 @@ from moo_balance._validation import read_features, read_losses, read_observed_lo
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import stack_losses
 from moo_balance.engine.distributed import is_whole
-from moo_balance.errors import NonFiniteError
+from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import Statistics, Weighting, describe, state_dtype
 
@@ -45,7 +45,7 @@ Features: TypeAlias = Tensor | Sequence[Tensor] | None
 
 
 class Batch(NamedTuple):
-    """A batch of data: its validated losses, ready to be differentiated, and their values."""
+    """One batch: its losses as a problem for the engine, and their values for the method."""
 
     problem: Problem
     statistics: Statistics
@@ -156,7 +156,7 @@ class Balancer:
             losses=tuple(present.values()),
             params=params,
             compared=compared,
-            scale=None if scaling is None else scaling.factor(),
+            scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
             averager=None if self.ranks is None else self.ranks.averager,
             features=features or (),
@@ -204,7 +204,7 @@ class Balancer:
     def _weigh(
         self, statistics: Statistics, linearization: Linearization | None, scaled: bool
     ) -> Staged:
-        """Ask the method for weights. Nothing changes yet, except the counts of faults.
+        """Compute the weights. Nothing changes yet, except the counts of faults.
 
         Args:
             statistics: The losses.
@@ -220,7 +220,7 @@ class Balancer:
             if self.nonfinite == "raise":
                 raise
             return Staged(names, present, state, torch.zeros_like(statistics.losses), skip=True)
-        shown = statistics
+        measured = statistics
         valid = flags.are_clear()
         if valid is not None:
             statistics = self._mask(statistics, flags, valid, scaled)
@@ -234,7 +234,7 @@ class Balancer:
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
-        metrics = StepMetrics(present, shown.gramian, shown.losses, weights, coefficients)
+        metrics = StepMetrics(present, measured.gramian, measured.losses, weights, coefficients)
         return Staged(names, present, following, coefficients, metrics, valid)
 
     def _measure(
@@ -263,7 +263,7 @@ class Balancer:
 
         Gradients that overflow under a loss scaler are not reported: the scaler handles them.
         """
-        reportable = flags.losses if scaled else flags.either()
+        reportable = flags.losses if scaled else flags.union()
         if reportable is not None:
             self.record.faults.add(statistics.names, reportable)
         bounds = self.weighting.lower_bounds(statistics.names)
@@ -318,15 +318,20 @@ class Balancer:
 
     # ------------------------------------------------------------ step
 
-    def step(self, closure: Callable[[], Any] | None) -> Any:
-        """Take the wrapped optimizer's step and commit what was staged."""
+    def step(self, stepping: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the wrapped optimizer's step and commit what was staged.
+
+        Args:
+            stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
+            closure: Its argument.
+        """
         result = None if closure is None else self._run_closure(closure)
         record = self.record
         record.check_window_closed()
         staged = record.staged
         if staged is None:
             return self._step_without_backward(closure, result)
-        if self._must_skip(staged):
+        if self._must_skip(staged, stepping):
             record.skip()
             return result
         output = self.optimizer.step()
@@ -348,7 +353,7 @@ class Balancer:
             self._balance(batch)
         return result
 
-    def _must_skip(self, staged: Staged) -> bool:
+    def _must_skip(self, staged: Staged, stepping: Optimizer) -> bool:
         """Whether a value that is not finite forbids the step.
 
         Raises:
@@ -357,7 +362,7 @@ class Balancer:
         if staged.skip or (self.nonfinite == "skip" and staged.is_invalid()):
             return True
         if staged.scaling is not None:
-            staged.scaling.check_unscaled(self.optimizer)
+            staged.scaling.check_unscaled(stepping, self.optimizer)
             return False  # GradScaler has already checked
         params = self.params
         if is_distributed():
@@ -371,7 +376,11 @@ class Balancer:
             return None  # a trainer skips this batch
         if all(float(group.get("lr", 1.0)) == 0.0 for group in self.optimizer.param_groups):
             return self.optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
-        return self.record.check_staged()
+        raise BalanceError(
+            "`step` should follow `backward` or `combined_loss`. Found neither since the last "
+            "step. Call `optimizer.backward(losses)` in place of `loss.backward()`, and the last "
+            "micro-batch of a window outside of `accumulate()`."
+        )
 
     # ------------------------------------------------------------ observe
 
@@ -382,7 +391,7 @@ class Balancer:
         return [Reevaluation(closure, {param.device for param in self.params})]
 
     def observe(self, losses: Losses) -> None:
-        """Show the method the losses of the same batch after a committed step."""
+        """Pass the losses of the same batch after a committed step to the method."""
         record, expected = self.record, self.record.awaiting
         if expected is None:
             record.check_stepped()

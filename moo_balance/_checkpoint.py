@@ -63,7 +63,7 @@ def validate_checkpoint(
     names = tuple(saved["names"]) or record.names
     state = None
     if saved["names"] and saved["steps"]:
-        state = _read_state(saved["state"], weighting.init(saved["names"], device), weighting)
+        state = _read_state(saved["state"], weighting.init(names or (), device), weighting)
     awaiting = None if saved["awaiting"] is None else tuple(saved["awaiting"])
     return Checkpoint(names, state, int(saved["steps"]), int(saved["skipped"]), awaiting)
 

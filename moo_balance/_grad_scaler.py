@@ -1,6 +1,6 @@
 """``torch.amp.GradScaler``: the factor on the losses, and the order of calls that it needs.
 
-This module is met only where a scaler was passed to ``backward``, and in ``GradScaler.step``.
+This module is used only where a scaler was passed to ``backward``, and in ``GradScaler.step``.
 """
 
 from __future__ import annotations
@@ -17,28 +17,37 @@ from moo_balance.errors import BalanceError
 
 
 class Scaling(NamedTuple):
-    """An enabled scaler, and the optimizer that it knows.
+    """An enabled scaler.
 
     ``GradScaler`` identifies an optimizer by ``id``: the BalancedOptimizer must be the one it is
     given, in ``unscale_`` and in ``step``.
     """
 
     scaler: GradScaler
-    optimizer: Optimizer
 
-    def factor(self) -> Tensor:
-        """The present loss scale, a 0-d tensor."""
-        scaled: Tensor = self.scaler.scale(torch.ones((), device=scaler_device(self.scaler)))
+    def factor(self, default: torch.device) -> Tensor:
+        """The present loss scale, a 0-d tensor on the scaler's device.
+
+        Args:
+            default: Its device, where the scaler does not say.
+        """
+        device = scaler_device(self.scaler) or default
+        scaled: Tensor = self.scaler.scale(torch.ones((), device=device))
         return scaled
 
-    def check_unscaled(self, wrapped: Optimizer) -> None:
-        """Refuse a step on gradients that carry the scale, or that were unscaled twice."""
+    def check_unscaled(self, optimizer: Optimizer, wrapped: Optimizer) -> None:
+        """Refuse a step on gradients that carry the scale, or that were unscaled twice.
+
+        Args:
+            optimizer: The BalancedOptimizer that takes the step.
+            wrapped: The optimizer inside.
+        """
         if scaler_stage(self.scaler, wrapped) not in (None, "UNKNOWN"):
             raise BalanceError(
                 "`scaler.unscale_` and `scaler.step` should be given the BalancedOptimizer. Found "
                 "the wrapped optimizer in the scaler, which would unscale the same gradients twice."
             )
-        if scaler_stage(self.scaler, self.optimizer) not in ("UNSCALED", "UNKNOWN"):
+        if scaler_stage(self.scaler, optimizer) not in ("UNSCALED", "UNKNOWN"):
             raise BalanceError(
                 "A step under a GradScaler should be taken by `scaler.step(optimizer)`. Found "
                 "`optimizer.step()`, with gradients that still carry the scale."
@@ -58,4 +67,4 @@ def read_scaling(scaler: GradScaler | None, optimizer: Optimizer) -> Scaling | N
             "`backward` should come before `scaler.unscale_`. Found gradients that are unscaled "
             "already. Call `scaler.step(optimizer)` and `scaler.update()` first."
         )
-    return Scaling(scaler, optimizer)
+    return Scaling(scaler)

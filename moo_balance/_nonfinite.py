@@ -2,7 +2,7 @@
 
 On the CPU they are found, and named in an error, at once. Reading them from an accelerator would
 synchronize, so there the result stays on the device as a flag per loss: the flags mask the step,
-and are reported when the host reads the figures (``log_dict``).
+and are reported when the host reads the metrics (``log_dict``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moo_balance._torch_internals import find_nonfinite
+from moo_balance._torch_internals import entries_of, find_nonfinite
 from moo_balance.errors import BalanceValueError, NonFiniteError
+from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import State, Statistics
 
 
@@ -30,7 +31,7 @@ class Flags(NamedTuple):
     losses: Tensor | None = None
     gradients: Tensor | None = None
 
-    def either(self) -> Tensor | None:
+    def union(self) -> Tensor | None:
         """The losses that are flagged for one reason or the other."""
         if self.losses is None or self.gradients is None:
             return self.gradients if self.losses is None else self.losses
@@ -38,7 +39,7 @@ class Flags(NamedTuple):
 
     def are_clear(self) -> Tensor | None:
         """Whether no flag is set, on the device; None where the host has checked."""
-        flags = self.either()
+        flags = self.union()
         return None if flags is None else ~flags.any()
 
 
@@ -56,7 +57,8 @@ def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) ->
     """
     losses = statistics.losses
     if not is_on_cpu(losses):
-        return ~(losses.isfinite() & (losses > losses.new_tensor(bounds)))
+        lower = constant_vector(tuple(bounds), losses.dtype, losses.device)
+        return ~(losses.isfinite() & (losses > lower))
     for name, value, bound in zip(statistics.names, losses.tolist(), bounds, strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -78,7 +80,7 @@ def flag_gradients(names: Sequence[str], gramian: Tensor, scaled: bool) -> Tenso
     Args:
         names: The K losses.
         gramian: Inner products of their gradients, shape [K, K].
-        scaled: A loss scaler is in use. Gradients that overflow are its business: never an error.
+        scaled: A loss scaler is in use. Gradients that overflow are left to it and raise no error.
 
     Raises:
         NonFiniteError: On the CPU, unless `scaled`.
@@ -123,8 +125,7 @@ def check_grads(params: Iterable[Tensor], names: Sequence[str], nonfinite: str) 
         NonFiniteError: One is not, and `nonfinite` is ``"raise"``.
     """
     grads = [param.grad for param in params if param.grad is not None]
-    values = [g.coalesce().values() if g.is_sparse else g for g in grads if is_on_cpu(g)]
-    if all_finite(values):
+    if all_finite([entries_of(grad) for grad in grads if is_on_cpu(grad)]):
         return True
     if nonfinite == "raise":
         raise NonFiniteError(
@@ -140,9 +141,9 @@ def replace_nonfinite(statistics: Statistics, bounds: Sequence[float], valid: Te
 
     A masked step still runs through the method, whose solvers refuse what is not finite.
     """
-    harmless = [bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds]
-    losses = torch.where(valid, statistics.losses, statistics.losses.new_tensor(harmless))
-    gramian = statistics.gramian
+    losses, gramian = statistics.losses, statistics.gramian
+    harmless = tuple([bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds])
+    losses = torch.where(valid, losses, constant_vector(harmless, losses.dtype, losses.device))
     if gramian is not None:
         identity = torch.eye(len(harmless), dtype=gramian.dtype, device=gramian.device)
         gramian = torch.where(valid, gramian, identity)
@@ -167,7 +168,7 @@ class FaultCounts:
         self._counts[names] = self._counts.get(names, 0) + flags
 
     def raise_if_any(self) -> None:
-        """Report what was flagged since the last call, and forget it. Synchronizes.
+        """Report what was flagged since the last call, and clear the counts. Synchronizes.
 
         Raises:
             NonFiniteError: A loss was flagged.

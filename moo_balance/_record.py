@@ -1,4 +1,7 @@
-"""All that a BalancedOptimizer remembers between calls. It calls no other part."""
+"""All that a BalancedOptimizer remembers between calls, except about process groups.
+
+It calls no other part.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Record:
         state: State of the method; None before the first step.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
-        awaiting: The losses that ``observe`` must be shown before the next ``backward``.
+        awaiting: The losses for which ``observe`` is due before the next ``backward``.
         metrics: Of the last ``backward``.
         staged: The result of the last ``backward``, until ``step``.
         window: The open window of micro-batches.
@@ -137,7 +140,7 @@ class Record:
         """Refuse a ``backward`` where ``observe`` is due."""
         if self.awaiting is not None:
             raise BalanceError(
-                f"{method} has to see the losses of the same batch after the step. Found another "
+                f"{method} needs the losses of the same batch after the step. Found another "
                 "backward instead. One of three: give a closure to `backward` or `step`, call "
                 f"`observe(losses)` after `step`, or choose {method}(lagged=True), which takes the "
                 "next batch's losses."
@@ -149,15 +152,6 @@ class Record:
             raise BalanceError(
                 "`observe` should follow `step`. Found no step that was taken since the last "
                 "`backward`. Call `step` first."
-            )
-
-    def check_staged(self) -> None:
-        """Refuse a step where nothing was staged."""
-        if self.staged is None:
-            raise BalanceError(
-                "`step` should follow `backward` or `combined_loss`. Found neither since the last "
-                "step. Call `optimizer.backward(losses)` in place of `loss.backward()`, and the "
-                "last micro-batch of a window outside of `accumulate()`."
             )
 
     def check_no_window(self) -> None:
@@ -221,7 +215,11 @@ def select_losses(state: State, positions: Tensor | None) -> State:
 
 
 def merge_losses(state: State, part: State, positions: Tensor | None) -> State:
-    """A state in which the entries of some losses are replaced by those of `part`."""
+    """A state in which the entries of some losses are replaced by those of `part`.
+
+    Every entry keeps the dtype that it has in `state`.
+    """
+    part = {k: v.to(state[k].dtype) if k in state else v for k, v in part.items()}
     if positions is None:
         return part
     merged = dict(part)

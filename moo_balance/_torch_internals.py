@@ -2,8 +2,8 @@
 
 Those of autograd are in ``engine/autograd.py``.
 
-Checked with PyTorch 2.6 and 2.13. Every use is guarded: without the name the plain path is taken,
-which is said at each function.
+Checked with PyTorch 2.6 and 2.13. Every use is guarded: each function says what happens without its
+names. (``_step_supports_amp_scaling`` in ``optimizer.py`` is read by ``GradScaler``, not by us.)
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def hooks_of(optimizer: Optimizer, kind: str) -> Mapping[int, Callable[..., Any]
 def scaler_stage(scaler: GradScaler, optimizer: Optimizer) -> str | None:
     """What the scaler has done with this optimizer in this step.
 
-    ``"READY"``, ``"UNSCALED"`` or ``"STEPPED"``; None if it has not met the optimizer, and
-    ``"UNKNOWN"``, with which every check passes, where PyTorch does not tell.
+    ``"READY"``, ``"UNSCALED"`` or ``"STEPPED"``; None if it has not processed the optimizer, and
+    ``"UNKNOWN"``, with which every check passes, where a name is missing.
     """
     states = getattr(scaler, "_per_optimizer_states", None)
     if states is None:
@@ -71,12 +71,21 @@ def scaler_stage(scaler: GradScaler, optimizer: Optimizer) -> str | None:
     return stage
 
 
-def scaler_device(scaler: GradScaler) -> str:
-    """The device type a scaler was made for; the CPU where PyTorch does not tell."""
-    return str(getattr(scaler, "_device", "cpu"))
+def scaler_device(scaler: GradScaler) -> str | None:
+    """The device type a scaler was made for; None where the name is missing."""
+    return getattr(scaler, "_device", None)
 
 
 # ------------------------------------------------------------ gradient values
+
+
+def entries_of(gradient: Tensor) -> Tensor:
+    """The stored entries of a gradient; without the private name a sparse one is sorted for it."""
+    if not gradient.is_sparse:
+        return gradient
+    read: Callable[[], Tensor] | None = getattr(gradient, "_values", None)
+    return gradient.coalesce().values() if read is None else read()
+
 
 find_nonfinite: Callable[[list[Tensor], Tensor, Tensor], None] | None = getattr(
     torch, "_amp_foreach_non_finite_check_and_unscale_", None
@@ -94,7 +103,7 @@ _module_call = nn.Module.__call__
 
 
 def _announcing_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A compiler meets the same function in every step, and nothing in it to compile.
+    # A compiler traces the same function in every step, and nothing in it to compile.
     if not torch.compiler.is_compiling():
         _listeners[-1](module)
     return _module_call(module, *args, **kwargs)
@@ -105,15 +114,16 @@ def announce_module_calls(listener: Callable[[nn.Module], None]) -> Iterator[Non
     """Call `listener` with each module that is about to run, inside the context.
 
     ``nn.Module.__call__`` is replaced for that time, in the whole process. A global forward hook
-    would be compiled along with the model, anew in each step.
+    would be compiled with the model, again in each step.
     """
+    before = nn.Module.__call__  # perhaps a replacement by another library
     _listeners.append(listener)
     nn.Module.__call__ = _announcing_call  # type: ignore[method-assign]
     try:
         yield
     finally:
         _listeners.pop()
-        nn.Module.__call__ = _module_call  # type: ignore[method-assign]
+        nn.Module.__call__ = before  # type: ignore[method-assign]
 
 
 _SYNC_FLAG = "require_forward_param_sync"

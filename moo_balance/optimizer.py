@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -134,7 +135,7 @@ class BalancedOptimizer(OptimizerWrapper):
             losses: Scalar tensors by name. The first call declares the names; later a loss may be
                 absent, and the others are balanced among themselves. Or a closure that computes
                 them: then ``step`` can evaluate it again for a method that needs the losses after
-                the step.
+                the step (see :meth:`step`).
             grad_scaler: The scaler of mixed-precision training. Gradients are written scaled, as
                 ``scaler.scale(loss).backward()`` would; weights come from unscaled values.
             retain_graph: Keep the graph for another backward pass.
@@ -152,7 +153,7 @@ class BalancedOptimizer(OptimizerWrapper):
         Raises:
             BalanceValueError: A loss is not a scalar, detached, not finite, not above its bound or
                 of an unknown name. Nothing has changed.
-            BalanceError: The method needed the losses after the last step and was not shown them;
+            BalanceError: The method needed the losses after the last step and did not get them;
                 or ranks disagree about their losses.
         """
         scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
@@ -241,11 +242,12 @@ class BalancedOptimizer(OptimizerWrapper):
             NonFiniteError: A gradient is not finite. Checked on the CPU only, and not for shards.
         """
         if any(self._step_hooks):
-            return self._step_with_hooks(self._balancer.step, closure)
-        return self._balancer.step(closure)
+            arguments = {} if closure is None else {"closure": closure}
+            return self._step_with_hooks(partial(self._balancer.step, self), **arguments)
+        return self._balancer.step(self, closure)
 
     def observe(self, losses: Losses) -> None:
-        """Show the losses of the same batch after the step, to a method that needs them.
+        """Pass the losses of the same batch after the step to a method that needs them.
 
         For loops that evaluate again themselves. Between two such steps (``every``), or for a
         method that does not need them, this does nothing.

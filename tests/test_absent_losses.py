@@ -79,9 +79,9 @@ def test_present_losses_are_balanced_among_themselves(method):
         train(model, optimizer, [step], ("a", "b"))
         train(twin, other, [step], ("a", "b"))
         for kind in ("weights", "coefficients"):
-            found = as_vector(getattr(optimizer.metrics, kind))
+            actual = as_vector(getattr(optimizer.metrics, kind))
             expected = as_vector(getattr(other.metrics, kind))
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-14)
 
 
 @over_methods

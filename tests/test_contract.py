@@ -116,7 +116,7 @@ def test_a_configuration_is_a_frozen_value(method):
 def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
     weighting = method.make(NAMES)
     states = [weighting.init(NAMES, torch.device("cpu"))]
-    states += [answer.state for answer in play(weighting, Scene.drawn())]
+    states += [answer.state for answer in play(weighting, Scene.random())]
     for state in states:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         assert shapes == {key: tuple(value.shape) for key, value in states[0].items()}
@@ -127,7 +127,7 @@ def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
 @over_methods
 def test_a_state_that_was_passed_in_stays_as_it_was(method):
     weighting = method.make(NAMES)
-    scene = Scene.drawn()
+    scene = Scene.random()
     state = play(weighting, scene)[0].state
     before = snapshot(state)
     rows = scene.jacobians[0]
@@ -144,7 +144,7 @@ def test_a_state_that_was_passed_in_stays_as_it_was(method):
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 3))
 def test_coefficients_are_finite_and_keep_sum_and_sign(method, seed, count):
     names = NAMES[:count]
-    scene = Scene.drawn(names, seed)
+    scene = Scene.random(names, seed)
     for losses, answer in zip(scene.losses, play(method.make(names), scene), strict=True):
         for values in (answer.weights, answer.coefficients):
             assert values.shape == (count,)
@@ -159,8 +159,8 @@ def test_coefficients_are_finite_and_keep_sum_and_sign(method, seed, count):
 @over(lambda method: method.equivariant)
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(3)))
 def test_permuting_the_losses_permutes_the_weights(method, seed, order):
-    scene = Scene.drawn(seed=seed)
-    permuted = scene.permuted(order)
+    scene = Scene.random(seed=seed)
+    permuted = scene.permute(order)
     straight = play(method.make(NAMES), scene)
     crossed = play(method.make(permuted.names), permuted)
     for one, other in zip(straight, crossed, strict=True):
@@ -172,9 +172,9 @@ def test_permuting_the_losses_permutes_the_weights(method, seed, order):
 @given(seed=st.integers(0, 10_000), which=st.integers(0, 2), decades=st.floats(-6, 6))
 def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
     factors = [10**decades if k == which else 1.0 for k in range(3)]
-    scene = Scene.drawn(seed=seed)
+    scene = Scene.random(seed=seed)
     plain = play(method.make(NAMES), scene)
-    scaled = play(method.make(NAMES), scene.scaled(factors))
+    scaled = play(method.make(NAMES), scene.scale(factors))
     for one, other in zip(plain, scaled, strict=True):
         expected = one.coefficients
         if method.scaling != "unchanged":
@@ -188,9 +188,9 @@ def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
 def test_the_stated_effect_of_scaling_is_not_a_coincidence(method):
     """The scaling of a row is None only where none of the three effects holds."""
     factors = torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
-    scene = Scene.drawn(seed=1)
+    scene = Scene.random(seed=1)
     plain = play(method.make(NAMES), scene)
-    scaled = play(method.make(NAMES), scene.scaled(factors.tolist()))
+    scaled = play(method.make(NAMES), scene.scale(factors.tolist()))
     pairs = [(p.coefficients, s.coefficients) for p, s in zip(plain, scaled, strict=True)]
     inverse = [(p / factors, s) for p, s in pairs]
     shares = [(p / p.sum(), s / s.sum()) for p, s in inverse]
@@ -213,10 +213,10 @@ def test_a_single_loss_has_the_stated_coefficient(method):
 @over(lambda method: method.equivariant)
 def test_equal_losses_have_equal_coefficients(method):
     """The Gramian of two copies of a loss is singular."""
-    scene = Scene.drawn(seed=3)
+    scene = Scene.random(seed=3)
     for tensor in (scene.losses, scene.after, scene.jacobians):
         tensor[:, 1] = tensor[:, 0]
-    swapped = scene.permuted((1, 0, 2))
+    swapped = scene.permute((1, 0, 2))
     for one, other in zip(
         play(method.make(scene.names), scene),
         play(method.make(swapped.names), swapped),

@@ -76,15 +76,14 @@ def test_no_docstring_opens_with_a_question(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_sentences_are_about_things_in_the_code(folder: str) -> None:
-    """No persons, and no words for which language has plainer ones."""
-    found = [
+def test_sentences_use_no_persons_and_no_rare_words(folder: str) -> None:
+    odd_words = [
         f"{place(file, line)}: {match[0]}"
         for file in files(folder)
         for line, text in prose(file)
         for match in (*PERSONS.finditer(text), *WORDS.finditer(text))
     ]
-    assert not found
+    assert not odd_words
 
 
 def test_functions_of_the_package_are_not_named_by_a_participle() -> None:

@@ -199,8 +199,8 @@ def flat(net, loss):
     """A gradient in one vector, made by ``backward``, which all kinds of graphs support."""
     net.zero_grad()
     loss.backward(retain_graph=True)
-    found = [(p, p.grad) for p in net.parameters() if p.requires_grad]
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in found])
+    pairs = [(p, p.grad) for p in net.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
 
 def assert_same_model(net, twin):

@@ -30,7 +30,7 @@ class Quadratics:
     offsets: Tensor  # [K]
 
     @staticmethod
-    def drawn(seed: int, count: int, width: int, spread: float = 0.0) -> Quadratics:
+    def random(seed: int, count: int, width: int, spread: float = 0.0) -> Quadratics:
         """Curvatures of 0.2 … 2 times 10 to the power of up to `spread`."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -91,7 +91,7 @@ spreads = st.floats(0.0, 3.0)
 def test_the_direction_conflicts_with_no_gradient(
     weighting: Weighting, seed: int, count: int, width: int, spread: float
 ) -> None:
-    problem, point = Quadratics.drawn(seed, count, width, spread), start(width, seed)
+    problem, point = Quadratics.random(seed, count, width, spread), start(width, seed)
     along = direction(weighting, problem, point)
     jacobian = problem.jacobian(point)
     lengths = jacobian.norm(dim=1)
@@ -104,7 +104,7 @@ def test_the_direction_conflicts_with_no_gradient(
 def test_a_small_step_decreases_every_loss_unless_it_cannot(
     weighting: Weighting, seed: int, count: int, width: int, spread: float
 ) -> None:
-    problem, point = Quadratics.drawn(seed, count, width, spread), start(width, seed)
+    problem, point = Quadratics.random(seed, count, width, spread), start(width, seed)
     if problem.distance_to_pareto(point) < 1e-3:
         return
     along = direction(weighting, problem, point)
@@ -121,16 +121,16 @@ def test_a_small_step_decreases_every_loss_unless_it_cannot(
 def test_analytic_qp_is_the_explicit_inverse(
     seed: int, count: int, width: int, spread: float
 ) -> None:
-    problem, point = Quadratics.drawn(seed, count, width, spread), start(width, seed)
+    problem, point = Quadratics.random(seed, count, width, spread), start(width, seed)
     gaps = problem.values(point) + 1
     log_jacobian = problem.jacobian(point) / gaps[:, None]
     inverse = torch.linalg.inv(log_jacobian @ log_jacobian.T)
     weights = torch.softmax(inverse.sum(1) / inverse.sum(), 0)
     expected = weights @ log_jacobian / (weights / gaps).sum()
-    found = direction(AnalyticQP(), problem, point)
+    actual = direction(AnalyticQP(), problem, point)
     condition = float(torch.linalg.cond(log_jacobian)) ** 2
     torch.testing.assert_close(
-        found, expected, rtol=0, atol=1e-13 * condition * float(expected.norm())
+        actual, expected, rtol=0, atol=1e-13 * condition * float(expected.norm())
     )
 
 
@@ -139,7 +139,7 @@ def test_analytic_qp_is_the_explicit_inverse(
 def test_mgda_ends_on_the_pareto_set_and_no_loss_ever_rises(
     seed: int, count: int, width: int
 ) -> None:
-    problem, point = Quadratics.drawn(seed, count, width), start(width, seed)
+    problem, point = Quadratics.random(seed, count, width), start(width, seed)
     optimizer = BalancedOptimizer(torch.optim.SGD([point], lr=1 / problem.steepest), MGDA())
     values = problem.values(point)
     for _ in range(100):
@@ -157,7 +157,7 @@ def test_mgda_ends_on_the_pareto_set_and_no_loss_ever_rises(
     ids=["FAMO", "FAMO-no-decay", "FAMO-sgd", "AnalyticQP", "MGDA-log"],
 )
 def test_runs_on_two_quadratics_end_on_the_pareto_set(weighting: Weighting, seed: int) -> None:
-    problem, point = Quadratics.drawn(seed, 2, 3), start(3, seed)
+    problem, point = Quadratics.random(seed, 2, 3), start(3, seed)
     before = problem.distance_to_pareto(point)
     optimizer = BalancedOptimizer(torch.optim.SGD([point], lr=0.2), weighting)
     for _ in range(300):

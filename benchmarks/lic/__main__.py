@@ -1,7 +1,5 @@
 """Run experiments on learned image compression, and write the page of their results.
 
-::
-
     python -m benchmarks.lic                                  # all, under two hours
     python -m benchmarks.lic --only Ablations --output runs/ablations
     python -m benchmarks.lic --page-only --docs docs          # from docs/lic_report.json

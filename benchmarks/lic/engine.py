@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -101,8 +102,13 @@ class Engine:
 
     def collect(self, experiment: Experiment) -> dict[str, Any]:
         """Do all jobs of an experiment, and read its results."""
-        for wave in waves(experiment.jobs()):
-            self._do_all([job for job in wave if not self._path(job).exists()])
+        ordered = waves(experiment.jobs())
+        todo = [[job for job in wave if not self._path(job).exists()] for wave in ordered]
+        if self.workers == 1 or sum(map(len, todo)) < 2:
+            for job in chain.from_iterable(todo):
+                self.result(job)
+        else:
+            self._share_out(todo)
         return experiment.read(self.result)
 
     def result(self, job: Job) -> Result:
@@ -118,19 +124,17 @@ class Engine:
         """Return where a checkpoint of this version and these photographs is kept."""
         return self.folder / cache.file_name(self._setting, "checkpoints", "") / name
 
-    def _do_all(self, jobs: Sequence[Job]) -> None:
-        if self.workers == 1 or len(jobs) < 2:
-            for job in jobs:
-                self.result(job)
-            return
+    def _share_out(self, todo: Iterable[Sequence[Job]]) -> None:
+        """Do jobs in several processes, one wave after another."""
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,))
         silent = Engine(self.photographs, self.folder)  # `say` cannot always be pickled
         try:
-            futures = {pool.submit(silent.result, job): job for job in jobs}
-            for future in as_completed(futures):
-                future.result()
-                self.say(str(futures[future]))
+            for wave in todo:
+                futures = {pool.submit(silent.result, job): job for job in wave}
+                for future in as_completed(futures):
+                    future.result()
+                    self.say(str(futures[future]))
         finally:
             pool.shutdown(cancel_futures=True)
 

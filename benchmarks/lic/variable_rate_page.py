@@ -49,7 +49,7 @@ def section(title: str, data: Data) -> str:
             ),
             "What is minimised is R + λD at each level; in per cent above (+) or below (−):",
             _losses(data),
-            _learned(data),
+            _weights_and_steps(data),
             f"{seeds} seed{'s' * (seeds != 1)}: with so few, only very large differences can be "
             "told from noise, and a short interval is short by chance.",
         ]
@@ -153,7 +153,7 @@ def _losses(data: Data) -> str:
     return table(("codec", "over", *(f"λ = {lmbda:g}" for lmbda in lambdas)), rows)
 
 
-def _learned(data: Data) -> str:
+def _weights_and_steps(data: Data) -> str:
     """What was learned for each level, as means over the seeds."""
     rows = [
         (f"*{name}*, mean weight", *_by_level(data, name, lambda run: map(fmean, run["weights"])))

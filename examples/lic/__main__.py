@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     except options.FAULTS as error:
         print(f"error: {options.describe(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ RIVALS = {
 }
 """Fixed weights: those that a balanced run arrived at, with this part of its distortion weight."""
 
-SENTENCE = (
-    "Rows of one λ share checkpoint, crops and noise: balancing takes that checkpoint to another "
-    "rate, about where a plain sum with λ' goes, so any gain is only in the last column (PSNR "
-    "above fixed weights at the same rate; – where their rates do not reach), and as it changes "
-    "with the seed, a run of minutes shows how balancing works, not whether it gains the few per "
-    "cent that were published."
+EXPLANATION = (
+    "Rows of one λ share checkpoint, crops and noise. Balancing takes that checkpoint to another "
+    "rate, about where a plain sum with λ' goes, so that a gain can only be seen in the last "
+    "column: PSNR above fixed weights at the same rate (– where their rates do not reach). It "
+    "changes with the seed: a run of minutes shows how balancing works, not whether it gains the "
+    "few per cent that were published."
 )
 
 COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"
@@ -156,10 +156,9 @@ def main(arguments: Sequence[str]) -> int:
         print(role, ", ".join(pictures) if len(pictures) < 6 else f"{len(pictures)} images")
     print("".join(f"{note}\n" for note in photographs.notes), end="")
     results = Comparison(photographs, chosen, chosen.output)()
-    print(f"\n{table(results)}\n\n{fill(SENTENCE, 88)}\n")
+    print(f"\n{table(results)}\n\n{fill(EXPLANATION, 88)}\n")
     scores = {x: {name: r.score for name, r in point.items()} for x, point in results.items()}
-    markers = {"checkpoint": "x", STANDARD: "s", **dict.fromkeys(RIVALS, ".")}
-    markers |= dict(zip(SOLUTIONS, "o^", strict=True))
+    markers = {"checkpoint": "x", STANDARD: "s", **dict(zip(SOLUTIONS, "o^", strict=True))}
     figure = plots.starts_figure(scores, markers=markers, line=(STANDARD, *RIVALS))
     paths = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
     figure.savefig(paths[0])

@@ -35,19 +35,20 @@ def starts_figure(
     Args:
         starts: For the λ of each start, its runs' scores by method.
         markers: The methods to draw, each with its marker.
-        line: The methods that are joined by a line.
+        line: The methods with fixed weights, joined by a line.
     """
     figure, (ax,) = new_figure(7.0, 5.0)
     colours = colormaps["viridis"]([0.1 + 0.65 * i / len(starts) for i in range(len(starts))])
     for runs, colour in zip(starts.values(), colours, strict=True):
         curve = sorted(runs[name] for name in line)
-        ax.plot(*zip(*curve, strict=True), "-", color=colour, linewidth=1.2, zorder=1)
+        ax.plot(*zip(*curve, strict=True), ".-", color=colour, linewidth=1.2, zorder=1)
         for name, marker in markers.items():
             ax.plot(*runs[name], marker, color=colour, markersize=7, zorder=2)
     ax.set_xlabel("rate (bits per pixel)")
     ax.set_ylabel("PSNR (dB)")
     style = {"color": "0.3", "linestyle": "none"}
     keys = [Line2D([], [], marker=marker, label=name, **style) for name, marker in markers.items()]
+    keys.append(Line2D([], [], marker=".", color="0.3", label="fixed weights"))
     ax.add_artist(ax.legend(handles=keys, loc="upper left", frameon=False))
     pairs = zip(starts, colours, strict=True)
     keys = [Line2D([], [], color=c, linewidth=3, label=f"λ = {x:g}") for x, c in pairs]

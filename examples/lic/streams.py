@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -80,6 +81,11 @@ def _batches(first: int, length: int) -> Iterator[range]:
     return (range(start, start + length) for start in itertools.count(first, length))
 
 
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; only the trainer may act on it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class CropStream(Iterator[Tensor]):
     """An endless stream of batches ``[B, 3, crop, crop]`` in [0, 1] that can be resumed.
 
@@ -112,6 +118,7 @@ class CropStream(Iterator[Tensor]):
             batch_sampler=_batches(self._taken * self._batch, self._batch),
             num_workers=self._workers,
             collate_fn=_collate,
+            worker_init_fn=_ignore_interrupts,
             pin_memory=torch.cuda.is_available(),
             # Crops have their own seeds; without this a loader takes one from torch's stream.
             generator=torch.Generator(),

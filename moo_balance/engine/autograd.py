@@ -24,8 +24,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from moo_balance.errors import BalanceError
 
-# Private names of PyTorch, checked with 2.13 (most of them with 2.6, too), and what happens without them. A test takes
-# each of them away.
+# Private names of PyTorch, checked with 2.13 (most of them with 2.6, too), and what happens
+# without them. A test takes each of them away.
 _SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order follows from the edges
 _METADATA = "_input_metadata"  # of nodes; without it, the shape of a gradient is not known
 _ACCUMULATE, _LEAF = "AccumulateGrad", "variable"  # without them, no layer is factored
@@ -36,6 +36,7 @@ _MODULE_HOOK = "BackwardHookFunction"  # or the hook of a module
 _DISPATCH_MODE = "TorchDispatchMode"  # without it, any activation may have a hook
 _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself reports the conflict
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
+_FLATTEN = "_flatten_dense_tensors"  # without it, torch.cat
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
 
@@ -59,7 +60,7 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-flatten: Any = getattr(torch._utils, "_flatten_dense_tensors", _concatenate)
+flatten: Any = getattr(getattr(torch, "_utils", None), _FLATTEN, _concatenate)
 
 Edge: TypeAlias = tuple[Node, int]
 """An output of a node, where a gradient arrives."""

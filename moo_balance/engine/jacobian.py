@@ -283,4 +283,4 @@ def as_scalars(coefficients: Tensor) -> Sequence[float | Tensor]:
     """Python floats where reading them is free, 0-d tensors where it would synchronize."""
     if coefficients.is_cpu:
         return coefficients.tolist()
-    return coefficients.float().unbind()
+    return coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)).unbind()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NoReturn
 
 import torch
@@ -15,6 +15,16 @@ from moo_balance.errors import BalanceValueError
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Promote half precision (and integers) to float32; wider types stay as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@lru_cache(maxsize=1024)
+def constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of constants, not to be written to.
+
+    It is cached, because copying it to a GPU synchronizes.
+    """
+    with torch.inference_mode(False):  # it may be used outside of inference mode, too
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
+from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 FloatOrByName: TypeAlias = float | Mapping[str, float]
@@ -25,17 +26,22 @@ def constant_state(value: float, count: int, device: torch.device) -> Tensor:
     return torch.full((count,), value, dtype=state_dtype(device), device=device)
 
 
-def values_by_name(value: FloatOrByName, names: Sequence[str], default: float = 0.0) -> list[float]:
-    """One number per name, from a number for all or from a mapping."""
+def constants_like(values: Sequence[float], losses: Tensor) -> Tensor:
+    """Constants [K] in dtype and on the device of the losses, not to be written to."""
+    return constant_vector(tuple(values), losses.dtype, losses.device)
+
+
+def values_by_name(value: FloatOrByName, names: Sequence[str]) -> list[float]:
+    """One number per name, from a number for all or from a mapping; 0 for names it lacks."""
     if isinstance(value, Mapping):
-        return [float(value.get(name, default)) for name in names]
+        return [float(value.get(name, 0.0)) for name in names]
     return [float(value)] * len(names)
 
 
 def broadcastable(value: FloatOrByName, statistics: Statistics) -> Tensor | float:
     """A number for all losses as it is, a mapping as a vector [K] with 0 for names it lacks."""
     if isinstance(value, Mapping):
-        return statistics.losses.new_tensor(values_by_name(value, statistics.names))
+        return constants_like(values_by_name(value, statistics.names), statistics.losses)
     return float(value)
 
 
@@ -58,7 +64,7 @@ def normalize_preference(preference: Mapping[str, float] | None, statistics: Sta
         return torch.full_like(statistics.losses, 1.0 / len(statistics.names))
     values = values_by_name(preference, statistics.names)
     total = sum(values)
-    return statistics.losses.new_tensor([value / total for value in values])
+    return constants_like([value / total for value in values], statistics.losses)
 
 
 def renormalize(weights: Tensor) -> Tensor:

@@ -63,32 +63,33 @@ class LogitWeighting(Weighting):
         return {
             "logits": constant_state(0.0, count, device),
             **moments,
-            "log_gaps": constant_state(math.nan, count, device),
+            "log_distances": constant_state(math.nan, count, device),
         }
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
         if statistics.step % self.every == 0:
-            log_gaps = distances.log()
+            log_distances = distances.log().to(state["logits"].dtype)
             if self.lagged:
-                state = self._update(log_gaps, state)
-            state = {**state, "log_gaps": log_gaps}
+                state = self._update(log_distances, state)
+            state = {**state, "log_distances": log_distances}
         weights = torch.softmax(state["logits"], 0)
         return WeightingOutput(weights, log_coefficients(weights, distances), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
-        return self._update(shifted_losses(self.bounds, self.shift, statistics).log(), state)
+        log_distances = shifted_losses(self.bounds, self.shift, statistics).log()
+        return self._update(log_distances.to(state["logits"].dtype), state)
 
-    def _update(self, log_gaps: Tensor, state: State) -> State:
+    def _update(self, log_distances: Tensor, state: State) -> State:
         """One descent step on the logits of those losses that were present before.
 
         All entries of the others are still zero, and without a gradient they stay so.
         """
-        logits, before = state["logits"], state["log_gaps"]
+        logits, before = state["logits"], state["log_distances"]
         present = before == before  # not NaN
         weights = torch.softmax(logits.masked_fill(~present, -math.inf), 0)
         weights = weights.nan_to_num_(0.0)  # the softmax over no loss at all
-        delta = (before - log_gaps).nan_to_num_(0.0)
+        delta = (before - log_distances).nan_to_num_(0.0)
         delta.sub_(weights.dot(delta)).mul_(weights)
         gradient = delta.add_(logits, alpha=self.decay)
         if self.logit_optimizer == "sgd":

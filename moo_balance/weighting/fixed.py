@@ -11,6 +11,7 @@ from moo_balance.weighting._arguments import (
     FloatOrByName,
     check_names,
     check_range,
+    constants_like,
     copy_mappings,
     log_coefficients,
     lower_limits,
@@ -79,7 +80,8 @@ class FixedWeights(Weighting):
         return {}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        weights = statistics.losses.new_tensor(values_by_name(self.values, statistics.names))
+        values = values_by_name(self.values, statistics.names)
+        weights = constants_like(values, statistics.losses).clone()
         return WeightingOutput(weights, weights, state)
 
 

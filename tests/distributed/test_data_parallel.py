@@ -25,7 +25,7 @@ from tests.support.distributed import (
 from tests.support.problems import snapshot
 from tests.support.registry import NAMES, over_kinds, over_methods, over_some
 
-KINDS: dict[str, dict[str, Any]] = {
+WRAPPERS: dict[str, dict[str, Any]] = {
     "default": {},
     "find_unused_parameters": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
@@ -38,8 +38,8 @@ def refuses_static_graph(method, step=by_closure):
     return method.gramian and (step is by_combined_loss or method.make(NAMES).every > 1)
 
 
-def check(method, kind, dtype, step=None):
-    model = DDP(Net(dtype), **KINDS[kind])
+def check(method, wrapper, dtype, step=None):
+    model = DDP(Net(dtype), **WRAPPERS[wrapper])
     optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
     train(model, optimizer, **({} if step is None else {"step": step}))
     assert_equals_reference(model, optimizer, method, dtype)
@@ -59,25 +59,25 @@ def test_every_kind_of_method_in_single_precision(method):
 
 @pytest.mark.capability("DDP with static_graph or gradient_as_bucket_view")
 @over_some("FixedWeights", "SumLog", "FAMO-adam", "AnalyticQP", "MGDA-every")
-@pytest.mark.parametrize("kind", ["static_graph", "gradient_as_bucket_view"])
+@pytest.mark.parametrize("wrapper", ["static_graph", "gradient_as_bucket_view"])
 @pytest.mark.parametrize("step", [by_backward, by_combined_loss], ids=lambda step: step.__name__)
-def test_every_kind_of_wrapper(method, kind, step):
-    if kind == "static_graph" and refuses_static_graph(method, step):
+def test_other_wrappers(method, wrapper, step):
+    if wrapper == "static_graph" and refuses_static_graph(method, step):
         model = DDP(Net(), static_graph=True)
         optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
         with pytest.raises(BalanceError, match="static_graph"):
             train(model, optimizer, range(1), step)
     else:
-        check(method, kind, torch.float64, step)
+        check(method, wrapper, torch.float64, step)
 
 
 @pytest.mark.slow
-@over_methods
-@pytest.mark.parametrize("kind", KINDS)
+@over_kinds
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_method_with_every_kind_of_wrapper(method, kind, dtype):
-    if not (kind == "static_graph" and refuses_static_graph(method)):
-        check(method, kind, dtype)
+def test_every_kind_of_method_with_every_wrapper(method, wrapper, dtype):
+    if not (wrapper == "static_graph" and refuses_static_graph(method)):
+        check(method, wrapper, dtype)
 
 
 class Checkpointed(Net):

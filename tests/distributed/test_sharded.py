@@ -36,7 +36,7 @@ from tests.support.distributed import (
     share,
     train,
 )
-from tests.support.registry import NAMES, over_methods, over_some
+from tests.support.registry import NAMES, over_kinds, over_methods, over_some
 
 over_some_kinds = over_some("SumLog", "FAMO-adam", "AnalyticQP")
 over_steps = pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_single_precision(method):
 
 
 @pytest.mark.slow
-@over_methods
+@over_kinds
 @over_steps
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_method_with_every_form_of_a_step(method, step, reshard, dtype):
+def test_every_kind_of_method_with_every_form_of_a_step(method, step, reshard, dtype):
     check(sharded(Net(dtype), reshard_after_forward=reshard), method, step, dtype)
 
 
@@ -210,9 +210,9 @@ def test_tensor_parallel(method, plan, step):
         return parameters(model)
 
     expected = run(Tower(), True)
-    found = run(plan(Tower(), init_device_mesh("cpu", (2,))), False)
-    assert_same_on_all_ranks(found)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = run(plan(Tower(), init_device_mesh("cpu", (2,))), False)
+    assert_same_on_all_ranks(actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------- FSDP1

@@ -92,10 +92,10 @@ class Branching(Net):
     """Uses its second head from a certain step on; before, that loss is the trunk's alone."""
 
     def losses(self, step, batch, reached):
-        found = losses_of(self, batch)
+        losses = losses_of(self, batch)
         if not reached(step):
-            found["b"] = self.trunk(batch[:, :5]).square().mean()
-        return found
+            losses["b"] = self.trunk(batch[:, :5]).square().mean()
+        return losses
 
 
 def branching(reached, steps=6, alone=False):
@@ -177,9 +177,9 @@ def test_parameters_of_several_dtypes():
 def test_sparse_gradients_are_refused():
     table = torch.nn.Embedding(4, 2, sparse=True)
     optimizer = BalancedOptimizer(torch.optim.SGD(table.parameters(), lr=0.1), MGDA())
-    found = table(torch.tensor([0, 1]))
+    rows = table(torch.tensor([0, 1]))
     with pytest.raises(BalanceError, match="Sparse gradients cannot be averaged"):
-        optimizer.backward({"a": found.sum(), "b": found.square().sum()})
+        optimizer.backward({"a": rows.sum(), "b": rows.square().sum()})
 
 
 def test_metrics_are_the_means_over_the_ranks():

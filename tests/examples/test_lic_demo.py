@@ -61,7 +61,7 @@ def test_the_quick_demo_writes_checkpoints_figure_and_results(tmp_path, capsys):
     assert main(options) == 0
     printed = capsys.readouterr().out
     assert "Converted to 8-bit RGB" in printed
-    for word in (*METHODS, "bpp", "PSNR", *demo.SENTENCE.split(), str(out / "results.json")):
+    for word in (*METHODS, "bpp", "PSNR", *demo.EXPLANATION.split(), str(out / "results.json")):
         assert word in printed
     with Image.open(out / "rate-distortion.png") as figure:
         assert min(figure.size) > 400

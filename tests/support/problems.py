@@ -122,9 +122,9 @@ def jacobian(losses: Losses, params: Sequence[Tensor]) -> Tensor:
     """Row by row, the slow obvious way."""
     rows = []
     for loss in losses.values():
-        found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
         whole = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)
+            torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
         ]
         rows.append(torch.cat([g.reshape(-1) for g in whole]))
     return torch.stack(rows)
@@ -171,7 +171,7 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
 
 @dataclass
 class Scene:
-    """What a weighting sees during a few steps: losses before and after each, and gradients."""
+    """What a weighting is given in a few steps: losses before and after each, and gradients."""
 
     names: tuple[str, ...]
     losses: Tensor  # [T, K]
@@ -179,14 +179,14 @@ class Scene:
     jacobians: Tensor  # [T, K, P]
 
     @staticmethod
-    def drawn(names: Sequence[str] = NAMES, seed: int = 0, steps: int = 5) -> Scene:
+    def random(names: Sequence[str] = NAMES, seed: int = 0, steps: int = 5) -> Scene:
         generator = torch.Generator().manual_seed(seed)
         count = len(names)
         draw = torch.randn(steps, count, 2, generator=generator, dtype=torch.float64).exp()
         jacobians = torch.randn(steps, count, 7, generator=generator, dtype=torch.float64)
         return Scene(tuple(names), draw[..., 0], draw[..., 1], jacobians)
 
-    def permuted(self, order: Sequence[int]) -> Scene:
+    def permute(self, order: Sequence[int]) -> Scene:
         return Scene(
             tuple(self.names[k] for k in order),
             self.losses[:, order],
@@ -194,7 +194,7 @@ class Scene:
             self.jacobians[:, order],
         )
 
-    def scaled(self, factors: Sequence[float]) -> Scene:
+    def scale(self, factors: Sequence[float]) -> Scene:
         scale = torch.tensor(factors, dtype=torch.float64)
         return Scene(
             self.names,
@@ -205,7 +205,7 @@ class Scene:
 
 
 def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
-    """Lead a weighting through a scene; its answer and the state that followed, step by step."""
+    """The output of a weighting and the state that follows, in each step of a scene."""
     state: State = weighting.init(scene.names, torch.device("cpu"))
     answers = []
     for step, (losses, after, rows) in enumerate(

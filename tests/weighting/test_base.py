@@ -148,7 +148,7 @@ def test_nothing_is_kept_where_every_step_refreshes() -> None:
 
 
 def test_a_state_of_shape_k_by_k_is_kept() -> None:
-    weighting, scene = MeanGramian(), Scene.drawn()
+    weighting, scene = MeanGramian(), Scene.random()
     answers = play(weighting, scene)
     products = torch.stack([rows @ rows.T for rows in scene.jacobians])
     for step, answer in enumerate(answers, start=1):

@@ -225,7 +225,7 @@ def test_lagged_updates_a_loss_only_once_it_was_present_before() -> None:
     assert_near(after["logits"][:2], without["logits"], 1e-15)
     assert after["logits"][2] == 0.0
     assert updates(after) == [2, 2, 0]
-    assert_near(after["log_gaps"], vector((0.25, 1.8, 7.0)).log(), 1e-15)
+    assert_near(after["log_distances"], vector((0.25, 1.8, 7.0)).log(), 1e-15)
 
 
 def two_bowls(theta: Tensor) -> dict[str, Tensor]:
@@ -260,11 +260,11 @@ def test_a_state_has_an_entry_per_loss_and_starts_uniform() -> None:
     state = FAMO().init(("a", "b", "c"), CPU)
     assert {key: tuple(value.shape) for key, value in state.items()} == dict.fromkeys(
         (
-            *("logits", "log_gaps"),
+            *("logits", "log_distances"),
             *("exp_avg", "exp_avg_weight", "exp_avg_sq", "exp_avg_sq_weight"),
         ),
         (3,),
     )
-    assert set(FAMO(logit_optimizer="sgd").init(("a",), CPU)) == {"logits", "log_gaps"}
+    assert set(FAMO(logit_optimizer="sgd").init(("a",), CPU)) == {"logits", "log_distances"}
     answer = FAMO().weights(Statistics(("a", "b", "c"), torch.ones(3)), state)
     assert_near(answer.weights, (1 / 3,) * 3, 1e-7)

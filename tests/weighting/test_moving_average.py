@@ -14,7 +14,7 @@ from tests.support.statistics import assert_near, initial_state, normal, statist
 
 def answers(weighting: Weighting, seed: int = 0, steps: int = 6) -> torch.Tensor:
     return torch.stack(
-        [a.coefficients for a in play(weighting, Scene.drawn(seed=seed, steps=steps))]
+        [a.coefficients for a in play(weighting, Scene.random(seed=seed, steps=steps))]
     )
 
 
