@@ -36,7 +36,6 @@ _MODULE_HOOK = "BackwardHookFunction"  # or the hook of a module
 _DISPATCH_MODE = "TorchDispatchMode"  # without it, any activation may have a hook
 _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself reports the conflict
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
-_FLATTEN = "_flatten_dense_tensors"  # without it, torch.cat
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
 
@@ -60,7 +59,7 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-flatten: Any = getattr(getattr(torch, "_utils", None), _FLATTEN, _concatenate)
+flatten: Any = getattr(getattr(torch, "_utils", None), "_flatten_dense_tensors", _concatenate)
 
 Edge: TypeAlias = tuple[Node, int]
 """An output of a node, where a gradient arrives."""

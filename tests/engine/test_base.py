@@ -103,7 +103,8 @@ def test_rows_are_taken_without_touching_grad(take: Any) -> None:
 
 def some_gradients() -> list[Tensor | None]:
     values = drawn(2, 3, seed=1)
-    sparse = torch.sparse_coo_tensor([[1, 3]], values, (4, 3), check_invariants=True)
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        sparse = torch.sparse_coo_tensor([[1, 3]], values, (4, 3))
     return [None, drawn(4, 3), sparse]
 
 

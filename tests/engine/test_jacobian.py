@@ -31,7 +31,8 @@ def some_rows() -> tuple[list[Row], list[Tensor]]:
     """Three rows over three parameters: dense, sparse, missing, strided, all mixed."""
     like = [torch.zeros(4, 3).double(), torch.zeros(2).double(), torch.zeros(3, 3).double()]
     values = drawn(3, 3, seed=1)
-    sparse = torch.sparse_coo_tensor([[1, 3, 1]], values, (4, 3), check_invariants=True)
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        sparse = torch.sparse_coo_tensor([[1, 3, 1]], values, (4, 3))
     rows: list[Row] = [
         [drawn(4, 3), None, drawn(3, 3, seed=2).T],
         [sparse, drawn(1, seed=3).expand(2), None],
