@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,7 +32,7 @@ from moo_balance._record import Record, Staged, loss_positions, merge_losses, se
 from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
 from moo_balance._validation import read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
-from moo_balance.engine.base import stack_losses
+from moo_balance.engine.base import is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
@@ -424,7 +423,10 @@ class Balancer:
     # ------------------------------------------------------------ ranks
 
     def _may_have_ranks(self) -> bool:
-        """Whether there is, was, or should be a process group; False in an ordinary process."""
+        """Whether there is, was, or should be a process group.
+
+        False in an ordinary process, which then uses no part of ``_distributed.py``.
+        """
         given = self.process_group is not None and self.process_group != "auto"
         return given or self.ranks is not None or is_distributed()
 
@@ -447,8 +449,3 @@ class Balancer:
     def validate(self, saved: Mapping[str, Any]) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
-
-
-def is_distributed() -> bool:
-    """Whether ``torch.distributed`` is initialised."""
-    return dist.is_available() and dist.is_initialized()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moo_balance.engine.autograd import in_static_graph
+from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import RowAverager, is_whole
 from moo_balance.errors import BalanceError
 from moo_balance.weighting.base import state_dtype
@@ -49,7 +50,7 @@ def find_ranks(group: Any, known: Ranks | None) -> Ranks | None:
     """
     if group is None:
         return None
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         if known is None and group == "auto":
             return None
         raise BalanceError(

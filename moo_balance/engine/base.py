@@ -8,6 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -59,6 +60,11 @@ class Problem(NamedTuple):
                 one = torch.ones((), device=loss.device, dtype=loss.dtype)
                 outputs[kind] = one if self.scale is None else self.scale.to(one)
         return [outputs[loss.device, loss.dtype] for loss in self.losses]
+
+
+def is_distributed() -> bool:
+    """Whether ``torch.distributed`` is initialised."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def stack_losses(losses: Sequence[Tensor]) -> Tensor:

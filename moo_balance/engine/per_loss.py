@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moo_balance.engine.autograd import (
@@ -32,6 +31,7 @@ from moo_balance.engine.base import (
     add_to_grad,
     gradients_of,
     gradients_through_hooks,
+    is_distributed,
     precomputed_gradient,
     remove_loss_scale,
     weighted_backward,
@@ -229,7 +229,7 @@ def _average(
 
 def _has_shards(problem: Problem) -> bool:
     """Whether a parameter is sharded by ``fully_shard``; those of FSDP1 are refused."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return False
     if is_flattened(problem.params):
         raise BalanceError(

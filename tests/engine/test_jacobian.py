@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moo_balance.engine import autograd, jacobian
 from moo_balance.engine.base import Row
 from moo_balance.engine.jacobian import Jacobian, inner_products
 from tests.support.engine_graphs import drawn
@@ -166,3 +167,12 @@ def test_a_block_holds_what_fits_into_the_cache(monkeypatch: pytest.MonkeyPatch)
         inner_products(rows, range(8), torch.float64, CPU), jacobian @ jacobian.T
     )
     torch.testing.assert_close(torch.cat(combination(rows, torch.ones(2))), jacobian.sum(0))
+
+
+def test_blocks_are_the_same_without_the_private_function_that_copies_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [[drawn(2, 3, seed=k), drawn(4, seed=k + 5)] for k in range(3)]
+    expected = Jacobian([list(row) for row in rows]).gramian(torch.float64, CPU)
+    monkeypatch.setattr(jacobian, "flatten", autograd._concatenate)
+    assert torch.equal(Jacobian([list(row) for row in rows]).gramian(torch.float64, CPU), expected)
