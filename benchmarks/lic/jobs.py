@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lic.engine import Engine, Job, Result
+from benchmarks.lic.scores import crop_center
 from examples.lic import checkpoint
-from examples.lic.evaluation import Score, crop_center, evaluate
+from examples.lic.evaluation import Score, evaluate
+from examples.lic.log import Recorder
 from examples.lic.refinement import Latents, Refinement, quantize, refine, score
 from examples.lic.runs import Run, train
-from examples.lic.training import Recorder
 from examples.lic.variable_rate import VariableRateCodec, step_for
 from moo_balance import FixedWeights, History
 

@@ -9,19 +9,11 @@ from typing import Any
 
 from benchmarks.lic.engine import Job, Result
 from benchmarks.lic.jobs import Refine
+from benchmarks.lic.roundings import THREE_CLASS, TWO_CLASS, StraightThrough, within
+from examples.lic.losses import SOLUTIONS
 from examples.lic.refinement import Refinement
-from examples.lic.rounding import (
-    SGA_ANNEALING,
-    SGA_PLUS_ANNEALING,
-    THREE_CLASS,
-    TWO_CLASS,
-    Annealing,
-    Gumbel,
-    Rounding,
-    StraightThrough,
-)
+from examples.lic.rounding import SGA_ANNEALING, SGA_PLUS_ANNEALING, Annealing, Gumbel, Rounding
 from examples.lic.runs import Run
-from examples.lic.weightings import SOLUTIONS
 
 NONE, PLAIN, SGA_PLUS = "none", "straight-through", "SGA+"
 CURVE, PROBABILITY, ONE_CODEC, BALANCED = "curve", "probability", "one codec", "balanced"
@@ -116,17 +108,17 @@ class LatentRefinement:
                 yield Case(BALANCED, name, how, self.base, lmbda)
 
     def _gumbel(self, name: str, maximum: float = 1.0) -> Gumbel:
-        annealing = replace(SGA_PLUS_ANNEALING.within(self.steps), maximum=maximum)
+        annealing = replace(within(SGA_PLUS_ANNEALING, self.steps), maximum=maximum)
         return Gumbel(TWO_CLASS[name], annealing)
 
     def _probabilities(self, best: Refinement) -> dict[str, Refinement]:
         """The probabilities, with the published temperatures in fewer steps, and cut off there."""
-        within = SGA_PLUS_ANNEALING.within(self.steps)
+        shorter = within(SGA_PLUS_ANNEALING, self.steps)
 
-        def sga_plus(rounding: Rounding, annealing: Annealing = within) -> Refinement:
+        def sga_plus(rounding: Rounding, annealing: Annealing = shorter) -> Refinement:
             return replace(best, relaxation=Gumbel(rounding, annealing))
 
-        sga = Gumbel(TWO_CLASS["atanh"], SGA_ANNEALING.within(self.steps))
+        sga = Gumbel(TWO_CLASS["atanh"], within(SGA_ANNEALING, self.steps))
         return {
             "SGA: atanh, rounding y": replace(best, relaxation=sga, centered=False),
             **{name: sga_plus(rounding) for name, rounding in TWO_CLASS.items()},

@@ -20,9 +20,10 @@ from benchmarks.lic.refinement import (
     PROBABILITY,
     SGA_PLUS,
 )
+from benchmarks.lic.scores import rate_distortion_loss
 from benchmarks.lic.text import table, with_range, with_sign
 from examples.lic.bd import CurveError, Delta, compare, gap_above
-from examples.lic.evaluation import Score, mean_score, rate_distortion_loss
+from examples.lic.evaluation import Score, mean_score
 
 Record = Mapping[str, Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.lic.engine import Job, Result
 from benchmarks.lic.jobs import SUM, Train
 from benchmarks.lic.tuning import Clip, Tuned
+from examples.lic.losses import SOLUTIONS
 from examples.lic.runs import Run
 from examples.lic.training import Recipe
-from examples.lic.weightings import SOLUTIONS
 from moo_balance.weighting import Weighting
 
 BALANCED = "balanced"

@@ -17,11 +17,11 @@ from benchmarks.lic.ablations import Ablations
 from benchmarks.lic.engine import Engine, Experiment
 from benchmarks.lic.jobs import SUM
 from benchmarks.lic.refinement import LatentRefinement
+from benchmarks.lic.scores import crop_center
 from benchmarks.lic.solutions import OWN, STATIC, Comparison
 from benchmarks.lic.tuning import StepCosts, Tuned, Tuning
 from benchmarks.lic.variable_rate import VariableRate
 from benchmarks.settings import processor
-from examples.lic.evaluation import crop_center
 from examples.lic.images import Photographs
 from examples.lic.runs import Run
 from examples.lic.training import Recipe

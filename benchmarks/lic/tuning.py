@@ -13,13 +13,13 @@ import torch
 
 from benchmarks.lic.engine import Engine, Job, Result
 from benchmarks.lic.jobs import SUM, Train
+from benchmarks.lic.scores import rate_distortion_loss
 from examples.lic import architectures
-from examples.lic.evaluation import Score, rate_distortion_loss
-from examples.lic.losses import RateDistortion
+from examples.lic.evaluation import Score
+from examples.lic.losses import SOLUTIONS, RateDistortion
 from examples.lic.runs import Run
 from examples.lic.streams import Crops, CropStream
 from examples.lic.training import Recipe, Trainer
-from examples.lic.weightings import SOLUTIONS
 from moo_balance.weighting import Weighting
 
 Clip = float | Literal["unit"]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lic.figures import Drawing, grid, plot_curve
+from benchmarks.lic.scores import rate_distortion_loss
 from benchmarks.lic.statistics import Difference
 from benchmarks.lic.text import table, with_interval
 from benchmarks.lic.variable_rate import (
@@ -26,7 +27,7 @@ from benchmarks.lic.variable_rate import (
     STATIC,
 )
 from examples.lic.bd import CurveError, compare
-from examples.lic.evaluation import Score, mean_score, rate_distortion_loss
+from examples.lic.evaluation import Score, mean_score
 
 Data = Mapping[str, Any]
 OneRun = Mapping[str, Any]

@@ -8,7 +8,6 @@ the states of ``model``, ``optimizer``, ``schedule``, and where there are any ``
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import pickle
@@ -24,8 +23,6 @@ from examples.lic.variable_rate import VariableRateCodec
 
 FORMAT = 2
 """Raised when the content of a checkpoint changes its meaning."""
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(Exception):
@@ -46,9 +43,9 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
         old = "The one that was there is as it was. " if path.exists() else ""
-        advice = "Free some space" if error.errno in _NO_SPACE else "Make the folder writable"
         raise CheckpointError(
-            f"The checkpoint {path} could not be saved ({error.strerror}). {old}{advice}."
+            f"The checkpoint {path} could not be saved ({error.strerror}). {old}"
+            "Free some space, or make the folder writable."
         ) from error
 
 

@@ -24,10 +24,10 @@ from examples.lic.bd import gap_above
 from examples.lic.checkpoint import load_codec
 from examples.lic.evaluation import Score, evaluate, mean_score
 from examples.lic.images import Photographs
-from examples.lic.log import Progress
+from examples.lic.log import Progress, Recorder
+from examples.lic.losses import EQUAL, SOLUTIONS, fixed
 from examples.lic.runs import Run, train
-from examples.lic.training import Recipe, Recorder
-from examples.lic.weightings import EQUAL, SOLUTIONS, fixed
+from examples.lic.training import Recipe
 from moo_balance.weighting import Weighting
 
 STANDARD = "standard"

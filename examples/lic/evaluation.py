@@ -33,12 +33,6 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
-def rate_distortion_loss(score: Score, lmbda: float) -> float:
-    """R + λ · 255² · MSE of a score, with the MSE that its PSNR stands for."""
-    bpp, decibels = score
-    return bpp + lmbda * 255**2 * 10 ** (-decibels / 10)
-
-
 def mean_score(scores: Mapping[str, Score]) -> Score:
     """Plain mean over the images of bits per pixel and of dB."""
     return Score(*(fmean(axis) for axis in zip(*scores.values(), strict=True)))
@@ -48,13 +42,6 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column until both sides of ``[B, C, H, W]`` are multiples."""
     height, width = images.shape[-2:]
     return functional.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-
-
-def crop_center(image: Tensor, side: int) -> Tensor:
-    """The central square of ``[C, H, W]``, or as much of it as there is."""
-    height, width = image.shape[-2:]
-    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
-    return image[:, top : top + side, left : left + side]
 
 
 def to_pixels(decoded: Tensor) -> Tensor:

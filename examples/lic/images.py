@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-
-MOST = 200
-"""Most images of a folder that are held in memory."""
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are taken for images."""
@@ -32,7 +29,7 @@ class Photographs:
 
     train: Mapping[str, Tensor]
     held_out: Mapping[str, Tensor]
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
 def bundled() -> Photographs:
@@ -80,11 +77,6 @@ def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photograp
             )
     roles, notes = [], []
     for paths, min_side in ((train_paths, crop), (eval_paths, 1)):
-        if len(paths) > MOST:
-            raise ImageError(
-                f"At most {MOST} images should be held in memory. Found {len(paths)}. Name a "
-                "smaller folder; the train command reads images of any folder as it needs them."
-            )
         roles.append({str(path): read_image(path, min_side=min_side) for path in paths})
         notes += check_headers(paths)[1]
     return Photographs(*roles, notes)

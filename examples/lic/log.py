@@ -1,26 +1,26 @@
-"""What a training run reports: TensorBoard, held-out images, and progress on the terminal."""
+"""What a training run reports: TensorBoard, held-out images, progress, and its whole course."""
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, median
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from examples.lic.evaluation import evaluate, mean_score
-from examples.lic.training import Observer, Trainer
+from examples.lic.training import FALLS, Observer, Trainer
 from examples.lic.variable_rate import VariableRateCodec
+from moo_balance import History
 from moo_balance.integrations.tensorboard import add_metrics
 
 
 class Log(Observer):
-    """Writes every n-th step to TensorBoard. A full disk ends the log, and not the training.
+    """Writes every n-th step to TensorBoard.
 
     Args:
         folder: For the event files.
@@ -47,43 +47,19 @@ class Log(Observer):
         # Entries of a run that was killed after its last checkpoint are purged: these steps are
         # taken again.
         self._writer = SummaryWriter(self._folder, purge_step=trainer.taken + 1)
-        self._works = True
-        self._hook, threading.excepthook = threading.excepthook, self._ignore_full_disk
 
     def after(self, trainer: Trainer) -> None:
         figures: dict[str, float] = {}
-        logs = trainer.taken % self._every == 0
-        if logs:
+        if trainer.taken % self._every == 0:
+            add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
             figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
         if self._held_out and (trainer.complete or trainer.taken % self._validate_every == 0):
             figures |= _validate(trainer, self._held_out)
-        if not (figures and self._works):
-            return
-        with self._full_disk_allowed():
-            if logs:
-                add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, trainer.taken)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, trainer.taken)
 
     def end(self, trainer: Trainer) -> None:
-        with self._full_disk_allowed():
-            self._writer.close()
-        threading.excepthook = self._hook
-
-    @contextmanager
-    def _full_disk_allowed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self._works:
-                print(f"warning: The log in {self._folder} cannot be written ({error.strerror}). "
-                      "Training goes on without it.", file=sys.stderr)  # fmt: skip
-            self._works = False
-
-    def _ignore_full_disk(self, fault: threading.ExceptHookArgs) -> None:
-        """TensorBoard's own thread prints a traceback of an error that is reported anyway."""
-        if not isinstance(fault.exc_value, OSError):
-            self._hook(fault)
+        self._writer.close()
 
 
 def _validate(trainer: Trainer, images: Mapping[str, Tensor]) -> dict[str, float]:
@@ -119,3 +95,45 @@ class Progress(Observer):
 
     def end(self, trainer: Trainer) -> None:
         self._bar.close()
+
+
+class Recorder(Observer):
+    """Keeps the metrics and the time of every step."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.seconds: list[float] = []
+        """From step to step."""
+        self._last = 0.0
+
+    def begin(self, trainer: Trainer) -> None:
+        self._last = time.perf_counter()
+
+    def after(self, trainer: Trainer) -> None:
+        self.history.append(trainer.optimizer.metrics)
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+    @property
+    def milliseconds(self) -> float:
+        """Median time of a step."""
+        return 1e3 * median(self.seconds)
+
+    def last(self, kind: str) -> dict[str, float]:
+        """The last ``"loss"``, ``"weight"`` or ``"coefficient"`` of each loss, by its name."""
+        return {name: values[-1] for name, values in self._series(kind).items()}
+
+    def late_mean(self, kind: str) -> dict[str, float]:
+        """The same as a mean over the steps after the learning rate has first fallen.
+
+        These decide where a run ends; the mean over all steps says little about a method that
+        spends half of them on the way to its weights.
+        """
+        first = int(FALLS[0] * len(self.history))
+        return {name: fmean(values[first:]) for name, values in self._series(kind).items()}
+
+    def _series(self, kind: str) -> dict[str, list[float]]:
+        prefix = f"{kind}/"
+        keys = [key for key in self.history.keys() if key.startswith(prefix)]  # noqa: SIM118
+        return {key.removeprefix(prefix): self.history.series(key)[1] for key in keys}

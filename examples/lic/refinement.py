@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from examples.lic.evaluation import Score, pad_to_multiple, psnr, to_pixels
 from examples.lic.hyperprior import MeanScaleHyperprior
-from examples.lic.rounding import PUBLISHED_STEPS, TWO_CLASS, Gumbel
+from examples.lic.rounding import PUBLISHED_STEPS, SGA_PLUS, Gumbel
 from moo_balance import BalancedOptimizer, Sum
 from moo_balance.weighting import Weighting
 
@@ -35,7 +35,7 @@ class Refinement:
             the original SGA does.
     """
 
-    relaxation: Relaxation = field(default_factory=lambda: Gumbel(TWO_CLASS["SSL"]))
+    relaxation: Relaxation = field(default_factory=lambda: Gumbel(SGA_PLUS))
     steps: int = PUBLISHED_STEPS
     lr: float = 5e-3
     weighting: Weighting = field(default_factory=Sum)
@@ -108,31 +108,24 @@ def refine(
             at the end.
     """
     torch.manual_seed(seed)
+    model = copy.deepcopy(model).requires_grad_(False)
     latents = Latents(*(latent.clone().requires_grad_() for latent in encode(model, image)))
     optimizer = BalancedOptimizer(torch.optim.Adam(latents, lr=how.lr), how.weighting)
-    with _without_parameter_gradients(model):
-        for step in range(how.steps):
-            on_step(step, latents)
-            optimizer.zero_grad()
-            # A closure, so that a method that observes the step can evaluate the losses after it.
-            optimizer.backward(partial(_losses, model, image, latents, how, step, lmbda))
-            optimizer.step()
-        on_step(how.steps, latents)
-        with torch.no_grad():
-            return quantize(model, latents, centered=how.centered)
 
+    def losses(step: int) -> dict[str, Tensor]:
+        sent = quantize(model, latents, partial(how.relaxation, step=step), centered=how.centered)
+        mse = functional.mse_loss(_decode(model, sent, image), _in_unit_range(image))
+        return {"rate": sent.bits / image[0].numel(), "distortion": lmbda * 255**2 * mse}
 
-def _losses(
-    model: MeanScaleHyperprior,
-    image: Tensor,
-    latents: Latents,
-    how: Refinement,
-    step: int,
-    lmbda: float,
-) -> dict[str, Tensor]:
-    sent = quantize(model, latents, partial(how.relaxation, step=step), centered=how.centered)
-    mse = functional.mse_loss(_decode(model, sent, image), _in_unit_range(image))
-    return {"rate": sent.bits / image[0].numel(), "distortion": lmbda * 255**2 * mse}
+    for step in range(how.steps):
+        on_step(step, latents)
+        optimizer.zero_grad()
+        # A closure, so that a method that observes the step can evaluate the losses after it.
+        optimizer.backward(partial(losses, step))
+        optimizer.step()
+    on_step(how.steps, latents)
+    with torch.no_grad():
+        return quantize(model, latents, centered=how.centered)
 
 
 def _decode(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Tensor:
@@ -142,16 +135,3 @@ def _decode(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Tensor:
 
 def _in_unit_range(image: Tensor) -> Tensor:
     return image[None].to(torch.float32) / 255
-
-
-@contextmanager
-def _without_parameter_gradients(model: MeanScaleHyperprior) -> Iterator[None]:
-    """Take no gradient of the parameters: a third of the cost, and nothing left in them."""
-    required = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)

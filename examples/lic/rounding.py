@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from examples.lic.hyperprior import round_straight_through
-
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """Log-probability, up to a constant, of an integer at a distance d ≥ 0; falls with d."""
 
 TINY = 1e-6
-"""The least probability of a linear or sigmoid-scaled-logit score."""
+"""The least probability of an integer."""
 
 
 @dataclass(frozen=True)
@@ -41,40 +39,12 @@ class Atanh:
 
 
 @dataclass(frozen=True)
-class Linear:
-    r""":math:`n \log(1 - r d)`; with the defaults the probability is the distance to the other end.
-
-    Args:
-        slope: r; below 1 it leaves integers further than 1 a chance.
-        power: n.
-    """
-
-    slope: float = 1.0
-    power: float = 1.0
-
-    def __call__(self, distance: Tensor) -> Tensor:
-        return self.power * (1 - self.slope * distance).clamp(min=TINY).log()
-
-
-@dataclass(frozen=True)
-class Cosine:
-    r""":math:`\log \cos^n(\tfrac{\pi}{2} \min(r d, 1))`, with `slope` r and `power` n."""
-
-    slope: float = 1.0
-    power: float = 2.0
-
-    def __call__(self, distance: Tensor) -> Tensor:
-        # In float32 the cosine of a right angle is a little below zero, and has no real power.
-        cosine = (math.pi / 2 * (self.slope * distance).clamp(max=1)).cos().clamp(min=0)
-        return (cosine**self.power + 1e-7).log()
-
-
-@dataclass(frozen=True)
 class ScaledLogit:
     r"""Sigmoid-scaled logit, SSL(a): :math:`n \log \sigma(-a \operatorname{logit} u)`, u = r d / w.
 
     Args:
-        a: 1 is :class:`Linear`; more comes closer to rounding, and is steep in the middle.
+        a: With 1 the probability is the distance to the other integer; more comes closer to
+            rounding, and is steep in the middle.
         slope: r.
         power: n.
         width: w, the largest distance there is.
@@ -123,20 +93,9 @@ class Rounding:
         return (shares * candidates).sum(0)
 
 
-TWO_CLASS = {
-    "atanh": Rounding(Atanh()),
-    "linear": Rounding(Linear()),
-    "cosine": Rounding(Cosine()),
-    "SSL": Rounding(ScaledLogit()),
-}
-"""The probabilities of the paper, with the a = 2.3 of its tables."""
-
-THREE_CLASS = {
-    "linear": Rounding(Linear(slope=0.98, power=1.5), classes=3),
-    "cosine": Rounding(Cosine(slope=0.98, power=1.5), classes=3),
-    "SSL": Rounding(ScaledLogit(a=1.4, slope=0.98, power=1.5, width=1.5), classes=3),
-}
-"""Their extensions to three integers, with the paper's r, n and a."""
+SGA = Rounding(Atanh())
+SGA_PLUS = Rounding(ScaledLogit())
+"""The best of its paper's probabilities, with the a = 2.3 of its tables."""
 
 PUBLISHED_STEPS = 2000
 """Iterations of both papers."""
@@ -161,11 +120,6 @@ class Annealing:
     def __call__(self, step: int) -> float:
         return min(self.maximum, self.start * math.exp(-self.rate * (step - self.delay)))
 
-    def within(self, steps: int) -> Annealing:
-        """The same temperatures in fewer steps than the 2000 for which they were published."""
-        part = steps / PUBLISHED_STEPS
-        return replace(self, rate=self.rate / part, delay=round(self.delay * part))
-
 
 SGA_ANNEALING = Annealing(maximum=0.5, start=0.5, delay=700)
 SGA_PLUS_ANNEALING = Annealing()
@@ -180,11 +134,3 @@ class Gumbel:
 
     def __call__(self, values: Tensor, step: int) -> Tensor:
         return self.rounding.sample(values, self.annealing(step))
-
-
-@dataclass(frozen=True)
-class StraightThrough:
-    """Plain rounding with the gradient of the identity, at every step."""
-
-    def __call__(self, values: Tensor, step: int) -> Tensor:
-        return round_straight_through(values)

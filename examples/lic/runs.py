@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -98,7 +96,6 @@ def train(
     device: torch.device | str = "cpu",
     workers: int = 0,
     save_every: int = 500,
-    skip_broken: bool = False,
     observers: Sequence[Observer] = (),
 ) -> None:
     """Carry out `run` into the checkpoint at `path`, or what of it is not done yet.
@@ -114,7 +111,6 @@ def train(
         device: To train on.
         workers: Processes that read images ahead.
         save_every: Steps between checkpoints.
-        skip_broken: Replace an image that cannot be read by the next one.
         observers: Of this run, and not of its start.
 
     Raises:
@@ -126,12 +122,11 @@ def train(
     if isinstance(start, Run):
         start = path.parent / start.file_name()
         if not path.exists():
-            train(run.start, sources, start, device=device, workers=workers,
-                  save_every=save_every, skip_broken=skip_broken)  # fmt: skip
+            train(run.start, sources, start, device=device, workers=workers, save_every=save_every)
     model, settings = _build(run, start, resuming=path.exists())
     objective = run.objective(model.to(device))
     trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream)
-    crops = Crops(sources, crop=run.crop, seed=run.stream, skip_broken=skip_broken)
+    crops = Crops(sources, crop=run.crop, seed=run.stream)
     stream = CropStream(crops, batch=run.batch, workers=workers)
 
     def save() -> None:
@@ -184,9 +179,6 @@ def _check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM end the run after a step; a second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, frame: object) -> None:
@@ -203,16 +195,11 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
 
 
 class _Saver(Observer):
-    """Saves now and then. A full disk does not end a run that may find room the next time."""
+    """Saves now and then."""
 
     def __init__(self, save: Callable[[], None], every: int) -> None:
         self._save, self._every = save, every
 
     def after(self, trainer: Trainer) -> None:
-        if trainer.taken % self._every or trainer.complete:
-            return
-        try:
+        if trainer.taken % self._every == 0 and not trainer.complete:
             self._save()
-        except CheckpointError as error:
-            more = f"Training goes on; the next attempt is {self._every} steps away."
-            print(f"warning: {error} {more}", file=sys.stderr)

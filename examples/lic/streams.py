@@ -32,12 +32,10 @@ class Crops(Dataset[Tensor | ImageError]):
         sources: The images, each at least `crop` pixels high and wide.
         crop: Side of the crops in pixels.
         seed: Of their order and places.
-        skip_broken: Take the next image of the epoch in place of a broken one.
     """
 
-    def __init__(self, sources: Sources, *, crop: int, seed: int, skip_broken: bool = False):
+    def __init__(self, sources: Sources, *, crop: int, seed: int) -> None:
         self._sources, self._side, self._seed = sources, crop, seed
-        self._tries = len(sources) if skip_broken else 1
 
     @property
     def identity(self) -> str:
@@ -48,14 +46,12 @@ class Crops(Dataset[Tensor | ImageError]):
     def __getitem__(self, index: int) -> Tensor | ImageError:
         epoch, place = divmod(index, len(self._sources))
         order = _order(self._seed, epoch, len(self._sources))
-        for attempt in range(self._tries):
-            source = self._sources[order[(place + attempt) % len(order)]]
-            try:
-                image = source if isinstance(source, Tensor) else read_image(source)
-                return self._crop(image, random.Random(f"{self._seed}/{index}"))
-            except ImageError as error:
-                fault = error
-        return fault
+        source = self._sources[order[place]]
+        try:
+            image = source if isinstance(source, Tensor) else read_image(source)
+        except ImageError as error:
+            return error
+        return self._crop(image, random.Random(f"{self._seed}/{index}"))
 
     def _crop(self, image: Tensor, draw: random.Random) -> Tensor:
         top = draw.randint(0, image.shape[1] - self._side)

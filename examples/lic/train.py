@@ -4,7 +4,7 @@ r"""Train a codec with any weighting, at one λ after the other; stopped, it goe
 
     python -m examples.lic train --weighting solution1                    # bundled photographs
     python -m examples.lic train --images coco/train2017 --arch full --crop 256 --batch 16 \
-        --steps 550000 --lr 1e-4 --schedule plateau --workers 8 --device cuda
+        --steps 550000 --lr 1e-4 --workers 8 --device cuda
     python -m examples.lic train --arch variable-rate:small --weighting mgda \
         --lambdas 0.0035 0.013 0.05 --from runs/lic/standard/lambda-0.05.pt
 
@@ -23,11 +23,10 @@ from examples.lic import architectures, checkpoint, options, runs
 from examples.lic.compressai_adapter import PREFIX
 from examples.lic.images import list_images, read_image
 from examples.lic.log import Log, Progress
+from examples.lic.losses import WEIGHTINGS, fixed
 from examples.lic.runs import Run
-from examples.lic.schedules import Milestones, Plateau
 from examples.lic.streams import find_sources
 from examples.lic.training import Recipe
-from examples.lic.weightings import WEIGHTINGS, fixed
 
 QUICK = {"lambdas": [0.0035, 0.013], "steps": 6, "crop": 64, "batch": 1, "log_every": 3,
          "save_every": 4}  # fmt: skip
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             runs.train(
                 run, sources, path, device=chosen.device, workers=chosen.workers,
-                save_every=chosen.save_every, skip_broken=chosen.skip_unusable,
-                observers=[log, Progress(path.stem)],
+                save_every=chosen.save_every, observers=[log, Progress(path.stem)],
             )  # fmt: skip
         except KeyboardInterrupt:
             print(f"Stopped; {path} is saved, and the same command goes on from there.")
@@ -68,20 +66,16 @@ def _plan(chosen: argparse.Namespace) -> list[tuple[Run, Path]]:
     weighting = WEIGHTINGS[chosen.weighting]
     if chosen.rate_weight is not None:
         weighting = fixed(chosen.rate_weight)
-    schedules = {"milestones": Milestones(), "plateau": Plateau(chosen.epoch, chosen.patience)}
     lambdas = sorted(set(chosen.lambdas))
     variable = architectures.base_of(chosen.arch) != chosen.arch
     plan: list[tuple[Run, Path]] = []
     for levels in [lambdas] if variable else [[lmbda] for lmbda in lambdas]:
         # repr, not :g, so that no two λ share a name.
         path = chosen.output / ("variable-rate.pt" if variable else f"lambda-{levels[0]!r}.pt")
-        steps, start = chosen.first_steps or chosen.steps, chosen.start
-        if plan:
-            steps, start = chosen.steps, plan[-1][1]
+        start = plan[-1][1] if plan else chosen.start
         if chosen.start is not None and chosen.start.is_dir():
             start = chosen.start / f"lambda-{levels[-1]!r}.pt"
-        recipe = Recipe(steps, chosen.lr, schedules[chosen.schedule], chosen.clip, chosen.ema,
-                        nonfinite=chosen.nonfinite)  # fmt: skip
+        recipe = Recipe(chosen.steps, chosen.lr, chosen.clip, chosen.ema)
         run = Run(chosen.arch, tuple(levels), weighting, recipe, chosen.crop, chosen.batch,
                   chosen.seed, start, chosen.one_level)  # fmt: skip
         plan.append((run, path))
@@ -106,18 +100,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
     add("--eval-images", "score these whenever a checkpoint is saved", type=Path, metavar="DIR")
     add("--steps", "for each λ", type=whole, metavar="N", default=1500)
-    add("--first-steps", "for the lowest λ, if not as many", type=whole, metavar="N")
     add("--lr", "Adam's learning rate", type=real, metavar="X", default=1e-3)
-    add("--schedule", "how it falls", choices=("milestones", "plateau"), default="milestones")
-    add("--epoch", "steps whose mean loss a plateau compares", type=whole, metavar="N",
-        default=500)  # fmt: skip
-    add("--patience", "epochs without gain before it falls", type=whole, metavar="N", default=10)
     add("--clip", "bound on the gradient's norm; inf for none; unit scales the norm to 1",
         type=options.gradient_bound, metavar="X", default=1.0)  # fmt: skip
     add("--ema", "decay of averaged weights, such as 0.999, which are then the ones evaluated",
         type=options.between_0_and_1, metavar="X")  # fmt: skip
-    add("--nonfinite", "at a NaN or infinite loss or gradient", choices=("raise", "skip"),
-        default="raise")  # fmt: skip
     add("--batch", "crops in a step", type=whole, metavar="N", default=2)
     add("--crop", "side of the crops, a multiple of 64", type=options.crop_side, metavar="N",
         default=128)  # fmt: skip

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from examples.lic.losses import Objective
-from examples.lic.schedules import FIRST_FALL, Milestones, Schedule
-from moo_balance import BalancedOptimizer, History
+from moo_balance import BalancedOptimizer
 from moo_balance.weighting import Weighting
+
+FALLS = (0.7, 0.9)
+"""The fractions of a run after each of which the learning rate falls."""
+
+FALL_FACTOR = 0.3
+"""What it falls to, as a factor."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,18 @@ class Recipe:
 
     Args:
         steps: How many.
-        lr: Adam's learning rate at the start.
-        schedule: When it falls; by default twice to 0.3 of itself near the end.
+        lr: Adam's learning rate at the start; near the end it falls twice, see :data:`FALLS`.
         clip: Bound on the norm of the gradient, positive, infinite for none; or ``"unit"``, which
             scales the gradient to norm 1, see :func:`normalize_gradient`.
         ema: Decay in (0, 1) of a moving average of the parameters, such as 0.999; None for none.
         auxiliary_lr: Learning rate of the auxiliary loss, in codecs that have one (CompressAI's).
-        nonfinite: Raise at a NaN or infinite loss or gradient, or skip the step.
     """
 
     steps: int
     lr: float
-    schedule: Schedule = field(default=Milestones())
     clip: float | Literal["unit"] = 1.0
     ema: float | None = None
     auxiliary_lr: float = 1e-3
-    nonfinite: Literal["raise", "skip"] = "raise"
 
 
 class Observer:
@@ -78,10 +78,10 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.parameters, quantiles = _split(self.model)
         adam = torch.optim.Adam(self.parameters, lr=recipe.lr)
-        self.optimizer = BalancedOptimizer(
-            adam, weighting, loss_names=objective.names, nonfinite=recipe.nonfinite
-        )
-        self._scheduler = recipe.schedule.start(self.optimizer, recipe.steps)
+        self.optimizer = BalancedOptimizer(adam, weighting, loss_names=objective.names)
+        falls = [int(fraction * recipe.steps) for fraction in FALLS]
+        factor = lambda taken: FALL_FACTOR ** sum(taken >= fall for fall in falls)  # noqa: E731
+        self._scheduler = LambdaLR(self.optimizer, factor)
         self._parts: dict[str, Any] = {
             "model": self.model, "optimizer": self.optimizer, "schedule": self._scheduler,
         }  # fmt: skip
@@ -125,8 +125,7 @@ class Trainer:
         else:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
-        losses = self.optimizer.metrics.losses.values()  # none, if the step was skipped
-        self._scheduler.step(sum(losses) / len(losses) if losses else None)
+        self._scheduler.step()
         for action in self._after_step:
             action()
         self.taken += 1
@@ -178,45 +177,3 @@ def normalize_gradient(parameters: Iterable[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     torch._foreach_div_(gradients, norm.clamp(min=torch.finfo(norm.dtype).tiny))
-
-
-class Recorder(Observer):
-    """Keeps the metrics and the time of every step."""
-
-    def __init__(self) -> None:
-        self.history = History()
-        self.seconds: list[float] = []
-        """From step to step."""
-        self._last = 0.0
-
-    def begin(self, trainer: Trainer) -> None:
-        self._last = time.perf_counter()
-
-    def after(self, trainer: Trainer) -> None:
-        self.history.append(trainer.optimizer.metrics)
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
-
-    @property
-    def milliseconds(self) -> float:
-        """Median time of a step."""
-        return 1e3 * median(self.seconds)
-
-    def last(self, kind: str) -> dict[str, float]:
-        """The last ``"loss"``, ``"weight"`` or ``"coefficient"`` of each loss, by its name."""
-        return {name: values[-1] for name, values in self._series(kind).items()}
-
-    def late_mean(self, kind: str) -> dict[str, float]:
-        """The same as a mean over the steps after the learning rate has first fallen.
-
-        These decide where a run ends; the mean over all steps says little about a method that
-        spends half of them on the way to its weights.
-        """
-        first = int(FIRST_FALL * len(self.history))
-        return {name: fmean(values[first:]) for name, values in self._series(kind).items()}
-
-    def _series(self, kind: str) -> dict[str, list[float]]:
-        prefix = f"{kind}/"
-        keys = [key for key in self.history.keys() if key.startswith(prefix)]  # noqa: SIM118
-        return {key.removeprefix(prefix): self.history.series(key)[1] for key in keys}

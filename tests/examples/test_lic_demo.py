@@ -14,7 +14,7 @@ from examples.lic.__main__ import main
 from examples.lic.checkpoint import load
 from examples.lic.demo import Comparison
 from examples.lic.images import Photographs
-from examples.lic.weightings import SOLUTIONS
+from examples.lic.losses import SOLUTIONS
 
 METHODS = ["checkpoint", "standard", *SOLUTIONS, *demo.RIVALS]
 

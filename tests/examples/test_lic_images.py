@@ -48,12 +48,6 @@ def test_subfolders_and_a_folder_of_held_out_images(folder, tmp_path):
     assert photographs.held_out[str(small)].shape == (3, 7, 9)
 
 
-def test_a_folder_beyond_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(images, "MOST", 4)
-    with pytest.raises(ImageError, match=r"At most 4 images .* Found 5\. Name a smaller folder"):
-        from_folders(folder, None, crop=64)
-
-
 @pytest.mark.parametrize(
     ("mode", "stored", "read"),
     [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.lic.roundings import TWO_CLASS, StraightThrough
+from benchmarks.lic.scores import rate_distortion_loss as loss
 from examples.lic import evaluation
 from examples.lic.bitstream import Coder
-from examples.lic.evaluation import rate_distortion_loss as loss
 from examples.lic.hyperprior import MeanScaleHyperprior
 from examples.lic.refinement import Latents, Refinement, encode, quantize, refine, score
-from examples.lic.rounding import TWO_CLASS, Gumbel, StraightThrough
+from examples.lic.rounding import Gumbel
 from moo_balance import AnalyticQP, BalancedTrajectory
 
 LAMBDA = 0.01

@@ -7,18 +7,15 @@ import math
 import pytest
 import torch
 
+from benchmarks.lic.roundings import THREE_CLASS, TWO_CLASS, Linear, StraightThrough, within
 from examples.lic.rounding import (
     PUBLISHED_STEPS,
     SGA_ANNEALING,
     SGA_PLUS_ANNEALING,
-    THREE_CLASS,
-    TWO_CLASS,
     Annealing,
     Gumbel,
-    Linear,
     Rounding,
     ScaledLogit,
-    StraightThrough,
 )
 
 EVERY = [
@@ -157,7 +154,7 @@ def test_temperatures_are_the_published_ones(annealing, golden):
 
 @pytest.mark.parametrize("annealing", [SGA_ANNEALING, SGA_PLUS_ANNEALING])
 def test_a_shorter_course_passes_the_same_temperatures(annealing):
-    short = annealing.within(PUBLISHED_STEPS // 4)
+    short = within(annealing, PUBLISHED_STEPS // 4)
     assert [short(t) for t in range(0, 501, 50)] == pytest.approx(
         [annealing(4 * t) for t in range(0, 501, 50)]
     )

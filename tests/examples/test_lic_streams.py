@@ -104,29 +104,6 @@ def test_a_broken_image_does_not_count_as_taken(folder):
     assert broken.state_dict() == {"taken": len(taken)}
 
 
-def test_a_broken_image_may_be_replaced_by_the_next(folder):
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:3000])
-    paths = sorted(folder.iterdir())
-    crops = Crops(paths, crop=64, seed=3, skip_broken=True)
-    expected = Crops(paths, crop=64, seed=3)
-    for index in range(10):
-        crop, plain = crops[index], expected[index]
-        if isinstance(plain, ImageError):
-            follower = index + 1 if index % 5 < 4 else index - 4
-            assert crop.shape == (3, 64, 64)
-            assert not isinstance(expected[follower], ImageError)
-        else:
-            assert torch.equal(crop, plain)
-
-
-def test_a_folder_without_any_usable_image_is_an_error_all_the_same(folder):
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:3000])
-    crops = Crops(sorted(folder.iterdir()), crop=64, seed=0, skip_broken=True)
-    with pytest.raises(ImageError, match="cannot be read"):
-        next(stream(crops))
-
-
 def test_other_images_are_another_identity(folder):
     first = folder_crops(folder, seed=0).identity
     (folder / "4.png").rename(folder / "5.png")

@@ -9,9 +9,10 @@ import torch
 
 from examples.lic.evaluation import evaluate
 from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.log import Recorder
 from examples.lic.losses import Levels, RateDistortion, level_name
 from examples.lic.streams import Crops, CropStream
-from examples.lic.training import Observer, Recipe, Recorder, Trainer
+from examples.lic.training import Observer, Recipe, Trainer
 from examples.lic.variable_rate import (
     HYPER_STEP_FLOOR,
     HyperStep,

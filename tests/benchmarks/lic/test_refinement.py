@@ -8,8 +8,8 @@ from benchmarks.lic.engine import waves
 from benchmarks.lic.jobs import Keep
 from benchmarks.lic.refinement import CURVE, NONE, SGA_PLUS
 from benchmarks.lic.refinement_page import deltas, gaps, relative_loss, section, select
+from benchmarks.lic.roundings import TWO_CLASS
 from benchmarks.lic.study import full
-from examples.lic.rounding import TWO_CLASS
 
 STUDY = full().others["Latent refinement"]
 
