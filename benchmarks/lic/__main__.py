@@ -24,7 +24,7 @@ from benchmarks.lic.engine import Engine
 from benchmarks.lic.study import Setting, full, tiny
 from examples.lic import images
 from examples.lic.images import Photographs
-from examples.lic.options import FAULTS, describe, positive
+from examples.lic.options import FAULTS, describe, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +49,6 @@ def _run(setting: Setting, options: argparse.Namespace, path: Path) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
     photographs = setting.crop(_photographs(options))
-    for note in photographs.notes:
-        say(note)
     engine = Engine(photographs, options.output, options.workers, say)
     for results in setting.run(engine, options.only or setting.titles):
         # The docs are not touched before the end.
@@ -80,7 +78,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for results and checkpoints; finished ones are kept (%(default)s)")  # fmt: skip
     add("--docs", type=Path, metavar="DIR",
         help="for page, figures and the JSON file (the folder of --output)")  # fmt: skip
-    add("--workers", type=positive(int), metavar="N", default=1,
+    add("--workers", type=number(int), metavar="N", default=1,
         help="processes of one thread each (%(default)s)")  # fmt: skip
     add("--page-only", action="store_true", help="run nothing, write the page from the JSON file")
     options = parser.parse_args(arguments)

@@ -66,9 +66,6 @@ def front(points: Sequence[Score], name: str = "curve") -> list[Score]:
     Interpolation needs curves that increase. In short trainings a point can fall below its
     neighbours, where another model costs fewer bits and looks better. Such points are left out of
     both curves alike.
-
-    Raises:
-        CurveError: When a value is not finite or not positive, or fewer than three points remain.
     """
     if bad := [p for p in points if not (0 < p.bpp < math.inf and math.isfinite(p.psnr))]:
         raise CurveError(
@@ -127,9 +124,6 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
 
     With values of two or three seeds it is wide, as it has to be: percentile bootstraps of so few
     left out the true mean in a sixth to a third of the cases.
-
-    Raises:
-        CurveError: There are no values.
     """
     if not values:
         raise CurveError("An interval needs at least one value. Found none. Compare more images.")

@@ -66,11 +66,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the content of the checkpoint at `path`, on the CPU.
-
-    Raises:
-        CheckpointError: There is no such file, or it is no checkpoint of a codec.
-    """
+    """Return the content of the checkpoint at `path`, on the CPU."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -101,9 +97,6 @@ def load_start(model: nn.Module, path: Path, arch: str) -> None:
     """Set `model`, built as `arch`, to the trained weights at `path`.
 
     A variable-rate codec may start from its fixed-rate base, whose λ then has a step of 1.
-
-    Raises:
-        CheckpointError: The checkpoint holds another architecture.
     """
     content = load(path)
     weights, saved = trained_weights(content), content["run"]

@@ -50,9 +50,6 @@ def build(name: str) -> CompressAICodec:
 
     MODEL is any name of ``compressai.zoo.image_models`` or of :data:`CLASSES`; QUALITY, 1 where it
     is not given, chooses the widths.
-
-    Raises:
-        ArchitectureError: CompressAI cannot be imported, or has no such model or quality.
     """
     model, _, quality = name.removeprefix(PREFIX).partition("@")
     try:
@@ -103,11 +100,7 @@ class CompressAICoder:
 
     @torch.no_grad()
     def decode_exactly(self, data: bytes) -> Tensor:
-        """The image ``[3, H, W]`` before it is rounded to 8 bits.
-
-        Raises:
-            BitstreamError: The bytes are something else.
-        """
+        """The image ``[3, H, W]`` before it is rounded to 8 bits."""
         if data[:2] != self._magic:
             raise BitstreamError(
                 "This should be an image that was encoded by a codec of CompressAI. Found "

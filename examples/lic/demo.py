@@ -1,10 +1,5 @@
 """A small learned image codec, trained the standard way and with balanced losses.
 
-::
-
-    python -m examples.lic                       # bundled photographs, about five minutes
-    python -m examples.lic --images my-photos    # a folder of your own
-
 Standard models for three λ, each trained from the one before; then from each of their checkpoints
 the same further steps six times over: with the standard sum, with the two solutions of Balanced
 R-D, and with fixed weights, those that the solutions arrived at and lower ones.
@@ -48,12 +43,8 @@ EXPLANATION = (
 )
 
 COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"
-QUICK = {
-    "lambdas": [0.013],
-    "steps": 10,
-    "finetune_steps": 5,
-    "output": Path("runs/lic/quick/demo"),
-}
+QUICK = {"lambdas": [0.013], "steps": 10, "finetune_steps": 5,
+         "output": Path("runs/lic/quick/demo")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,6 @@ def main(arguments: Sequence[str]) -> int:
     chosen.output.mkdir(parents=True, exist_ok=True)
     for role, pictures in (("Trains on", photographs.train), ("Held out:", photographs.held_out)):
         print(role, ", ".join(pictures) if len(pictures) < 6 else f"{len(pictures)} images")
-    print("".join(f"{note}\n" for note in photographs.notes), end="")
     results = Comparison(photographs, chosen, chosen.output)()
     print(f"\n{table(results)}\n\n{fill(EXPLANATION, 88)}\n")
     scores = {x: {name: r.score for name, r in point.items()} for x, point in results.items()}
@@ -170,20 +160,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser("", "Train a small image codec, standard and balanced, and compare.")
-    add, whole = parser.add, options.positive(int)
-    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
-    add("--eval-images", "held out; if not given, the last fifth of --images by name",
-        type=Path, metavar="DIR")  # fmt: skip
-    add("--output", "for checkpoints, figure and results", type=Path, metavar="DIR",
-        default=Path("runs/lic/demo"))  # fmt: skip
-    add("--lambdas", "of the standard models", type=options.positive(float), nargs="+",
-        metavar="λ", default=[0.0035, 0.013, 0.05])  # fmt: skip
-    add("--steps", "of each standard model", type=whole, metavar="N", default=1500)
-    add("--finetune-steps", "further steps of each method", type=whole, metavar="N", default=400)
-    add("--batch", "crops in a step", type=whole, metavar="N", default=2)
-    add("--crop", "side of the crops, a multiple of 64", type=options.crop_side, metavar="N",
-        default=128)  # fmt: skip
-    add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
+    add, whole, real = parser.add, options.number(int), options.number(float)
+    add("--images", "train on this folder, not on bundled images", Path)
+    add("--eval-images", "held out; if not given, the last fifth of --images by name", Path)
+    add("--output", "for checkpoints, figure and results", Path, Path("runs/lic/demo"))
+    add("--lambdas", "of the standard models", real, options.LAMBDAS, nargs="+")
+    add("--steps", "of each standard model", whole, 1500)
+    add("--finetune-steps", "further steps of each method", whole, 400)
+    add("--batch", "crops in a step", whole, 2)
+    add("--crop", "side of the crops, a multiple of 64", options.crop_side, 128)
+    add("--seed", "of weights, crops and noise", int, 0)
     chosen = parser.parse(arguments, QUICK)
     if chosen.eval_images is not None and chosen.images is None:
         parser.error("--eval-images needs --images")

@@ -1,10 +1,5 @@
 """Rate-distortion curves of trained codecs, by the sizes of real files.
 
-::
-
-    python -m examples.lic evaluate runs/lic/fixed runs/lic/solution2 --anchor runs/lic/fixed
-    python -m examples.lic evaluate runs/lic/standard --images kodak
-
 Every image is encoded to a file, which is read back and decoded. The checkpoints of one folder make
 one curve, which has the folder's name; a variable-rate codec has a point for each of its λ.
 """
@@ -53,7 +48,9 @@ class Point:
 
     def score(self, image: str | None = None) -> Score:
         """Of one image, or the mean, by true size."""
-        return self.images[image].score if image else Score(self.mean("bpp"), self.mean("psnr"))
+        if image is None:
+            return Score(self.mean("bpp"), self.mean("psnr"))
+        return Score(self.images[image].bpp, self.images[image].psnr)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -161,8 +158,7 @@ def _pictures(folder: Path | None, *, quick: bool) -> dict[str, Callable[[], Ten
     if folder is None:
         pictures = {name: image.clone for name, image in images.bundled().held_out.items()}
     else:
-        paths, notes = images.check_headers(images.list_images(folder))
-        print("".join(f"{note}\n" for note in notes), end="")
+        paths = images.check_headers(images.list_images(folder))
         pictures = {str(p.relative_to(folder)): partial(images.read_image, p) for p in paths}
     if quick:
         name, load = next(iter(pictures.items()))
@@ -171,17 +167,11 @@ def _pictures(folder: Path | None, *, quick: bool) -> dict[str, Callable[[], Ten
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = options.Parser(
-        "evaluate", "Code images with trained codecs, and compare curves of rate and distortion."
-    )
+    parser = options.Parser("evaluate", "Code images with trained codecs, and compare curves.")
     add = parser.add
-    add("checkpoints", "files of the train command, or folders of them", type=Path, nargs="+",
-        metavar="CHECKPOINT")  # fmt: skip
-    add("--images", "code this folder, not the bundled held-out photographs", type=Path,
-        metavar="DIR")  # fmt: skip
-    add("--anchor", "folder of the curve that others are compared with", metavar="DIR",
-        type=lambda text: str(Path(text)))  # fmt: skip
-    add("--output", "for files, figure and results", type=Path, metavar="DIR",
-        default=Path("runs/lic/evaluation"))  # fmt: skip
-    add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
+    add("checkpoints", "of the train command, or folders", Path, nargs="+", metavar="CHECKPOINT")
+    add("--images", "code this folder, not the bundled held-out photographs", Path)
+    add("--anchor", "folder of the curve that others are compared with", lambda x: str(Path(x)))
+    add("--output", "for files, figure and results", Path, Path("runs/lic/evaluation"))
+    add("--device", "cpu, cuda, ...", options.device, "cpu")
     return parser.parse(arguments, QUICK)

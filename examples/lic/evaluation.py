@@ -86,9 +86,9 @@ class Measurement:
     """The result of coding one image to a file.
 
     Attributes:
-        pixels: Height times width.
         size: Bytes of the file, header included.
-        estimated_bits: Information content of the symbols under the model.
+        bpp: Bits of the file per pixel.
+        estimated_bpp: The same by the information content of the symbols under the model.
         psnr: In dB.
         ms_ssim: In [0, 1]; None for an image too small for it.
         exact: Whether the decoded image equals the codec's own reconstruction bit by bit, before
@@ -96,27 +96,12 @@ class Measurement:
             symbol by symbol.
     """
 
-    pixels: int
     size: int
-    estimated_bits: float
+    bpp: float
+    estimated_bpp: float
     psnr: float
     ms_ssim: float | None
     exact: bool
-
-    @property
-    def bpp(self) -> float:
-        """Bits of the file per pixel."""
-        return 8 * self.size / self.pixels
-
-    @property
-    def estimated_bpp(self) -> float:
-        """The same by the estimate."""
-        return self.estimated_bits / self.pixels
-
-    @property
-    def score(self) -> Score:
-        """The point of the rate-distortion plane, by true size."""
-        return Score(self.bpp, self.psnr)
 
 
 def measure(model: nn.Module, coder: Any, image: Callable[[], Tensor], file: Path) -> Measurement:
@@ -127,9 +112,6 @@ def measure(model: nn.Module, coder: Any, image: Callable[[], Tensor], file: Pat
         coder: Its coder, from ``architectures.coder_for``.
         image: Loads a uint8 image ``[3, H, W]``.
         file: Receives the bytes.
-
-    Raises:
-        BitstreamError: The image cannot be coded.
     """
     reference = image()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,11 +119,11 @@ def measure(model: nn.Module, coder: Any, image: Callable[[], Tensor], file: Pat
     data = file.read_bytes()
     decoded = coder.decode_exactly(data)
     own, bits = reconstruct(model, reference)
-    pixels = to_pixels(decoded)
+    pixels, count = to_pixels(decoded), reference[0].numel()
     return Measurement(
-        pixels=reference[0].numel(),
         size=len(data),
-        estimated_bits=bits,
+        bpp=8 * len(data) / count,
+        estimated_bpp=bits / count,
         psnr=psnr(pixels, reference),
         ms_ssim=structural_similarity(pixels, reference),
         exact=torch.equal(decoded.clamp(0, 1), own.clamp(0, 1)),

@@ -115,12 +115,8 @@ class Reconstruction(NamedTuple):
         return torch.stack(list(self.bits.values())).sum() / (batch * height * width)
 
 
-def _down(inputs: int, outputs: int) -> nn.Module:
-    return nn.Conv2d(inputs, outputs, 5, stride=2, padding=2)
-
-
-def _up(inputs: int, outputs: int) -> nn.Module:
-    return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1)
+_down = partial(nn.Conv2d, kernel_size=5, stride=2, padding=2)
+_up = partial(nn.ConvTranspose2d, kernel_size=5, stride=2, padding=2, output_padding=1)
 
 
 def _stack(

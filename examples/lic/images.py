@@ -25,11 +25,10 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images by name, each uint8 ``[3, H, W]``, and notes for the user about them."""
+    """Images by name, each uint8 ``[3, H, W]``."""
 
     train: Mapping[str, Tensor]
     held_out: Mapping[str, Tensor]
-    notes: Sequence[str] = ()
 
 
 def bundled() -> Photographs:
@@ -55,31 +54,21 @@ def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photograp
         held_out: Images to evaluate on, of any size. Without it the last fifth of ``folder`` by
             file name, at least one image, is held out.
         crop: Side of the training crops in pixels.
-
-    Raises:
-        ImageError: When a folder is missing or empty, or an image is broken or too small.
     """
-    train_paths = list_images(folder)
+    paths = list_images(folder)
+    split = len(paths)
     if held_out is None:
-        if len(train_paths) == 1:
-            raise ImageError(
-                f"{folder} should hold at least two images, one of them to be held out. Found "
-                "one. Add images, or name a folder of held-out ones with --eval-images."
-            )
-        split = len(train_paths) - max(1, len(train_paths) // 5)
-        train_paths, eval_paths = train_paths[:split], train_paths[split:]
-    else:
-        eval_paths = list_images(held_out)
-        if shared := {p.resolve() for p in train_paths} & {p.resolve() for p in eval_paths}:
-            raise ImageError(
-                f"The held-out images should not be trained on. Found {min(shared)} in both "
-                f"{folder} and {held_out}. Move it out of one of them."
-            )
-    roles, notes = [], []
-    for paths, min_side in ((train_paths, crop), (eval_paths, 1)):
-        roles.append({str(path): read_image(path, min_side=min_side) for path in paths})
-        notes += check_headers(paths)[1]
-    return Photographs(*roles, notes)
+        split -= max(1, len(paths) // 5)
+    if split == 0:
+        raise ImageError(
+            f"{folder} should hold at least two images, one of them to be held out. Found one. "
+            "Add images, or name a folder of held-out ones with --eval-images."
+        )
+    eval_paths = paths[split:] if held_out is None else list_images(held_out)
+    return Photographs(
+        {str(path): read_image(path, min_side=crop) for path in paths[:split]},
+        {str(path): read_image(path) for path in eval_paths},
+    )
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -95,46 +84,27 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path, *, min_side: int = 1) -> Tensor:
-    """Return the image at ``path`` as uint8 ``[3, H, W]``.
-
-    Raises:
-        ImageError: It cannot be read, or a side is shorter than `min_side` pixels.
-    """
+    """Return the image at ``path`` as uint8 ``[3, H, W]``."""
     with _open(path) as image:
         pixels = _to_rgb(ImageOps.exif_transpose(image))
     _check_side(path, *pixels.shape[:2], min_side)
     return _to_tensor(pixels)
 
 
-def check_headers(
-    paths: Sequence[Path], *, min_side: int = 1, skip: bool = False
-) -> tuple[list[Path], list[str]]:
-    """Read every file's header, so that a bad one is found now and not after days of training.
-
-    Returns:
-        The images that can be used, and notes on those left out or not stored as 8-bit RGB.
-
-    Raises:
-        ImageError: One cannot be read or is too small; with `skip`, all of them.
-    """
-    usable, faults, converted = [], [], []
+def check_headers(paths: Sequence[Path], *, min_side: int = 1, skip: bool = False) -> list[Path]:
+    """The images that can be used: a bad one is found now, and not after days of training."""
+    usable, faults = [], []
     for path in paths:
         try:
             with _open(path) as image:
                 _check_side(path, image.height, image.width, min_side)
+            usable.append(path)
         except ImageError as error:
             faults.append(error)
-        else:
-            usable.append(path)
-            converted += [] if image.mode == "RGB" else [f"{path.name} ({image.mode})"]
     if faults and not (skip and usable):
         more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
-    notes = [f"Left out {len(faults)}, the first because: {faults[0]}"] if faults else []
-    if converted:
-        more = f" and {len(converted) - 3} more" if converted[3:] else ""
-        notes.append(f"Converted to 8-bit RGB: {', '.join(converted[:3])}{more}.")
-    return usable, notes
+    return usable
 
 
 @contextmanager

@@ -70,28 +70,22 @@ def _validate(trainer: Trainer, images: Mapping[str, Tensor]) -> dict[str, float
 
 
 class Progress(Observer):
-    """A bar with the losses on a terminal; elsewhere a line every `seconds`."""
+    """A bar with the losses on a terminal; elsewhere a line of it every `seconds`."""
 
     def __init__(self, title: str, *, seconds: float = 30.0) -> None:
         self._title, self._seconds = title, seconds
 
     def begin(self, trainer: Trainer) -> None:
-        steps, terminal = trainer.recipe.steps, sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=trainer.taken, desc=self._title, disable=not terminal)
-        self._interval = 1.0 if terminal else self._seconds
-        self._last = time.monotonic()
+        self._bar = tqdm(
+            total=trainer.recipe.steps, initial=trainer.taken, desc=self._title, miniters=1,
+            mininterval=1.0 if sys.stderr.isatty() else self._seconds,
+        )  # fmt: skip
 
     def after(self, trainer: Trainer) -> None:
-        self._bar.update()
-        if time.monotonic() - self._last < self._interval:
-            return
-        self._last = time.monotonic()
-        losses = trainer.optimizer.metrics.losses.items()
-        text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
-        self._bar.set_postfix_str(text, refresh=False)
-        if self._bar.disable:
-            progress = f"{self._title}: step {trainer.taken} of {trainer.recipe.steps}, {text}"
-            print(progress, file=sys.stderr, flush=True)
+        if self._bar.update():  # it was drawn
+            losses = trainer.optimizer.metrics.losses.items()
+            text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
+            self._bar.set_postfix_str(text, refresh=False)
 
     def end(self, trainer: Trainer) -> None:
         self._bar.close()

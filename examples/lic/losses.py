@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -30,22 +31,7 @@ NOISY_SHARE = 0.5
 three in the paper); after it, rounded symbols and their offsets (the third)."""
 
 
-class Objective(nn.Module):
-    """A codec with its losses."""
-
-    model: nn.Module
-    names: Sequence[str]
-    """Of all losses that a step may have."""
-
-    def begin_step(self, step: int, steps: int) -> None:
-        """Prepare for step number `step`, from 0, of `steps`."""
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The losses, 0-d, of images ``[B, 3, H, W]`` in [0, 1]."""
-        raise NotImplementedError
-
-
-class RateDistortion(Objective):
+class RateDistortion(nn.Module):
     """Bits per pixel, and λ · 255² · MSE."""
 
     names = ("rate", "distortion")
@@ -54,7 +40,11 @@ class RateDistortion(Objective):
         super().__init__()
         self.model, self.lmbda = model, lmbda
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Prepare for step number `step`, from 0, of `steps`: all are alike."""
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The losses, 0-d, of images ``[B, 3, H, W]`` in [0, 1]."""
         output = self.model(images)
         mse = mse_loss(output.images, images)
         return {"rate": output.bpp(), "distortion": self.lmbda * 255**2 * mse}
@@ -65,7 +55,7 @@ def level_name(lmbda: float) -> str:
     return f"λ={lmbda:g}"
 
 
-class Levels(Objective):
+class Levels(nn.Module):
     """R + λ · 255² · MSE of a variable-rate codec at several λ; the images are analysed once.
 
     Args:
@@ -98,6 +88,10 @@ class Levels(Objective):
             distortion = lmbda * 255**2 * mse_loss(output.images, images)
             losses[level_name(lmbda)] = output.bpp() + distortion
         return losses
+
+
+Objective: TypeAlias = RateDistortion | Levels
+"""A codec with its losses."""
 
 
 def fixed(rate: float) -> FixedWeights:

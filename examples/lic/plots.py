@@ -12,12 +12,10 @@ from matplotlib.lines import Line2D
 from examples.lic.evaluation import Score
 
 
-def new_figure(
-    width: float, height: float, rows: int = 1, columns: int = 1
-) -> tuple[Figure, list[Axes]]:
-    """A figure, its size in inches, and its axes row by row; not pyplot's, so nothing is global."""
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure, its size in inches, and its axes; not pyplot's, so nothing is global."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(1, columns, squeeze=False).flat)
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

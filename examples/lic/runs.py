@@ -178,15 +178,12 @@ def _check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM end the run after a step; a second one acts as usual."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Let SIGINT and SIGTERM end the run after the step under way."""
 
     def stop(number: int, frame: object) -> None:
         trainer.stop = True
-        signal.signal(number, previous[number])
 
-    for number in previous:
-        signal.signal(number, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

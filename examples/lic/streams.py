@@ -128,21 +128,17 @@ class CropStream(Iterator[Tensor]):
         self._taken, self._batches = state["taken"], None
 
 
-def find_sources(
-    folder: Path | None, *, crop: int, skip: bool = False
-) -> tuple[Sources, list[str]]:
-    """Images to train on, and notes for the user about them.
+def find_sources(folder: Path | None, *, crop: int, skip: bool = False) -> tuple[Sources, str]:
+    """Images to train on, and a note for the user about them.
 
     Args:
         folder: Of images, subfolders included; None for the bundled photographs.
         crop: Side of the crops in pixels.
         skip: Leave out images that are too small or broken, which are errors otherwise.
-
-    Raises:
-        ImageError: The folder is missing or empty, or an image is broken or too small.
     """
     if folder is None:
         train = bundled().train
-        return list(train.values()), [f"Trains on {', '.join(train)}."]
-    paths, notes = check_headers(list_images(folder), min_side=crop, skip=skip)
-    return paths, [f"{len(paths)} images in {folder}.", *notes]
+        return list(train.values()), f"Trains on {', '.join(train)}."
+    paths = list_images(folder)
+    usable = check_headers(paths, min_side=crop, skip=skip)
+    return usable, f"Trains on {len(usable)} of the {len(paths)} images in {folder}."

@@ -2,11 +2,8 @@ r"""Train a codec with any weighting, at one λ after the other; stopped, it goe
 
 ::
 
-    python -m examples.lic train --weighting solution1                    # bundled photographs
     python -m examples.lic train --images coco/train2017 --arch full --crop 256 --batch 16 \
         --steps 550000 --lr 1e-4 --workers 8 --device cuda
-    python -m examples.lic train --arch variable-rate:small --weighting mgda \
-        --lambdas 0.0035 0.013 0.05 --from runs/lic/standard/lambda-0.05.pt
 
 Each λ leaves a checkpoint in the output folder, where ``python -m examples.lic evaluate`` finds it;
 a variable-rate codec leaves one for all. The same command again goes on from the last checkpoint,
@@ -41,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         model = architectures.build(run.arch)
         if run.start is not None and run.start not in paths:
             checkpoint.load_start(model, run.start, run.arch)
-    sources, notes = find_sources(chosen.images, crop=chosen.crop, skip=chosen.skip_unusable)
-    print(*notes, sep="\n")
+    sources, note = find_sources(chosen.images, crop=chosen.crop, skip=chosen.skip_unusable)
+    print(note)
     held_out = {}
     if chosen.eval_images is not None:
         held_out = {str(path): read_image(path) for path in list_images(chosen.eval_images)}
@@ -84,35 +81,28 @@ def _plan(chosen: argparse.Namespace) -> list[tuple[Run, Path]]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser("train", "Train an image codec with any weighting of its losses.")
-    add = parser.add
-    whole, real = options.positive(int), options.positive(float)
-    add("--weighting", f"of the losses: {', '.join(WEIGHTINGS)}", choices=WEIGHTINGS,
-        metavar="NAME", default="standard")  # fmt: skip
-    add("--rate-weight", "of --weighting fixed; the distortion has the rest of 1", metavar="W",
-        type=options.between_0_and_1)  # fmt: skip
-    add("--lambdas", "one λ or several, trained from the lowest", type=real, nargs="+",
-        metavar="λ", default=[0.0035, 0.013, 0.05])  # fmt: skip
-    add("--arch", f"{architectures.NAMES}, or {PREFIX}MODEL", metavar="NAME", default="small")
-    add("--from", "checkpoint to start from; a folder has one for each λ", type=Path, dest="start",
-        metavar="PATH")  # fmt: skip
-    add("--output", "for checkpoints and logs (runs/lic/ and the weighting)", type=Path,
-        metavar="DIR")  # fmt: skip
-    add("--images", "train on this folder, not on bundled images", type=Path, metavar="DIR")
-    add("--eval-images", "score these whenever a checkpoint is saved", type=Path, metavar="DIR")
-    add("--steps", "for each λ", type=whole, metavar="N", default=1500)
-    add("--lr", "Adam's learning rate", type=real, metavar="X", default=1e-3)
-    add("--clip", "bound on the gradient's norm; inf for none; unit scales the norm to 1",
-        type=options.gradient_bound, metavar="X", default=1.0)  # fmt: skip
-    add("--ema", "decay of averaged weights, such as 0.999, which are then the ones evaluated",
-        type=options.between_0_and_1, metavar="X")  # fmt: skip
-    add("--batch", "crops in a step", type=whole, metavar="N", default=2)
-    add("--crop", "side of the crops, a multiple of 64", type=options.crop_side, metavar="N",
-        default=128)  # fmt: skip
-    add("--workers", "processes that read images ahead", type=int, metavar="N", default=0)
-    add("--save-every", "steps between checkpoints", type=whole, metavar="N", default=500)
-    add("--log-every", "steps between entries of the log", type=whole, metavar="N", default=50)
-    add("--seed", "of weights, crops and noise", type=int, metavar="N", default=0)
-    add("--device", "cpu, cuda, ...", type=options.device, metavar="NAME", default="cpu")
+    add, whole, real = parser.add, options.number(int), options.number(float)
+    share = options.number(float, below=1)
+    add("--weighting", f"one of {', '.join(WEIGHTINGS)}", default="standard", choices=WEIGHTINGS)
+    add("--rate-weight", "of --weighting fixed; the distortion has the rest of 1", share)
+    add("--lambdas", "one λ or several, trained from the lowest", real, options.LAMBDAS, nargs="+")
+    add("--arch", f"{architectures.NAMES}, or {PREFIX}MODEL", default="small")
+    add("--from", "checkpoint to start from; a folder has one for each λ", Path, dest="start")
+    add("--output", "for checkpoints and logs (runs/lic/ and the weighting)", Path)
+    add("--images", "train on this folder, not on bundled images", Path)
+    add("--eval-images", "score these whenever a checkpoint is saved", Path)
+    add("--steps", "for each λ", whole, 1500)
+    add("--lr", "Adam's learning rate", real, 1e-3)
+    add("--clip", "bound on the gradient's norm, or inf; unit scales it to 1",
+        options.gradient_bound, 1.0)  # fmt: skip
+    add("--ema", "decay of averaged weights, which are then the ones evaluated", share)
+    add("--batch", "crops in a step", whole, 2)
+    add("--crop", "side of the crops, a multiple of 64", options.crop_side, 128)
+    add("--workers", "processes that read images ahead", options.number(int, above=-1), 0)
+    add("--save-every", "steps between checkpoints", whole, 500)
+    add("--log-every", "steps between entries of the log", whole, 50)
+    add("--seed", "of weights, crops and noise", int, 0)
+    add("--device", "cpu, cuda, ...", options.device, "cpu")
     parser.add_argument("--one-level", action="store_true",
                         help="a random λ in each step of a variable-rate codec")  # fmt: skip
     parser.add_argument("--skip-unusable", action="store_true",
@@ -120,8 +110,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     chosen = parser.parse(arguments, QUICK)
     if chosen.rate_weight is not None and chosen.weighting != "fixed":
         parser.error("--rate-weight needs --weighting fixed")
-    if chosen.workers < 0:
-        parser.error(f"argument --workers: should not be negative, found {chosen.workers}")
     if chosen.output is None:
         chosen.output = Path("runs/lic", *["quick"] * chosen.quick, chosen.weighting)
     return chosen

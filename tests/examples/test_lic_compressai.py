@@ -133,4 +133,4 @@ def test_the_real_codecs_train_and_code(name, tmp_path):
     codec.eval()
     result = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
     assert result.psnr > 3
-    assert 8 * result.size == pytest.approx(result.estimated_bits, rel=0.1)
+    assert result.bpp == pytest.approx(result.estimated_bpp, rel=0.1)

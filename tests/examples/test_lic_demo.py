@@ -60,7 +60,6 @@ def test_the_quick_demo_writes_checkpoints_figure_and_results(tmp_path, capsys):
     options = ["--quick", "--images", str(tmp_path), "--crop", "64", "--output", str(out)]
     assert main(options) == 0
     printed = capsys.readouterr().out
-    assert "Converted to 8-bit RGB" in printed
     for word in (*METHODS, "bpp", "PSNR", *demo.EXPLANATION.split(), str(out / "results.json")):
         assert word in printed
     with Image.open(out / "rate-distortion.png") as figure:
@@ -75,7 +74,7 @@ def test_the_quick_demo_writes_checkpoints_figure_and_results(tmp_path, capsys):
     [
         (["--images", "nowhere"], "error: nowhere is not a folder."),
         (["--eval-images", "nowhere"], "--eval-images needs --images"),
-        (["--lambdas", "-1"], "should be positive, found -1"),
+        (["--lambdas", "-1"], "should be above 0, found -1"),
     ],
 )
 def test_bad_options_end_with_a_sentence_and_code_2(options, message, capsys, tmp_path):

@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--workers", "0"], "--workers: should be positive, found 0"),
+        (["--workers", "0"], "--workers: should be above 0, found 0"),
         (["--only", "Nothing"], "--only should name some of Fine-tuned, Far from balance"),
         (["--eval-images", "nowhere"], "--eval-images needs --images"),
     ],
