@@ -1,20 +1,17 @@
-"""The codecs by name, as the command line and checkpoints have them."""
+"""The codecs by name, as the command line and checkpoints have them; CompressAI's among them."""
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from examples.lic import compressai_adapter
-from examples.lic.bitstream import Coder
-from examples.lic.compressai_adapter import (
-    PREFIX,
-    ArchitectureError,
-    CompressAICodec,
-    CompressAICoder,
-)
-from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.bitstream import BitstreamError, Coder
+from examples.lic.evaluation import pad_to_multiple
+from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction
 from examples.lic.variable_rate import VariableRateCodec
 
 WIDTHS = {"small": (24, 32), "base": (32, 48), "large": (64, 96), "full": (128, 192)}
@@ -29,6 +26,15 @@ VARIABLE_RATE = {
 
 NAMES = f"{', '.join(WIDTHS)}, widths like 24,32, {', '.join(f'{v}:NAME' for v in VARIABLE_RATE)}"
 
+PREFIX = "compressai:"
+
+CLASSES = {"elic2022-official": "Elic2022Official"}
+"""Codecs that CompressAI offers only as a class, in one size."""
+
+
+class ArchitectureError(Exception):
+    """A codec that cannot be built; the message says why and what to do."""
+
 
 def build(name: str, *, highest: float = 1.0) -> nn.Module:
     """A fresh codec.
@@ -36,13 +42,10 @@ def build(name: str, *, highest: float = 1.0) -> nn.Module:
     Args:
         name: ``small``, ``24,32``, ``variable-rate:small``, ``compressai:mbt2018-mean@3``, …
         highest: λ at which a variable-rate codec has a step of 1; not used by the others.
-
-    Raises:
-        ArchitectureError: No such name, or one of CompressAI's without CompressAI.
     """
     kind, _, base = name.partition(":")
     if name.startswith(PREFIX):
-        return compressai_adapter.build(name)
+        return _build_compressai(name)
     if kind in VARIABLE_RATE:
         offsets, hyper_step = VARIABLE_RATE[kind]
         return VariableRateCodec(_hyperprior(base), highest, offsets=offsets, hyper_step=hyper_step)
@@ -68,3 +71,94 @@ def _hyperprior(name: str) -> MeanScaleHyperprior:
 def coder_for(model: nn.Module) -> Coder | CompressAICoder:
     """What codes images with `model`, a fixed-rate codec or one step of a variable-rate one."""
     return CompressAICoder(model) if isinstance(model, CompressAICodec) else Coder(model)
+
+
+class CompressAICodec(nn.Module):
+    """One of CompressAI's codecs that returns a :class:`Reconstruction`."""
+
+    stride = 64
+
+    def __init__(self, codec: nn.Module) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        output = self.codec(images)
+        bits = {name: -p.log2().sum() for name, p in output["likelihoods"].items()}
+        return Reconstruction(output["x_hat"], bits)
+
+    def aux_loss(self) -> Tensor:
+        """The loss of the entropy bottleneck's quantiles."""
+        return self.codec.aux_loss()
+
+
+def _build_compressai(name: str) -> CompressAICodec:
+    """From ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``, imported only when asked for.
+
+    MODEL is any name of ``compressai.zoo.image_models`` or of :data:`CLASSES`; QUALITY, 1 where it
+    is not given, chooses the widths.
+    """
+    model, _, quality = name.removeprefix(PREFIX).partition("@")
+    try:
+        from compressai import models
+        from compressai.zoo import image_models
+    except ImportError as error:
+        raise ArchitectureError(
+            f"--arch {name} needs CompressAI, which cannot be imported ({error}). Install it with "
+            "`pip install compressai`, or choose one of the example's own architectures."
+        ) from error
+    if model in CLASSES:
+        return CompressAICodec(getattr(models, CLASSES[model])())
+    if model not in image_models:
+        raise ArchitectureError(
+            f"--arch {PREFIX}MODEL should name one of {', '.join((*image_models, *CLASSES))}. "
+            f"Found {name}. Choose one of these."
+        )
+    try:
+        return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
+    except (ValueError, KeyError) as error:
+        raise ArchitectureError(
+            f"--arch {PREFIX}{model}@QUALITY should be a quality that CompressAI has for this "
+            f"model. Found {quality} ({error}). Choose another, mostly 1 to 8."
+        ) from error
+
+
+class CompressAICoder:
+    """Puts the strings of CompressAI's own coder into one file, with their shapes and lengths."""
+
+    _head = struct.Struct(">2sHHHH")
+    _magic = b"mC"
+
+    def __init__(self, model: CompressAICodec) -> None:
+        self._codec, self._stride = model.codec, model.stride
+        self._device = next(model.parameters()).device
+        self._codec.update(force=True)  # tables of the distributions as trained
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> bytes:
+        """The bytes of a uint8 image ``[3, H, W]``."""
+        images = image[None].to(self._device, torch.float32) / 255
+        output = self._codec.compress(pad_to_multiple(images, self._stride))
+        strings = [string for (string,) in output["strings"]]
+        shape = json.dumps(output["shape"], separators=(",", ":")).encode()
+        head = self._head.pack(self._magic, *image.shape[-2:], len(shape), len(strings))
+        lengths = struct.pack(f">{len(strings)}I", *map(len, strings))
+        return head + shape + lengths + b"".join(strings)
+
+    @torch.no_grad()
+    def decode_exactly(self, data: bytes) -> Tensor:
+        """The image ``[3, H, W]`` before it is rounded to 8 bits."""
+        if data[:2] != self._magic:
+            raise BitstreamError(
+                "This should be an image that was encoded by a codec of CompressAI. Found "
+                f"{len(data)} bytes of something else. Encode the image again."
+            )
+        _, height, width, size, count = self._head.unpack_from(data)
+        offset = self._head.size + size
+        shape = json.loads(data[self._head.size : offset])
+        strings, end = [], offset + 4 * count
+        for length in struct.unpack_from(f">{count}I", data, offset):
+            strings.append([data[end : end + length]])
+            end += length
+        decoded = self._codec.decompress(strings, shape)["x_hat"]
+        return decoded[0, :, :height, :width]

@@ -42,8 +42,7 @@ def compare(test: Sequence[Score], anchor: Sequence[Score]) -> Delta:
 
     Raises:
         CurveError: When a curve has fewer than three points that increase, or the two overlap in
-            less than a quarter of the shorter one's PSNR range. (A long anchor is no fault; two
-            curves that only meet at their ends are one.)
+            less than a quarter of the shorter one's PSNR range.
     """
     test, anchor = front(test, "test"), front(anchor, "anchor")
     overlap, covered = _overlap([s.psnr for s in test], [s.psnr for s in anchor], "PSNR", "dB")
@@ -63,9 +62,7 @@ def compare(test: Sequence[Score], anchor: Sequence[Score]) -> Delta:
 def front(points: Sequence[Score], name: str = "curve") -> list[Score]:
     """Return the points that no other point beats in both rate and PSNR, in order of rate.
 
-    Interpolation needs curves that increase. In short trainings a point can fall below its
-    neighbours, where another model costs fewer bits and looks better. Such points are left out of
-    both curves alike.
+    Interpolation needs curves that increase; in short trainings a point can fall below others.
     """
     if bad := [p for p in points if not (0 < p.bpp < math.inf and math.isfinite(p.psnr))]:
         raise CurveError(
@@ -122,8 +119,7 @@ class Interval(NamedTuple):
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """The mean of independent values with Student's t-interval; infinite for a single value.
 
-    With values of two or three seeds it is wide, as it has to be: percentile bootstraps of so few
-    left out the true mean in a sixth to a third of the cases.
+    Of two or three values it is wide, as it has to be.
     """
     if not values:
         raise CurveError("An interval needs at least one value. Found none. Compare more images.")

@@ -109,16 +109,15 @@ class Coder:
         return _LAYOUT.pack(*header) + self._encode_symbols(header, z, y)
 
     def decode(self, data: bytes) -> Tensor:
-        """The uint8 image ``[3, H, W]`` that was encoded, as the codec reconstructs it.
-
-        Raises:
-            BitstreamError: These are not the bytes of an image, those of another codec's, or
-                damaged; or the encoder's arithmetic was not this machine's.
-        """
+        """The uint8 image ``[3, H, W]`` that was encoded, as the codec reconstructs it."""
         return to_pixels(self.decode_exactly(data))
 
     def decode_exactly(self, data: bytes) -> Tensor:
-        """The same before it is rounded to 8 bits: float32 ``[3, H, W]``, not clamped."""
+        """The same before it is rounded to 8 bits: float32 ``[3, H, W]``, not clamped.
+
+        Raises:
+            BitstreamError: The bytes are damaged or another codec's, or arithmetic differs.
+        """
         header = self._read_header(data)
         words = np.frombuffer(data[_LAYOUT.size :], dtype="<u4").astype(np.uint32)
         try:

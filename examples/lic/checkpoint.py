@@ -30,12 +30,7 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Put `content` at `path`; whatever happens, the old file or the new one is there.
-
-    Raises:
-        CheckpointError: The disk is full, or the folder cannot be written to. The old file is as
-            it was.
-    """
+    """Put `content` at `path`; whatever happens, the old file or the new one is there."""
     # Into memory first: given a file, torch reports a full disk as an error of its own format.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)

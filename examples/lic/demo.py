@@ -36,10 +36,8 @@ RIVALS = {
 
 EXPLANATION = (
     "Rows of one λ share checkpoint, crops and noise. Balancing takes that checkpoint to another "
-    "rate, about where a plain sum with λ' goes, so that a gain can only be seen in the last "
-    "column: PSNR above fixed weights at the same rate (– where their rates do not reach). It "
-    "changes with the seed: a run of minutes shows how balancing works, not whether it gains the "
-    "few per cent that were published."
+    "rate, about where a plain sum with λ' goes. The last column is PSNR above fixed weights at "
+    "the same rate (– where their rates do not reach); it changes with the seed."
 )
 
 COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>9}"

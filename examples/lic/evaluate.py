@@ -68,10 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     others = [name for name in curves if chosen.anchor not in (None, name)]
     sentences = [compare_curves(curves, name, chosen.anchor) for name in others]
     print("".join(f"{sentence}\n" for sentence in sentences), end="")
-    drawn = {
-        name: [tuple(p.mean(x) for x in ("bpp", "psnr", "ms_ssim")) for p in curve]
-        for name, curve in curves.items()
-    }
+    axes = ("bpp", "psnr", "ms_ssim")
+    drawn = {name: [tuple(map(p.mean, axes)) for p in curve] for name, curve in curves.items()}
     paths = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
     plots.curves_figure(drawn, f"Mean of {len(points[0].images)} images").savefig(paths[0])
     content = {"points": [asdict(point) for point in points], "comparisons": sentences}

@@ -69,16 +69,13 @@ def evaluate(model: nn.Module, images: Mapping[str, Tensor]) -> dict[str, Score]
     The rate is the information content of the rounded symbols under the model. Padding is coded,
     and its pixels are not counted.
     """
-    was_training = model.training
+    was_training, scores = model.training, {}
     model.eval()
-    try:
-        scores = {}
-        for name, image in images.items():
-            decoded, bits = reconstruct(model, image)
-            scores[name] = Score(bits / image[0].numel(), psnr(to_pixels(decoded), image))
-        return scores
-    finally:
-        model.train(was_training)
+    for name, image in images.items():
+        decoded, bits = reconstruct(model, image)
+        scores[name] = Score(bits / image[0].numel(), psnr(to_pixels(decoded), image))
+    model.train(was_training)
+    return scores
 
 
 @dataclass(frozen=True)

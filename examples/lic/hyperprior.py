@@ -41,9 +41,8 @@ class _LowerBound(torch.autograd.Function):
 
 
 def lower_bound(values: Tensor, bound: float) -> Tensor:
-    """Return ``max(values, bound)``, with a gradient that lets clipped values come back.
+    """Return ``max(values, bound)``; below it, only updates that would raise a value pass.
 
-    Below the bound, updates that would raise the value pass and all others are masked;
     :func:`torch.clamp` masks both, so a clipped parameter would stay clipped for ever.
     """
     return _LowerBound.apply(values, bound)
@@ -167,8 +166,7 @@ class MeanScaleHyperprior(nn.Module):
     def _initialize(self) -> None:
         """Keep the variance of signals from layer to layer, and start with a scale of 1.
 
-        PyTorch's default leaves a latent far below the quantisation step, which rounds to zero;
-        that cost a short training a decibel.
+        PyTorch's default leaves a latent far below the quantisation step, which rounds to zero.
         """
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -177,8 +175,7 @@ class MeanScaleHyperprior(nn.Module):
                     taps /= layer.stride[0] ** 2
                 nn.init.normal_(layer.weight, std=(layer.in_channels * taps) ** -0.5)
                 nn.init.zeros_(layer.bias)
-        scale_bias = self.hyper_synthesis[-1].bias.chunk(2)[1]
-        nn.init.ones_(scale_bias)
+        nn.init.ones_(self.hyper_synthesis[-1].bias.chunk(2)[1])  # of the scales
 
     def analyze(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Latent ``y`` and hyper-latent ``z`` of images ``[B, 3, H, W]`` in [0, 1], unrounded."""
@@ -194,11 +191,16 @@ class MeanScaleHyperprior(nn.Module):
         """Images of the ``y`` that was sent; not clamped."""
         return self.synthesis(y) + 0.5
 
-    def bits(self, centered_y: Tensor, scale: Tensor, centered_z: Tensor) -> dict[str, Tensor]:
-        """Estimated bits of both latents, each given as its distance from mean or median."""
+    def bits(
+        self, centered_y: Tensor, scale: Tensor, centered_z: Tensor, z_step: Tensor | float = 1.0
+    ) -> dict[str, Tensor]:
+        """Estimated bits of both latents, each given as its distance from mean or median.
+
+        With a `z_step` the symbols of z are as wide: in units of the step, a unit interval.
+        """
         likelihoods = {
             "y": gaussian_likelihood(centered_y, scale),
-            "z": logistic_likelihood(centered_z, self.z_log_scale.exp()),
+            "z": logistic_likelihood(centered_z / z_step, self.z_log_scale.exp() / z_step),
         }
         return {name: -likelihood.log2().sum() for name, likelihood in likelihoods.items()}
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from examples.lic.evaluation import evaluate, mean_score
+from examples.lic.evaluation import Score, evaluate, mean_score
 from examples.lic.training import FALLS, Observer, Trainer
 from examples.lic.variable_rate import VariableRateCodec
 from moo_balance import History
@@ -24,28 +24,20 @@ class Log(Observer):
 
     Args:
         folder: For the event files.
-        every: Steps between entries: losses, weights, coefficients, learning rate, and the cosines
-            between gradients where the weighting computes a Gramian.
-        held_out: uint8 images ``[3, H, W]`` that are scored every `validate_every` steps and at
-            the end, as ``held out/bpp`` (estimated) and ``held out/psnr`` in dB; at its highest λ
-            for a variable-rate codec.
-        validate_every: Steps between two validations.
+        every: Steps between entries: the step's metrics and the learning rate.
+        held_out: uint8 images ``[3, H, W]`` that are scored (at the highest λ of a variable-rate
+            codec) as ``held out/bpp``, estimated, and ``held out/psnr`` in dB.
+        validate_every: Steps between two validations; there is one at the end, too.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        every: int,
-        held_out: Mapping[str, Tensor] | None = None,
-        validate_every: int = 1000,
+        self, folder: Path, *, every: int, held_out: Mapping[str, Tensor], validate_every: int
     ) -> None:
         self._folder, self._every = folder, every
-        self._held_out, self._validate_every = held_out or {}, validate_every
+        self._held_out, self._validate_every = held_out, validate_every
 
     def begin(self, trainer: Trainer) -> None:
-        # Entries of a run that was killed after its last checkpoint are purged: these steps are
-        # taken again.
+        # The steps of a killed run after its last checkpoint are taken, and entered, again.
         self._writer = SummaryWriter(self._folder, purge_step=trainer.taken + 1)
 
     def after(self, trainer: Trainer) -> None:
@@ -54,7 +46,8 @@ class Log(Observer):
             add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
             figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
         if self._held_out and (trainer.complete or trainer.taken % self._validate_every == 0):
-            figures |= _validate(trainer, self._held_out)
+            score = _validate(trainer.model, self._held_out)
+            figures |= {"held out/bpp": score.bpp, "held out/psnr": score.psnr}
         for name, value in figures.items():
             self._writer.add_scalar(name, value, trainer.taken)
 
@@ -62,11 +55,9 @@ class Log(Observer):
         self._writer.close()
 
 
-def _validate(trainer: Trainer, images: Mapping[str, Tensor]) -> dict[str, float]:
-    model = trainer.model
+def _validate(model: nn.Module, images: Mapping[str, Tensor]) -> Score:
     codec = model.at(model.highest.item()) if isinstance(model, VariableRateCodec) else model
-    score = mean_score(evaluate(codec, images))
-    return {"held out/bpp": score.bpp, "held out/psnr": score.psnr}
+    return mean_score(evaluate(codec, images))
 
 
 class Progress(Observer):
@@ -121,8 +112,7 @@ class Recorder(Observer):
     def late_mean(self, kind: str) -> dict[str, float]:
         """The same as a mean over the steps after the learning rate has first fallen.
 
-        These decide where a run ends; the mean over all steps says little about a method that
-        spends half of them on the way to its weights.
+        These decide where a run ends, and not the steps on the way to its weights.
         """
         first = int(FALLS[0] * len(self.history))
         return {name: fmean(values[first:]) for name, values in self._series(kind).items()}

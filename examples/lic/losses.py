@@ -58,11 +58,7 @@ def level_name(lmbda: float) -> str:
 class Levels(nn.Module):
     """R + λ · 255² · MSE of a variable-rate codec at several λ; the images are analysed once.
 
-    Args:
-        model: The codec.
-        lambdas: The levels.
-        one_level: Take one λ in each step, drawn at random, instead of all.
-        seed: Of the draws.
+    With `one_level` each step takes one λ, drawn at random by `seed`, instead of all.
     """
 
     def __init__(

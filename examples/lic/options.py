@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from examples.lic.architectures import ArchitectureError
 from examples.lic.bd import CurveError
 from examples.lic.bitstream import BitstreamError
 from examples.lic.checkpoint import CheckpointError
-from examples.lic.compressai_adapter import ArchitectureError
 from examples.lic.hyperprior import MeanScaleHyperprior
 from examples.lic.images import ImageError
 from moo_balance import BalanceError

@@ -44,9 +44,10 @@ def starts_figure(
             ax.plot(*runs[name], marker, color=colour, markersize=7, zorder=2)
     ax.set_xlabel("rate (bits per pixel)")
     ax.set_ylabel("PSNR (dB)")
-    style = {"color": "0.3", "linestyle": "none"}
-    keys = [Line2D([], [], marker=marker, label=name, **style) for name, marker in markers.items()]
-    keys.append(Line2D([], [], marker=".", color="0.3", label="fixed weights"))
+    keys = [
+        Line2D([], [], marker=marker, label=name, color="0.3", linestyle="none")
+        for name, marker in {**markers, "fixed weights": "."}.items()
+    ]
     ax.add_artist(ax.legend(handles=keys, loc="upper left", frameon=False))
     pairs = zip(starts, colours, strict=True)
     keys = [Line2D([], [], color=c, linewidth=3, label=f"λ = {x:g}") for x, c in pairs]

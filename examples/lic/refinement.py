@@ -24,13 +24,13 @@ Relaxation: TypeAlias = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Refinement:
-    """How to refine.
+    """How to refine; the defaults are the paper's.
 
     Args:
-        relaxation: What replaces rounding; the default is the best of the paper.
-        steps: Iterations of Adam; 0 leaves the encoder's latents. Default 2000 (paper).
-        lr: Adam's learning rate. Default 5e-3 (paper).
-        weighting: How rate and λ · distortion are weighted. The default is their plain sum.
+        relaxation: What replaces rounding.
+        steps: Iterations of Adam; 0 leaves the encoder's latents.
+        lr: Adam's learning rate.
+        weighting: How rate and λ · distortion are weighted.
         centered: Round y - μ, as SGA+ does and as the codec is trained; False rounds y itself, as
             the original SGA does.
     """
@@ -101,11 +101,9 @@ def refine(
         model: A trained codec; its parameters, gradients and mode are not changed.
         image: uint8 ``[3, H, W]`` of any size; the padding is not scored.
         how: See :class:`Refinement`.
-        lmbda: λ, not necessarily the one of training: another one moves the image along the
-            rate-distortion curve of a model that was trained once.
+        lmbda: λ, not necessarily the one of training.
         seed: For the Gumbel noise: runs with equal seeds see equal noise.
-        on_step: Called before each step with its number and the unrounded latents, and once more
-            at the end.
+        on_step: Called with number and unrounded latents before each step, and at the end.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(model).requires_grad_(False)

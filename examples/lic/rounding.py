@@ -105,11 +105,7 @@ PUBLISHED_STEPS = 2000
 class Annealing:
     r"""The temperature of step t: :math:`\min(\tau_{max}, \tau_0\, e^{-c (t - t_0)})`.
 
-    Args:
-        maximum: τ_max > 0.
-        start: τ₀ > 0.
-        rate: c ≥ 0, per step.
-        delay: t₀, in steps.
+    Args: `maximum` τ_max > 0, `start` τ₀ > 0, `rate` c ≥ 0 per step, `delay` t₀ in steps.
     """
 
     maximum: float = 1.0

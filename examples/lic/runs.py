@@ -114,7 +114,7 @@ def train(
         observers: Of this run, and not of its start.
 
     Raises:
-        CheckpointError: A checkpoint does not fit, or the last one could not be saved.
+        CheckpointError: A checkpoint does not fit, or cannot be saved.
         ImageError: An image cannot be read. The state before is saved.
         KeyboardInterrupt: After a signal.
     """
@@ -191,12 +191,13 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
 class _Saver(Observer):
     """Saves now and then."""
 
-    def __init__(self, save: Callable[[], None], every: int) -> None:
-        self._save, self._every = save, every
+    save: Callable[[], None]
+    every: int
 
     def after(self, trainer: Trainer) -> None:
-        if trainer.taken % self._every == 0 and not trainer.complete:
-            self._save()
+        if trainer.taken % self.every == 0 and not trainer.complete:
+            self.save()

@@ -26,12 +26,7 @@ class Crops(Dataset[Tensor | ImageError]):
 
     Every epoch goes through all images once, in an order of its own; half of the crops are
     mirrored. A broken image is returned as an error and raised where the batches are used: a
-    worker would wrap it into a traceback.
-
-    Args:
-        sources: The images, each at least `crop` pixels high and wide.
-        crop: Side of the crops in pixels.
-        seed: Of their order and places.
+    worker would wrap it into a traceback. Every image has at least `crop` pixels a side.
     """
 
     def __init__(self, sources: Sources, *, crop: int, seed: int) -> None:
@@ -85,11 +80,8 @@ def _ignore_interrupts(worker: int) -> None:
 class CropStream(Iterator[Tensor]):
     """An endless stream of batches ``[B, 3, crop, crop]`` in [0, 1] that can be resumed.
 
-    Args:
-        crops: The dataset; streams of equal seeds yield equal batches, which is how runs are
-            paired.
-        batch: Crops in a batch.
-        workers: Processes that read ahead; 0 reads in this one.
+    Streams of equal seeds yield equal batches, which is how runs are paired. With `workers` as
+    many processes read ahead.
     """
 
     def __init__(self, crops: Crops, *, batch: int, workers: int = 0) -> None:
@@ -129,12 +121,9 @@ class CropStream(Iterator[Tensor]):
 
 
 def find_sources(folder: Path | None, *, crop: int, skip: bool = False) -> tuple[Sources, str]:
-    """Images to train on, and a note for the user about them.
+    """The images of a folder to train on, or the bundled ones, and a note about them.
 
-    Args:
-        folder: Of images, subfolders included; None for the bundled photographs.
-        crop: Side of the crops in pixels.
-        skip: Leave out images that are too small or broken, which are errors otherwise.
+    Images that are too small for the crops or broken are errors, or with `skip` left out.
     """
     if folder is None:
         train = bundled().train

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.lic import architectures, checkpoint, options, runs
-from examples.lic.compressai_adapter import PREFIX
 from examples.lic.images import list_images, read_image
 from examples.lic.log import Log, Progress
 from examples.lic.losses import WEIGHTINGS, fixed
@@ -63,6 +62,7 @@ def _plan(chosen: argparse.Namespace) -> list[tuple[Run, Path]]:
     weighting = WEIGHTINGS[chosen.weighting]
     if chosen.rate_weight is not None:
         weighting = fixed(chosen.rate_weight)
+    recipe = Recipe(chosen.steps, chosen.lr, chosen.clip, chosen.ema)
     lambdas = sorted(set(chosen.lambdas))
     variable = architectures.base_of(chosen.arch) != chosen.arch
     plan: list[tuple[Run, Path]] = []
@@ -72,10 +72,8 @@ def _plan(chosen: argparse.Namespace) -> list[tuple[Run, Path]]:
         start = plan[-1][1] if plan else chosen.start
         if chosen.start is not None and chosen.start.is_dir():
             start = chosen.start / f"lambda-{levels[-1]!r}.pt"
-        recipe = Recipe(chosen.steps, chosen.lr, chosen.clip, chosen.ema)
-        run = Run(chosen.arch, tuple(levels), weighting, recipe, chosen.crop, chosen.batch,
-                  chosen.seed, start, chosen.one_level)  # fmt: skip
-        plan.append((run, path))
+        data = (chosen.crop, chosen.batch, chosen.seed)
+        plan.append((Run(chosen.arch, tuple(levels), weighting, recipe, *data, start), path))
     return plan
 
 
@@ -86,7 +84,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--weighting", f"one of {', '.join(WEIGHTINGS)}", default="standard", choices=WEIGHTINGS)
     add("--rate-weight", "of --weighting fixed; the distortion has the rest of 1", share)
     add("--lambdas", "one λ or several, trained from the lowest", real, options.LAMBDAS, nargs="+")
-    add("--arch", f"{architectures.NAMES}, or {PREFIX}MODEL", default="small")
+    add("--arch", f"{architectures.NAMES}, or {architectures.PREFIX}MODEL", default="small")
     add("--from", "checkpoint to start from; a folder has one for each λ", Path, dest="start")
     add("--output", "for checkpoints and logs (runs/lic/ and the weighting)", Path)
     add("--images", "train on this folder, not on bundled images", Path)
@@ -103,8 +101,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--log-every", "steps between entries of the log", whole, 50)
     add("--seed", "of weights, crops and noise", int, 0)
     add("--device", "cpu, cuda, ...", options.device, "cpu")
-    parser.add_argument("--one-level", action="store_true",
-                        help="a random λ in each step of a variable-rate codec")  # fmt: skip
     parser.add_argument("--skip-unusable", action="store_true",
                         help="leave out images that are too small or broken")  # fmt: skip
     chosen = parser.parse(arguments, QUICK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -102,18 +103,14 @@ class Trainer:
 
     def run(self, crops: Iterator[Tensor], observers: Sequence[Observer] = ()) -> None:
         """Take the steps that are left, on batches ``[B, 3, H, W]`` in [0, 1]."""
-        begun: list[Observer] = []
-        try:
+        with ExitStack() as ends:
             for observer in observers:
                 observer.begin(self)
-                begun.append(observer)
+                ends.callback(observer.end, self)
             while not self.complete and not self.stop:
                 self._step(next(crops).to(self.device, non_blocking=True))
                 for observer in observers:
                     observer.after(self)
-        finally:
-            for observer in begun:
-                observer.end(self)
 
     def _step(self, images: Tensor) -> None:
         self.objective.begin_step(self.taken, self.recipe.steps)
@@ -158,11 +155,7 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """CompressAI's second optimizer: fits the quantiles of its entropy bottleneck to the data.
-
-    They get no gradient from rate or distortion, and nothing else gets one from
-    ``model.aux_loss()``.
-    """
+    """Fit the quantiles of CompressAI's entropy bottleneck, which rate and distortion ignore."""
     optimizer.zero_grad()
     model.aux_loss().backward()
     optimizer.step()
@@ -171,8 +164,8 @@ def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def normalize_gradient(parameters: Iterable[nn.Parameter]) -> None:
     """Scale the gradient over all parameters to norm 1; a zero gradient stays zero.
 
-    For comparisons of weightings. Clipping handicaps one side of them: Adam does not depend on the
-    scale of gradients, but a bound does, and the scale is what a weighting changes.
+    For comparisons of weightings: Adam does not depend on the scale of gradients, which is what a
+    weighting changes, but a bound on the norm does.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)

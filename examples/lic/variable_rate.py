@@ -20,8 +20,6 @@ from examples.lic.hyperprior import (
     MeanScaleHyperprior,
     Reconstruction,
     add_noise,
-    gaussian_likelihood,
-    logistic_likelihood,
     lower_bound,
     round_straight_through,
 )
@@ -34,8 +32,7 @@ def step_for(lmbda: float, highest: float) -> float:
     r"""The step :math:`\Delta = \sqrt{\lambda_{\max} / \lambda}` that suits a λ.
 
     At high rate a uniform quantizer's error is :math:`\Delta^2 / 12` and its rate falls by a bit
-    per doubling, so that the best step for :math:`R + \lambda D` goes as
-    :math:`1 / \sqrt{\lambda}`; the codec of the highest λ was trained with a step of 1.
+    per doubling; the codec of the highest λ was trained with a step of 1.
     """
     if not 0 < lmbda < math.inf:
         raise ValueError(f"`lmbda` should be positive and finite. Found {lmbda}.")
@@ -54,8 +51,7 @@ class ReconstructionOffset(nn.Module):
     r"""The quantization-reconstruction offset :math:`\delta = -f(\tilde\sigma, g)` of a symbol.
 
     The mean of a Gaussian over the interval of a symbol lies nearer to its peak than the middle
-    does, the more so the wider the interval. A small network learns by how much, in units of the
-    step: 205 parameters, and no offset at the start.
+    does. A network of 205 parameters learns by how much, in steps; no offset at the start.
     """
 
     def __init__(self) -> None:
@@ -98,8 +94,7 @@ class VariableRateCodec(nn.Module):
         q = \mathrm{round}(g (y - \mu)), \qquad
         \hat y = \mu + \frac{q + \mathrm{sign}(q)\, \delta}{g}
 
-    The gain is no parameter: it follows from the λ that is asked for (:func:`step_for`), those in
-    between the trained ones included.
+    The gain is no parameter: it follows from any λ that is asked for (:func:`step_for`).
 
     Args:
         base: The codec, trained at `highest`.
@@ -141,12 +136,7 @@ class VariableRateCodec(nn.Module):
         mean, scale = self.base.predict(z + self.base.z_median)
         centered, scale = (y - mean) / step, scale / step
         noisy = add_noise(centered) if self.training else centered.round()
-        likelihoods = {
-            "y": gaussian_likelihood(noisy, scale),
-            # In units of the step, an interval of its width is a unit interval.
-            "z": logistic_likelihood(z / width, self.base.z_log_scale.exp() / width),
-        }
-        bits = {name: -likelihood.log2().sum() for name, likelihood in likelihoods.items()}
+        bits = self.base.bits(noisy, scale, z, width)
         residual = noisy
         if not noisy_decoder:
             residual = self.reconstruct(round_straight_through(centered), scale, step)
@@ -200,5 +190,4 @@ class FixedStep(nn.Module):
         return self.codec.z_step(self.step.item())
 
     def _predict(self, z_symbols: Tensor) -> tuple[Tensor, Tensor]:
-        base = self.codec.base
-        return base.predict(self._z_step() * z_symbols + base.z_median)
+        return self.codec.base.predict(self._z_step() * z_symbols + self.codec.base.z_median)

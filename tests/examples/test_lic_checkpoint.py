@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from examples.lic import checkpoint
-from examples.lic.architectures import build
+from examples.lic.architectures import ArchitectureError, build
 from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
-from examples.lic.compressai_adapter import ArchitectureError
 from tests.support.disk import full_disk
 
 

@@ -10,9 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from examples.lic.architectures import build, coder_for
+from examples.lic.architectures import (
+    ArchitectureError,
+    CompressAICodec,
+    CompressAICoder,
+    build,
+    coder_for,
+)
 from examples.lic.bitstream import BitstreamError
-from examples.lic.compressai_adapter import ArchitectureError, CompressAICodec, CompressAICoder
 from examples.lic.evaluation import measure
 from examples.lic.losses import RateDistortion
 from examples.lic.streams import Crops, CropStream
