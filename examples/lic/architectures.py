@@ -37,11 +37,9 @@ class ArchitectureError(Exception):
 
 
 def build(name: str, *, highest: float = 1.0) -> nn.Module:
-    """A fresh codec.
+    """A fresh codec, such as ``small``, ``variable-rate:24,32``, ``compressai:mbt2018-mean@3``.
 
-    Args:
-        name: ``small``, ``24,32``, ``variable-rate:small``, ``compressai:mbt2018-mean@3``, …
-        highest: λ at which a variable-rate codec has a step of 1; not used by the others.
+    A variable-rate codec has a step of 1 at the λ `highest`; the others do not use it.
     """
     kind, _, base = name.partition(":")
     if name.startswith(PREFIX):

@@ -4,10 +4,9 @@ The hyper-latent is coded first, with a table for each channel from its logistic
 it the decoder predicts how each symbol of the latent was coded. Both ends have to make the same
 prediction, and this is what is assumed about floating point:
 
-- The scale of each symbol is replaced by the nearest of :data:`SCALES`. It is computed in float64,
-  from integers that both ends have: thread counts and machines may differ in the last digits, and
-  the choices differ only if a scale lies that close to the border between two entries. A checksum
-  of the symbols detects that.
+- The scale of each symbol is replaced by the nearest of :data:`SCALES`. It is computed in float64
+  from integers that both ends have, whose last digits matter only next to the border between two
+  entries. A checksum of the symbols detects that.
 - The image is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
   device and PyTorch that evaluated it, and to some 1e-6 elsewhere.
 """
@@ -74,13 +73,7 @@ def fingerprint(model: nn.Module) -> int:
 
 
 class Coder:
-    """Encodes and decodes images with one codec.
-
-    Example::
-
-        data = Coder(model).encode(image)     # bytes; image is uint8 [3, H, W]
-        image = Coder(model).decode(data)     # uint8, equal to the codec's own reconstruction
-    """
+    """Encodes and decodes images with one codec."""
 
     def __init__(self, model: MeanScaleHyperprior | FixedStep) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)

@@ -88,9 +88,8 @@ class Measurement:
         estimated_bpp: The same by the information content of the symbols under the model.
         psnr: In dB.
         ms_ssim: In [0, 1]; None for an image too small for it.
-        exact: Whether the decoded image equals the codec's own reconstruction bit by bit, before
-            both are rounded to 8 bits. CompressAI's autoregressive codecs need not: they decode
-            symbol by symbol.
+        exact: Whether the decoded image, not yet rounded to 8 bits, equals the codec's own
+            reconstruction. CompressAI's autoregressive codecs decode by symbols and may differ.
     """
 
     size: int

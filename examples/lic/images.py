@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -115,9 +115,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
                 raise ValueError("floating-point pixels have no fixed range")
             yield image
     except _UNREADABLE as error:
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = str(error) if known else "not an image format that Pillow knows"
-        raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.") from None
+        raise ImageError(f"{path} cannot be read ({error}). Repair or remove it.") from None
 
 
 def _check_side(path: Path, height: int, width: int, min_side: int) -> None:

@@ -89,7 +89,6 @@ class Recorder(Observer):
         self.history = History()
         self.seconds: list[float] = []
         """From step to step."""
-        self._last = 0.0
 
     def begin(self, trainer: Trainer) -> None:
         self._last = time.perf_counter()
@@ -110,10 +109,7 @@ class Recorder(Observer):
         return {name: values[-1] for name, values in self._series(kind).items()}
 
     def late_mean(self, kind: str) -> dict[str, float]:
-        """The same as a mean over the steps after the learning rate has first fallen.
-
-        These decide where a run ends, and not the steps on the way to its weights.
-        """
+        """The same as a mean over the steps after the learning rate has first fallen."""
         first = int(FALLS[0] * len(self.history))
         return {name: fmean(values[first:]) for name, values in self._series(kind).items()}
 

@@ -30,10 +30,8 @@ def starts_figure(
     Lines join only what started from one checkpoint: a curve through the points of all starts
     would credit them with the training of later ones.
 
-    Args:
-        starts: For the λ of each start, its runs' scores by method.
-        markers: The methods to draw, each with its marker.
-        line: The methods with fixed weights, joined by a line.
+    For the λ of each start there are its runs' scores by method. `markers` has the methods to
+    draw, `line` those with fixed weights, joined by a line.
     """
     figure, (ax,) = new_figure(7.0, 5.0)
     colours = colormaps["viridis"]([0.1 + 0.65 * i / len(starts) for i in range(len(starts))])

@@ -4,9 +4,8 @@ A real number is relaxed to a random mixture of the integers around it. A *score
 integer is at a given distance; the mixture is a sample of the Gumbel-softmax over the scores, and
 as its temperature falls it becomes one integer, the nearest with ever greater certainty.
 
-Sources: Yang, Bamler & Mandt, *Improving Inference for Neural Image Compression* (NeurIPS 2020),
-for SGA; Perugachi-Diaz, Gansekoele & Bhulai, *Robustly overfitting latents for flexible neural
-image compression* (NeurIPS 2024), arXiv 2401.17789, for SGA+.
+Sources: Yang, Bamler & Mandt (NeurIPS 2020, arXiv 2006.04240) for SGA; Perugachi-Diaz, Gansekoele
+& Bhulai (NeurIPS 2024, arXiv 2401.17789) for SGA+.
 """
 
 from __future__ import annotations
@@ -64,9 +63,7 @@ class ScaledLogit:
 class Rounding:
     """The integers that a latent may become, and how likely each is.
 
-    Args:
-        score: See :data:`Score`.
-        classes: 2 for the integers below and above; 3 for the nearest and its neighbours.
+    With 2 `classes` these are the integers below and above; with 3, the nearest and its neighbours.
     """
 
     score: Score

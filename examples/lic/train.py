@@ -1,9 +1,4 @@
-r"""Train a codec with any weighting, at one λ after the other; stopped, it goes on exactly.
-
-::
-
-    python -m examples.lic train --images coco/train2017 --arch full --crop 256 --batch 16 \
-        --steps 550000 --lr 1e-4 --workers 8 --device cuda
+"""Train a codec with any weighting, at one λ after the other; stopped, it goes on exactly.
 
 Each λ leaves a checkpoint in the output folder, where ``python -m examples.lic evaluate`` finds it;
 a variable-rate codec leaves one for all. The same command again goes on from the last checkpoint,

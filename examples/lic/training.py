@@ -60,11 +60,7 @@ class Observer:
 class Trainer:
     """A training run that can be stopped between any two steps, saved, and resumed exactly.
 
-    Args:
-        objective: The codec and its losses, on the device to train on.
-        weighting: Any weighting of ``moo_balance``.
-        recipe: Steps, learning rate, and what is done to gradients.
-        seed: For the quantisation noise: runs with equal seeds and crops see equal noise.
+    The codec is on the device to train on. Runs with equal seeds and crops see equal noise.
     """
 
     def __init__(

@@ -3,7 +3,7 @@ r"""A codec whose quantization step is chosen when it is used.
 Variable-rate coding after Kamisli, Racapé & Choi (DCC 2024, arXiv 2402.18930): a gain that
 scales the latent before rounding, offsets that move the reconstruction of a symbol away from
 the middle of its interval, and a step of its own for the hyper-latent. It is trained at several
-λ at once (:class:`examples.lic.training.Levels`); the paper balances their losses with MGDA.
+λ at once (:class:`examples.lic.losses.Levels`); the paper balances their losses with MGDA.
 """
 
 from __future__ import annotations
