@@ -20,6 +20,9 @@ from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import State, Statistics
 
 
+_ONE = torch.ones((), device="cpu")
+
+
 class Flags(NamedTuple):
     """Which losses are faulty, as booleans [K] on the device; None where the host has checked.
 
@@ -108,9 +111,9 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     if find_nonfinite is not None:
-        flag = torch.zeros(())
+        flag = torch.zeros((), device="cpu")
         try:
-            find_nonfinite(list(tensors), flag, torch.ones(()))
+            find_nonfinite(list(tensors), flag, _ONE)
             return not flag
         except RuntimeError:
             pass
