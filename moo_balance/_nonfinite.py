@@ -19,7 +19,6 @@ from moo_balance.errors import BalanceValueError, NonFiniteError
 from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import State, Statistics
 
-
 _ONE = torch.ones((), device="cpu")
 
 
