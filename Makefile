@@ -24,8 +24,8 @@ demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and comp
 lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic_report.md (under two hours)
 	$(BIN)/python -m benchmarks.lic --workers 2 --docs docs
 
-test: $(DEV)  ## run the test suite
-	$(BIN)/python -m pytest
+test: $(DEV)  ## run the test suite, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 check: lint types docs doctest test  ## all checks that must pass before a commit; CI runs the same
 

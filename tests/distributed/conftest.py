@@ -21,6 +21,8 @@ import pytest
 from tests.support.rank_plugin import RANKS, REPORTS
 
 SECONDS = 600
+FOLDER = Path(__file__).parent
+GROUP = "ranks"
 
 Outcomes = Mapping[str, Sequence[str]]
 
@@ -28,9 +30,21 @@ _collected = pytest.StashKey[list[str]]()
 _outcomes = pytest.StashKey[Outcomes]()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # With pytest-xdist all of them belong to one process, so that the ranks are started once.
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(GROUP))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    here = Path(__file__).parent
-    session.stash[_collected] = [item.nodeid for item in session.items if here in item.path.parents]
+    items = [item for item in session.items if FOLDER in item.path.parents]
+    session.stash[_collected] = [_nodeid(item) for item in items]
+
+
+def _nodeid(item: pytest.Item) -> str:
+    return item.nodeid.removesuffix(f"@{GROUP}")  # which pytest-xdist appends
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -39,7 +53,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     session = pyfuncitem.session
     if _outcomes not in session.stash:
         session.stash[_outcomes] = _launch(session.stash[_collected], session.config.rootpath)
-    failures = session.stash[_outcomes][pyfuncitem.nodeid]
+    failures = session.stash[_outcomes][_nodeid(pyfuncitem)]
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
     return True
