@@ -18,7 +18,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import NAMES, over_kinds, over_methods, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("losses that are absent from a batch")
 
@@ -70,7 +70,7 @@ def test_losses_may_leave_and_return(method):
         assert method.negative or float(total) > 0
 
 
-@over_methods
+@over_each_method
 def test_present_losses_are_balanced_among_themselves(method):
     """A loss that was declared and never seen changes nothing."""
     model, optimizer = setup(method, loss_names=NAMES)
@@ -84,7 +84,7 @@ def test_present_losses_are_balanced_among_themselves(method):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-14)
 
 
-@over_methods
+@over_each_method
 def test_coefficients_of_present_losses_keep_sum_and_sign(method):
     model, optimizer = setup(method)
     train(model, optimizer, range(3))
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_the_present_losses(method):
     assert all(p.grad is None for p in absent_head.parameters())
 
 
-@over_methods
+@over_each_method
 @settings(max_examples=2)
 @given(pattern=st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=3, max_size=6))
 def test_no_pattern_of_absence_breaks_a_run(method, pattern):

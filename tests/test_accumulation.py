@@ -22,7 +22,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import KINDS, NAMES, over, over_kinds, over_methods, over_some
+from tests.support.registry import KINDS, NAMES, over, over_each_method, over_kinds, over_some
 
 MICRO = 3
 
@@ -91,7 +91,7 @@ def assert_same_as_at_once(method, present):
 
 
 @pytest.mark.capability("gradient accumulation")
-@over_methods
+@over_each_method
 def test_a_window_is_one_big_batch(method):
     actual, expected = run(method, by_closures), run(method, at_once)
     assert_same_run(actual, expected)

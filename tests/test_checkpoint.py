@@ -22,7 +22,7 @@ from moo_balance import (
 )
 from tests.support import resumable_run
 from tests.support.problems import SmallModel, adam, setup, snapshot, train, whole_state
-from tests.support.registry import NAMES, over_kinds, over_methods, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("checkpoint and resume to the last bit")
 
@@ -47,7 +47,7 @@ def resume(method, checkpoint, **arguments):
     return model, optimizer
 
 
-@over_methods
+@over_each_method
 def test_resume_is_bit_exact_at_every_split(method):
     """From the middle to the end; from each other step for three steps."""
     model, optimizer = begin(method)

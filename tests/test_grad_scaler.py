@@ -20,7 +20,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import NAMES, over_kinds, over_methods, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("mixed precision with a GradScaler")
 
@@ -55,7 +55,7 @@ def check_scale(method, scale):
     assert whole_state(model, optimizer) == whole_state(twin, other)
 
 
-@over_methods
+@over_each_method
 def test_a_scale_changes_nothing(method):
     """It is a power of two: weights, parameters and balance are the same bits."""
     check_scale(method, 1024.0)
@@ -201,7 +201,7 @@ def window(model, optimizer, step, scaler=None, spoil=None):
 
 
 @pytest.mark.capability("gradient accumulation under a GradScaler")
-@over_methods
+@over_each_method
 def test_a_scale_changes_nothing_in_a_window(method):
     model, optimizer = setup(method)
     twin, other = setup(method)
@@ -246,7 +246,7 @@ def test_a_scale_need_not_be_a_power_of_two(method, scale):
 
 
 @pytest.mark.capability("autocast with GradScaler")
-@over_methods
+@over_each_method
 def test_a_float16_network_is_balanced_like_its_float32_twin(method):
     """Gramians of float16 rows are float32: at this scale their squares are far out of range."""
     model, twin = SmallModel().float(), SmallModel().float()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moo_balance import BalancedOptimizer, BalanceError
 from tests.support.problems import snapshot, sum_losses, whole_state
-from tests.support.registry import METHODS, NAMES, over_methods, over_some
+from tests.support.registry import METHODS, NAMES, over_each_method, over_some
 
 FEATURES = 6
 
@@ -253,7 +253,7 @@ def compiled():
 
 
 @pytest.mark.capability("torch.compile")
-@over_methods
+@over_each_method
 def test_a_compiled_model_trains_as_it_does_uncompiled(method, compiled):
     for way in (by_closure if method.observes else by_combined_loss, by_window):
         net, forward = compiled()

@@ -28,7 +28,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import KINDS, NAMES, over, over_kinds, over_methods, over_some
+from tests.support.registry import KINDS, NAMES, over, over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("gradients that are not finite are refused or skipped")
 
@@ -135,7 +135,7 @@ def check_refused(method, value):
     assert whole_state(model, optimizer) == whole_state(twin, other)
 
 
-@over_methods
+@over_each_method
 def test_a_nan_gradient_is_refused_before_the_step(method):
     check_refused(method, math.nan)
 
@@ -404,7 +404,7 @@ def faulty_values(method):
 
 
 @pytest.mark.usefixtures("device")
-@over_methods
+@over_each_method
 def test_a_faulty_loss_masks_the_step_and_is_named_when_metrics_are_read(method):
     """Over all methods: the harmless figures in its place must run through their mathematics."""
     for value in faulty_values(method):

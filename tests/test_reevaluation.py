@@ -11,7 +11,7 @@ from torch import nn
 
 from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
 from tests.support.problems import snapshot, whole_state
-from tests.support.registry import KINDS, over, over_methods
+from tests.support.registry import KINDS, over, over_each_method
 
 pytestmark = pytest.mark.capability("dropout and BatchNorm in methods that observe the step")
 
@@ -116,7 +116,7 @@ def test_a_run_with_closures_is_the_run_that_is_given_the_losses(method, take):
     assert (whole_state(twin, other), snapshot(torch.get_rng_state())) == end
 
 
-@over_methods
+@over_each_method
 def test_closures_are_evaluated_again_only_for_observing_methods_and_when_due(method):
     model, optimizer = noisy(method.make(("a", "b")))
     evaluate, count = model.losses, []

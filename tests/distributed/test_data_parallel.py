@@ -23,7 +23,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import snapshot
-from tests.support.registry import NAMES, over_kinds, over_methods, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 WRAPPERS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -46,7 +46,7 @@ def check(method, wrapper, dtype, step=None):
 
 
 @pytest.mark.capability("DistributedDataParallel")
-@over_methods
+@over_each_method
 def test_every_method_in_double_precision(method):
     check(method, "default", torch.float64)
 

@@ -36,7 +36,7 @@ from tests.support.distributed import (
     share,
     train,
 )
-from tests.support.registry import NAMES, over_kinds, over_methods, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 over_some_kinds = over_some("SumLog", "FAMO-adam", "AnalyticQP")
 over_steps = pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def check(model, method, step=by_closure, dtype=torch.float64):
 
 
 @pytest.mark.capability("FSDP2")
-@over_methods
+@over_each_method
 def test_every_method(method):
     model = Net()
     fully_shard(model)

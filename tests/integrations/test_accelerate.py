@@ -21,7 +21,7 @@ from tests.support.plain_runs import (
     plain_run,
 )
 from tests.support.problems import whole_state
-from tests.support.registry import over_kinds, over_methods, over_some
+from tests.support.registry import over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("Accelerate")
 
@@ -48,7 +48,7 @@ def train(accelerator, model, optimizer, batches=BATCHES, clip=None):
             optimizer.zero_grad()
 
 
-@over_methods
+@over_each_method
 def test_takes_the_steps_of_a_plain_loop(method):
     accelerator = Accelerator(cpu=True)
     model, optimizer = prepare(method, accelerator)

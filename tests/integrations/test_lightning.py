@@ -22,7 +22,7 @@ from tests.support.plain_runs import (
     plain_run,
 )
 from tests.support.problems import flat_gradient, snapshot, whole_state
-from tests.support.registry import over_methods, over_some
+from tests.support.registry import over_each_method, over_some
 
 pytestmark = [
     # Lightning warns of every loader that works in the training process.
@@ -101,7 +101,7 @@ def check_resume(fit, make, path):
 
 @pytest.mark.capability("Lightning, manual optimization")
 class TestManual:
-    @over_methods
+    @over_each_method
     def test_takes_the_steps_of_a_plain_loop(self, fit, method):
         module = Manual(method)
         fit(module)

@@ -391,6 +391,20 @@ KINDS = [next(row for row in METHODS if row.id == id) for id in _REPRESENTATIVES
 over_kinds = over(lambda method: method in KINDS)
 
 
+def _first_of_each() -> list[Method]:
+    """The first row of each method in each of its kinds."""
+    first: dict[tuple[str, Kind], Method] = {}
+    for row in METHODS:
+        first.setdefault((row.id.split("-")[0], row.kind), row)
+    return list(first.values())
+
+
+FIRST_OF_EACH = _first_of_each()
+
+over_each_method = over(lambda method: method in FIRST_OF_EACH)
+"""For what may depend on the method but not on its hyper-parameters."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A configuration that is refused: at construction, or once the names of the losses are known.
