@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._grad_scaler import Scaling
-from moo_balance._reevaluation import Reevaluation
+from moo_balance._reevaluation import Reevaluation, add_losses
 from moo_balance.engine import Window
 from moo_balance.errors import BalanceError
 from moo_balance.weighting.base import Statistics
@@ -38,9 +38,8 @@ class Accumulation:
         """Statistics of the window so far together with one more micro-batch."""
         if not self.losses:
             return statistics
-        sums = dict(self.losses)
-        for name, loss in zip(statistics.names, statistics.losses.unbind(), strict=True):
-            sums[name] = sums[name] + loss if name in sums else loss
+        added = dict(zip(statistics.names, statistics.losses.unbind(), strict=True))
+        sums = add_losses([self.losses, added])
         return statistics._replace(names=tuple(sums), losses=torch.stack(list(sums.values())))
 
     def add(self, statistics: Statistics, reevaluations: Sequence[Reevaluation]) -> None:
