@@ -38,6 +38,7 @@ _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself report
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
+_RAW, _UNPACK = "_raw", "unpack_hook"  # of saved tensors; without them, no layer is factored
 
 
 class _Product(NamedTuple):
@@ -173,6 +174,17 @@ class MatrixProduct(NamedTuple):
     inputs: int
     outputs: int
 
+    def is_packed(self) -> bool:
+        """Whether a hook has packed the left factor, so that reading it may compute it anew.
+
+        Activation checkpoints are such hooks. Each reading outside of a backward pass would compute
+        the whole block again, and keep what it has computed.
+        """
+        try:
+            return getattr(getattr(self.node, _RAW + self.saved.left), _UNPACK) is not None
+        except AttributeError:
+            return True
+
     def left(self) -> Tensor:
         """The left factor."""
         return getattr(self.node, self.saved.left).detach()  # type: ignore[no-any-return]
@@ -204,6 +216,25 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
             _, outputs = getattr(node, _RIGHT + _SIZES)
             products.append(MatrixProduct(node, saved, samples, inputs, outputs))
     return products
+
+
+def unpack_hooks(node: Node) -> set[int]:
+    """Identities of the hooks that unpack what a node has saved; none without the private names.
+
+    One activation checkpoint has one hook for all its nodes. The hook of ``save_on_cpu``, which
+    only moves a tensor, is left out.
+    """
+    hooks = []
+    for name in _saved_names(type(node)):
+        saved = getattr(node, name)
+        hooks += [getattr(s, _UNPACK, None) for s in (saved if type(saved) is tuple else [saved])]
+    moves = torch.autograd.graph.__name__
+    return {id(hook) for hook in hooks if hook and getattr(hook, "__module__", None) != moves}
+
+
+@cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith(_RAW + "_saved_")]
 
 
 def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:

@@ -102,7 +102,8 @@ def find_linear_layers(
 ) -> list[LinearWeightGradient]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
-    The weight must be used there and nowhere else, and have no hook.
+    The weight must be used there and nowhere else, and have no hook; and the layer's input must not
+    be packed by a hook, as under an activation checkpoint.
     Averages over ranks are not products of factors: with several ranks there are none.
 
     Args:
@@ -124,7 +125,8 @@ def find_linear_layers(
         weight, transposed, path = product.right_leaf()
         index = positions.get(id(weight))
         used_once = all(uses[node] == 1 for node in path)
-        if index is not None and used_once and _pays(product, reaching[product.node]):
+        pays = index is not None and used_once and _pays(product, reaching[product.node])
+        if index is not None and pays and not product.is_packed():
             layers.append(LinearWeightGradient(product.node, index, product.left(), transposed))
     # The order of nodes is that of their addresses. Sums must not depend on it.
     return sorted(layers, key=lambda layer: layer.param_index)

@@ -60,7 +60,9 @@ class PerLoss(Engine):
 
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
     gradients themselves, at most K·P elements; a parameter that a loss does not reach takes none.
-    A method that needs no Gramian costs one ordinary backward pass.
+    A method that needs no Gramian costs one ordinary backward pass. A backward function that all
+    losses share runs K times, and an activation checkpoint is computed again K times (batch norms
+    within count that), as by K calls of ``autograd.grad``; with ``features=``, the trunk's once.
 
     The weight of a linear layer has a gradient of two thin factors, the layer's input and the
     gradient at its output. Where inner products and the weighted sum take fewer multiplications

@@ -49,6 +49,7 @@ from tests.support.engines import ENGINES
 from tests.support.feature_graphs import plain as plain_features
 
 NODES = ["_SEQUENCE_NUMBER", "_METADATA", "_ACCUMULATE", "_LEAF", "_TRANSPOSE", "_SIZES", "_RIGHT"]
+NODES += ["_RAW", "_UNPACK"]
 OTHERS = ["_TENSOR_HOOKS", "_BACKWARD_CLASS", "_CHECKPOINT", "_MODULE_HOOK", "_DISPATCH_MODE"]
 WITHOUT_EFFECT = ["_DDP", "_STATIC", "_FLATTENED", "_DONATED"]
 MAY_BE_CHECKPOINTS = ["_BACKWARD_CLASS", "_CHECKPOINT"]  # functions that Python defines

@@ -38,15 +38,17 @@ class Streaming(Engine):
     from the cut above to the cut below; the K gradients of its parameters are multiplied with each
     other and freed. The weighted sum then takes one ordinary backward pass, with all its hooks.
 
-    Time: K passes, and one more. Memory beyond a plain step, in place of the K·P elements of
-    :class:`PerLoss`: K gradients of one segment's parameters and of the activations that cross the
-    cut below it. Linear layers stay factored as in :class:`PerLoss`.
+    Time: K passes, and one more; an activation checkpoint is computed again in each. Memory beyond
+    a plain step, in place of the K·P elements of :class:`PerLoss`: K gradients of one segment's
+    parameters and of the activations that cross the cut below it. Linear layers stay factored as in
+    :class:`PerLoss`.
 
     There is no cut where a gradient would cross in parts: within a residual block, beneath a skip
     connection, between two uses of a parameter (a recurrence, tied weights). Nor is there one
-    where a hook on an activation or a module would see a gradient twice; hooks are found by
-    sending zeros where a cut is wanted, but for those that only observe. Accumulation windows,
-    sharded parameters and reentrant checkpoints need :class:`PerLoss`.
+    within an activation checkpoint, or where a hook on an activation or a module would see a
+    gradient twice; hooks are found by sending zeros where a cut is wanted, but for those that only
+    observe. Accumulation windows, sharded parameters and reentrant checkpoints need
+    :class:`PerLoss`.
 
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in

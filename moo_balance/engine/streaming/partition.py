@@ -19,6 +19,7 @@ from moo_balance.engine.autograd import (
     gradient_shape,
     has_hook_at,
     recorded_order,
+    unpack_hooks,
 )
 from moo_balance.engine.base import Problem
 from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
@@ -107,7 +108,8 @@ class GraphCosts:
               3   c    |        cut 4   open     that of d crosses
               4   d <--'
 
-    So there is no cut between two uses of a parameter, where its K gradients are kept anyway.
+    So there is no cut between two uses of a parameter, where its K gradients are kept anyway. Nor
+    is there one within an activation checkpoint, which would be computed again on both sides.
     """
 
     def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
@@ -148,11 +150,22 @@ class GraphCosts:
         crossing = (edge for edge, (_, last, end) in self.spans.items() if last < cut <= end)
         return any(map(self._has_hook_at, crossing))
 
+    def _checkpoints(self) -> dict[int, tuple[int, int]]:
+        """The first and last place of the nodes whose saved tensors the same hook unpacks."""
+        places: dict[int, tuple[int, int]] = {}
+        for k, node in enumerate(self.order):
+            for hook in unpack_hooks(node):
+                places[hook] = places.get(hook, (k,))[0], k
+        return places
+
     def _count_elements(self, reaching: Mapping[Node, int], is_divisible: bool) -> None:
         count = len(self.order)
         self._retained: list[list[tuple[int, int]]] = [[] for _ in range(count + 1)]
         # Changes at each cut: of the elements that cross, and of how many gradients are in parts.
         size, parts = [0] * (count + 2), [0] * (count + 2)
+        for first, last in self._checkpoints().values():
+            parts[first + 1] += 1
+            parts[last + 1] -= 1
         for edge, (first, last, end) in self.spans.items():
             shape = gradient_shape(edge)
             elements = prod(shape or ()) * reaching[edge[0]]
