@@ -237,6 +237,41 @@ def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith(_RAW + "_saved_")]
 
 
+class KeptTensors(NamedTuple):
+    """The tensors that functions defined in Python keep for their backward pass, with versions."""
+
+    nodes: Sequence[Node]
+    kept: Sequence[dict[Any, tuple[Tensor, int]]]
+
+    @staticmethod
+    def of(nodes: Iterable[Node]) -> KeptTensors:
+        """Those of all these nodes."""
+        functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        return KeptTensors(functions, [_kept_tensors(node) for node in functions])
+
+    def changed(self) -> str | None:
+        """Name of a function that has since replaced one, or written into it; None if none has."""
+        for node, before in zip(self.nodes, self.kept, strict=True):
+            after = _kept_tensors(node)
+            for name, (tensor, version) in before.items():
+                same = name in after and after[name][0] is tensor and after[name][1] == version
+                if not same:
+                    return type(node).__name__
+        return None
+
+
+def _kept_tensors(node: Any) -> dict[Any, tuple[Tensor, int]]:
+    """Attributes, entries of attributes, and saved tensors, which are read only if not packed."""
+    kept = dict[Any, Any]()
+    for name, value in vars(node).items():
+        entries = value if isinstance(value, (tuple, list)) else [value]
+        kept |= {(name, k): entry for k, entry in enumerate(entries)}
+    for k, saved in enumerate(getattr(node, _RAW + "_saved_tensors", ())):
+        kept[k] = saved.data if getattr(saved, _UNPACK, saved) is None else None
+    tensors = {name: t for name, t in kept.items() if isinstance(t, Tensor)}
+    return {name: (t, t._version) for name, t in tensors.items() if not t.is_inference()}
+
+
 def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:
     """Whether there is a reentrant checkpoint among these nodes.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from moo_balance.engine.autograd import (
+    KeptTensors,
     edge_of,
     gradient_edge,
     has_reentrant_checkpoint,
@@ -50,6 +51,11 @@ class Streaming(Engine):
     observe. Accumulation windows, sharded parameters and reentrant checkpoints need
     :class:`PerLoss`.
 
+    Backward functions must be linear in the gradients that they get and may run several times, once
+    for each loss and once for the weighted sum. Some fused losses write into what they have saved,
+    so that they may run once only. Where PyTorch knows of the change they are refused; a change by
+    way of ``.data`` or a kernel of their own stays unnoticed and makes the gradient wrong.
+
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
@@ -86,7 +92,14 @@ class StreamingLinearization(PerLossLinearization):
         self.split = split
 
     def gramian(self) -> Tensor:
-        problem, nodes = self.problem, nodes_above(self.problem.losses)
+        nodes = nodes_above(self.problem.losses)
+        kept = KeptTensors.of(nodes)
+        gramian = self._gramian(nodes)
+        _check_unchanged(kept)
+        return gramian
+
+    def _gramian(self, nodes: Collection[Node]) -> Tensor:
+        problem = self.problem
         _check_surroundings(problem, has_reentrant_checkpoint(nodes))
         if problem.compared is not None:
             params = [problem.params[k] for k in sorted(problem.compared)]
@@ -162,6 +175,20 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
         raise BalanceError(
             f"A model under Streaming() should be differentiable in segments. Found {obstacle}. "
             "Leave out `engine=` to have PerLoss()."
+        )
+
+
+def _check_unchanged(kept: KeptTensors) -> None:
+    """Refuse functions that may run once only: the pass of the weighted sum would run them again.
+
+    What they write unknown to PyTorch (``.data``, kernels of their own) is not found.
+    """
+    name = kept.changed()
+    if name is not None:
+        raise BalanceError(
+            "A backward function should return the same gradient each time that it runs under "
+            f"Streaming(). Found `{name}`, which changes the tensors that it has saved. Leave out "
+            "`engine=` to have PerLoss(), which runs it once for each loss that it leads to."
         )
 
 
