@@ -27,9 +27,16 @@ from moo_balance.engine.autograd import (
     has_hooks,
     matrix_products,
 )
-from moo_balance.engine.base import Problem, Row
-from moo_balance.engine.jacobian import as_scalars, weighted_tensor
-from moo_balance.engine.products import add_products, chunk_size, exact_for_products, symmetrize
+from moo_balance.engine.base import Problem, Row, remove_loss_scale
+from moo_balance.engine.jacobian import Jacobian, as_scalars, weighted_tensor
+from moo_balance.engine.products import (
+    add_products,
+    chunk_size,
+    exact_for_products,
+    is_all_zero,
+    products_in_range,
+    symmetrize,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -59,6 +66,11 @@ class LinearWeightGradient:
     def losses(self) -> tuple[int, ...]:
         """Positions of the losses that reach the layer."""
         return tuple(k for k, gradient in enumerate(self.output_gradients) if gradient is not None)
+
+    def is_zero(self, loss: int) -> bool:
+        """Whether the gradient of a loss is zero, as far as one of its factors tells."""
+        gradient = self.output_gradients[loss]
+        return gradient is None or is_all_zero(gradient) or is_all_zero(self.inputs)
 
     def products(self, dtype: torch.dtype) -> Tensor:
         """Inner products of the gradients that there are, in `dtype` or wider."""
@@ -161,6 +173,32 @@ def add_linear_layers(
         if losses and (compared is None or layer.param_index in compared):
             gramian = add_products(gramian, layer.products(dtype), losses)
     return gramian
+
+
+def gramian_in_range(
+    jacobian: Jacobian,
+    layers: Sequence[LinearWeightGradient],
+    compared: Collection[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Gramian [K, K] of rows without some gradients, which are factored; without the loss scale.
+
+    It is in `dtype`, or in float64 if it leaves the range of that on the CPU.
+    """
+    layers = [layer for layer in layers if compared is None or layer.param_index in compared]
+
+    def products(dtype: torch.dtype) -> Tensor:
+        gramian = jacobian.gramian(dtype, device)
+        if layers:
+            gramian = add_linear_layers(gramian, layers, None, dtype)
+        return gramian if scale is None else remove_loss_scale(gramian, scale)
+
+    def is_zero(loss: int) -> bool:
+        return jacobian.is_zero(loss) and all(layer.is_zero(loss) for layer in layers)
+
+    return products_in_range(products, dtype, is_zero)
 
 
 class OutputGradientRecorder:

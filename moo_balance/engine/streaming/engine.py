@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from zlib import crc32
@@ -23,8 +23,9 @@ from moo_balance.engine.base import Engine, Linearization, Problem, gradients_of
 from moo_balance.engine.distributed import average_over_ranks, is_whole
 from moo_balance.engine.features import FeatureGramian
 from moo_balance.engine.jacobian import Jacobian
-from moo_balance.engine.linear import OutputGradientRecorder, add_linear_layers
+from moo_balance.engine.linear import OutputGradientRecorder, gramian_in_range
 from moo_balance.engine.per_loss import PerLossLinearization
+from moo_balance.engine.products import narrow
 from moo_balance.engine.streaming.partition import Segment, partition
 from moo_balance.errors import BalanceError, BalanceValueError
 
@@ -61,7 +62,10 @@ class Streaming(Engine):
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
             elements (4 MiB in float32) may be kept, so that a small model is one segment.
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own.
+            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
+            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
+            outside of this range comes in float64; on an accelerator, where the host does not read
+            it, larger gradients count as not finite, and far smaller ones as zero.
 
     Raises:
         BalanceValueError: `elements_per_param` is not above 0.
@@ -110,7 +114,15 @@ class StreamingLinearization(PerLossLinearization):
             return PerLossLinearization(problem._replace(retain_graph=True), self.dtype).gramian()
         sweep = BackwardSweep(problem, self.dtype)
         parts = (sweep.pass_segment(segment, k) for k, segment in enumerate(segments))
-        return remove_loss_scale(reduce(torch.add, parts), problem.scale)
+        return self._sum(parts)
+
+    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
+        """The sum of the segments' products, without the loss scale; on the CPU in float64."""
+        total = reduce(torch.add, (part.double() if part.is_cpu else part for part in parts))
+        total = remove_loss_scale(total, self.problem.scale)
+        kinds = {param.dtype.to_real() for param in self.problem.params}
+        dtype = reduce(torch.promote_types, kinds, self.dtype)
+        return narrow(total, dtype) if total.is_cpu else total
 
 
 class BackwardSweep:
@@ -138,8 +150,8 @@ class BackwardSweep:
         names = [f"{name}, segment {number}" for name in self.problem.names]
         named = zip(names, self._rows(segment, params), strict=True)
         rows = average_over_ranks(named, self.problem.averager, params)
-        gramian = Jacobian(rows).gramian(self.dtype, self.problem.losses[0].device)
-        gramian = add_linear_layers(gramian, segment.layers, None, self.dtype)
+        device = self.problem.losses[0].device
+        gramian = gramian_in_range(Jacobian(rows), segment.layers, None, self.dtype, device)
         for layer in segment.layers:
             layer.output_gradients = []
         return gramian
