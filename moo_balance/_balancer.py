@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_not
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -32,7 +33,8 @@ from moo_balance._record import Record, Staged, loss_positions, merge_losses, se
 from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
 from moo_balance._validation import read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
-from moo_balance.engine.base import is_distributed, stack_losses
+from moo_balance.engine.autograd import hooked_positions, node_hook_positions
+from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
@@ -70,6 +72,8 @@ class Balancer:
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
+    inspected: Sequence[Tensor] = field(default_factory=list, init=False)
+    node_hooks: Sequence[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
@@ -81,7 +85,8 @@ class Balancer:
         self.every = self.weighting.every
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ranks": None}  # process groups can be neither copied nor pickled
+        # Process groups can be neither copied nor pickled; graphs and their hooks are not.
+        return {**self.__dict__, "ranks": None, "inspected": [], "node_hooks": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -146,8 +151,12 @@ class Balancer:
         if features is not None:
             features = read_features(features, self.shared_params is not None, record.in_window)
         call = "accumulate" if record.accumulating else "backward"
-        present, stacked, values = self._read(partial(read_losses, losses, record.names), call)
-        names, params, compared = tuple(present), self.params, None
+        params, compared = self.params, None
+        takes_rows = self.uses_gramian or (record.in_window and self._takes_rows(params))
+        node_hooks = self._find_node_hooks(params) if takes_rows else ()
+        read = partial(self._read_on_rank if node_hooks else read_losses, losses, record.names)
+        present, stacked, values = self._read(read, call)
+        names = tuple(present)
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
@@ -158,12 +167,45 @@ class Balancer:
             compared=compared,
             scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
-            averager=None if self.ranks is None else self.ranks.averager,
+            averager=self.ranks.averager if self.ranks is not None and takes_rows else None,
             features=features or (),
             stacked=stacked,
+            node_hooks=node_hooks,
         )
         statistics = Statistics(names, values, step=record.steps)
         return Batch(problem, statistics, scaling, reevaluations)
+
+    def _read_on_rank(self, losses: Losses, names: Sequence[str] | None) -> dict[str, Tensor]:
+        """The validated losses of a batch, where graph nodes of parameters have hooks."""
+        if self.ranks is not None:
+            raise hooked_nodes("several ranks, which average gradients")
+        return read_losses(losses, names)
+
+    def _takes_rows(self, params: Sequence[Tensor]) -> bool:
+        """Whether a window keeps gradients, in place of ordinary backward passes.
+
+        One whose coefficients are known beforehand does so for hooks of parameters, which get the
+        sum of its gradients.
+        """
+        window = self.record.window
+        if self.uses_gramian or self.uses_losses:
+            return True
+        if window is not None and window.gradients is not None:
+            return True
+        if window is not None and window.coefficients is not None:
+            return False  # it has begun with ordinary passes
+        return bool(hooked_positions(params) or self._find_node_hooks(params))
+
+    def _find_node_hooks(self, params: Sequence[Tensor]) -> Sequence[int]:
+        """Positions of parameters whose graph nodes have hooks.
+
+        To look for them in every step would take up to a twentieth of it. Nodes with hooks are
+        kept alive by those who registered them, so they are looked for when `params` change.
+        """
+        known = self.inspected
+        if len(params) != len(known) or any(map(is_not, params, known)):
+            self.inspected, self.node_hooks = params, node_hook_positions(params)
+        return self.node_hooks
 
     def _read(
         self, read: Callable[[], dict[str, Tensor]], call: str
@@ -289,7 +331,7 @@ class Balancer:
 
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
-        if self.uses_losses or self.uses_gramian:
+        if self._takes_rows(problem.params):
             if not self.uses_gramian or self.every > 1:
                 self._check_static_graph(problem, "accumulate")
             gradients = window.gradients or self.engine.window()
