@@ -303,9 +303,14 @@ class _SilencedHooks(AbstractContextManager[None]):
 def node_hook_positions(params: Sequence[Tensor]) -> list[int]:
     """Positions of the parameters at whose graph nodes hooks were registered from Python.
 
-    ``autograd.grad`` does not run these. Finding them takes microseconds for each parameter.
+    ``autograd.grad`` does not run these. Finding them takes microseconds for each parameter. Those
+    that FSDP1 registers on its flat parameters do not count.
     """
-    return [k for k, param in enumerate(params) if _has_node_hooks(edge_of(param)[0])]
+    return [
+        k
+        for k, param in enumerate(params)
+        if not is_flattened([param]) and _has_node_hooks(edge_of(param)[0])
+    ]
 
 
 def _has_node_hooks(node: Node) -> bool:
