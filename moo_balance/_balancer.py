@@ -123,6 +123,8 @@ class Balancer:
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
         record = self.record
+        if record.window is not None:
+            self._drop_cleared_window(record.window)
         record.check_same_scale(scaling)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
@@ -239,6 +241,8 @@ class Balancer:
             coefficients = staged.coefficients
             if window is not None and window.gradients is None:
                 coefficients = window.select_coefficients(statistics, coefficients, problem.names)
+            if window is not None:
+                window.remove_mark()
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
         self.record.stage(staged)
@@ -327,6 +331,7 @@ class Balancer:
         else:
             self._add_gradients(window, batch, statistics)
         window.add(statistics, batch.reevaluations)
+        window.set_mark(batch.problem.params)
         self.record.window = window
 
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
@@ -343,10 +348,24 @@ class Balancer:
         known = window.select_coefficients(statistics, coefficients, problem.names)
         self.engine.linearize(problem).add_to_grad(known)
 
+    def _drop_cleared_window(self, window: Accumulation) -> None:
+        """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
+        if window.is_cleared():
+            window.remove_mark()
+            self.record.window = None
+
+    def discard_gradients(self) -> None:
+        """Drop the open window and what is staged, before gradients are cleared."""
+        if self.record.window is not None:
+            self.record.window.remove_mark()
+        self.record.discard_gradients()
+
     # ------------------------------------------------------------ combined loss
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         problem, statistics, _, _ = self._prepare(losses, scaling, features)
         self.record.check_no_window()
         if self.uses_gramian:
@@ -367,8 +386,10 @@ class Balancer:
             stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
             closure: Its argument.
         """
-        result = None if closure is None else self._run_closure(closure)
         record = self.record
+        if record.window is not None:
+            self._drop_cleared_window(record.window)
+        result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged
         if staged is None:

@@ -86,7 +86,8 @@ class Record:
 
     def __getstate__(self) -> dict[str, Any]:
         # Gradients are not copied with a parameter, so a copy cannot use what depends on them.
-        return {**self.__dict__, "staged": None, "window": None}
+        # A copy that is made within `accumulate()` is not what leaves it.
+        return {**self.__dict__, "staged": None, "window": None, "accumulating": False}
 
     @property
     def in_window(self) -> bool:
