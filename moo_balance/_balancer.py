@@ -230,8 +230,6 @@ class Balancer:
         if window is not None:
             statistics = window.sum_losses(statistics)
             reevaluations = [*window.reevaluations, *reevaluations]
-        if self.uses_gramian and self.every > 1:
-            self._check_static_graph(problem, "every")
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:
@@ -337,7 +335,7 @@ class Balancer:
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
         if self._takes_rows(problem.params):
-            if not self.uses_gramian or self.every > 1:
+            if not self.uses_gramian:
                 self._check_static_graph(problem, "accumulate")
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
@@ -368,8 +366,6 @@ class Balancer:
             self._drop_cleared_window(self.record.window)
         problem, statistics, _, _ = self._prepare(losses, scaling, features)
         self.record.check_no_window()
-        if self.uses_gramian:
-            self._check_static_graph(problem, "combined_loss")
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
         combined = linearization.combined(staged.coefficients)
