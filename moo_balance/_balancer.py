@@ -446,6 +446,6 @@ class Balancer:
         """The ``"balance"`` entry of a checkpoint."""
         return save_checkpoint(self.record, self.weighting)
 
-    def validate(self, saved: Mapping[str, Any]) -> Checkpoint:
+    def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)

@@ -66,6 +66,7 @@ class Record:
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
         awaiting: The losses for which ``observe`` is due before the next ``backward``.
+        loaded_at: ``steps`` of the balance that was loaded last, if one was.
         metrics: Of the last ``backward``.
         staged: The result of the last ``backward``, until ``step``.
         window: The open window of micro-batches.
@@ -78,6 +79,7 @@ class Record:
     steps: int = 0
     skipped: int = 0
     awaiting: tuple[str, ...] | None = None
+    loaded_at: int | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
     staged: Staged | None = None
     window: Accumulation | None = None
@@ -121,6 +123,17 @@ class Record:
         # Trainers clear gradients between `combined_loss` and `backward`, too.
         if self.staged is not None and not self.staged.combined:
             self.staged = None
+
+    def drop_step(self) -> None:
+        """Another state of the wrapped optimizer was loaded: drop the step in progress.
+
+        What is committed stays, and so does what a loaded balance still waits for:
+        ``torch.distributed.checkpoint`` loads the wrapped optimizer and the balance in any order.
+        """
+        self.staged = self.window = None
+        self.metrics, self.faults = StepMetrics(), FaultCounts()
+        if self.steps != self.loaded_at:
+            self.awaiting = None
 
     # ------------------------------------------------------------ order of the calls
 

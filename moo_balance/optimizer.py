@@ -26,6 +26,7 @@ from moo_balance._validation import (
 )
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine, PerLoss
+from moo_balance.errors import BalanceValueError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import Weighting
 
@@ -306,20 +307,30 @@ class BalancedOptimizer(OptimizerWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a plain optimizer's.
 
-        A plain optimizer's leaves the balance as it is.
+        A plain optimizer's keeps the balance that is committed: the state of the method, which in
+        a new wrapper is its initial one, and the number of steps. Either kind drops the step in
+        progress: what ``backward`` staged, an open window, metrics, and a pending ``observe``. A
+        warning names hyper-parameters of the method that differ from those of the saved run.
 
         Raises:
-            BalanceValueError: The ``"balance"`` entry belongs to another method, other losses or
-                another version. Nothing has changed.
+            BalanceValueError: The ``"balance"`` entry is malformed, or belongs to another method,
+                other losses or another version. Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise BalanceValueError(
+                "Parameter `state_dict` should be a mapping, as `state_dict()` gives it. "
+                f"Found {type(state_dict).__name__}."
+            )
         state = dict(state_dict)
         for before in hooks_of(self, "load_state_dict_pre").values():
             state = before(self, state) or state
-        saved = state.pop("balance", None)
-        checkpoint = None if saved is None else self._balancer.validate(saved)
+        checkpoint = self._balancer.validate(state.pop("balance")) if "balance" in state else None
         self._wrapped.load_state_dict(state)
-        if checkpoint is not None:
-            checkpoint.restore(self._balancer.record)
+        record = self._balancer.record
+        if checkpoint is None:
+            record.drop_step()
+        else:
+            checkpoint.restore(record)
         for after in hooks_of(self, "load_state_dict_post").values():
             after(self)
 

@@ -42,6 +42,25 @@ def describe(weighting: Weighting) -> str:
     return f"{type(weighting).__name__}({arguments})"
 
 
+def settings(weighting: Weighting) -> dict[str, str]:
+    """All hyper-parameters as texts, those of a weighting inside it after its name.
+
+    A checkpoint carries them, so that a run which continues with other ones can say which.
+
+    Example:
+        >>> from moo_balance import MGDA, MovingAverage
+        >>> settings(MovingAverage(MGDA()))
+        {'weighting.normalize': 'None', 'weighting.every': '1', 'beta': '0.9'}
+    """
+    texts: dict[str, str] = {}
+    for key, value in _parameters(weighting).items():
+        if isinstance(value, Weighting):
+            texts.update({f"{key}.{inner}": text for inner, text in settings(value).items()})
+        else:
+            texts[key] = _text(value)
+    return texts
+
+
 def _parameters(weighting: Weighting) -> dict[str, Any]:
     """The hyper-parameters: the fields that make two weightings equal or not."""
     if not is_dataclass(weighting):
