@@ -269,17 +269,22 @@ class BalancedOptimizer(OptimizerWrapper):
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
         return self._balancer.record.metrics
 
-    def log_dict(self, prefix: str = "moo/") -> dict[str, float]:
+    def log_dict(self, prefix: str = "moo/", pairs: bool | None = None) -> dict[str, float]:
         """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
         Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` after
-        the prefix. Synchronizes with the device.
+        the prefix. Synchronizes with the device, once.
+
+        Args:
+            prefix: Prefix of the keys.
+            pairs: The cosine of each pair of gradients (True), or ``cosine/min`` and
+                ``cosine/mean`` over all pairs (False). Default None: each pair for up to 8 losses.
 
         Raises:
             NonFiniteError: On an accelerator with ``nonfinite="raise"``: a loss was not finite.
         """
         record = self._balancer.record
-        values = {**record.metrics.as_floats(), "skipped": float(record.skipped)}
+        values = {**record.metrics.as_floats(pairs), "skipped": float(record.skipped)}
         if self._balancer.nonfinite == "raise":
             record.faults.raise_if_any()
         return {prefix + key: value for key, value in values.items()}
