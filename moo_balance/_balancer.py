@@ -36,7 +36,7 @@ from moo_balance.engine.base import is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
-from moo_balance.weighting._identity import describe
+from moo_balance.weighting._identity import describe, lagged_form
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses: TypeAlias = Mapping[str, Tensor]
@@ -75,6 +75,8 @@ class Balancer:
         # The needs of a weighting are constant, and read in every step.
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
+        self.lagged = lagged_form(self.weighting)
+        self.advice = self.weighting.bound_advice
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
@@ -142,7 +144,7 @@ class Balancer:
     ) -> Batch:
         """Validate the losses and describe them to the engine; nothing is differentiated yet."""
         record = self.record
-        record.check_observed(self.method)
+        record.check_observed(self.method, self.lagged)
         if features is not None:
             features = read_features(features, self.shared_params is not None, record.in_window)
         call = "accumulate" if record.accumulating else "backward"
@@ -247,7 +249,7 @@ class Balancer:
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
         bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.method))
+        flags = Flags(losses=flag_losses(statistics, bounds, self.method, self.advice))
         if linearization is None or not (self.uses_gramian and self.is_due):
             return statistics, flags
         gramian = linearization.gramian()
@@ -278,7 +280,7 @@ class Balancer:
         # Only finite values are needed here: bounds hold for the window as a whole.
         unbounded = [-math.inf] * len(statistics.names)
         try:
-            flag_losses(statistics, unbounded, self.method)
+            flag_losses(statistics, unbounded, self.method, self.advice)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise

@@ -76,9 +76,15 @@ def validate_checkpoint(
     unknown = [name for name in awaiting or () if name not in names]
     if unknown or awaiting == ():
         raise _bad_entry("awaiting", f"name some of the losses {list(names)}", unknown or "none")
-    state = _read_state(entry["state"], names if steps else (), weighting, device)
+    differing = _compare_settings(entry, weighting)
+    state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
     skipped = _read_count(entry, "skipped")
-    _warn_of_other_settings(entry, weighting)
+    if differing:
+        warnings.warn(
+            f"{method_name(weighting)} continues with other arguments than the checkpoint was "
+            f"saved with: {', '.join(differing)}.",
+            stacklevel=4,  # the caller of `load_state_dict`
+        )
     # A method without a second evaluation waits for nothing.
     awaiting = awaiting if weighting.observes_step else None
     return Checkpoint(names or record.names, state if steps else None, steps, skipped, awaiting)
@@ -137,7 +143,11 @@ def _read_names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _read_state(
-    saved: object, names: tuple[str, ...], weighting: Weighting, device: torch.device
+    saved: object,
+    names: tuple[str, ...],
+    weighting: Weighting,
+    device: torch.device,
+    differing: list[str],
 ) -> State:
     """The state of these losses on the device; it is empty for no losses."""
     if not isinstance(saved, Mapping) or not all(isinstance(key, str) for key in saved):
@@ -147,9 +157,10 @@ def _read_state(
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in initial.items()}
     if shapes != expected:
+        text = f": {', '.join(differing)}" if differing else ""
         raise BalanceValueError(
             f"Entry `balance` of the state dict should hold {expected} for {weighting}. "
-            f"Found {shapes}. It was saved with other settings."
+            f"Found {shapes}. It was saved with other settings{text}."
         )
     host = weighting.init(names, torch.device("cpu")) if names else {}
     for key, value in state.items():
@@ -192,25 +203,18 @@ def _convert(saved: object, value: Tensor, like: Tensor) -> Tensor:
     return torch.tensor(saved, dtype=like.dtype, device="cpu").to(like)
 
 
-def _warn_of_other_settings(entry: Mapping[str, Any], weighting: Weighting) -> None:
-    """Name the hyper-parameters that differ from those of the saved run, if it says them."""
+def _compare_settings(entry: Mapping[str, Any], weighting: Weighting) -> list[str]:
+    """The hyper-parameters that differ from those of the saved run, if it says them."""
     saved = entry.get("settings", {})
     if not isinstance(saved, Mapping) or not all(
         isinstance(text, str) for pair in saved.items() for text in pair
     ):
         raise _bad_entry("settings", "be a mapping from strings to strings", repr(saved))
-    own = settings(weighting)
-    differing = [
-        f"{key}={own[key]} (saved with {saved[key]})"
-        for key in own
-        if key in saved and own[key] != saved[key]
+    return [
+        f"{key}={own} (saved with {saved[key]})"
+        for key, own in settings(weighting).items()
+        if key in saved and own != saved[key]
     ]
-    if differing:
-        warnings.warn(
-            f"{method_name(weighting)} continues with other arguments than the checkpoint was "
-            f"saved with: {', '.join(differing)}.",
-            stacklevel=5,  # the caller of `load_state_dict`
-        )
 
 
 class BalanceState:

@@ -50,7 +50,9 @@ def is_on_cpu(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) -> Tensor | None:
+def flag_losses(
+    statistics: Statistics, bounds: Sequence[float], method: str, advice: str
+) -> Tensor | None:
     """Flags [K] of the losses that are not finite or not above their bound; an error on the CPU.
 
     Raises:
@@ -70,8 +72,7 @@ def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) ->
         if not value > bound:
             raise BalanceValueError(
                 f"Loss `{name}` should be above {bound:g}, because {method} works with its "
-                f"distance from there. Found {value:g}. Give {method} a lower bound or a shift if "
-                "it has one, or a loss that stays above."
+                f"distance from there. Found {value:g}. {advice}"
             )
     return None
 

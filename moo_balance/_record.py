@@ -149,15 +149,21 @@ class Record:
                 "of a step, and call `zero_grad` between steps."
             )
 
-    def check_observed(self, method: str) -> None:
-        """Refuse a ``backward`` where ``observe`` is due."""
-        if self.awaiting is not None:
-            raise BalanceError(
-                f"{method} needs the losses of the same batch after the step. Found another "
-                "backward instead. One of three: give a closure to `backward` or `step`, call "
-                f"`observe(losses)` after `step`, or choose {method}(lagged=True), which takes the "
-                "next batch's losses."
-            )
+    def check_observed(self, method: str, lagged: str | None) -> None:
+        """Refuse a ``backward`` where ``observe`` is due.
+
+        Args:
+            method: The method that needs it.
+            lagged: The same without that need; None if it has no such form.
+        """
+        if self.awaiting is None:
+            return
+        third = f"Or choose {lagged}, which takes the next batch's losses." if lagged else ""
+        raise BalanceError(
+            f"{method} needs the losses of the same batch after the step. Found another backward "
+            "instead. Give a closure to `backward` or `step`, or call `observe(losses)` after "
+            f"`step`. {third}".rstrip()
+        )
 
     def check_stepped(self) -> None:
         """Refuse ``observe`` where no step was taken."""

@@ -118,10 +118,7 @@ def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Ten
     scalars = _read_scalars(losses, declared)
     for name, loss in scalars.items():
         if not loss.requires_grad:
-            raise BalanceValueError(
-                f"Loss `{name}` should be attached to a graph. Found a tensor that requires no "
-                "gradient. Was it detached, turned into a number, or computed under no_grad?"
-            )
+            raise _no_graph(name, loss)
     return scalars
 
 
@@ -192,19 +189,37 @@ def _bad_name(name: object) -> BalanceValueError:
     )
 
 
+def _no_graph(name: str, loss: Tensor) -> BalanceValueError:
+    if not loss.is_meta and not loss.item():
+        return BalanceValueError(
+            f"Loss `{name}` should be attached to a graph. Found a zero that requires no gradient. "
+            f"{_LEAVE_OUT}"
+        )
+    return BalanceValueError(
+        f"Loss `{name}` should be attached to a graph. Found a tensor that requires no gradient. "
+        "Was it detached, turned into a number, or computed under no_grad?"
+    )
+
+
+_LEAVE_OUT = "Leave it out of the dict if this batch has no such loss."
+
+
 def _bad_loss(name: str, loss: object) -> BalanceValueError:
     if not isinstance(loss, Tensor):
+        absent = loss is None or (isinstance(loss, (int, float)) and not loss)
+        advice = _LEAVE_OUT if absent else "Do not call `.item()` on a loss to be balanced."
         return BalanceValueError(
             f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
-            "Do not call `.item()` on a loss that is to be balanced."
+            f"{advice}"
         )
     if loss.numel() != 1:
         return BalanceValueError(
             f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. Reduce it, for "
             "example with `.mean()`."
         )
+    advice = "" if loss.is_meta or loss.item() else f" {_LEAVE_OUT}"
     return BalanceValueError(
-        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
+        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}.{advice}"
     )
 
 
