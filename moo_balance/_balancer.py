@@ -30,6 +30,7 @@ from moo_balance._nonfinite import (
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
+from moo_balance._two_step import check_no_scaling, has_two_steps, refuse_single_step
 from moo_balance._validation import read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import is_distributed, stack_losses
@@ -81,6 +82,7 @@ class Balancer:
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
         self.every = self.weighting.every
+        self.two_steps = has_two_steps(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ranks": None}  # process groups can be neither copied nor pickled
@@ -121,6 +123,8 @@ class Balancer:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
         record = self.record
         record.check_same_scale(scaling)
+        if self.two_steps:
+            check_no_scaling(self.optimizer, scaling)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
             reevaluations = self._prepare_reevaluation(losses)
@@ -307,6 +311,8 @@ class Balancer:
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        if self.two_steps:
+            check_no_scaling(self.optimizer, scaling)
         problem, statistics, _, _ = self._prepare(losses, scaling, features)
         self.record.check_no_window()
         if self.uses_gramian:
@@ -320,13 +326,21 @@ class Balancer:
 
     # ------------------------------------------------------------ step
 
-    def step(self, stepping: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        stepping: Optimizer,
+        closure: Callable[[], Any] | None = None,
+        take: Callable[[], Any] | None = None,
+    ) -> Any:
         """Take the wrapped optimizer's step and commit what was staged.
 
         Args:
             stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
             closure: Its argument.
+            take: The wrapped ``second_step`` of an optimizer with two; None for ``step``.
         """
+        if self.two_steps and take is None:
+            raise refuse_single_step(self.optimizer)
         result = None if closure is None else self._run_closure(closure)
         record = self.record
         record.check_window_closed()
@@ -336,7 +350,12 @@ class Balancer:
         if self._must_skip(staged, stepping):
             record.skip()
             return result
-        output = self.optimizer.step()
+        try:
+            output = self.optimizer.step() if take is None else take()
+        except BaseException:
+            if closure is not None:  # it will be evaluated again, on gradients that are cleared
+                record.staged = None
+            raise
         record.commit(staged, self.observes_step and self.is_due)
         if staged.reevaluations and record.awaiting is not None:
             self.observe(add_losses(each.repeat() for each in staged.reevaluations))
@@ -354,6 +373,11 @@ class Balancer:
             self.optimizer.zero_grad()
             self._balance(batch)
         return result
+
+    def check_finite(self, stepping: Optimizer) -> None:
+        """Raise if a gradient on the CPU is not finite."""
+        if self.record.staged is not None:
+            self._must_skip(self.record.staged, stepping)
 
     def _must_skip(self, staged: Staged, stepping: Optimizer) -> bool:
         """Whether a value that is not finite forbids the step.

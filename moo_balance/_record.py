@@ -71,6 +71,7 @@ class Record:
         staged: The result of the last ``backward``, until ``step``.
         window: The open window of micro-batches.
         accumulating: Whether ``backward`` is called within ``accumulate()``.
+        moved: Whether ``first_step`` of an optimizer with two has moved the parameters.
         faults: Values masked on a device, for the next report.
     """
 
@@ -84,6 +85,7 @@ class Record:
     staged: Staged | None = None
     window: Accumulation | None = None
     accumulating: bool = False
+    moved: bool = False
     faults: FaultCounts = field(default_factory=FaultCounts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class Record:
         if observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
+        self.moved = False
         self.steps += 1
 
     def skip(self) -> None:
@@ -131,6 +134,7 @@ class Record:
         ``torch.distributed.checkpoint`` loads the wrapped optimizer and the balance in any order.
         """
         self.staged = self.window = None
+        self.moved = False
         self.metrics, self.faults = StepMetrics(), FaultCounts()
         if self.steps != self.loaded_at:
             self.awaiting = None

@@ -17,11 +17,13 @@ from moo_balance._checkpoint import BalanceState
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
+from moo_balance._two_step import take_first_step, take_second_step
 from moo_balance._validation import (
     check_loss_names,
     check_method,
     check_optimizer,
     check_options,
+    check_steps,
     read_shared_params,
 )
 from moo_balance._wrapper import OptimizerWrapper
@@ -38,7 +40,9 @@ class BalancedOptimizer(OptimizerWrapper):
 
     with coefficients :math:`c` from the `weighting`, after which the wrapped optimizer takes its
     own step. It *is* an ``Optimizer``: ``param_groups``, ``state`` and ``defaults`` are those of
-    the wrapped one, and schedulers, clipping and ``GradScaler`` accept it as one.
+    the wrapped one, and schedulers, clipping and ``GradScaler`` accept it as one. Whatever else is
+    public on the wrapped one is reachable here, too, such as ``train()`` and ``eval()`` of
+    schedule-free optimizers.
 
     Three ways to use it::
 
@@ -52,11 +56,21 @@ class BalancedOptimizer(OptimizerWrapper):
         optimizer.combined_loss(losses).backward()   # a scalar, for trainers that call backward
         optimizer.step()
 
+    An optimizer that takes two gradients for one step, such as SAM, has ``first_step`` and
+    ``second_step`` in place of ``step``. ``backward`` comes before each, and the second is the one
+    that counts: the losses and weights of the first are not kept::
+
+        optimizer.backward(model(batch))
+        optimizer.first_step(zero_grad=True)
+        optimizer.backward(model(batch))
+        optimizer.second_step(zero_grad=True)
+
     ``backward`` stages its result and ``step`` commits it: a step that is skipped, or raises,
     leaves the balance as it was.
 
     Args:
-        optimizer: Any ``torch.optim`` optimizer but ``LBFGS``.
+        optimizer: Any ``torch.optim`` optimizer but ``LBFGS``, or one of your own whose ``step``
+            needs no closure.
         weighting: The method, such as ``FAMO()`` or ``MGDA()``. Its docstring says what the
             coefficients sum to; ``Sum()`` gives K ones, the log methods' sum to 1.
         shared_params: Parameters, or a module, over which inner products of gradients are taken,
@@ -106,6 +120,7 @@ class BalancedOptimizer(OptimizerWrapper):
         check_method(weighting, engine)
         check_loss_names(loss_names)
         check_options(nonfinite, check_ranks_every, process_group)
+        check_steps(optimizer, nonfinite)
         super().__init__(optimizer)
         self._balancer = Balancer(
             optimizer,
@@ -246,6 +261,24 @@ class BalancedOptimizer(OptimizerWrapper):
             arguments = {} if closure is None else {"closure": closure}
             return self._step_with_hooks(partial(self._balancer.step, self), **arguments)
         return self._balancer.step(self, closure)
+
+    def __getattr__(self, name: str) -> Any:
+        forwarded = super().__getattr__(name)
+        if name in ("first_step", "second_step") and self._balancer.two_steps:
+            return partial(getattr(self, f"_{name}"), forwarded)
+        return forwarded
+
+    def _first_step(self, first_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Move the parameters to where an optimizer such as SAM takes its second gradient.
+
+        The gradient that ``backward`` has written is used, and its step is not committed.
+        """
+        return take_first_step(self._balancer, self, partial(first_step, *args, **kwargs))
+
+    def _second_step(self, second_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the step of such an optimizer, and commit it as :meth:`step` does."""
+        take = partial(second_step, *args, **kwargs)
+        return self._step_with_hooks(partial(take_second_step, self._balancer, self, take))
 
     def observe(self, losses: Losses) -> None:
         """Pass the losses of the same batch after the step to a method that needs them.
