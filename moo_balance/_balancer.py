@@ -30,7 +30,7 @@ from moo_balance._nonfinite import (
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
-from moo_balance._validation import read_features, read_losses, read_observed_losses
+from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole
@@ -117,67 +117,90 @@ class Balancer:
         features: Features | Callable[[], Features],
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
-        record = self.record
-        record.check_same_scale(scaling)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
             reevaluations = self._prepare_reevaluation(losses)
-            losses = cast(Losses, evaluate(losses))
-        if callable(features):
-            features = features()
-        batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
-        if record.accumulating:
+        given, batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
+        if self.record.accumulating:
             self._add_micro_batch(batch)
         else:
             self._balance(batch)
-        return losses
+        return given
 
     def _prepare(
         self,
-        losses: Losses,
+        losses: Losses | Closure,
         scaling: Scaling | None = None,
-        features: Features = None,
+        features: Features | Callable[[], Features] = None,
         retain_graph: bool = False,
         reevaluations: Sequence[Reevaluation] = (),
-    ) -> Batch:
-        """Validate the losses and describe them to the engine; nothing is differentiated yet."""
+        combined: bool = False,
+    ) -> tuple[Losses, Batch]:
+        """The losses as given, and the batch; nothing is differentiated yet."""
         record = self.record
-        record.check_observed(self.method)
-        if features is not None:
-            features = read_features(features, self.shared_params is not None, record.in_window)
-        call = "accumulate" if record.accumulating else "backward"
-        present, stacked, values = self._read(partial(read_losses, losses, record.names), call)
-        names, params, compared = tuple(present), self.params, None
+        read = partial(self._read_batch, losses, scaling, features, combined)
+        given, stacked, values = self._read(
+            read, "accumulate" if record.accumulating else "backward"
+        )
+        names, params, compared = tuple(given.losses), self.params, None
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
         problem = Problem(
             names=names,
-            losses=tuple(present.values()),
+            losses=tuple(given.losses.values()),
             params=params,
             compared=compared,
             scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
             averager=None if self.ranks is None else self.ranks.averager,
-            features=features or (),
+            features=given.features,
             stacked=stacked,
         )
         statistics = Statistics(names, values, step=record.steps)
-        return Batch(problem, statistics, scaling, reevaluations)
+        return given.returned, Batch(problem, statistics, scaling, reevaluations)
 
-    def _read(
-        self, read: Callable[[], dict[str, Tensor]], call: str
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The losses, the same as one vector [K], and their values averaged over the ranks [K]."""
+    def _read_batch(
+        self,
+        losses: Losses | Closure,
+        scaling: Scaling | None,
+        features: Features | Callable[[], Features],
+        combined: bool,
+    ) -> Given:
+        """Evaluate and validate a batch. What one rank alone may refuse is refused here."""
+        record = self.record
+        record.check_same_scale(scaling)
+        record.check_observed(self.method)
+        if combined:
+            record.check_no_window()
+        returned = cast(Losses, evaluate(losses)) if callable(losses) else losses
+        if callable(features):
+            features = features()
+        read: tuple[Tensor, ...] = ()
+        if features is not None:
+            read = read_features(features, self.shared_params is not None, record.in_window)
+        present = read_losses(returned, record.names)
+        if not combined:
+            record.warn_of_separate_losses(present)
+        return Given(present, read, returned)
+
+    def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
+        """What a call is given; its losses as one vector [K]; their means over the ranks [K].
+
+        Args:
+            read: Returns what this rank was given. If it raises, the other ranks raise, too.
+            call: One of ``_distributed.CALLS``.
+        """
         if self._may_have_ranks():
             self.ranks = find_ranks(self.process_group, self.ranks)
         if self.ranks is None:
-            present = read()
-            stacked = stack_losses(tuple(present.values()))
-            return present, stacked, stacked.detach().to(state_dtype(stacked.device))
-        step_id = StepId(self.description, self.record.steps, call)
-        present, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
-        return present, stack_losses(tuple(present.values())), values
+            given = read()
+            stacked = stack_losses(tuple(given.losses.values()))
+            return given, stacked, stacked.detach().to(state_dtype(stacked.device))
+        trainable = self.ranks.digest_trainable(self.optimizer.param_groups)
+        step_id = StepId(self.description, self.record.steps, call, trainable)
+        given, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
+        return given, stack_losses(tuple(given.losses.values())), values
 
     def _balance(self, batch: Batch) -> None:
         """Balance a batch or a closing window, write ``.grad``, and stage the step."""
@@ -305,8 +328,8 @@ class Balancer:
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
-        problem, statistics, _, _ = self._prepare(losses, scaling, features)
-        self.record.check_no_window()
+        _, batch = self._prepare(losses, scaling, features, combined=True)
+        problem, statistics = batch.problem, batch.statistics
         if self.uses_gramian:
             self._check_static_graph(problem, "combined_loss")
         linearization = self.engine.linearize(problem)
@@ -348,7 +371,7 @@ class Balancer:
         result = evaluate(closure)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
-            batch = self._prepare(result, reevaluations=reevaluations)
+            _, batch = self._prepare(result, reevaluations=reevaluations)
             self.optimizer.zero_grad()
             self._balance(batch)
         return result
@@ -396,16 +419,19 @@ class Balancer:
         if expected is None:
             record.check_stepped()
             return
-        read = partial(read_observed_losses, losses, record.names, expected)
-        present, _, values = self._read(read, "observe")
+        read = partial(self._read_observed, losses, expected)
+        given, _, values = self._read(read, "observe")
         # The step is taken. If the method kept waiting for its losses, no later step would be
         # allowed.
         record.awaiting = None
         try:
-            self._update(Statistics(tuple(present), values, step=record.steps))
+            self._update(Statistics(tuple(given.losses), values, step=record.steps))
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
+
+    def _read_observed(self, losses: Losses, expected: Sequence[str]) -> Given:
+        return Given(read_observed_losses(losses, self.record.names, expected))
 
     def _update(self, statistics: Statistics) -> None:
         """Replace the state by the one that follows from the losses after the step."""
