@@ -22,9 +22,10 @@ from moo_balance._distributed import Ranks, StepId, check_static_graph, find_ran
 from moo_balance._grad_scaler import Scaling
 from moo_balance._nonfinite import (
     Flags,
-    check_grads,
     flag_gradients,
     flag_losses,
+    grads_are_finite,
+    nonfinite_grad_error,
     replace_nonfinite,
     select_state,
 )
@@ -33,7 +34,7 @@ from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
 from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import is_distributed, stack_losses
-from moo_balance.engine.distributed import is_whole
+from moo_balance.engine.distributed import is_whole, local_part
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe
@@ -67,6 +68,7 @@ class Balancer:
     shared_params: Sequence[Tensor] | None
     nonfinite: str
     process_group: Any
+    max_skips: int | None
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
@@ -266,11 +268,11 @@ class Balancer:
         """Check the losses, and compute the Gramian if it is due.
 
         Raises:
-            NonFiniteError: On the CPU: a loss, or without a scaler a gradient, is not finite.
+            NonFiniteError: On the CPU without a scaler: a loss or a gradient is not finite.
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
         bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.method))
+        flags = Flags(losses=flag_losses(statistics, bounds, self.method, scaled))
         if linearization is None or not (self.uses_gramian and self.is_due):
             return statistics, flags
         gramian = linearization.gramian()
@@ -284,9 +286,13 @@ class Balancer:
     ) -> Statistics:
         """Count what is flagged for a later report, and make the statistics safe to compute with.
 
-        Gradients that overflow under a loss scaler are not reported: the scaler handles them.
+        What overflows under a loss scaler is not reported: the scaler handles it.
         """
-        reportable = flags.losses if scaled else flags.union()
+        reportable = flags.union()
+        if scaled:
+            reportable = flags.losses
+            if reportable is not None:
+                reportable = reportable & statistics.losses.isfinite()
         if reportable is not None:
             self.record.faults.add(statistics.names, reportable)
         bounds = self.weighting.lower_bounds(statistics.names)
@@ -301,7 +307,7 @@ class Balancer:
         # Only finite values are needed here: bounds hold for the window as a whole.
         unbounded = [-math.inf] * len(statistics.names)
         try:
-            flag_losses(statistics, unbounded, self.method)
+            flag_losses(statistics, unbounded, self.method, batch.scaling is not None)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -355,7 +361,7 @@ class Balancer:
         if staged is None:
             return self._step_without_backward(closure, result)
         if self._must_skip(staged, stepping):
-            record.skip()
+            record.skip(self.max_skips)
             return result
         output = self.optimizer.step()
         record.commit(staged, self.observes_step and self.is_due)
@@ -380,18 +386,31 @@ class Balancer:
         """Whether a value that is not finite forbids the step.
 
         Raises:
-            NonFiniteError: On the CPU, with ``nonfinite="raise"``: a gradient is not finite.
+            NonFiniteError: With ``nonfinite="raise"``: a gradient on the CPU is not finite.
         """
         if staged.skip or (self.nonfinite == "skip" and staged.is_invalid()):
             return True
         if staged.scaling is not None:
             staged.scaling.check_unscaled(stepping, self.optimizer)
             return False  # GradScaler has already checked
+        if self._grads_are_finite(staged):
+            return False
+        if self.nonfinite == "raise":
+            raise nonfinite_grad_error(staged.present)
+        return True
+
+    def _grads_are_finite(self, staged: Staged) -> bool:
+        """Whether all of ``.grad`` on the CPU is finite, on any rank."""
         params = self.params
-        if is_distributed():
-            # Shards are not checked: ranks could disagree.
+        if not is_distributed():
+            return grads_are_finite([p.grad for p in params if p.grad is not None])
+        whole = all(map(is_whole, params))
+        if not whole and self.ranks is None:  # ranks that know nothing of each other may disagree
             params = [param for param in params if is_whole(param)]
-        return not check_grads(params, staged.present, self.nonfinite)
+        finite = grads_are_finite([local_part(p.grad) for p in params if p.grad is not None])
+        if whole or self.ranks is None:
+            return finite
+        return self.ranks.are_all(finite, staged.coefficients.device)
 
     def _step_without_backward(self, closure: object, result: object) -> Any:
         """Handle a step with nothing staged: an error, except in two cases that change nothing."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._nonfinite import FaultCounts
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import State
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
+
+
+_SKIPS_TO_WARN_OF = 10
 
 
 @dataclass(eq=False, repr=False)
@@ -66,6 +69,7 @@ class Record:
         state: State of the method; None before the first step.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
+        skipped_in_a_row: How many of them since the last step that was taken.
         awaiting: The losses for which ``observe`` is due before the next ``backward``.
         metrics: Of the last ``backward``.
         staged: The result of the last ``backward``, until ``step``.
@@ -78,6 +82,7 @@ class Record:
     state: State | None = None
     steps: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     awaiting: tuple[str, ...] | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
     staged: Staged | None = None
@@ -110,11 +115,33 @@ class Record:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.steps += 1
+        self.skipped_in_a_row = 0
 
-    def skip(self) -> None:
-        """Discard a staged step that must not be taken."""
+    def skip(self, most: int | None) -> None:
+        """Discard a staged step that must not be taken.
+
+        Args:
+            most: How many may follow one another; None for any number.
+
+        Raises:
+            NonFiniteError: More than that have.
+        """
         self.staged = None
         self.skipped += 1
+        self.skipped_in_a_row += 1
+        if most is not None and self.skipped_in_a_row > most:
+            raise NonFiniteError(
+                f"Steps should be skipped now and then only. Found {self.skipped_in_a_row} in a "
+                f"row, which is more than `max_skips={most}`. Look for a parameter that is not "
+                "finite, and resume from a checkpoint with a lower learning rate."
+            )
+        if self.skipped_in_a_row == _SKIPS_TO_WARN_OF:
+            warnings.warn(
+                f"Steps should be skipped now and then only. Found {_SKIPS_TO_WARN_OF} in a row "
+                "with a loss or a gradient that is not finite. Look for a parameter that is not "
+                "finite, which no further step can mend.",
+                stacklevel=4,
+            )
 
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""

@@ -67,11 +67,18 @@ def check_loss_names(names: Sequence[str] | None) -> None:
         )
 
 
-def check_options(nonfinite: object, check_ranks_every: object, process_group: object) -> None:
+def check_options(
+    nonfinite: object, max_skips: object, check_ranks_every: object, process_group: object
+) -> None:
     """Refuse other values of the remaining arguments."""
     if nonfinite not in ("raise", "skip"):
         raise BalanceValueError(
             f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
+        )
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 0):
+        raise BalanceValueError(
+            "Parameter `max_skips` should be a whole number of steps, or None for any number. "
+            f"Found {max_skips!r}."
         )
     if not isinstance(check_ranks_every, int) or check_ranks_every < 0:
         raise BalanceValueError(
