@@ -5,7 +5,8 @@ It calls no other part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._nonfinite import FaultCounts
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import State
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
+
+
+_SKIPS_TO_WARN_OF = 10
 
 
 @dataclass(eq=False, repr=False)
@@ -65,6 +69,7 @@ class Record:
         state: State of the method; None before the first step.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
+        skipped_in_a_row: How many of them since the last step that was taken.
         awaiting: The losses for which ``observe`` is due before the next ``backward``.
         loaded_at: ``steps`` of the balance that was loaded last, if one was.
         metrics: Of the last ``backward``.
@@ -79,6 +84,7 @@ class Record:
     state: State | None = None
     steps: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     awaiting: tuple[str, ...] | None = None
     loaded_at: int | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
@@ -114,11 +120,33 @@ class Record:
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.moved = False
         self.steps += 1
+        self.skipped_in_a_row = 0
 
-    def skip(self) -> None:
-        """Discard a staged step that must not be taken."""
+    def skip(self, most: int | None) -> None:
+        """Discard a staged step that must not be taken.
+
+        Args:
+            most: How many may follow one another; None for any number.
+
+        Raises:
+            NonFiniteError: More than that have.
+        """
         self.staged = None
         self.skipped += 1
+        self.skipped_in_a_row += 1
+        if most is not None and self.skipped_in_a_row > most:
+            raise NonFiniteError(
+                f"Steps should be skipped now and then only. Found {self.skipped_in_a_row} in a "
+                f"row, which is more than `max_skips={most}`. Look for a parameter that is not "
+                "finite, and resume from a checkpoint with a lower learning rate."
+            )
+        if self.skipped_in_a_row == _SKIPS_TO_WARN_OF:
+            warnings.warn(
+                f"Steps should be skipped now and then only. Found {_SKIPS_TO_WARN_OF} in a row "
+                "with a loss or a gradient that is not finite. Look for a parameter that is not "
+                "finite, which no further step can mend.",
+                stacklevel=4,
+            )
 
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
@@ -135,6 +163,7 @@ class Record:
         """
         self.staged = self.window = None
         self.moved = False
+        self.skipped_in_a_row = 0
         self.metrics, self.faults = StepMetrics(), FaultCounts()
         if self.steps != self.loaded_at:
             self.awaiting = None
@@ -151,6 +180,24 @@ class Record:
                 "Gradients that are added up should be of one scale. Found a `backward` with "
                 "another `grad_scaler` than the one before. Give the same one to each `backward` "
                 "of a step, and call `zero_grad` between steps."
+            )
+
+    def warn_of_separate_losses(self, present: Iterable[str]) -> None:
+        """Warn of a ``backward`` on top of another one with other losses.
+
+        Each is balanced by itself, so the gradient of their sum would not be a balanced one.
+        """
+        staged = self.staged
+        if staged is None or self.in_window or staged.combined:
+            return
+        names = list(present)
+        if set(names) != set(staged.present):
+            warnings.warn(
+                f"Losses that are to be balanced with each other should come in one `backward`. "
+                f"Found {names} after {list(staged.present)} without a step in between: gradients "
+                "of the two calls are added up. Pass all losses at once, call `backward` for parts "
+                "of them within `accumulate()`, or call `optimizer.zero_grad()` between steps.",
+                stacklevel=5,
             )
 
     def check_observed(self, method: str, lagged: str | None) -> None:

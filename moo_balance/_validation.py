@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -95,11 +97,18 @@ def check_loss_names(names: Sequence[str] | None) -> None:
         )
 
 
-def check_options(nonfinite: object, check_ranks_every: object, process_group: object) -> None:
+def check_options(
+    nonfinite: object, max_skips: object, check_ranks_every: object, process_group: object
+) -> None:
     """Refuse other values of the remaining arguments."""
     if nonfinite not in ("raise", "skip"):
         raise BalanceValueError(
             f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
+        )
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 0):
+        raise BalanceValueError(
+            "Parameter `max_skips` should be a whole number of steps, or None for any number. "
+            f"Found {max_skips!r}."
         )
     if not isinstance(check_ranks_every, int) or check_ranks_every < 0:
         raise BalanceValueError(
@@ -136,6 +145,20 @@ def read_shared_params(
 
 
 # ------------------------------------------------------------ losses
+
+
+class Given(NamedTuple):
+    """What one rank passes to a call, validated.
+
+    Args:
+        losses: The losses as 0-d tensors, in declared order.
+        features: What they are computed from, if that was given.
+        returned: The losses as they were given, or returned by a closure.
+    """
+
+    losses: dict[str, Tensor]
+    features: tuple[Tensor, ...] = ()
+    returned: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:

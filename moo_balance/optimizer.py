@@ -80,7 +80,10 @@ class BalancedOptimizer(OptimizerWrapper):
         loss_names: Names of all losses, if the first call will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator the check does not
-            synchronize: the balance keeps its state, and ``log_dict`` reports.
+            synchronize: the balance keeps its state, and ``log_dict`` reports. With a
+            ``grad_scaler`` gradients become NaN, and the scaler skips the step.
+        max_skips: How many steps ``nonfinite="skip"`` may skip in a row; one more raises. A warning
+            comes after 10. Default 100; None for any number.
         process_group: The ranks that see different data and share a model: losses are averaged
             over them, and the gradients that weights come from. Default ``"auto"``: all ranks once
             ``torch.distributed`` is initialised. None if each rank trains a model of its own.
@@ -113,13 +116,14 @@ class BalancedOptimizer(OptimizerWrapper):
         engine: Engine | None = None,
         loss_names: Sequence[str] | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
+        max_skips: int | None = 100,
         process_group: Any = "auto",
         check_ranks_every: int = 1000,
     ) -> None:
         check_optimizer(optimizer)
         check_method(weighting, engine)
         check_loss_names(loss_names)
-        check_options(nonfinite, check_ranks_every, process_group)
+        check_options(nonfinite, max_skips, check_ranks_every, process_group)
         check_steps(optimizer, nonfinite)
         super().__init__(optimizer)
         self._balancer = Balancer(
@@ -129,6 +133,7 @@ class BalancedOptimizer(OptimizerWrapper):
             read_shared_params(shared_params, optimizer),
             nonfinite,
             process_group,
+            max_skips,
             check_ranks_every,
             Record(None if loss_names is None else tuple(loss_names)),
         )
@@ -255,7 +260,8 @@ class BalancedOptimizer(OptimizerWrapper):
         Raises:
             BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or
                 ranks have drifted apart.
-            NonFiniteError: A gradient is not finite. Checked on the CPU only, and not for shards.
+            NonFiniteError: A gradient is not finite, on any rank; checked on the CPU only. Or more
+                than ``max_skips`` steps were skipped in a row.
         """
         if any(self._step_hooks):
             arguments = {} if closure is None else {"closure": closure}
