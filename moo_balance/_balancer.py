@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_not
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -34,7 +35,8 @@ from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
 from moo_balance._two_step import check_no_scaling, has_two_steps, refuse_single_step
 from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
 from moo_balance.engine import Engine, Linearization, Problem
-from moo_balance.engine.base import is_distributed, stack_losses
+from moo_balance.engine.autograd import hooked_positions, node_hook_positions
+from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole, local_part
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
@@ -73,6 +75,8 @@ class Balancer:
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
+    inspected: Sequence[Tensor] = field(default_factory=list, init=False)
+    node_hooks: Sequence[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
@@ -87,7 +91,8 @@ class Balancer:
         self.two_steps = has_two_steps(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ranks": None}  # process groups can be neither copied nor pickled
+        # Process groups can be neither copied nor pickled; graphs and their hooks are not.
+        return {**self.__dict__, "ranks": None, "inspected": [], "node_hooks": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -145,13 +150,14 @@ class Balancer:
         """The losses as given, and the batch; nothing is differentiated yet."""
         record = self.record
         read = partial(self._read_batch, losses, scaling, features, combined)
-        given, stacked, values = self._read(
-            read, "accumulate" if record.accumulating else "backward"
-        )
-        names, params, compared = tuple(given.losses), self.params, None
+        call = "accumulate" if record.accumulating else "backward"
+        given, stacked, values = self._read(read, call)
+        params, compared = self.params, None  # which the closure may have frozen
+        takes_rows = self._takes_rows(params)
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
+        names = tuple(given.losses)
         problem = Problem(
             names=names,
             losses=tuple(given.losses.values()),
@@ -159,9 +165,10 @@ class Balancer:
             compared=compared,
             scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
-            averager=None if self.ranks is None else self.ranks.averager,
+            averager=self.ranks.averager if self.ranks is not None and takes_rows else None,
             features=given.features,
             stacked=stacked,
+            node_hooks=self._find_node_hooks(params) if takes_rows else (),
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -188,9 +195,43 @@ class Balancer:
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)
+        if self.ranks is not None:
+            params = self.params
+            if self._takes_rows(params) and self._find_node_hooks(params):
+                raise hooked_nodes("several ranks, which average gradients")
         if not combined:
             record.warn_of_separate_losses(present)
         return Given(present, read, returned)
+
+    def _takes_rows(self, params: Sequence[Tensor]) -> bool:
+        """Whether gradients are kept, in place of ordinary backward passes.
+
+        They are for a Gramian, and in most windows: one whose coefficients are known beforehand
+        keeps them only for hooks of parameters, which get the sum of its gradients.
+        """
+        window = self.record.window
+        if self.uses_gramian:
+            return True
+        if not self.record.in_window:
+            return False
+        if self.uses_losses:
+            return True
+        if window is not None and window.gradients is not None:
+            return True
+        if window is not None and window.coefficients is not None:
+            return False  # it has begun with ordinary passes
+        return bool(hooked_positions(params) or self._find_node_hooks(params))
+
+    def _find_node_hooks(self, params: Sequence[Tensor]) -> Sequence[int]:
+        """Positions of parameters whose graph nodes have hooks.
+
+        To look for them in every step would take up to a twentieth of it. Nodes with hooks are
+        kept alive by those who registered them, so they are looked for when `params` change.
+        """
+        known = self.inspected
+        if len(params) != len(known) or any(map(is_not, params, known)):
+            self.inspected, self.node_hooks = params, node_hook_positions(params)
+        return self.node_hooks
 
     def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].
@@ -325,7 +366,7 @@ class Balancer:
 
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
-        if self.uses_losses or self.uses_gramian:
+        if self._takes_rows(problem.params):
             if not self.uses_gramian or self.every > 1:
                 self._check_static_graph(problem, "accumulate")
             gradients = window.gradients or self.engine.window()

@@ -11,8 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moo_balance.engine.autograd import is_flattened as is_flattened
-from moo_balance.engine.base import Row
+from moo_balance.engine.autograd import is_flattened as is_flattened, silence_hooks
+from moo_balance.engine.base import (
+    Problem,
+    Row,
+    deliver,
+    gradients_of,
+    precomputed_gradient,
+    weighted_backward,
+    weighted_root,
+    weighted_sum,
+)
 from moo_balance.engine.jacobian import inner_products
 from moo_balance.errors import BalanceError
 
@@ -162,6 +171,38 @@ def average_over_ranks(
         return [list(row) for _, row in named]
     pending = [averager.begin_all_reduce(name, row, params) for name, row in named]
     return [list(row) for row in averager.wait(pending, params)]
+
+
+# ---------------------------------------------------------------------- averaged weighted sums
+
+
+def add_weighted_sum(problem: Problem, coefficients: Tensor) -> None:
+    """Add the gradient of the weighted sum to ``.grad``, by one backward pass.
+
+    A data-parallel wrapper would average the gradient of an ordinary pass; a bare model has none.
+    So it is averaged here for both. Sharded parameters are averaged by their own hooks.
+    """
+    if all(map(is_whole, problem.params)):
+        deliver(_averaged_gradient(problem, coefficients), problem)
+    else:
+        weighted_backward(problem, coefficients)
+
+
+def combined_sum(problem: Problem, coefficients: Tensor) -> Tensor:
+    """The weighted sum as a scalar, whose backward pass does the same, without the scale."""
+    value = weighted_sum(problem, coefficients)
+    if not all(map(is_whole, problem.params)):
+        return value
+    gradient = _averaged_gradient(problem._replace(scale=None), coefficients)
+    return precomputed_gradient(value.detach(), gradient, problem)
+
+
+def _averaged_gradient(problem: Problem, coefficients: Tensor) -> Row:
+    losses, grad_outputs = weighted_root(problem, coefficients)
+    with silence_hooks(problem.params):
+        row = gradients_of([losses], [grad_outputs], problem.params, problem.retain_graph)
+    (average,) = average_over_ranks([("", row)], problem.averager, problem.params)
+    return average
 
 
 # ---------------------------------------------------------------------- sharded parameters
