@@ -40,6 +40,7 @@ _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself report
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
+_RAW, _UNPACK = "_raw", "unpack_hook"  # of saved tensors; without them, no layer is factored
 
 
 class _Product(NamedTuple):
@@ -175,6 +176,17 @@ class MatrixProduct(NamedTuple):
     inputs: int
     outputs: int
 
+    def is_packed(self) -> bool:
+        """Whether a hook has packed the left factor, so that reading it may compute it anew.
+
+        Activation checkpoints are such hooks. Each reading outside of a backward pass would compute
+        the whole block again, and keep what it has computed.
+        """
+        try:
+            return getattr(getattr(self.node, _RAW + self.saved.left), _UNPACK) is not None
+        except AttributeError:
+            return True
+
     def left(self) -> Tensor:
         """The left factor."""
         return getattr(self.node, self.saved.left).detach()  # type: ignore[no-any-return]
@@ -206,6 +218,60 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
             _, outputs = getattr(node, _RIGHT + _SIZES)
             products.append(MatrixProduct(node, saved, samples, inputs, outputs))
     return products
+
+
+def unpack_hooks(node: Node) -> set[int]:
+    """Identities of the hooks that unpack what a node has saved; none without the private names.
+
+    One activation checkpoint has one hook for all its nodes. The hook of ``save_on_cpu``, which
+    only moves a tensor, is left out.
+    """
+    hooks = []
+    for name in _saved_names(type(node)):
+        saved = getattr(node, name)
+        hooks += [getattr(s, _UNPACK, None) for s in (saved if type(saved) is tuple else [saved])]
+    moves = torch.autograd.graph.__name__
+    return {id(hook) for hook in hooks if hook and getattr(hook, "__module__", None) != moves}
+
+
+@cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith(_RAW + "_saved_")]
+
+
+class KeptTensors(NamedTuple):
+    """The tensors that functions defined in Python keep for their backward pass, with versions."""
+
+    nodes: Sequence[Node]
+    kept: Sequence[dict[Any, tuple[Tensor, int]]]
+
+    @staticmethod
+    def of(nodes: Iterable[Node]) -> KeptTensors:
+        """Those of all these nodes."""
+        functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        return KeptTensors(functions, [_kept_tensors(node) for node in functions])
+
+    def changed(self) -> str | None:
+        """Name of a function that has since replaced one, or written into it; None if none has."""
+        for node, before in zip(self.nodes, self.kept, strict=True):
+            after = _kept_tensors(node)
+            for name, (tensor, version) in before.items():
+                same = name in after and after[name][0] is tensor and after[name][1] == version
+                if not same:
+                    return type(node).__name__
+        return None
+
+
+def _kept_tensors(node: Any) -> dict[Any, tuple[Tensor, int]]:
+    """Attributes, entries of attributes, and saved tensors, which are read only if not packed."""
+    kept = dict[Any, Any]()
+    for name, value in vars(node).items():
+        entries = value if isinstance(value, (tuple, list)) else [value]
+        kept |= {(name, k): entry for k, entry in enumerate(entries)}
+    for k, saved in enumerate(getattr(node, _RAW + "_saved_tensors", ())):
+        kept[k] = saved.data if getattr(saved, _UNPACK, saved) is None else None
+    tensors = {name: t for name, t in kept.items() if isinstance(t, Tensor)}
+    return {name: (t, t._version) for name, t in tensors.items() if not t.is_inference()}
 
 
 def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:

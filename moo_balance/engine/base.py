@@ -264,7 +264,7 @@ def _accumulate(param: Tensor, gradient: Tensor) -> None:
 
 def remove_loss_scale(gramian: Tensor, scale: Tensor | None) -> Tensor:
     """The Gramian of the unscaled gradients: the scale enters both sides of every product."""
-    return gramian if scale is None else gramian / scale.to(gramian) ** 2
+    return gramian if scale is None else gramian / (factor := scale.to(gramian)) / factor
 
 
 def precomputed_gradient(value: Tensor, gradients: Row, problem: Problem) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from moo_balance.engine.base import (
 )
 from moo_balance.engine.jacobian import inner_products
 from moo_balance.errors import BalanceError
+
+T = TypeVar("T", Tensor, "Tensor | None")
 
 
 def is_sharded(params: Iterable[Tensor]) -> bool:
@@ -223,7 +225,7 @@ def sharded_inner_products(
         gradient = next((row[k] for row in rows if row[k] is not None), None)
         if gradient is not None:
             families.setdefault(_sharding_of(gradient), []).append(k)
-    local = [[_local(gradient) for gradient in row] for row in rows]
+    local = [[local_part(gradient) for gradient in row] for row in rows]
     total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
     for (mesh, dims), members in families.items():
         products = inner_products(local, members, dtype, device)
@@ -253,5 +255,7 @@ def _sharding_of(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
     return gradient.device_mesh, dims  # type: ignore[attr-defined]
 
 
-def _local(gradient: Tensor | None) -> Tensor | None:
-    return getattr(gradient, "to_local", lambda: gradient)()
+def local_part(tensor: T) -> T:
+    """What this rank holds of a tensor; a whole one, or None, as it is."""
+    part: T = getattr(tensor, "to_local", lambda: tensor)()
+    return part

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ from moo_balance.engine.distributed import (
     is_sharded,
 )
 from moo_balance.engine.jacobian import Jacobian
+from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError, BalanceValueError
 
 
@@ -64,11 +66,17 @@ class FeatureGramian(Linearization):
         self.of_heads: Jacobian | None = None
 
     def gramian(self) -> Tensor:
-        problem = self.problem
-        cotangents, rows = differentiate_heads(problem)
+        cotangents, rows = differentiate_heads(self.problem)
         self.at_features = Jacobian(cotangents)
         self.of_heads = Jacobian(rows, ())
-        gramian = self.at_features.gramian(self.dtype, problem.losses[0].device)
+        # Whether a gradient is zero is another question on each rank.
+        is_zero = self.at_features.is_zero if self.problem.averager is None else None
+        return products_in_range(partial(self._products, self.at_features), self.dtype, is_zero)
+
+    def _products(self, at_features: Jacobian, dtype: torch.dtype) -> Tensor:
+        """Inner products at the features, over all ranks, without the loss scale."""
+        problem = self.problem
+        gramian = at_features.gramian(dtype, problem.losses[0].device)
         if problem.averager is not None:
             # Of the mean loss, each rank holds the gradient at its own samples' features.
             gramian = gramian / problem.averager.size**2

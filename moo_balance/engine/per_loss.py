@@ -47,9 +47,10 @@ from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.linear import (
     GradInputs,
     LinearWeightGradient,
-    add_linear_layers,
     find_linear_layers,
+    gramian_in_range,
 )
+from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError
 
 
@@ -59,7 +60,9 @@ class PerLoss(Engine):
 
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
     gradients themselves, at most K·P elements; a parameter that a loss does not reach takes none.
-    A method that needs no Gramian costs one ordinary backward pass.
+    A method that needs no Gramian costs one ordinary backward pass. A backward function that all
+    losses share runs K times, and an activation checkpoint is computed again K times (batch norms
+    within count that), as by K calls of ``autograd.grad``; with ``features=``, the trunk's once.
 
     The weight of a linear layer has a gradient of two thin factors, the layer's input and the
     gradient at its output. Where inner products and the weighted sum take fewer multiplications
@@ -76,7 +79,10 @@ class PerLoss(Engine):
 
     Args:
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own.
+            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
+            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
+            outside of this range comes in float64; on an accelerator, where the host does not read
+            it, larger gradients count as not finite, and far smaller ones as zero.
     """
 
     dtype: torch.dtype = torch.float32
@@ -101,19 +107,21 @@ class PerLossLinearization(Linearization):
 
     def gramian(self) -> Tensor:
         problem, dtype = self.problem, self.dtype
-        device = problem.losses[0].device
+        device, scale = problem.losses[0].device, problem.scale
         compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
         rows = self._rows(sharded)
         if sharded:
-            gramian = sharded_inner_products(rows, compared, dtype, device)
+            gramian = products_in_range(
+                lambda dtype: remove_loss_scale(
+                    sharded_inner_products(rows, compared, dtype, device), scale
+                ),
+                dtype,
+            )
             self.jacobian = Jacobian(rows, ())
-        else:
-            self.jacobian = Jacobian(rows, compared)
-            gramian = self.jacobian.gramian(dtype, device)
-        if self.layers:
-            gramian = add_linear_layers(gramian, self.layers, compared, dtype)
-        return gramian if problem.scale is None else remove_loss_scale(gramian, problem.scale)
+            return gramian
+        self.jacobian = Jacobian(rows, compared)
+        return gramian_in_range(self.jacobian, self.layers, compared, dtype, device, scale)
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:

@@ -52,6 +52,7 @@ from tests.support.engines import ENGINES
 from tests.support.feature_graphs import plain as plain_features
 
 NODES = ["_SEQUENCE_NUMBER", "_METADATA", "_ACCUMULATE", "_LEAF", "_TRANSPOSE", "_SIZES", "_RIGHT"]
+NODES += ["_RAW", "_UNPACK"]
 OTHERS = [
     "_TENSOR_HOOKS",
     "_POST_HOOKS",
