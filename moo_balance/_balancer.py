@@ -29,8 +29,9 @@ from moo_balance._nonfinite import (
     select_state,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
-from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
+from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
 from moo_balance._validation import read_features, read_losses, read_observed_losses
+from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import is_distributed, stack_losses
 from moo_balance.engine.distributed import is_whole
@@ -70,6 +71,7 @@ class Balancer:
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
+    known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
@@ -121,8 +123,8 @@ class Balancer:
         record.check_same_scale(scaling)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
-            reevaluations = self._prepare_reevaluation(losses)
-            losses = cast(Losses, evaluate(losses))
+            losses, reevaluations = self._evaluate(losses)
+            losses = cast(Losses, losses)
         if callable(features):
             features = features()
         batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
@@ -337,15 +339,14 @@ class Balancer:
         output = self.optimizer.step()
         record.commit(staged, self.observes_step and self.is_due)
         if staged.reevaluations and record.awaiting is not None:
-            self.observe(add_losses(each.repeat() for each in staged.reevaluations))
+            self._reevaluate(staged.reevaluations)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
         return output if closure is None else result
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
-        reevaluations = self._prepare_reevaluation(closure)
-        result = evaluate(closure)
+        result, reevaluations = self._evaluate(closure)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             batch = self._prepare(result, reevaluations=reevaluations)
@@ -384,11 +385,33 @@ class Balancer:
 
     # ------------------------------------------------------------ observe
 
-    def _prepare_reevaluation(self, closure: Callable[[], Any]) -> list[Reevaluation]:
-        """How to evaluate a closure again, if the method needs the losses after the step."""
+    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, list[Reevaluation]]:
+        """Evaluate a closure, so that it can be repeated if the method observes the step."""
         if not (self.observes_step and self.is_due):
-            return []
-        return [Reevaluation(closure, {param.device for param in self.params})]
+            return evaluate(closure), []
+        reevaluation = Reevaluation(closure, self.params, self.known_writes)
+        return reevaluation.first(), [reevaluation]
+
+    def _reevaluate(self, reevaluations: Sequence[Reevaluation]) -> None:
+        """Evaluate the batch again after a committed step, and pass its losses to the method."""
+        record, expected = self.record, self.record.awaiting
+        assert expected is not None
+        # The step is taken. If the method kept waiting for its losses after an error, no later
+        # step would be allowed.
+        record.awaiting = None
+
+        def read() -> dict[str, Tensor]:
+            return read_observed_losses(repeat_all(reevaluations), record.names, expected)
+
+        try:
+            self._observe(read)
+        except BaseException as error:
+            add_note(
+                error,
+                f"The step was taken. This happened when the losses were evaluated after it, and "
+                f"{self.method} continues without them.",
+            )
+            raise
 
     def observe(self, losses: Losses) -> None:
         """Pass the losses of the same batch after a committed step to the method."""
@@ -396,10 +419,16 @@ class Balancer:
         if expected is None:
             record.check_stepped()
             return
-        read = partial(read_observed_losses, losses, record.names, expected)
+        self._observe(partial(read_observed_losses, losses, record.names, expected))
+
+    def _observe(self, read: Callable[[], dict[str, Tensor]]) -> None:
+        """Read the losses after a step, on all ranks, and update the method's state.
+
+        Args:
+            read: Returns the validated losses. If it raises, nothing has changed.
+        """
+        record = self.record
         present, _, values = self._read(read, "observe")
-        # The step is taken. If the method kept waiting for its losses, no later step would be
-        # allowed.
         record.awaiting = None
         try:
             self._update(Statistics(tuple(present), values, step=record.steps))

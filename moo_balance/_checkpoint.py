@@ -64,7 +64,8 @@ def validate_checkpoint(
     state = None
     if saved["names"] and saved["steps"]:
         state = _read_state(saved["state"], weighting.init(names or (), device), weighting)
-    awaiting = None if saved["awaiting"] is None else tuple(saved["awaiting"])
+    awaits = weighting.observes_step and saved["awaiting"] is not None
+    awaiting = tuple(saved["awaiting"]) if awaits else None
     return Checkpoint(names, state, int(saved["steps"]), int(saved["skipped"]), awaiting)
 
 
