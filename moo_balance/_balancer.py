@@ -30,7 +30,7 @@ from moo_balance._nonfinite import (
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
-from moo_balance._validation import read_features, read_losses, read_observed_losses
+from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
 from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.base import is_distributed, stack_losses
@@ -119,67 +119,90 @@ class Balancer:
         features: Features | Callable[[], Features],
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
-        record = self.record
-        record.check_same_scale(scaling)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
-            losses, reevaluations = self._evaluate(losses)
-            losses = cast(Losses, losses)
-        if callable(features):
-            features = features()
-        batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
-        if record.accumulating:
+            losses, reevaluations = self._make_repeatable(losses)
+        given, batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
+        if self.record.accumulating:
             self._add_micro_batch(batch)
         else:
             self._balance(batch)
-        return losses
+        return given
 
     def _prepare(
         self,
-        losses: Losses,
+        losses: Losses | Closure,
         scaling: Scaling | None = None,
-        features: Features = None,
+        features: Features | Callable[[], Features] = None,
         retain_graph: bool = False,
         reevaluations: Sequence[Reevaluation] = (),
-    ) -> Batch:
-        """Validate the losses and describe them to the engine; nothing is differentiated yet."""
+        combined: bool = False,
+    ) -> tuple[Losses, Batch]:
+        """The losses as given, and the batch; nothing is differentiated yet."""
         record = self.record
-        record.check_observed(self.method)
-        if features is not None:
-            features = read_features(features, self.shared_params is not None, record.in_window)
-        call = "accumulate" if record.accumulating else "backward"
-        present, stacked, values = self._read(partial(read_losses, losses, record.names), call)
-        names, params, compared = tuple(present), self.params, None
+        read = partial(self._read_batch, losses, scaling, features, combined)
+        given, stacked, values = self._read(
+            read, "accumulate" if record.accumulating else "backward"
+        )
+        names, params, compared = tuple(given.losses), self.params, None
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
         problem = Problem(
             names=names,
-            losses=tuple(present.values()),
+            losses=tuple(given.losses.values()),
             params=params,
             compared=compared,
             scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
             averager=None if self.ranks is None else self.ranks.averager,
-            features=features or (),
+            features=given.features,
             stacked=stacked,
         )
         statistics = Statistics(names, values, step=record.steps)
-        return Batch(problem, statistics, scaling, reevaluations)
+        return given.returned, Batch(problem, statistics, scaling, reevaluations)
 
-    def _read(
-        self, read: Callable[[], dict[str, Tensor]], call: str
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The losses, the same as one vector [K], and their values averaged over the ranks [K]."""
+    def _read_batch(
+        self,
+        losses: Losses | Closure,
+        scaling: Scaling | None,
+        features: Features | Callable[[], Features],
+        combined: bool,
+    ) -> Given:
+        """Evaluate and validate a batch. What one rank alone may refuse is refused here."""
+        record = self.record
+        record.check_same_scale(scaling)
+        record.check_observed(self.method)
+        if combined:
+            record.check_no_window()
+        returned = cast(Losses, evaluate(losses)) if callable(losses) else losses
+        if callable(features):
+            features = features()
+        read: tuple[Tensor, ...] = ()
+        if features is not None:
+            read = read_features(features, self.shared_params is not None, record.in_window)
+        present = read_losses(returned, record.names)
+        if not combined:
+            record.warn_of_separate_losses(present)
+        return Given(present, read, returned)
+
+    def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
+        """What a call is given; its losses as one vector [K]; their means over the ranks [K].
+
+        Args:
+            read: Returns what this rank was given. If it raises, the other ranks raise, too.
+            call: One of ``_distributed.CALLS``.
+        """
         if self._may_have_ranks():
             self.ranks = find_ranks(self.process_group, self.ranks)
         if self.ranks is None:
-            present = read()
-            stacked = stack_losses(tuple(present.values()))
-            return present, stacked, stacked.detach().to(state_dtype(stacked.device))
-        step_id = StepId(self.description, self.record.steps, call)
-        present, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
-        return present, stack_losses(tuple(present.values())), values
+            given = read()
+            stacked = stack_losses(tuple(given.losses.values()))
+            return given, stacked, stacked.detach().to(state_dtype(stacked.device))
+        trainable = self.ranks.digest_trainable(self.optimizer.param_groups)
+        step_id = StepId(self.description, self.record.steps, call, trainable)
+        given, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
+        return given, stack_losses(tuple(given.losses.values())), values
 
     def _balance(self, batch: Batch) -> None:
         """Balance a batch or a closing window, write ``.grad``, and stage the step."""
@@ -307,8 +330,8 @@ class Balancer:
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
-        problem, statistics, _, _ = self._prepare(losses, scaling, features)
-        self.record.check_no_window()
+        _, batch = self._prepare(losses, scaling, features, combined=True)
+        problem, statistics = batch.problem, batch.statistics
         if self.uses_gramian:
             self._check_static_graph(problem, "combined_loss")
         linearization = self.engine.linearize(problem)
@@ -346,10 +369,11 @@ class Balancer:
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
-        result, reevaluations = self._evaluate(closure)
+        first, reevaluations = self._make_repeatable(closure)
+        result = evaluate(first)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
-            batch = self._prepare(result, reevaluations=reevaluations)
+            _, batch = self._prepare(result, reevaluations=reevaluations)
             self.optimizer.zero_grad()
             self._balance(batch)
         return result
@@ -385,12 +409,14 @@ class Balancer:
 
     # ------------------------------------------------------------ observe
 
-    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, list[Reevaluation]]:
-        """Evaluate a closure, so that it can be repeated if the method observes the step."""
+    def _make_repeatable(
+        self, closure: Callable[[], Any]
+    ) -> tuple[Callable[[], Any], list[Reevaluation]]:
+        """A closure to evaluate, and how to evaluate it again if the method observes the step."""
         if not (self.observes_step and self.is_due):
-            return evaluate(closure), []
+            return closure, []
         reevaluation = Reevaluation(closure, self.params, self.known_writes)
-        return reevaluation.first(), [reevaluation]
+        return reevaluation.first, [reevaluation]
 
     def _reevaluate(self, reevaluations: Sequence[Reevaluation]) -> None:
         """Evaluate the batch again after a committed step, and pass its losses to the method."""
@@ -399,17 +425,13 @@ class Balancer:
         # The step is taken. If the method kept waiting for its losses after an error, no later
         # step would be allowed.
         record.awaiting = None
-
-        def read() -> dict[str, Tensor]:
-            return read_observed_losses(repeat_all(reevaluations), record.names, expected)
-
         try:
-            self._observe(read)
+            self._observe(lambda: self._read_observed(repeat_all(reevaluations), expected))
         except BaseException as error:
             add_note(
                 error,
-                f"The step was taken. This happened when the losses were evaluated after it, and "
-                f"{self.method} continues without them.",
+                "The step was taken. This happened when the losses were evaluated again after it; "
+                f"{self.method} goes on without them.",
             )
             raise
 
@@ -419,22 +441,25 @@ class Balancer:
         if expected is None:
             record.check_stepped()
             return
-        self._observe(partial(read_observed_losses, losses, record.names, expected))
+        self._observe(partial(self._read_observed, losses, expected))
 
-    def _observe(self, read: Callable[[], dict[str, Tensor]]) -> None:
-        """Read the losses after a step, on all ranks, and update the method's state.
+    def _observe(self, read: Callable[[], Given]) -> None:
+        """Read the losses after a step, and update the method's state.
 
         Args:
-            read: Returns the validated losses. If it raises, nothing has changed.
+            read: Returns the validated losses. If it raises, nothing changes.
         """
+        given, _, values = self._read(read, "observe")
         record = self.record
-        present, _, values = self._read(read, "observe")
         record.awaiting = None
         try:
-            self._update(Statistics(tuple(present), values, step=record.steps))
+            self._update(Statistics(tuple(given.losses), values, step=record.steps))
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
+
+    def _read_observed(self, losses: Losses, expected: Sequence[str]) -> Given:
+        return Given(read_observed_losses(losses, self.record.names, expected))
 
     def _update(self, statistics: Statistics) -> None:
         """Replace the state by the one that follows from the losses after the step."""

@@ -5,7 +5,8 @@ It calls no other part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,24 @@ class Record:
                 "Gradients that are added up should be of one scale. Found a `backward` with "
                 "another `grad_scaler` than the one before. Give the same one to each `backward` "
                 "of a step, and call `zero_grad` between steps."
+            )
+
+    def warn_of_separate_losses(self, present: Iterable[str]) -> None:
+        """Warn of a ``backward`` on top of another one with other losses.
+
+        Each is balanced by itself, so the gradient of their sum would not be a balanced one.
+        """
+        staged = self.staged
+        if staged is None or self.in_window or staged.combined:
+            return
+        names = list(present)
+        if set(names) != set(staged.present):
+            warnings.warn(
+                f"Losses that are to be balanced with each other should come in one `backward`. "
+                f"Found {names} after {list(staged.present)} without a step in between: gradients "
+                "of the two calls are added up. Pass all losses at once, call `backward` for parts "
+                "of them within `accumulate()`, or call `optimizer.zero_grad()` between steps.",
+                stacklevel=5,
             )
 
     def check_observed(self, method: str) -> None:

@@ -82,7 +82,7 @@ class Reevaluation:
         self._before = self._known.copy()
         with self._known.watch(self._before):
             result = evaluate(self._closure)
-        self._assigned, self._moved = state.changes(), state.moved()
+        self._assigned, self._moved = state.changes(), state.relocations()
         self._written = list(state.written())
         return result
 

@@ -289,6 +289,7 @@ def _revive(
 ) -> torch.UntypedStorage | None:
     return revive(reference.cdata)
 
+
 # ------------------------------------------------------------ DistributedDataParallel
 
 _SYNC_FLAG = "require_forward_param_sync"

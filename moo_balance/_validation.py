@@ -7,6 +7,8 @@ value found, and what to do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -106,6 +108,20 @@ def read_shared_params(
 
 
 # ------------------------------------------------------------ losses
+
+
+class Given(NamedTuple):
+    """What one rank passes to a call, validated.
+
+    Args:
+        losses: The losses as 0-d tensors, in declared order.
+        features: What they are computed from, if that was given.
+        returned: The losses as they were given, or returned by a closure.
+    """
+
+    losses: dict[str, Tensor]
+    features: tuple[Tensor, ...] = ()
+    returned: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ class ModuleState:
             if before.get(name, _MISSING) is not current.get(name, _MISSING)
         ]
 
-    def moved(self) -> list[tuple[Tensor, Tensor]]:
+    def relocations(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors that were given other memory (``tensor.data = ...``), each with its old data."""
         return [
             (held.tensor, held.data)
@@ -195,7 +195,7 @@ class ModuleState:
         """Assign all attributes, memory and gradients as they were."""
         for change in self.changes():
             change.undo()
-        for tensor, data in self.moved():
+        for tensor, data in self.relocations():
             tensor.data = data
         for held in self._held:
             if held.tensor.grad is not held.grad and held.tensor.is_leaf:
@@ -218,6 +218,5 @@ def _is_distributed(module: nn.Module) -> bool:
 
 def _is_fsdp(module: nn.Module) -> bool:
     return any(
-        base.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-        for base in type(module).__mro__
+        base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__
     )
