@@ -218,8 +218,11 @@ class Record:
         )
 
     def check_stepped(self) -> None:
-        """Refuse ``observe`` where no step was taken."""
-        if self.names is None or (self.staged is not None and self.staged.scaling is None):
+        """Refuse ``observe`` between a ``backward`` and its step.
+
+        Where GradScaler has skipped a step, its ``backward`` is still staged.
+        """
+        if self.staged is not None and self.staged.scaling is None:
             raise BalanceError(
                 "`observe` should follow `step`. Found no step that was taken since the last "
                 "`backward`. Call `step` first."
