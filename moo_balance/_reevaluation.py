@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moo_balance._torch_internals import (
     announce_module_calls,
+    as_plain,
     broadcasts_buffers,
     request_buffer_broadcast,
 )
@@ -68,7 +69,8 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for losses in batches:
         for name, loss in losses.items():
-            total[name] = total[name] + loss if name in total else loss
+            plain = as_plain(loss) if isinstance(loss, Tensor) else loss
+            total[name] = total[name] + plain if name in total else plain
     return total
 
 
