@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._record import Record
+from moo_balance._torch_internals import as_plain
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._identity import method_name, settings
 from moo_balance.weighting.base import State, Weighting
@@ -165,7 +166,7 @@ def _read_state(
     host = weighting.init(names, torch.device("cpu")) if names else {}
     for key, value in state.items():
         _check_values(key, value, host[key])
-    return {key: _convert(saved[key], state[key], value) for key, value in initial.items()}
+    return {key: _convert(saved[key], value) for key, value in initial.items()}
 
 
 def _read_tensor(key: str, value: object) -> Tensor:
@@ -183,7 +184,7 @@ def _read_tensor(key: str, value: object) -> Tensor:
             raise _bad_entry(f"state[{key!r}]", "hold numbers", "something else") from None
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         raise _bad_entry(f"state[{key!r}]", "be a dense tensor with values", type(value).__name__)
-    return value.detach().cpu()
+    return as_plain(value).detach().cpu()
 
 
 def _check_values(key: str, value: Tensor, initial: Tensor) -> None:
@@ -196,10 +197,10 @@ def _check_values(key: str, value: Tensor, initial: Tensor) -> None:
         raise _bad_entry(f"state[{key!r}]", "be finite", value.tolist())
 
 
-def _convert(saved: object, value: Tensor, like: Tensor) -> Tensor:
+def _convert(saved: object, like: Tensor) -> Tensor:
     """A copy with dtype and device of `like`, exact where the numbers were written as lists."""
     if isinstance(saved, Tensor):
-        return value.clone().to(like)
+        return as_plain(saved).detach().clone().to(like)
     return torch.tensor(saved, dtype=like.dtype, device="cpu").to(like)
 
 

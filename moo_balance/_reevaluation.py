@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moo_balance._reachable import reachable_modules
 from moo_balance._torch_internals import (
+    as_plain,
     broadcasts_buffers,
     memory_address,
     request_buffer_broadcast,
@@ -165,7 +166,8 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for losses in batches:
         for name, loss in losses.items():
-            total[name] = total[name] + loss if name in total else loss
+            plain = as_plain(loss) if isinstance(loss, Tensor) else loss
+            total[name] = total[name] + plain if name in total else plain
     return total
 
 

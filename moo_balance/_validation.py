@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from moo_balance._torch_internals import as_plain
 from moo_balance._two_step import has_two_steps
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine
@@ -197,6 +198,8 @@ def read_observed_losses(
 def _read_scalars(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
     if not isinstance(losses, Mapping) or not losses:
         raise _no_losses(losses)
+    if set(map(type, losses.values())) != {Tensor}:
+        losses = {k: as_plain(v) if isinstance(v, Tensor) else v for k, v in losses.items()}
     for name, loss in losses.items():
         if not (isinstance(name, str) and name):
             raise _bad_name(name)
