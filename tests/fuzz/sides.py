@@ -66,8 +66,16 @@ class Sides:
 
     # ------------------------------------------------------------ the same call on both sides
 
-    def call(self, expected: Callable[[], None], actual: Callable[[], Any]) -> None:
-        """Make a call on both sides; where the twin refuses, nothing may change."""
+    def call(
+        self, expected: Callable[[], None], actual: Callable[[], Any], clears: bool = False
+    ) -> None:
+        """Make a call on both sides; where the twin refuses, nothing may change.
+
+        Args:
+            expected: The call on the twin.
+            actual: The call on the library.
+            clears: It clears gradients, which it may have done before it is refused.
+        """
         start, before = random_states(), self.picture()
         try:
             expected()
@@ -76,6 +84,9 @@ class Sides:
             with pytest.raises(BalanceError):
                 actual()
                 pytest.fail(f"accepted, although: {reason}")
+            if clears and all(p.grad is None for p in self.model.parameters()):
+                self.twin.model.zero_grad()
+                before = [before[0], [None] * len(before[1]), *before[2:]]
             assert self.picture() == before
             self._adopt_what_forward_wrote()
             return
