@@ -92,6 +92,11 @@ class Weighting(ABC):
         """What each loss must stay above; minus infinity where any finite value is allowed."""
         return [-torch.inf] * len(names)
 
+    @property
+    def bound_advice(self) -> str:
+        """What to do about a loss that is not above its bound: the end of the error message."""
+        return "Give a loss that stays above."
+
     def init(self, names: Sequence[str], device: torch.device) -> State:
         """The state before the first step. Raises where a named argument does not fit `names`."""
         return {}
