@@ -81,7 +81,7 @@ class CallSequences(RuleBasedStateMachine):
             features = features if with_features else None
             sums = twin.read(losses, features, scale, repeat, accumulate)
             (twin.accumulate if accumulate else twin.backward)(sums, scale)
-            self.is_scaled = scaled
+            self.is_scaled, sides.may_hold_mark = scaled, accumulate
 
         def actual():
             kept = []
@@ -121,12 +121,14 @@ class CallSequences(RuleBasedStateMachine):
 
     @rule(set_to_none=st.booleans(), of_model=rarely)
     def zero_grad(self, set_to_none, of_model):
-        if of_model and self.sides.twin.window is None:
-            self.sides.model.zero_grad(set_to_none)
-            self.sides.twin.model.zero_grad(set_to_none)
+        sides, twin = self.sides, self.sides.twin
+        staged = twin.staged
+        twin.zero_grad(set_to_none)
+        if of_model:
+            sides.model.zero_grad(set_to_none)
+            twin.staged = staged
         else:
-            self.sides.optimizer.zero_grad(set_to_none)
-            self.sides.twin.zero_grad(set_to_none)
+            sides.optimizer.zero_grad(set_to_none)
         self.sides.compare()
 
     # ------------------------------------------------------------ steps
@@ -187,9 +189,9 @@ class CallSequences(RuleBasedStateMachine):
 
     @rule(position=positions)
     def freeze_or_release(self, position):
-        """Not after a faulty gradient, nor in a window: another test is about that."""
+        """Not after a faulty gradient, which would no longer be found."""
         twin = self.sides.twin
-        if twin.window is None and twin.has_finite_gradients():
+        if twin.has_finite_gradients():
             for model in (self.sides.model, twin.model):
                 param = list(model.parameters())[position]
                 if param is not getattr(model, "average", None):

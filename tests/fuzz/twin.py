@@ -258,6 +258,7 @@ class Twin:
         """Stage a step, and run the backward pass of `factor` times its scalar."""
         if self.window is not None:
             raise Refused("a window is open")
+        self.check_scale(batch.scaled)
         staged, coefficients = self.weigh(batch)
         staged.combined, staged.repeats, staged.scaled = True, [], False
         if coefficients is not None:
