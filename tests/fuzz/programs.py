@@ -80,7 +80,9 @@ class Run:
     def params(self) -> list[nn.Parameter]:
         """Those of the optimizer."""
         elsewhere = self.program.elsewhere
-        return [p for k, p in enumerate(self.all_params) if p.requires_grad and k % 8 not in elsewhere]
+        return [
+            p for k, p in enumerate(self.all_params) if p.requires_grad and k % 8 not in elsewhere
+        ]
 
     def problem(self, **arguments: Any) -> Problem:
         names = [f"loss {k}" for k in range(len(self.losses))]

@@ -124,7 +124,9 @@ class Sides:
     def grads(self) -> list[Tensor | None]:
         """``.grad`` of all parameters, without the mark of a window."""
         return [
-            None if self.may_hold_mark and p.grad is not None and p.grad.abs().max() < TINY else p.grad
+            None
+            if self.may_hold_mark and p.grad is not None and p.grad.abs().max() < TINY
+            else p.grad
             for p in self.model.parameters()
         ]
 

@@ -32,7 +32,10 @@ positions = st.integers(0, 7)
 rarely = st.integers(0, 9).map(lambda number: number == 0)
 faults = st.none() | st.none() | st.none() | st.sampled_from(FAULTS)
 
-HOOKS = {"triple": lambda gradient: gradient * 3, "clamp": lambda gradient: gradient.clamp(-0.1, 0.1)}
+HOOKS = {
+    "triple": lambda gradient: gradient * 3,
+    "clamp": lambda gradient: gradient.clamp(-0.1, 0.1),
+}
 
 
 class CallSequences(RuleBasedStateMachine):
@@ -259,7 +262,9 @@ class CallSequences(RuleBasedStateMachine):
 
 
 def machine(method: Method) -> type[CallSequences]:
-    return type(f"CallSequences_{method.id}".replace("-", "_"), (CallSequences,), {"method": method})
+    return type(
+        f"CallSequences_{method.id}".replace("-", "_"), (CallSequences,), {"method": method}
+    )
 
 
 ROWS = [*KINDS, *(row for row in METHODS if row.id in ("OnlineTchebycheff", "FAMO-every"))]

@@ -93,9 +93,7 @@ def gramian_of(rows: Mapping[str, Row], names: Sequence[str], compared: set[int]
         terms = [(first[k] * second[k]).sum() for k in shared]
         return sum(terms, torch.zeros((), dtype=torch.float64))
 
-    return torch.stack(
-        [torch.stack([product(rows[a], rows[b]) for b in names]) for a in names]
-    )
+    return torch.stack([torch.stack([product(rows[a], rows[b]) for b in names]) for a in names])
 
 
 class Twin:
