@@ -28,23 +28,20 @@ FAULTS = ("nan", "detached", "absent", "empty", "unknown", "no mapping", "error"
 
 
 class NamedNet(Net):
-    """Computes nothing that the losses of a batch do not need."""
+    """Computes nothing that the losses of a batch do not need, and keeps its features."""
 
-    def forward(self, batch: Tensor, names: Sequence[str] = NAMES) -> tuple[list[Tensor], Tensor]:
-        features = self.trunk(batch[:, :5])
+    def forward(self, batch: Tensor, names: Sequence[str] = NAMES) -> list[Tensor]:
+        self.features = self.trunk(batch[:, :5])
         heads = [head for name, head in zip(NAMES, self.heads, strict=True) if name in names]
-        return [head(features) for head in heads], features
+        return [head(self.features) for head in heads]
 
 
-def losses_of(
-    model: nn.Module, batch: Tensor, names: Sequence[str]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Positive losses by name, each a mean over the batch; and the features."""
-    outputs, features = model(batch, names)
+def losses_of(model: nn.Module, batch: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Positive losses by name, each a mean over the batch."""
     return {
         name: 3.0 ** NAMES.index(name) * ((output - batch[:, 5:]).square().mean() + 0.1)
-        for name, output in zip(names, outputs, strict=True)
-    }, features
+        for name, output in zip(names, model(batch, names), strict=True)
+    }
 
 
 class Side:
@@ -64,7 +61,7 @@ class Side:
         )
 
     def losses(self, batch: int, names: Sequence[str]) -> dict[str, Tensor]:
-        return losses_of(self.model, share(batch, alone=self.alone), names)[0]
+        return losses_of(self.model, share(batch, alone=self.alone), names)
 
     def picture(self) -> Any:
         """All that a refused call must not change."""
@@ -76,6 +73,8 @@ class Side:
     def step(self, form: str, batches: Sequence[int], names: Sequence[Sequence[str]]) -> None:
         """One step on a window of micro-batches, of which there may be one only."""
         optimizer, last = self.optimizer, len(batches) - 1
+        if form == "features" and all(not p.requires_grad for p in self.net.trunk.parameters()):
+            form = "losses"
         if form == "step":
             optimizer.step(lambda: self.losses(batches[last], names[last]))
             return
@@ -96,8 +95,7 @@ class Side:
         elif form == "combined":
             optimizer.combined_loss(self.losses(batch, names)).backward()
         elif form == "features":
-            losses, features = losses_of(self.model, share(batch, alone=self.alone), names)
-            optimizer.backward(losses, features=features)
+            optimizer.backward(self.losses(batch, names), features=self.net.features)
         else:
             optimizer.backward(self.losses(batch, names))
 
