@@ -12,6 +12,8 @@ VARIABLE = "MOO_BALANCE_FUZZ_EXAMPLES"
 
 MANY = int(os.environ.get(VARIABLE, "100"))
 
+IS_DRAWN_ANEW = VARIABLE in os.environ
+
 
 def over_amounts(few: int) -> pytest.MarkDecorator:
     """Run a test with a few examples and, among the slow tests, with many."""
@@ -21,7 +23,7 @@ def over_amounts(few: int) -> pytest.MarkDecorator:
 
 def settings_for(examples: int, **arguments: object) -> settings:
     """Settings of a property that runs this many examples."""
-    drawn_anew = VARIABLE in os.environ and examples == MANY
+    drawn_anew = IS_DRAWN_ANEW and examples == MANY
     return settings(
         max_examples=examples,
         derandomize=not drawn_anew,

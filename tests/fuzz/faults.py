@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.support.problems import change_value, spoil_gradient
 
-FAULTS = ("nan", "inf", "low", "nan gradient", "inf gradient")
+GRADIENT_FAULTS = ("nan gradient", "inf gradient")
+FAULTS = ("nan", "inf", "low", *GRADIENT_FAULTS)
 
 
 def add_fault(losses: dict[str, Tensor], fault: str | None) -> dict[str, Tensor]:

@@ -68,7 +68,6 @@ class FuzzModel(nn.Module):
                 self.average.lerp_(features.mean(0), 0.1)
         return features
 
-
     def written(self) -> list[Tensor]:
         """What the forward pass writes."""
         codebook = [self.average.data] if "codebook" in self.traits else []

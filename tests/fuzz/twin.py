@@ -93,9 +93,7 @@ def gramian_of(rows: Mapping[str, Row], names: Sequence[str], compared: set[int]
         terms = [(first[k] * second[k]).sum() for k in shared]
         return sum(terms, torch.zeros((), dtype=torch.float64))
 
-    return torch.stack(
-        [torch.stack([product(rows[a], rows[b]) for b in names]) for a in names]
-    )
+    return torch.stack([torch.stack([product(rows[a], rows[b]) for b in names]) for a in names])
 
 
 class Twin:
@@ -258,6 +256,7 @@ class Twin:
         """Stage a step, and run the backward pass of `factor` times its scalar."""
         if self.window is not None:
             raise Refused("a window is open")
+        self.check_scale(batch.scaled)
         staged, coefficients = self.weigh(batch)
         staged.combined, staged.repeats, staged.scaled = True, [], False
         if coefficients is not None:

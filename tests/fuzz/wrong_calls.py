@@ -86,4 +86,3 @@ def malformed(optimizer: BalancedOptimizer, change: str) -> dict[str, Any]:
     if not saved.get("balance"):
         raise AssertionError("the entry should be there")
     return saved
-
