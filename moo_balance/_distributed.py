@@ -5,18 +5,22 @@ Averaging gradients over ranks is the engine's (``engine/distributed.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moo_balance._validation import Given
 from moo_balance.engine.autograd import in_static_graph
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import RowAverager, is_whole
 from moo_balance.errors import BalanceError
 from moo_balance.weighting.base import state_dtype
+
+T = TypeVar("T")
 
 CALLS = ("backward", "accumulate", "observe")
 """What is done with the losses; part of :class:`StepId`."""
@@ -29,16 +33,18 @@ class StepId(NamedTuple):
         method: The weighting with its hyper-parameters.
         step: Steps taken.
         call: One of :data:`CALLS`.
+        trainable: Digest of the trainable parameters.
     """
 
     method: str
     step: int
     call: str
+    trainable: int
 
     @property
-    def number(self) -> int:
-        """Step and call as one integer below 1024, whose square float32 still holds exactly."""
-        return (8 * self.step + CALLS.index(self.call)) % 1024
+    def digits(self) -> tuple[int, int]:
+        """A checksum of all of them as two numbers below 2¹⁶, whose squares can be summed."""
+        return divmod(crc32(repr(tuple(self)).encode()), 2**16)
 
 
 def find_ranks(group: Any, known: Ranks | None) -> Ranks | None:
@@ -78,56 +84,70 @@ class Ranks:
         self.size = dist.get_world_size(group)
         self.averager = RowAverager(group)
         self._names: Sequence[str] | None = None
+        self._trainable: tuple[Sequence[int], int] = (), 0
+
+    def digest_trainable(self, groups: Iterable[Mapping[str, Any]]) -> int:
+        """A number that is the same on all ranks if the same parameters train there."""
+        params = [param for group in groups for param in group["params"]]
+        ids = [id(param) for param in params if param.requires_grad]
+        known, digest = self._trainable
+        if ids != known:
+            kept = [(k, p.shape, p.dtype) for k, p in enumerate(params) if p.requires_grad]
+            digest = crc32(repr(kept).encode())
+            self._trainable = ids, digest
+        return digest
 
     def read_losses(
         self,
-        read: Callable[[], dict[str, Tensor]],
+        read: Callable[[], Given],
         declared: Sequence[str] | None,
         step_id: StepId,
         device: torch.device,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """This rank's losses, and the means of their values over the ranks, shape [K].
+    ) -> tuple[Given, Tensor]:
+        """What this rank is given, and the means of its losses over the ranks, shape [K].
 
         Args:
-            read: Validates and returns this rank's losses. What it raises is raised here, and
-                reported on all other ranks.
+            read: Validates and returns what this rank is given. What it raises, an interrupt
+                included, is raised here once the other ranks have been told.
             declared: The names that this rank knows; None before the first step.
             step_id: Where this rank is.
             device: Of the means, if this rank has no losses.
         """
-        losses: dict[str, Tensor] = {}
-        fault = None
+        given = fault = None
         try:
-            losses = read()
-            device = next(iter(losses.values())).device
-        except BalanceError as error:
+            given = read()
+            device = next(iter(given.losses.values())).device
+        except BaseException as error:
             fault = error
+        losses = {} if given is None else given.losses
         like = torch.empty((), dtype=state_dtype(device), device=device)
         means = self._average_losses(losses, declared, step_id, fault, like)
-        return {name: losses[name] for name in means}, torch.stack(list(means.values()))
+        assert given is not None  # else its fault has been raised
+        given = given._replace(losses={name: losses[name] for name in means})
+        return given, torch.stack(list(means.values()))
 
     def _average_losses(
         self,
         losses: Mapping[str, Tensor],
         declared: Sequence[str] | None,
         step_id: StepId,
-        fault: BalanceError | None,
+        fault: BaseException | None,
         like: Tensor,
     ) -> dict[str, Tensor]:
-        """The mean of each present loss over the ranks, by one all-reduce of 2K + 3 elements."""
+        """The mean of each present loss over the ranks, by one all-reduce of 2K + 5 elements."""
         if self._names is None or declared is None or set(declared) != set(self._names):
             self._names = self._agree_on_names(losses, declared, step_id, fault)
         names, count = self._names, len(self._names)
-        # [sums of the losses | which are present | a fault, the position and its square]
-        message = torch.zeros(2 * count + 3, dtype=like.dtype, device=like.device)
+        # [sums of the losses | which are present | a fault, the position and its squares]
+        message = torch.zeros(2 * count + 5, dtype=like.dtype, device=like.device)
         for position, name in enumerate(names):
             if name in losses:
                 message[position] = losses[name].detach()
                 message[count + position] = 1.0
-        number = step_id.number
-        message[-3:] = message.new_tensor([fault is not None, number, number**2])
+        high, low = step_id.digits
+        message[-5:] = message.new_tensor([fault is not None, high, high**2, low, low**2])
         dist.all_reduce(message, group=self.group)
-        self._check_sums(message[count:].tolist(), names, fault)
+        self._check_sums(message[count:].tolist(), names, step_id, fault)
         means = message[:count] / self.size
         return {name: mean for name, mean in zip(names, means, strict=True) if name in losses}
 
@@ -136,52 +156,70 @@ class Ranks:
         losses: Mapping[str, Tensor],
         declared: Sequence[str] | None,
         step_id: StepId,
-        fault: BalanceError | None,
+        fault: BaseException | None,
     ) -> Sequence[str]:
         """The names that all ranks start from, in the order of rank 0."""
-        report = (list(declared or losses), step_id, None if fault is None else str(fault))
-        reports: list[tuple[list[str], StepId, str | None]] = [report] * self.size
-        dist.all_gather_object(reports, report, group=self.group)
+        own = f"{type(fault).__name__}: {fault}" if fault else None
+        own = str(fault) if isinstance(fault, BalanceError) else own
+        reports = self._gather((list(declared or losses), own))
         if fault is not None:
             raise fault
-        first_names, first_id, _ = reports[0]
-        for rank, (names, other_id, message) in enumerate(reports):
+        first_names, _ = reports[0]
+        for rank, (names, message) in enumerate(reports):
             if message is not None:
-                raise BalanceError(f"Rank {rank} refused its losses: {message}")
+                raise BalanceError(f"Rank {rank} could not compute its losses: {message}")
             if set(names) != set(first_names):
                 raise BalanceError(
                     f"All ranks should have the same losses. Found {names} on rank {rank} and "
                     f"{first_names} on rank 0. Name them alike, in the same step."
                 )
-            if other_id != first_id:
-                raise BalanceError(
-                    f"All ranks should be at the same point of the same run. Found "
-                    f"{other_id.method} at step {other_id.step} on rank {rank} and "
-                    f"{first_id.method} at step {first_id.step} on rank 0. Give all ranks the same "
-                    "method and the same checkpoint, and call `backward`, `accumulate` and "
-                    "`observe` alike on all of them."
-                )
+        self._check_position(step_id)
         return first_names
 
+    def _gather(self, value: T) -> list[T]:
+        """The values of all ranks."""
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _check_position(self, step_id: StepId) -> None:
+        """Refuse ranks at different positions, and name the first that differs."""
+        first, *others = self._gather(step_id)
+        for rank, other in enumerate(others, start=1):
+            if other.trainable != first.trainable:
+                raise BalanceError(
+                    f"All ranks should train the same parameters. Found others on rank {rank} than "
+                    "on rank 0. Build the optimizer from the same parameters in the same order, "
+                    "and freeze and unfreeze them alike on all ranks."
+                )
+            for what, there, here in zip(StepId._fields, other, first, strict=True):
+                if there != here:
+                    raise BalanceError(
+                        f"All ranks should be at the same point of the same run. Found {what} "
+                        f"{there} on rank {rank} and {here} on rank 0. Give all ranks the same "
+                        "method and the same checkpoint, and call `backward`, `accumulate` and "
+                        "`observe` alike on all of them."
+                    )
+
     def _check_sums(
-        self, sums: Sequence[float], names: Sequence[str], fault: BalanceError | None
+        self,
+        sums: Sequence[float],
+        names: Sequence[str],
+        step_id: StepId,
+        fault: BaseException | None,
     ) -> None:
-        """Raise alike on all ranks: `sums` [K + 3] over the ranks are the same everywhere."""
+        """Raise alike on all ranks: `sums` [K + 5] over the ranks are the same everywhere."""
         if fault is not None:
             raise fault
-        *present, faults, numbers, squares = sums
+        *present, faults, high, high_squares, low, low_squares = sums
         if faults:
             raise BalanceError(
-                f"{faults:g} of {self.size} ranks refused their losses, so no rank takes the "
-                "step. Their own message says why."
+                f"{faults:g} of {self.size} ranks could not compute their losses, so no rank goes "
+                "on. Their own message says why."
             )
         # The mean square equals the squared mean only if all are equal.
-        if self.size * squares != numbers**2:
-            raise BalanceError(
-                "All ranks should be at the same point of the same run. Found them at different "
-                "steps, or in different calls. Give all ranks the same checkpoint, and call "
-                "`backward`, `accumulate` and `observe` alike on all of them."
-            )
+        if self.size * high_squares != high**2 or self.size * low_squares != low**2:
+            self._check_position(step_id)
         for name, count in zip(names, present, strict=True):
             if count not in (0, self.size):
                 raise BalanceError(
@@ -189,6 +227,12 @@ class Ranks:
                     f"{count:g} of {self.size}. Give a rank that lacks it a zero that is attached "
                     "to the graph, such as `0.0 * output.sum()`."
                 )
+
+    def are_all(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` is true on all ranks. They exchange it on `device`."""
+        least = torch.tensor(float(value), device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(least)
 
     def check_drift(
         self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device

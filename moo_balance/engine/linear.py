@@ -24,7 +24,6 @@ from moo_balance.engine.autograd import (
     count_reaching_losses,
     count_uses,
     gradient_edge,
-    has_hooks,
     matrix_products,
 )
 from moo_balance.engine.base import Problem, Row, remove_loss_scale
@@ -114,8 +113,8 @@ def find_linear_layers(
 ) -> list[LinearWeightGradient]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
-    The weight must be used there and nowhere else, and have no hook; and the layer's input must not
-    be packed by a hook, as under an activation checkpoint.
+    The weight must be used there and nowhere else, and the layer's input must not be packed by a
+    hook, as under an activation checkpoint.
     Averages over ranks are not products of factors: with several ranks there are none.
 
     Args:
@@ -153,12 +152,8 @@ def _pays(product: MatrixProduct, count: int) -> bool:
 
 
 def _is_plain(param: Tensor) -> bool:
-    """Whether no hook or tensor subclass could observe this parameter's gradient."""
-    return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.is_floating_point()
-        and not has_hooks([param])
-    )
+    """Whether no tensor subclass could observe this parameter's gradient, and it is real."""
+    return type(param) in (Tensor, torch.nn.Parameter) and param.is_floating_point()
 
 
 def add_linear_layers(

@@ -15,6 +15,7 @@ from moo_balance.functional import (
     project_simplex,
 )
 from moo_balance.weighting._arguments import (
+    advise,
     check_choice,
     check_range,
     check_whole,
@@ -75,6 +76,10 @@ class BalancedTrajectory(LogitWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "shift", 0.0)
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "a larger `shift`")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,10 @@ class AnalyticQP(GramianWeighting):
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_whole(self, "every", 1)
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "a larger `shift`")
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_limits(0.0, self.shift, names)

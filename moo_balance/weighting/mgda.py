@@ -11,6 +11,7 @@ from torch import Tensor
 from moo_balance.functional import gradient_scales, min_norm_weights
 from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
+    advise,
     check_choice,
     check_whole,
     log_coefficients,
@@ -66,6 +67,10 @@ class MGDA(GramianWeighting):
     def __post_init__(self) -> None:
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
         check_whole(self, "every", 1)
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, '`normalize="l2"` or None, which divide by no loss')
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         if self.normalize in (None, "l2"):

@@ -90,7 +90,7 @@ def test_other_loss_names_in_a_later_step_are_refused():
     losses = losses_of(model, share(2))
     losses[on_rank_1("d", "c")] = losses.pop("c")
     with refused(
-        model, optimizer, on_rank_1("Loss `d` was never declared", "1 of 2 ranks refused")
+        model, optimizer, on_rank_1("Loss `d` was never declared", "1 of 2 ranks could not compute")
     ):
         optimizer.backward(losses)
 
@@ -148,7 +148,11 @@ def test_a_detached_loss_on_one_rank_is_refused_on_all(method, steps):
     model, optimizer = started(method, steps)
     losses = losses_of(model, share(2))
     losses["b"] = on_rank_1(losses["b"].detach(), losses["b"])
-    others = "1 of 2 ranks refused" if steps else "Rank 1 refused its losses: Loss `b`"
+    others = (
+        "1 of 2 ranks could not compute"
+        if steps
+        else "Rank 1 could not compute its losses: Loss `b`"
+    )
     with refused(model, optimizer, on_rank_1("Loss `b` should be attached", others)):
         optimizer.backward(losses)
 
@@ -157,14 +161,16 @@ def test_a_detached_loss_on_one_rank_is_refused_on_all(method, steps):
 def test_a_tensor_instead_of_losses_on_one_rank_is_refused_on_all(method):
     model, optimizer = started(method)
     losses = losses_of(model, share(2))
-    with refused(model, optimizer, on_rank_1("should be a mapping", "1 of 2 ranks refused")):
+    with refused(
+        model, optimizer, on_rank_1("should be a mapping", "1 of 2 ranks could not compute")
+    ):
         optimizer.backward(on_rank_1(losses["a"], losses))
 
 
 def test_another_method_on_one_rank_is_refused():
     model = DDP(Net())
     optimizer = BalancedOptimizer(adam(model), on_rank_1(MGDA(), Sum()))
-    with pytest.raises(BalanceError, match=r"Found MGDA\(.*at step 0 on rank 1 and Sum\(\)"):
+    with pytest.raises(BalanceError, match=r"Found method MGDA\(.* on rank 1 and Sum\(\)"):
         optimizer.backward(losses_of(model, share(0)))
 
 
@@ -174,7 +180,7 @@ def test_a_checkpoint_that_only_one_rank_loads_at_the_start_is_refused():
     optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
     if dist.get_rank() == 1:
         optimizer.load_state_dict(state)
-    with pytest.raises(BalanceError, match=r"at step 2 on rank 1 and .* at step 0 on rank 0"):
+    with pytest.raises(BalanceError, match="Found step 2 on rank 1 and 0 on rank 0"):
         optimizer.backward(losses_of(model, share(0)))
 
 
@@ -184,7 +190,7 @@ def test_a_checkpoint_that_only_one_rank_loads_later_is_refused():
     train(model, optimizer, [2], by_backward)
     if dist.get_rank() == 1:
         optimizer.load_state_dict(state)
-    with pytest.raises(BalanceError, match="at different steps"):
+    with pytest.raises(BalanceError, match="Found step 2 on rank 1 and 3 on rank 0"):
         optimizer.backward(losses_of(model, share(3)))
 
 
@@ -192,7 +198,7 @@ def test_a_checkpoint_that_only_one_rank_loads_later_is_refused():
 def test_a_window_on_one_rank_only_is_refused(method):
     model, optimizer = started(method)
     losses = losses_of(model, share(2))
-    with refused(model, optimizer, "in different calls"):
+    with refused(model, optimizer, "Found call accumulate on rank 1 and backward on rank 0"):
         if dist.get_rank() == 1:
             with optimizer.accumulate():
                 optimizer.backward(losses)
@@ -215,7 +221,7 @@ def test_an_observation_on_one_rank_only_is_refused():
         saved["balance"]["awaiting"] = None
         optimizer.load_state_dict(saved)
         losses = losses_of(model, share(3))
-    with pytest.raises(BalanceError, match=r"in different calls|at different steps"):
+    with pytest.raises(BalanceError, match="Found call backward on rank 1 and observe on"):
         on_rank_1(optimizer.backward, optimizer.observe)(losses)
 
 
@@ -286,3 +292,47 @@ def test_a_copy_belongs_to_the_same_ranks(explicit):
     train(model, optimizer, range(2, 5))
     train(twin, other, range(2, 5))
     assert whole_state(twin, other) == whole_state(model, optimizer)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_ranks_that_train_other_parameters_are_refused(steps):
+    """Also of equal number and shape, whose gradients could be averaged into each other."""
+    model, optimizer = started(steps=steps)
+    first, second = (model.module.heads[k].bias for k in (0, 1))
+    on_rank_1(first, second).requires_grad_(False)
+    losses = losses_of(model, share(2))
+    with refused(model, optimizer, "All ranks should train the same parameters"):
+        try:
+            optimizer.backward(losses)
+        finally:
+            model.requires_grad_(True)
+
+
+def test_steps_that_differ_by_a_power_of_two_are_refused():
+    model, optimizer = started()
+    optimizer._balancer.record.steps += on_rank_1(128, 0)
+    losses = losses_of(model, share(2))
+    with pytest.raises(BalanceError, match="Found step 130 on rank 1 and 2 on rank 0"):
+        optimizer.backward(losses)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_error_in_the_closure_of_one_rank_ends_the_call_on_all(steps):
+    model, optimizer = started(steps=steps)
+
+    def closure():
+        if dist.get_rank() == 1:
+            raise RuntimeError("out of memory")
+        return losses_of(model, share(2))
+
+    expected = on_rank_1(RuntimeError, BalanceError)
+    with refused(model, optimizer, on_rank_1("out of", "could not compute"), expected):
+        optimizer.backward(closure)
+
+
+def test_features_that_one_rank_refuses_end_the_call_on_all():
+    model, optimizer = started()
+    losses = losses_of(model, share(2))
+    features = on_rank_1(torch.ones(3), losses["a"])
+    with refused(model, optimizer, on_rank_1("`features` should be a tensor", "could not comp")):
+        optimizer.backward(losses, features=features)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance.engine import Problem
+from moo_balance.engine.autograd import silence_hooks
 
 
 @dataclass
@@ -49,6 +50,12 @@ def naive_jacobian(built: Graph) -> Tensor:
         rows.append(gradient(built))
     clear(built)
     return torch.stack(rows)
+
+
+def unhooked_jacobian(built: Graph) -> Tensor:
+    """The same without the hooks of parameters, which are for the balanced gradient alone."""
+    with silence_hooks(built.params):
+        return naive_jacobian(built)
 
 
 def clear(built: Graph) -> None:

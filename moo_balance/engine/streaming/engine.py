@@ -18,8 +18,16 @@ from moo_balance.engine.autograd import (
     has_reentrant_checkpoint,
     in_static_graph,
     nodes_above,
+    silence_hooks,
 )
-from moo_balance.engine.base import Engine, Linearization, Problem, gradients_of, remove_loss_scale
+from moo_balance.engine.base import (
+    Engine,
+    Linearization,
+    Problem,
+    Row,
+    gradients_of,
+    remove_loss_scale,
+)
 from moo_balance.engine.distributed import average_over_ranks, is_whole
 from moo_balance.engine.features import FeatureGramian
 from moo_balance.engine.jacobian import Jacobian
@@ -143,6 +151,7 @@ class BackwardSweep:
         self.problem, self.dtype = problem, dtype
         losses = zip(problem.losses, problem.grad_outputs(), strict=True)
         self.arrived = [{edge_of(loss): gradient} for loss, gradient in losses]
+        self.silenced = silence_hooks(problem.params)
 
     def pass_segment(self, segment: Segment, number: int) -> Tensor:
         """Inner products [K, K] of the gradients that are completed in this segment."""
@@ -165,7 +174,10 @@ class BackwardSweep:
                 here = [edge for edge in arrived if edge[0] in segment.nodes]
                 entering = {edge: arrived.pop(edge) for edge in here}
                 roots, grads = [*map(gradient_edge, entering)], [*entering.values()]
-                row = gradients_of(roots, grads, inputs, True) if roots else [None] * len(inputs)
+                row: Row = [None] * len(inputs)
+                if roots:
+                    with self.silenced:
+                        row = gradients_of(roots, grads, inputs, True)
                 rest = iter(row[len(params) :])
                 for edge in segment.leaving:
                     if (gradient := next(rest)) is not None:
