@@ -31,9 +31,10 @@ from moo_balance._nonfinite import (
     select_state,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
-from moo_balance._reevaluation import Reevaluation, add_losses, evaluate
+from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
 from moo_balance._two_step import check_no_scaling, has_two_steps, refuse_single_step
 from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
+from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
@@ -77,6 +78,7 @@ class Balancer:
     ranks: Ranks | None = field(default=None, init=False)
     inspected: Sequence[Tensor] = field(default_factory=list, init=False)
     node_hooks: Sequence[int] = field(default_factory=list, init=False)
+    known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
@@ -128,9 +130,11 @@ class Balancer:
         features: Features | Callable[[], Features],
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
-            reevaluations = self._prepare_reevaluation(losses)
+            losses, reevaluations = self._make_repeatable(losses)
         given, batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
         if self.record.accumulating:
             self._add_micro_batch(batch)
@@ -258,8 +262,6 @@ class Balancer:
         if window is not None:
             statistics = window.sum_losses(statistics)
             reevaluations = [*window.reevaluations, *reevaluations]
-        if self.uses_gramian and self.every > 1:
-            self._check_static_graph(problem, "every")
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:
@@ -269,6 +271,8 @@ class Balancer:
             coefficients = staged.coefficients
             if window is not None and window.gradients is None:
                 coefficients = window.select_coefficients(statistics, coefficients, problem.names)
+            if window is not None:
+                window.remove_mark()
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
         self.record.stage(staged)
@@ -362,12 +366,13 @@ class Balancer:
         else:
             self._add_gradients(window, batch, statistics)
         window.add(statistics, batch.reevaluations)
+        window.set_mark(batch.problem.params)
         self.record.window = window
 
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
         if self._takes_rows(problem.params):
-            if not self.uses_gramian or self.every > 1:
+            if not self.uses_gramian:
                 self._check_static_graph(problem, "accumulate")
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
@@ -378,14 +383,26 @@ class Balancer:
         known = window.select_coefficients(statistics, coefficients, problem.names)
         self.engine.linearize(problem).add_to_grad(known)
 
+    def _drop_cleared_window(self, window: Accumulation) -> None:
+        """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
+        if window.is_cleared():
+            window.remove_mark()
+            self.record.window = None
+
+    def discard_gradients(self) -> None:
+        """Drop the open window and what is staged, before gradients are cleared."""
+        if self.record.window is not None:
+            self.record.window.remove_mark()
+        self.record.discard_gradients()
+
     # ------------------------------------------------------------ combined loss
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         _, batch = self._prepare(losses, scaling, features, combined=True)
         problem, statistics = batch.problem, batch.statistics
-        if self.uses_gramian:
-            self._check_static_graph(problem, "combined_loss")
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
         combined = linearization.combined(staged.coefficients)
@@ -410,8 +427,10 @@ class Balancer:
         """
         if self.two_steps and take is None:
             raise refuse_single_step(self.optimizer)
-        result = None if closure is None else self._run_closure(closure)
         record = self.record
+        if record.window is not None:
+            self._drop_cleared_window(record.window)
+        result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged
         if staged is None:
@@ -427,15 +446,15 @@ class Balancer:
             raise
         record.commit(staged, self.observes_step and self.is_due)
         if staged.reevaluations and record.awaiting is not None:
-            self.observe(add_losses(each.repeat() for each in staged.reevaluations))
+            self._reevaluate(staged.reevaluations)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
         return output if closure is None else result
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
-        reevaluations = self._prepare_reevaluation(closure)
-        result = evaluate(closure)
+        first, reevaluations = self._make_repeatable(closure)
+        result = evaluate(first)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             _, batch = self._prepare(result, reevaluations=reevaluations)
@@ -492,11 +511,31 @@ class Balancer:
 
     # ------------------------------------------------------------ observe
 
-    def _prepare_reevaluation(self, closure: Callable[[], Any]) -> list[Reevaluation]:
-        """How to evaluate a closure again, if the method needs the losses after the step."""
+    def _make_repeatable(
+        self, closure: Callable[[], Any]
+    ) -> tuple[Callable[[], Any], list[Reevaluation]]:
+        """A closure to evaluate, and how to evaluate it again if the method observes the step."""
         if not (self.observes_step and self.is_due):
-            return []
-        return [Reevaluation(closure, {param.device for param in self.params})]
+            return closure, []
+        reevaluation = Reevaluation(closure, self.params, self.known_writes)
+        return reevaluation.first, [reevaluation]
+
+    def _reevaluate(self, reevaluations: Sequence[Reevaluation]) -> None:
+        """Evaluate the batch again after a committed step, and pass its losses to the method."""
+        record, expected = self.record, self.record.awaiting
+        assert expected is not None
+        # The step is taken. If the method kept waiting for its losses after an error, no later
+        # step would be allowed.
+        record.awaiting = None
+        try:
+            self._observe(lambda: self._read_observed(repeat_all(reevaluations), expected))
+        except BaseException as error:
+            add_note(
+                error,
+                "The step was taken. This happened when the losses were evaluated again after it; "
+                f"{self.method} goes on without them.",
+            )
+            raise
 
     def observe(self, losses: Losses) -> None:
         """Pass the losses of the same batch after a committed step to the method."""
@@ -504,10 +543,16 @@ class Balancer:
         if expected is None:
             record.check_stepped()
             return
-        read = partial(self._read_observed, losses, expected)
+        self._observe(partial(self._read_observed, losses, expected))
+
+    def _observe(self, read: Callable[[], Given]) -> None:
+        """Read the losses after a step, and update the method's state.
+
+        Args:
+            read: Returns the validated losses. If it raises, nothing changes.
+        """
         given, _, values = self._read(read, "observe")
-        # The step is taken. If the method kept waiting for its losses, no later step would be
-        # allowed.
+        record = self.record
         record.awaiting = None
         try:
             self._update(Statistics(tuple(given.losses), values, step=record.steps))

@@ -96,7 +96,8 @@ class Record:
 
     def __getstate__(self) -> dict[str, Any]:
         # Gradients are not copied with a parameter, so a copy cannot use what depends on them.
-        return {**self.__dict__, "staged": None, "window": None}
+        # A copy that is made within `accumulate()` is not what leaves it.
+        return {**self.__dict__, "staged": None, "window": None, "accumulating": False}
 
     @property
     def in_window(self) -> bool:
@@ -217,8 +218,11 @@ class Record:
         )
 
     def check_stepped(self) -> None:
-        """Refuse ``observe`` where no step was taken."""
-        if self.names is None or (self.staged is not None and self.staged.scaling is None):
+        """Refuse ``observe`` between a ``backward`` and its step.
+
+        Where GradScaler has skipped a step, its ``backward`` is still staged.
+        """
+        if self.staged is not None and self.staged.scaling is None:
             raise BalanceError(
                 "`observe` should follow `step`. Found no step that was taken since the last "
                 "`backward`. Call `step` first."

@@ -1,24 +1,33 @@
-"""Evaluates the losses of a batch again after the step: same random numbers, no trace left."""
+"""Evaluates the losses of a batch again after the step: from the same state, and with no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from moo_balance._reachable import reachable_modules
 from moo_balance._torch_internals import (
-    announce_module_calls,
     as_plain,
     broadcasts_buffers,
+    memory_address,
     request_buffer_broadcast,
+    watch_writes,
 )
+from moo_balance._written import Copies, KnownWrites, ModuleState
 
 
 class RandomState:
-    """The state of torch's random generators: the CPU's, and those of the devices in use."""
+    """The state of the random generators of torch, Python and NumPy.
+
+    Of torch those of the CPU and of the devices in use; of NumPy the global one, if it is imported.
+    """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
@@ -27,12 +36,18 @@ class RandomState:
             for device in set(devices)
             if device.type not in ("cpu", "meta")
         }
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state()
 
     def restore(self) -> None:
         """Set the generators back to this state."""
         torch.set_rng_state(self._cpu)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -41,27 +56,109 @@ class RandomState:
 
 
 class Reevaluation:
-    """A closure before its first evaluation, with the random state that it starts from.
+    """A closure that is evaluated twice: before the step and after it.
 
-    ``repeat`` evaluates it again after the step. Dropout and quantization noise repeat, so that a
-    difference in the losses is due only to the step. Running statistics of modules in training
-    mode (batch norm, codebooks) and the random generators are put back afterwards.
+    The second evaluation sees what the first saw, except for the step: the same random numbers,
+    and in tensors that the forward pass writes (running statistics, codebooks) the same values.
+    Afterwards all of that is as the first evaluation has left it.
+
+    Args:
+        closure: Computes the losses.
+        params: The parameters that train.
+        known: What earlier second evaluations have written.
     """
 
-    def __init__(self, closure: Callable[[], Any], devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, closure: Callable[[], Any], params: Sequence[Tensor], known: KnownWrites
+    ) -> None:
         self._closure = closure
-        self._start = RandomState(devices)
+        self._params = params
+        self._known = known
+
+    def first(self) -> Any:
+        """Evaluate, and keep what the second evaluation starts from."""
+        self._random = RandomState({param.device for param in self._params})
+        self._modules = reachable_modules(self._closure)
+        state = ModuleState(self._modules, self._params)
+        self._before = self._known.copy()
+        with self._known.watch(self._before):
+            result = evaluate(self._closure)
+        self._assigned, self._moved = state.changes(), state.relocations()
+        self._written = list(state.written())
+        return result
 
     def repeat(self) -> Any:
-        """Evaluate once more, without a graph."""
-        with repeat_conditions(self._start):
-            return self._closure()
+        """Evaluate again; the losses have no graph."""
+        with self._restore_all():
+            return _detach(evaluate(self._closure))
+
+    @contextmanager
+    def _restore_all(self) -> Iterator[None]:
+        """Start as the first evaluation did, and put back everything that changes inside."""
+        end = RandomState(self._random.devices)
+        state = ModuleState(self._modules, self._params)
+        copies = Copies()
+        try:
+            self._rewind(copies)
+            self._random.restore()
+            # Within an autocast region the cache still holds casts of the parameters from before
+            # the step; afterwards it would hold casts of this evaluation's graph.
+            torch.clear_autocast_cache()
+            with watch_writes(copies.add), _without_synchronization(self._modules):
+                yield
+        finally:
+            torch.clear_autocast_cache()
+            copies.put_back()
+            state.put_back()
+            end.restore()
+        self._known.learn(copies)
+
+    def _rewind(self, copies: Copies) -> None:
+        """Undo what the first evaluation has written, after a copy of it.
+
+        A parameter with a gradient keeps what the step has made of it.
+        """
+        stepped = [param for param in self._params if param.grad is not None]
+        addresses = {memory_address(param) for param in stepped}
+        for tensor in self._written:
+            copies.add(tensor)
+        for storage, _ in self._before.storages.values():
+            copies.add_storage(storage)
+        for tensor, _ in self._before.others.values():
+            copies.add(tensor)
+        self._before.put_back(addresses)
+        for change in self._assigned:
+            if change.holds():
+                change.undo()
+        trained = set(map(id, stepped))
+        for tensor, data in self._moved:
+            if id(tensor) not in trained:
+                tensor.data = data
 
 
 def evaluate(closure: Callable[[], Any]) -> Any:
     """Evaluate with a graph, also under ``no_grad``."""
     with torch.enable_grad():
         return closure()
+
+
+def _detach(losses: Any) -> Any:
+    """The losses without their graph, which is freed; anything else as it is."""
+    if not isinstance(losses, Mapping):
+        return losses
+    return {
+        name: loss.detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()
+    }
+
+
+def repeat_all(reevaluations: Iterable[Reevaluation]) -> Any:
+    """Evaluate the micro-batches of a window again, and add their losses."""
+    results = []
+    for reevaluation in reevaluations:
+        results.append(reevaluation.repeat())
+        if not isinstance(results[-1], Mapping):
+            return results[-1]  # will be refused as a result of the closure
+    return results[0] if len(results) == 1 else add_losses(results)
 
 
 def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -75,69 +172,23 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def repeat_conditions(start: RandomState) -> Iterator[None]:
-    """Run a forward pass as it ran from `start`, without a graph, and put back what it changes."""
-    end = RandomState(start.devices)
-    start.restore()
-    # Within an autocast region the cache still holds casts of the parameters from before the step;
-    # after this pass it would hold casts without a graph.
-    torch.clear_autocast_cache()
-    try:
-        with torch.no_grad(), _restore_buffers():
+def _without_synchronization(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep DistributedDataParallel from expecting a backward pass of what runs inside."""
+    with ExitStack() as stack:
+        parallel = [each for each in modules if isinstance(each, DistributedDataParallel)]
+        broadcasting = [each for each in parallel if broadcasts_buffers(each)]
+        for module in parallel:
+            stack.enter_context(module.no_sync())
+        try:
             yield
-    finally:
-        torch.clear_autocast_cache()
-        end.restore()
+        finally:
+            for module in broadcasting:
+                request_buffer_broadcast(module)
 
 
-class _SavedBuffer(NamedTuple):
-    module: nn.Module
-    name: str
-    buffer: Tensor
-    copy: Tensor
-
-
-@contextmanager
-def _restore_buffers() -> Iterator[None]:
-    """Put back the buffers of every module that runs inside."""
-    known: set[nn.Module] = set()
-    saved: list[_SavedBuffer] = []
-    broadcasting: list[nn.Module] = []
-
-    def save(root: nn.Module) -> None:
-        # The outermost module that runs brings its submodules: compiled ones are not announced.
-        for module in [] if root in known else root.modules():
-            if module in known:
-                continue
-            known.add(module)
-            if broadcasts_buffers(module):
-                broadcasting.append(module)
-            saved.extend(
-                _SavedBuffer(module, name, buffer, buffer.clone())
-                for name, buffer in _buffers_of(module)
-            )
-
-    try:
-        with announce_module_calls(save):
-            yield
-    finally:
-        for module, name, buffer, copy in reversed(saved):
-            # `_version` cannot tell whether it was written: batch norm does not increment it.
-            if not _is_expanded(buffer):
-                buffer.copy_(copy)
-            setattr(module, name, buffer)
-        for module in broadcasting:
-            request_buffer_broadcast(module)
-
-
-def _buffers_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The buffers that a forward pass may write: those of a module in training mode."""
-    if not module.training:
-        return ()
-    return module.named_buffers(recurse=False, remove_duplicate=False)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several entries share memory, so that PyTorch allows no write in place."""
-    strides = tensor.stride() if tensor.layout == torch.strided else ()
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, strides, strict=False))
+def add_note(error: BaseException, note: str) -> None:
+    """``error.add_note(note)``, which Python 3.10 does not have."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]

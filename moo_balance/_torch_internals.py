@@ -8,14 +8,18 @@ names. (``_step_supports_amp_scaling`` in ``optimizer.py`` is read by ``GradScal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -112,35 +116,199 @@ Sets the second argument to 1 if a tensor of the first has an entry that is not 
 multiplies the tensors by the third. It refuses complex numbers and overlapping memory."""
 
 
-# ------------------------------------------------------------ modules
+# ------------------------------------------------------------ writes in place
 
-_listeners: list[Callable[[nn.Module], None]] = []
-_module_call = nn.Module.__call__
+_push_mode: Callable[[object], object] | None = getattr(
+    torch._C, "_push_on_torch_dispatch_stack", None
+)
+_pop_mode: Callable[[None], object] | None = getattr(torch._C, "_pop_torch_dispatch_stack", None)
 
 
-def _announcing_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A compiler traces the same function in every step, and nothing in it to compile.
-    if not torch.compiler.is_compiling():
-        _listeners[-1](module)
-    return _module_call(module, *args, **kwargs)
+class _Effect(NamedTuple):
+    """What an operator does to memory.
+
+    Args:
+        writes: Position and name of each argument that it writes.
+        training: Position and name of the argument without which it does not write.
+        reshapes: Whether it changes sizes or memory of the tensor, not only values.
+        returns_new: Whether it returns tensors in new memory.
+        fills_out: Whether it writes an argument called ``out``.
+    """
+
+    writes: tuple[tuple[int, str], ...] = ()
+    training: tuple[int, str] | None = None
+    reshapes: bool = False
+    returns_new: bool = False
+    fills_out: bool = False
+
+
+_effects: dict[Any, _Effect] = {}
+
+
+def _effect_of(function: Any) -> _Effect:
+    """Read an operator's schema, once."""
+    schema = getattr(function, "_schema", None)
+    effect = _Effect() if schema is None else _read_schema(function, schema)
+    _effects[function] = effect
+    return effect
+
+
+def _read_schema(function: Any, schema: Any) -> _Effect:
+    namespace, _, name = schema.name.partition("::")
+    if namespace == "fsdp":  # fills memory that FSDP itself allocates and frees
+        return _Effect()
+    places = {argument.name: place for place, argument in enumerate(schema.arguments)}
+    writes = [
+        argument.name
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    training = None
+    if not writes:
+        # The schemas of batch norm and of collectives do not say that they write.
+        writes = [each for each in ("running_mean", "running_var") if each in places]
+        training = next((each for each in ("training", "train") if each in places), None)
+        if namespace == "c10d" and name in ("allreduce_", "broadcast_"):
+            writes = [schema.arguments[0].name]
+    return _Effect(
+        writes=tuple((places[each], each) for each in writes),
+        training=None if training is None else (places[training], training),
+        reshapes=torch.Tag.inplace_view in function.tags,
+        # `_unsafe_view` conceals that it returns a view, and so may operators of others.
+        returns_new=namespace == "aten"
+        and name != "_unsafe_view"
+        and any(each.alias_info is None for each in schema.returns),
+        fills_out="out" in writes,
+    )
+
+
+def _is_called_by_inductor() -> bool:
+    """Whether compiled code has called: it gives ``out`` memory that it has just allocated."""
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if "extern_kernels" in frame.f_globals:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _each_tensor(value: Any) -> Iterator[Tensor]:
+    """The tensors of an argument or result; for one that wraps others, as a DTensor does, those."""
+    if isinstance(value, Tensor):
+        flatten = getattr(value, "__tensor_flatten__", None)
+        if flatten is None:
+            yield value
+        else:
+            yield from _each_tensor([getattr(value, name) for name in flatten()[0]])
+    elif isinstance(value, (tuple, list)):
+        for element in value:
+            yield from _each_tensor(element)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Reports each tensor that is about to be written and that existed before."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, report: Callable[[Tensor, bool], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._report = report
+        self._new: set[int | None] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled code runs as it does without the mode
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        effect = _effects.get(func) or _effect_of(func)
+        if effect.writes:
+            self._report_writes(effect, args, kwargs or {})
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if effect.returns_new:
+            for tensor in _each_tensor(result):
+                self._new.add(memory_address(tensor))
+        return result
+
+    def _report_writes(
+        self, effect: _Effect, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        def argument(place: int, name: str) -> Any:
+            return args[place] if place < len(args) else kwargs.get(name)
+
+        if effect.training is not None and argument(*effect.training) is False:
+            return
+        if effect.fills_out and _is_called_by_inductor():
+            return
+        for place, name in effect.writes:
+            for tensor in _each_tensor(argument(place, name)):
+                address = memory_address(tensor)
+                if address is None or address not in self._new:
+                    self._report(tensor, effect.reshapes)
 
 
 @contextmanager
-def announce_module_calls(listener: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call `listener` with each module that is about to run, inside the context.
+def watch_writes(report: Callable[[Tensor, bool], None]) -> Iterator[None]:
+    """Report each tensor before an operator writes it, on this thread, inside the context.
 
-    ``nn.Module.__call__`` is replaced for that time, in the whole process. A global forward hook
-    would be compiled with the model, again in each step.
+    Tensors that are made inside are left out, and so is what compiled code writes itself. Without
+    PyTorch's private names nothing is reported.
+
+    Args:
+        report: Called with the tensor, and whether the operator changes its sizes or memory.
     """
-    before = nn.Module.__call__  # perhaps a replacement by another library
-    _listeners.append(listener)
-    nn.Module.__call__ = _announcing_call  # type: ignore[method-assign]
+    if _push_mode is None or _pop_mode is None:
+        yield
+        return
+    # Entering the mode as usual would set a flag of the whole process.
+    _push_mode(_Watch(report))
     try:
         yield
     finally:
-        _listeners.pop()
-        nn.Module.__call__ = before  # type: ignore[method-assign]
+        _pop_mode(None)
 
+
+def memory_address(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None if it has none of its own, as a sparse tensor."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written; constant where PyTorch does not count."""
+    try:
+        return getattr(tensor, "_version", 0)
+    except RuntimeError:  # made in inference mode
+        return 0
+
+
+def weak_reference(storage: torch.UntypedStorage) -> Callable[[], torch.UntypedStorage | None]:
+    """A function that returns the storage while it is in use elsewhere.
+
+    Without the private names it keeps the storage.
+    """
+    revive = getattr(torch.UntypedStorage, "_new_with_weak_ptr", None)
+    if revive is None:
+        return lambda: storage
+    return partial(_revive, revive, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+
+
+def _revive(
+    revive: Callable[[int], torch.UntypedStorage | None], reference: Any
+) -> torch.UntypedStorage | None:
+    return revive(reference.cdata)
+
+
+# ------------------------------------------------------------ DistributedDataParallel
 
 _SYNC_FLAG = "require_forward_param_sync"
 
@@ -153,6 +321,6 @@ def broadcasts_buffers(module: nn.Module) -> bool:
 def request_buffer_broadcast(module: nn.Module) -> None:
     """Have DistributedDataParallel broadcast its buffers in the next forward pass.
 
-    It drops the request after a forward pass without a graph.
+    It drops the request after a forward pass in which gradients are not synchronized.
     """
     setattr(module, _SYNC_FLAG, True)

@@ -77,7 +77,7 @@ def test_the_losses_are_the_same_after_a_step_at_rate_zero(take, weighting):
     take(model, optimizer)
     first, again = seen
     assert snapshot(first) == snapshot(again)
-    assert all(not loss.requires_grad for loss in again.values())
+    assert all(loss.requires_grad for loss in again.values())
     assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
 
 
@@ -195,12 +195,11 @@ def test_buffers_of_any_kind_are_put_back():
     assert [id(buffer) for buffer in (*first.buffers(), *second.buffers())] == before
 
 
-def test_buffers_of_modules_in_evaluation_mode_are_not_copied():
-    """A frozen codebook may be large; only a module in training mode has running statistics."""
+def test_buffers_of_modules_in_evaluation_mode_are_put_back():
     counter = Counter(torch.zeros(())).eval()
     optimizer = BalancedOptimizer(torch.optim.SGD(counter.parameters(), lr=0.1), FAMO())
     optimizer.step(lambda: {"a": counter(), "b": 2 * counter()})
-    assert float(counter.count) == 4.0
+    assert float(counter.count) == 2.0
 
 
 # ---------------------------------------------------------------------- compilers and autocast
@@ -250,7 +249,7 @@ def compile_in_place(model, backend):
     [torch.compile, partial(torch.compile, fullgraph=True), compile_in_place],
     ids=["whole", "fullgraph", "in place"],
 )
-def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiler, weighting):
+def test_a_compiled_model_is_compiled_once(compiler, weighting):
     graphs = []
 
     def backend(graph, _):
@@ -259,13 +258,7 @@ def test_a_compiled_model_is_compiled_once_for_each_kind_of_pass(compiler, weigh
 
     torch.compiler.reset()
     assert end_of_run(weighting, partial(compiler, backend=backend)) == end_of_run(weighting)
-    assert len(graphs) == 2
-
-
-def test_module_calls_are_as_before_after_a_run():
-    call = nn.Module.__call__
-    end_of_run(FAMO())
-    assert nn.Module.__call__ is call
+    assert len(graphs) == 1
 
 
 @pytest.mark.capability("mixed precision with autocast")

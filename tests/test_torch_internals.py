@@ -161,20 +161,6 @@ def test_entries_of_a_sparse_gradient_without_their_private_accessor() -> None:
     assert entries_of(hidden).tolist() == [1.0, math.inf]  # type: ignore[arg-type]
 
 
-def test_a_replacement_of_module_calls_by_another_library_survives(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expected = reevaluated_step()
-    before = nn.Module.__call__
-
-    def replacement(module: nn.Module, *args: object, **kwargs: object) -> object:
-        return before(module, *args, **kwargs)
-
-    monkeypatch.setattr(nn.Module, "__call__", replacement)
-    assert reevaluated_step() == expected
-    assert nn.Module.__call__ is replacement
-
-
 def test_a_module_without_the_flag_of_data_parallelism() -> None:
     module = nn.Linear(1, 1)
     assert not broadcasts_buffers(module)

@@ -195,10 +195,11 @@ def gradients_through_hooks(
 
 def add_rows(left: Row, right: Row) -> Row:
     """Sum of two gradients, parameter by parameter."""
-    return [_sum(a, b) for a, b in zip(left, right, strict=True)]
+    return [add_gradients(a, b) for a, b in zip(left, right, strict=True)]
 
 
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+def add_gradients(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of two gradients of one parameter."""
     if left is None or right is None:
         return right if left is None else left
     return right + left if left.is_sparse else left + right

@@ -23,7 +23,7 @@ from moo_balance.engine.base import (
     Problem,
     Row,
     Window,
-    add_rows,
+    add_gradients,
     deliver,
     gradients_of,
     gradients_through_hooks,
@@ -154,32 +154,60 @@ class PerLossLinearization(Linearization):
 
 
 class PerLossWindow(Window):
-    """Several micro-batches: each loss has one row, to which every micro-batch adds."""
+    """Several micro-batches: each loss has one row, to which every micro-batch adds.
+
+    A row belongs to parameters: which of them train may change from one micro-batch to the next.
+
+    Attributes:
+        rows: By loss, the gradient of each parameter that it has reached.
+        params: The parameters so far, each with whether it is compared.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, dict[Tensor, Tensor]] = {}
+        self.params: dict[Tensor, bool] = {}
 
     def add(self, problem: Problem) -> None:
         self.rows = self.rows_with(problem, _has_shards(problem))
+        self.params |= {
+            param: problem.compared is None or k in problem.compared
+            for k, param in enumerate(problem.params)
+        }
 
     def close(self, problem: Problem) -> Linearization:
         return _ClosedWindow(self, problem)
 
-    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, Row]:
+    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, dict[Tensor, Tensor]]:
         """This rank's rows so far plus those of one more micro-batch."""
-        rows = dict(self.rows)
+        rows = {name: dict(row) for name, row in self.rows.items()}
         for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
-            rows[name] = add_rows(rows[name], row) if name in rows else row
+            sums = rows.setdefault(name, {})
+            for param, gradient in zip(problem.params, row, strict=True):
+                total = add_gradients(sums.get(param), gradient)
+                if total is not None:
+                    sums[param] = total
         return rows
+
+    def extend(self, problem: Problem) -> Problem:
+        """The problem with those parameters, too, that were frozen since they got a gradient."""
+        current = set(problem.params)
+        frozen = [param for param in self.params if param not in current]
+        if not frozen:
+            return problem
+        params, compared = [*problem.params, *frozen], problem.compared
+        if compared is not None:
+            count = len(current)
+            compared = [*compared, *(count + k for k, p in enumerate(frozen) if self.params[p])]
+        return problem._replace(params=params, compared=compared)
 
 
 class _ClosedWindow(PerLossLinearization):
     """A window and its last micro-batch."""
 
     def __init__(self, window: PerLossWindow, problem: Problem) -> None:
-        super().__init__(problem, window.dtype)
-        self.window = window
+        super().__init__(window.extend(problem), window.dtype)
+        self.window, self.last = window, problem
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
@@ -187,7 +215,8 @@ class _ClosedWindow(PerLossLinearization):
         super().add_to_grad(coefficients)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
-        rows = self.window.rows_with(self.problem, sharded)
+        sums = self.window.rows_with(self.last, sharded)
+        rows = {name: [row.get(p) for p in self.problem.params] for name, row in sums.items()}
         return _average(rows.items(), self.problem, sharded)
 
 

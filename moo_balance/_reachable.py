@@ -1,0 +1,81 @@
+"""Finds the modules that a closure uses, through what it refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+DEPTH = 5
+"""References that are followed one after another."""
+
+WIDTH = 100
+"""Elements of a container that are read; a data set may have millions."""
+
+_OPAQUE = (Tensor, Optimizer, ModuleType, type, str, bytes, int, float, complex, type(None))
+_LIBRARIES = ("torch", "numpy", "builtins")
+
+
+def reachable_modules(closure: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a closure refers to, with their submodules, each once.
+
+    Followed are the object of a bound method, the parts of a ``partial``, variables of enclosing
+    functions, global variables that the code names, containers, and attributes of objects.
+    """
+    modules: dict[nn.Module, None] = {}
+    known: set[int] = set()
+    level: list[Any] = [closure]
+    for _ in range(DEPTH):
+        following: list[Any] = []
+        for each in level:
+            if id(each) in known or isinstance(each, _OPAQUE):
+                continue
+            known.add(id(each))
+            if isinstance(each, nn.Module):
+                modules.update(dict.fromkeys(each.modules()))
+            else:
+                following.extend(islice(_references(each), WIDTH))
+        level = following
+    return list(modules)
+
+
+def _references(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, MethodType):
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, FunctionType):
+        return _references_of_function(thing)
+    if isinstance(thing, Mapping):
+        return thing.values()
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return thing
+    return getattr(thing, "__dict__", {}).values()
+
+
+def _references_of_function(function: FunctionType) -> Iterable[Any]:
+    if function.__module__ is not None and function.__module__.split(".")[0] in _LIBRARIES:
+        return
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from vars(function).values()  # a decorator keeps the original function there
+    names, known = _names(function.__code__), function.__globals__
+    yield from (known[name] for name in names if name in known)
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    """Names that code may look up among the global variables, with functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
