@@ -122,7 +122,8 @@ def _detach(losses: Any) -> Any:
     if not isinstance(losses, Mapping):
         return losses
     return {
-        name: as_plain(loss).detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()
+        name: as_plain(loss).detach() if isinstance(loss, Tensor) else loss
+        for name, loss in losses.items()
     }
 
 
