@@ -261,7 +261,7 @@ class Balancer:
         window = self.record.window
         if window is not None:
             statistics = window.sum_losses(statistics)
-            reevaluations = [*window.reevaluations, *reevaluations]
+            reevaluations = window.close_reevaluations(reevaluations)
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:

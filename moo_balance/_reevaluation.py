@@ -147,7 +147,7 @@ def _detach(losses: Any) -> Any:
     if not isinstance(losses, Mapping):
         return losses
     return {
-        name: loss.detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()
+        name: as_plain(loss).detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()
     }
 
 
@@ -166,8 +166,7 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for losses in batches:
         for name, loss in losses.items():
-            plain = as_plain(loss) if isinstance(loss, Tensor) else loss
-            total[name] = total[name] + plain if name in total else plain
+            total[name] = total[name] + loss if name in total else loss
     return total
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.weighting import Weighting
+from tests.fuzz.faults import add_fault
 from tests.fuzz.models import FuzzModel, next_numbers, random_states, set_random_states
 from tests.fuzz.twin import MOMENTUM, Refused, Twin
-from tests.fuzz.faults import add_fault
 from tests.support.problems import snapshot, sum_losses
 
 TINY = 1e-300
