@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +11,58 @@ from torch import Tensor
 from moo_balance._grad_scaler import Scaling
 from moo_balance._reevaluation import Reevaluation, add_losses
 from moo_balance.engine import Window
+from moo_balance.engine.distributed import is_whole
 from moo_balance.errors import BalanceError
 from moo_balance.weighting.base import Statistics
+
+
+class ClearMark:
+    """Tells whether gradients were cleared, as by ``model.zero_grad()``, while a window is open.
+
+    The window's gradients are not in ``.grad``, where such a call would find them. So a gradient
+    in ``.grad`` is watched: one that is there, or a tensor put there, which is taken away again.
+
+    Args:
+        params: The parameters that train. The smallest one is watched, if none has a gradient.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.param = min(params, key=_reluctance)
+        self.is_own = self.param.grad is None
+        self.grad: Tensor = _almost_zero(self.param) if self.param.grad is None else self.param.grad
+        self.param.grad = self.grad
+        self.version = self.grad._version
+
+    def is_cleared(self) -> bool:
+        """Whether the gradient is gone, or was written to and is zero. The latter synchronizes."""
+        if self.param.grad is not self.grad:
+            return True
+        if self.grad._version == self.version or self.grad.is_sparse or not is_whole(self.grad):
+            return False
+        return not bool(self.grad.any())
+
+    def remove(self) -> None:
+        """Leave ``.grad`` as it would be without a mark."""
+        in_place = self.is_own and self.param.grad is self.grad
+        if in_place and (self.grad._version == self.version or self.is_cleared()):
+            self.param.grad = None
+
+
+def _reluctance(param: Tensor) -> tuple[bool, bool, int]:
+    """How unsuitable a parameter is."""
+    return param.grad is None, not (param.numel() and is_whole(param)), param.numel()
+
+
+def _almost_zero(param: Tensor) -> Tensor:
+    """A gradient that still differs from zero once it was clipped, but moves no parameter."""
+    gradient = torch.zeros_like(param, requires_grad=False)
+    if param.numel() and is_whole(param):
+        gradient[(0,) * param.ndim] = _smallest(param.dtype)
+    return gradient
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 
 
 @dataclass(eq=False, repr=False)
@@ -22,17 +72,39 @@ class Accumulation:
     Args:
         losses: Sums of the losses so far, by name.
         reevaluations: How to evaluate each micro-batch again.
+        is_repeatable: Whether this is known of all of them so far.
         gradients: One gradient per loss so far; None for a method that knows its coefficients
             beforehand, whose gradients went straight to ``.grad``.
         coefficients: Those coefficients, in the order of ``losses``.
         scaling: The loss scaler of the first micro-batch.
+        mark: What tells whether gradients were cleared meanwhile.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     reevaluations: list[Reevaluation] = field(default_factory=list)
+    is_repeatable: bool = True
     gradients: Window | None = None
     coefficients: Tensor | None = None
     scaling: Scaling | None = None
+    mark: ClearMark | None = None
+
+    def is_cleared(self) -> bool:
+        """Whether gradients were cleared since the last micro-batch, which gives the window up."""
+        return self.mark is not None and self.mark.is_cleared()
+
+    def set_mark(self, params: Sequence[Tensor]) -> None:
+        """Watch for calls that clear gradients, from now on."""
+        mark = self.mark
+        if mark is None or mark.param.grad is not mark.grad:
+            self.mark = ClearMark(params) if params else None
+        elif mark.version != mark.grad._version:  # a gradient was added to it
+            mark.version, mark.is_own = mark.grad._version, False
+
+    def remove_mark(self) -> None:
+        """No longer watch for them."""
+        if self.mark is not None:
+            self.mark.remove()
+            self.mark = None
 
     def sum_losses(self, statistics: Statistics) -> Statistics:
         """Statistics of the window so far together with one more micro-batch."""
@@ -46,6 +118,14 @@ class Accumulation:
         """Take in one more micro-batch, given the statistics of the whole window."""
         self.losses = dict(zip(statistics.names, statistics.losses.unbind(), strict=True))
         self.reevaluations.extend(reevaluations)
+        self.is_repeatable = self.is_repeatable and bool(reevaluations)
+
+    def close_reevaluations(self, last: Sequence[Reevaluation]) -> Sequence[Reevaluation]:
+        """How to evaluate the window again, with its last micro-batch; none if a part is missing.
+
+        Micro-batches whose losses came without a closure are the caller's to evaluate.
+        """
+        return [*self.reevaluations, *last] if last and self.is_repeatable else ()
 
     def select_coefficients(
         self, statistics: Statistics, coefficients: Tensor, names: Sequence[str]

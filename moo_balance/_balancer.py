@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from operator import is_not
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,22 +23,25 @@ from moo_balance._distributed import Ranks, StepId, check_static_graph, find_ran
 from moo_balance._grad_scaler import Scaling
 from moo_balance._nonfinite import (
     Flags,
-    check_grads,
     flag_gradients,
     flag_losses,
+    grads_are_finite,
+    nonfinite_grad_error,
     replace_nonfinite,
     select_state,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
+from moo_balance._two_step import check_no_scaling, has_two_steps, refuse_single_step
 from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
 from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
-from moo_balance.engine.base import is_distributed, stack_losses
-from moo_balance.engine.distributed import is_whole
+from moo_balance.engine.autograd import hooked_positions, node_hook_positions
+from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
+from moo_balance.engine.distributed import is_whole, local_part
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
-from moo_balance.weighting._identity import describe
+from moo_balance.weighting._identity import describe, lagged_form
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
 
 Losses: TypeAlias = Mapping[str, Tensor]
@@ -68,22 +72,30 @@ class Balancer:
     shared_params: Sequence[Tensor] | None
     nonfinite: str
     process_group: Any
+    max_skips: int | None
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
+    inspected: Sequence[Tensor] = field(default_factory=list, init=False)
+    node_hooks: Sequence[int] = field(default_factory=list, init=False)
+    closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
         # The needs of a weighting are constant, and read in every step.
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
+        self.lagged = lagged_form(self.weighting)
+        self.advice = self.weighting.bound_advice
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
         self.every = self.weighting.every
+        self.two_steps = has_two_steps(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ranks": None}  # process groups can be neither copied nor pickled
+        # Process groups can be neither copied nor pickled; graphs and their hooks are not.
+        return {**self.__dict__, "ranks": None, "inspected": [], "node_hooks": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -119,6 +131,8 @@ class Balancer:
         features: Features | Callable[[], Features],
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
             losses, reevaluations = self._make_repeatable(losses)
@@ -141,13 +155,14 @@ class Balancer:
         """The losses as given, and the batch; nothing is differentiated yet."""
         record = self.record
         read = partial(self._read_batch, losses, scaling, features, combined)
-        given, stacked, values = self._read(
-            read, "accumulate" if record.accumulating else "backward"
-        )
-        names, params, compared = tuple(given.losses), self.params, None
+        call = "accumulate" if record.accumulating else "backward"
+        given, stacked, values = self._read(read, call)
+        params, compared = self.params, None  # which the closure may have frozen
+        takes_rows = self._takes_rows(params)
         if self.shared_params is not None:
             shared = set(map(id, self.shared_params))
             compared = [k for k, param in enumerate(params) if id(param) in shared]
+        names = tuple(given.losses)
         problem = Problem(
             names=names,
             losses=tuple(given.losses.values()),
@@ -155,9 +170,10 @@ class Balancer:
             compared=compared,
             scale=None if scaling is None else scaling.factor(stacked.device),
             retain_graph=retain_graph,
-            averager=None if self.ranks is None else self.ranks.averager,
+            averager=self.ranks.averager if self.ranks is not None and takes_rows else None,
             features=given.features,
             stacked=stacked,
+            node_hooks=self._find_node_hooks(params) if takes_rows else (),
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -172,7 +188,9 @@ class Balancer:
         """Evaluate and validate a batch. What one rank alone may refuse is refused here."""
         record = self.record
         record.check_same_scale(scaling)
-        record.check_observed(self.method)
+        record.check_observed(self.method, self.lagged)
+        if self.two_steps:
+            check_no_scaling(self.optimizer, scaling)
         if combined:
             record.check_no_window()
         returned = cast(Losses, evaluate(losses)) if callable(losses) else losses
@@ -182,9 +200,43 @@ class Balancer:
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)
+        if self.ranks is not None:
+            params = self.params
+            if self._takes_rows(params) and self._find_node_hooks(params):
+                raise hooked_nodes("several ranks, which average gradients")
         if not combined:
             record.warn_of_separate_losses(present)
         return Given(present, read, returned)
+
+    def _takes_rows(self, params: Sequence[Tensor]) -> bool:
+        """Whether gradients are kept, in place of ordinary backward passes.
+
+        They are for a Gramian, and in most windows: one whose coefficients are known beforehand
+        keeps them only for hooks of parameters, which get the sum of its gradients.
+        """
+        window = self.record.window
+        if self.uses_gramian:
+            return True
+        if not self.record.in_window:
+            return False
+        if self.uses_losses:
+            return True
+        if window is not None and window.gradients is not None:
+            return True
+        if window is not None and window.coefficients is not None:
+            return False  # it has begun with ordinary passes
+        return bool(hooked_positions(params) or self._find_node_hooks(params))
+
+    def _find_node_hooks(self, params: Sequence[Tensor]) -> Sequence[int]:
+        """Positions of parameters whose graph nodes have hooks.
+
+        To look for them in every step would take up to a twentieth of it. Nodes with hooks are
+        kept alive by those who registered them, so they are looked for when `params` change.
+        """
+        known = self.inspected
+        if len(params) != len(known) or any(map(is_not, params, known)):
+            self.inspected, self.node_hooks = params, node_hook_positions(params)
+        return self.node_hooks
 
     def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].
@@ -210,9 +262,7 @@ class Balancer:
         window = self.record.window
         if window is not None:
             statistics = window.sum_losses(statistics)
-            reevaluations = [*window.reevaluations, *reevaluations]
-        if self.uses_gramian and self.every > 1:
-            self._check_static_graph(problem, "every")
+            reevaluations = window.close_reevaluations(reevaluations)
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:
@@ -222,6 +272,8 @@ class Balancer:
             coefficients = staged.coefficients
             if window is not None and window.gradients is None:
                 coefficients = window.select_coefficients(statistics, coefficients, problem.names)
+            if window is not None:
+                window.remove_mark()
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
         self.record.stage(staged)
@@ -268,11 +320,11 @@ class Balancer:
         """Check the losses, and compute the Gramian if it is due.
 
         Raises:
-            NonFiniteError: On the CPU: a loss, or without a scaler a gradient, is not finite.
+            NonFiniteError: On the CPU without a scaler: a loss or a gradient is not finite.
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
         bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.method))
+        flags = Flags(losses=flag_losses(statistics, bounds, self.method, self.advice, scaled))
         if linearization is None or not (self.uses_gramian and self.is_due):
             return statistics, flags
         gramian = linearization.gramian()
@@ -286,9 +338,13 @@ class Balancer:
     ) -> Statistics:
         """Count what is flagged for a later report, and make the statistics safe to compute with.
 
-        Gradients that overflow under a loss scaler are not reported: the scaler handles them.
+        What overflows under a loss scaler is not reported: the scaler handles it.
         """
-        reportable = flags.losses if scaled else flags.union()
+        reportable = flags.union()
+        if scaled:
+            reportable = flags.losses
+            if reportable is not None:
+                reportable = reportable & statistics.losses.isfinite()
         if reportable is not None:
             self.record.faults.add(statistics.names, reportable)
         bounds = self.weighting.lower_bounds(statistics.names)
@@ -303,19 +359,21 @@ class Balancer:
         # Only finite values are needed here: bounds hold for the window as a whole.
         unbounded = [-math.inf] * len(statistics.names)
         try:
-            flag_losses(statistics, unbounded, self.method)
+            scaled = batch.scaling is not None
+            flag_losses(statistics, unbounded, self.method, self.advice, scaled)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
         else:
             self._add_gradients(window, batch, statistics)
         window.add(statistics, batch.reevaluations)
+        window.set_mark(batch.problem.params)
         self.record.window = window
 
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
-        if self.uses_losses or self.uses_gramian:
-            if not self.uses_gramian or self.every > 1:
+        if self._takes_rows(problem.params):
+            if not self.uses_gramian:
                 self._check_static_graph(problem, "accumulate")
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
@@ -326,14 +384,26 @@ class Balancer:
         known = window.select_coefficients(statistics, coefficients, problem.names)
         self.engine.linearize(problem).add_to_grad(known)
 
+    def _drop_cleared_window(self, window: Accumulation) -> None:
+        """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
+        if window.is_cleared():
+            window.remove_mark()
+            self.record.window = None
+
+    def discard_gradients(self) -> None:
+        """Drop the open window and what is staged, before gradients are cleared."""
+        if self.record.window is not None:
+            self.record.window.remove_mark()
+        self.record.discard_gradients()
+
     # ------------------------------------------------------------ combined loss
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         _, batch = self._prepare(losses, scaling, features, combined=True)
         problem, statistics = batch.problem, batch.statistics
-        if self.uses_gramian:
-            self._check_static_graph(problem, "combined_loss")
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
         combined = linearization.combined(staged.coefficients)
@@ -343,23 +413,38 @@ class Balancer:
 
     # ------------------------------------------------------------ step
 
-    def step(self, stepping: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        stepping: Optimizer,
+        closure: Callable[[], Any] | None = None,
+        take: Callable[[], Any] | None = None,
+    ) -> Any:
         """Take the wrapped optimizer's step and commit what was staged.
 
         Args:
             stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
             closure: Its argument.
+            take: The wrapped ``second_step`` of an optimizer with two; None for ``step``.
         """
-        result = None if closure is None else self._run_closure(closure)
+        if self.two_steps and take is None:
+            raise refuse_single_step(self.optimizer)
         record = self.record
+        if record.window is not None:
+            self._drop_cleared_window(record.window)
+        result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged
         if staged is None:
             return self._step_without_backward(closure, result)
         if self._must_skip(staged, stepping):
-            record.skip()
+            record.skip(self.max_skips)
             return result
-        output = self.optimizer.step()
+        try:
+            output = self.optimizer.step() if take is None else take()
+        except BaseException:
+            if closure is not None:  # it will be evaluated again, on gradients that are cleared
+                record.staged = None
+            raise
         record.commit(staged, self.observes_step and self.is_due)
         if staged.reevaluations and record.awaiting is not None:
             self._reevaluate(staged.reevaluations)
@@ -370,7 +455,13 @@ class Balancer:
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
         first, reevaluations = self._make_repeatable(closure)
-        result = evaluate(first)
+        try:
+            result = evaluate(first)
+        except BaseException as error:
+            if self.closures_return_losses:  # for which the other ranks are waiting
+                self._read(partial(_raise, error), "backward")
+            raise
+        self.closures_return_losses = isinstance(result, Mapping)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             _, batch = self._prepare(result, reevaluations=reevaluations)
@@ -378,22 +469,40 @@ class Balancer:
             self._balance(batch)
         return result
 
+    def check_finite(self, stepping: Optimizer) -> None:
+        """Raise if a gradient on the CPU is not finite."""
+        if self.record.staged is not None:
+            self._must_skip(self.record.staged, stepping)
+
     def _must_skip(self, staged: Staged, stepping: Optimizer) -> bool:
         """Whether a value that is not finite forbids the step.
 
         Raises:
-            NonFiniteError: On the CPU, with ``nonfinite="raise"``: a gradient is not finite.
+            NonFiniteError: With ``nonfinite="raise"``: a gradient on the CPU is not finite.
         """
         if staged.skip or (self.nonfinite == "skip" and staged.is_invalid()):
             return True
         if staged.scaling is not None:
             staged.scaling.check_unscaled(stepping, self.optimizer)
             return False  # GradScaler has already checked
+        if self._grads_are_finite(staged):
+            return False
+        if self.nonfinite == "raise":
+            raise nonfinite_grad_error(staged.present)
+        return True
+
+    def _grads_are_finite(self, staged: Staged) -> bool:
+        """Whether all of ``.grad`` on the CPU is finite, on any rank."""
         params = self.params
-        if is_distributed():
-            # Shards are not checked: ranks could disagree.
+        if not is_distributed():
+            return grads_are_finite([p.grad for p in params if p.grad is not None])
+        whole = all(map(is_whole, params))
+        if not whole and self.ranks is None:  # ranks that know nothing of each other may disagree
             params = [param for param in params if is_whole(param)]
-        return not check_grads(params, staged.present, self.nonfinite)
+        finite = grads_are_finite([local_part(p.grad) for p in params if p.grad is not None])
+        if whole or self.ranks is None:
+            return finite
+        return self.ranks.are_all(finite, staged.coefficients.device)
 
     def _step_without_backward(self, closure: object, result: object) -> Any:
         """Handle a step with nothing staged: an error, except in two cases that change nothing."""
@@ -500,6 +609,10 @@ class Balancer:
         """The ``"balance"`` entry of a checkpoint."""
         return save_checkpoint(self.record, self.weighting)
 
-    def validate(self, saved: Mapping[str, Any]) -> Checkpoint:
+    def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from moo_balance._record import Record
+from moo_balance._torch_internals import as_plain
 from moo_balance.errors import BalanceValueError
-from moo_balance.weighting._identity import method_name
+from moo_balance.weighting._identity import method_name, settings
 from moo_balance.weighting.base import State, Weighting
 
 if TYPE_CHECKING:
     from moo_balance._balancer import Balancer
 
 _FORMAT = 2
+_REQUIRED = ("weighting", "names", "steps", "skipped", "awaiting", "state")
 
 
 class Checkpoint(NamedTuple):
@@ -29,10 +32,11 @@ class Checkpoint(NamedTuple):
     awaiting: tuple[str, ...] | None
 
     def restore(self, record: Record) -> None:
-        """Replace what the record has committed, and drop what it has staged."""
+        """Replace what the record has committed, and drop the step in progress."""
+        record.drop_step()
         record.names, record.state = self.names, self.state
         record.steps, record.skipped, record.awaiting = self.steps, self.skipped, self.awaiting
-        record.staged = record.window = None
+        record.loaded_at = self.steps
 
 
 def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "weighting": method_name(weighting),
+        "settings": settings(weighting),
         "names": list(record.names or ()),
         "steps": record.steps,
         "skipped": record.skipped,
@@ -49,58 +54,168 @@ def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
 
 
 def validate_checkpoint(
-    saved: Mapping[str, Any], record: Record, weighting: Weighting, device: torch.device
+    saved: object, record: Record, weighting: Weighting, device: torch.device
 ) -> Checkpoint:
     """Read an entry, or raise; nothing has changed either way.
 
     Args:
-        saved: What :func:`save_checkpoint` gave.
+        saved: What :func:`save_checkpoint` gave; a state may hold nested lists in place of tensors.
         record: Of the optimizer that loads it.
         weighting: Its method.
         device: Where its state lives.
     """
-    _check_origin(saved, record, weighting)
-    names = tuple(saved["names"]) or record.names
-    state = None
-    if saved["names"] and saved["steps"]:
-        state = _read_state(saved["state"], weighting.init(names or (), device), weighting)
-    awaits = weighting.observes_step and saved["awaiting"] is not None
-    awaiting = tuple(saved["awaiting"]) if awaits else None
-    return Checkpoint(names, state, int(saved["steps"]), int(saved["skipped"]), awaiting)
+    entry = _check_origin(saved, weighting)
+    names, steps = _read_names(entry, "names"), _read_count(entry, "steps")
+    if names and record.names is not None and set(record.names) != set(names):
+        raise BalanceValueError(
+            f"Entry `balance` of the state dict should name the losses {list(record.names)}. "
+            f"Found {list(names)}. Give the losses the names of the run that was saved."
+        )
+    if steps and not names:
+        raise _bad_entry("names", f"name the losses of {steps} steps", "none")
+    awaiting = None if entry["awaiting"] is None else _read_names(entry, "awaiting")
+    unknown = [name for name in awaiting or () if name not in names]
+    if unknown or awaiting == ():
+        raise _bad_entry("awaiting", f"name some of the losses {list(names)}", unknown or "none")
+    differing = _compare_settings(entry, weighting)
+    state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
+    skipped = _read_count(entry, "skipped")
+    if differing:
+        warnings.warn(
+            f"{method_name(weighting)} continues with other arguments than the checkpoint was "
+            f"saved with: {', '.join(differing)}.",
+            stacklevel=4,  # the caller of `load_state_dict`
+        )
+    # A method without a second evaluation waits for nothing.
+    awaiting = awaiting if weighting.observes_step else None
+    return Checkpoint(names or record.names, state if steps else None, steps, skipped, awaiting)
 
 
-def _check_origin(saved: Mapping[str, Any], record: Record, weighting: Weighting) -> None:
-    """Refuse an entry of another version, another method, or other losses."""
-    missing = save_checkpoint(record, weighting).keys() - saved.keys()
-    if missing or saved["format"] != _FORMAT:
+def _check_origin(saved: object, weighting: Weighting) -> Mapping[str, Any]:
+    """Refuse an entry of another version, or of another method."""
+    if not isinstance(saved, Mapping):
+        raise BalanceValueError(
+            "Entry `balance` of the state dict should be a mapping. Found "
+            f"{type(saved).__name__}. Remove the entry to continue with the wrapped optimizer's "
+            "state only."
+        )
+    missing = [key for key in _REQUIRED if key not in saved]
+    found = saved.get("format")
+    if missing or type(found) is not int or found != _FORMAT:
         raise BalanceValueError(
             f"Entry `balance` of the state dict should have format {_FORMAT}. Found "
-            f"{saved.get('format')!r}{f' without `{min(missing)}`' if missing else ''}. It was "
-            "written by another version of moo_balance; remove the entry to start afresh."
+            f"{found!r}{f' without `{missing[0]}`' if missing else ''}. It was written by another "
+            "version of moo_balance; remove the entry to start afresh."
         )
     method = method_name(weighting)
-    if saved["weighting"] != method:
+    # `!=` of a tensor or an array has no truth value.
+    if not isinstance(saved["weighting"], str) or saved["weighting"] != method:
         raise BalanceValueError(
             f"Entry `balance` of the state dict should come from {method}. Found "
             f'{saved["weighting"]}. Remove the entry (`state_dict.pop("balance")`) to continue '
             "with the wrapped optimizer's state only."
         )
-    if saved["names"] and record.names is not None and set(record.names) != set(saved["names"]):
-        raise BalanceValueError(
-            f"Entry `balance` of the state dict should name the losses {list(record.names)}. "
-            f"Found {list(saved['names'])}. Give the losses the names of the run that was saved."
-        )
+    return saved
 
 
-def _read_state(saved: Mapping[str, Tensor], initial: State, weighting: Weighting) -> State:
-    shapes = {key: tuple(value.shape) for key, value in saved.items()}
+def _bad_entry(key: str, should: str, found: object) -> BalanceValueError:
+    return BalanceValueError(
+        f"`{key}` in entry `balance` of the state dict should {should}. Found {found}. Load the "
+        "entry as `state_dict` gave it, or remove it to start afresh."
+    )
+
+
+def _read_count(entry: Mapping[str, Any], key: str) -> int:
+    value = entry[key]
+    if type(value) is not int or value < 0:
+        raise _bad_entry(key, "be a whole number of steps, at least 0", repr(value))
+    return value
+
+
+def _read_names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = entry[key]
+    if (
+        not isinstance(value, (list, tuple))
+        or not all(isinstance(name, str) and name for name in value)
+        or len(set(value)) != len(value)
+    ):
+        raise _bad_entry(key, "be a list of distinct, non-empty strings", repr(value))
+    return tuple(value)
+
+
+def _read_state(
+    saved: object,
+    names: tuple[str, ...],
+    weighting: Weighting,
+    device: torch.device,
+    differing: list[str],
+) -> State:
+    """The state of these losses on the device; it is empty for no losses."""
+    if not isinstance(saved, Mapping) or not all(isinstance(key, str) for key in saved):
+        raise _bad_entry("state", "be a mapping from strings to tensors", type(saved).__name__)
+    initial = weighting.init(names, device) if names else {}
+    state = {key: _read_tensor(key, value) for key, value in saved.items()}
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in initial.items()}
     if shapes != expected:
+        text = f": {', '.join(differing)}" if differing else ""
         raise BalanceValueError(
             f"Entry `balance` of the state dict should hold {expected} for {weighting}. "
-            f"Found {shapes}. It was saved with other settings."
+            f"Found {shapes}. It was saved with other settings{text}."
         )
-    return {key: saved[key].clone().to(value) for key, value in initial.items()}
+    host = weighting.init(names, torch.device("cpu")) if names else {}
+    for key, value in state.items():
+        _check_values(key, value, host[key])
+    return {key: _convert(saved[key], value) for key, value in initial.items()}
+
+
+def _read_tensor(key: str, value: object) -> Tensor:
+    """A tensor on the host, from a tensor or from nested lists of numbers."""
+    if isinstance(value, (list, bool, int, float)):
+        try:
+            numbers = torch.tensor(value, device="cpu")
+            # Inferred in the default dtype, which may be narrower.
+            return (
+                torch.tensor(value, dtype=torch.float64, device="cpu")
+                if (numbers.is_floating_point())
+                else numbers
+            )
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise _bad_entry(f"state[{key!r}]", "hold numbers", "something else") from None
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise _bad_entry(f"state[{key!r}]", "be a dense tensor with values", type(value).__name__)
+    return as_plain(value).detach().cpu()
+
+
+def _check_values(key: str, value: Tensor, initial: Tensor) -> None:
+    """Refuse another kind of numbers, and what is not finite where the method began finite."""
+    if not torch.can_cast(value.dtype, initial.dtype):
+        raise _bad_entry(f"state[{key!r}]", f"hold {initial.dtype}", value.dtype)
+    initial = initial.to(value.dtype) if value.is_floating_point() else initial
+    unchanged = (value == initial) | (value.isnan() & initial.isnan())
+    if not bool((value.isfinite() | unchanged).all()):
+        raise _bad_entry(f"state[{key!r}]", "be finite", value.tolist())
+
+
+def _convert(saved: object, like: Tensor) -> Tensor:
+    """A copy with dtype and device of `like`, exact where the numbers were written as lists."""
+    if isinstance(saved, Tensor):
+        return as_plain(saved).detach().clone().to(like)
+    return torch.tensor(saved, dtype=like.dtype, device="cpu").to(like)
+
+
+def _compare_settings(entry: Mapping[str, Any], weighting: Weighting) -> list[str]:
+    """The hyper-parameters that differ from those of the saved run, if it says them."""
+    saved = entry.get("settings", {})
+    if not isinstance(saved, Mapping) or not all(
+        isinstance(text, str) for pair in saved.items() for text in pair
+    ):
+        raise _bad_entry("settings", "be a mapping from strings to strings", repr(saved))
+    return [
+        f"{key}={own} (saved with {saved[key]})"
+        for key, own in settings(weighting).items()
+        if key in saved and own != saved[key]
+    ]
 
 
 class BalanceState:
@@ -108,7 +223,7 @@ class BalanceState:
 
     ``torch.distributed.checkpoint`` reads a checkpoint into the tensors that its reader already
     holds, and a fresh optimizer does not know its losses yet; a text has no shape to match.
-    Floating-point values survive JSON to the last bit.
+    Numbers survive JSON to the last bit, and are read in the dtype of the method's state.
 
     Example:
         >>> import torch
@@ -138,8 +253,14 @@ class BalanceState:
         """Load a saved state, or raise as ``BalancedOptimizer.load_state_dict`` does."""
         import json
 
-        saved = json.loads(state_dict["balance"])
-        saved["state"] = {
-            key: torch.tensor(value, dtype=torch.float64) for key, value in saved["state"].items()
-        }
+        text = state_dict.get("balance") if isinstance(state_dict, Mapping) else None
+        try:
+            saved = json.loads(text) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise BalanceValueError(
+                "Parameter `state_dict` should hold the JSON text that `balance_state.state_dict` "
+                f"gave, as entry `balance`. Found {text!r:.80}. Load that checkpoint again."
+            )
         self._balancer.validate(saved).restore(self._balancer.record)

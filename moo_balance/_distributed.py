@@ -228,6 +228,12 @@ class Ranks:
                     "to the graph, such as `0.0 * output.sum()`."
                 )
 
+    def are_all(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` is true on all ranks. They exchange it on `device`."""
+        least = torch.tensor(float(value), device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(least)
+
     def check_drift(
         self, params: Sequence[Tensor], state: Mapping[str, Tensor], device: torch.device
     ) -> None:

@@ -50,19 +50,34 @@ def is_on_cpu(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) -> Tensor | None:
-    """Flags [K] of the losses that are not finite or not above their bound; an error on the CPU.
+def flag_losses(
+    statistics: Statistics, bounds: Sequence[float], method: str, advice: str, scaled: bool
+) -> Tensor | None:
+    """Flags [K] of the losses that are not finite or not above their bound.
+
+    None if the CPU found nothing.
+
+    Args:
+        statistics: The losses.
+        bounds: What each of them must stay above.
+        method: The name of the method that needs this.
+        advice: What to do about a loss that is not above its bound.
+        scaled: A loss scaler is in use, which handles what is not finite.
 
     Raises:
-        NonFiniteError: On the CPU: a loss is not finite.
+        NonFiniteError: On the CPU, unless `scaled`: a loss is not finite.
         BalanceValueError: On the CPU: a loss is not above its bound.
     """
     losses = statistics.losses
     if not is_on_cpu(losses):
         lower = constant_vector(tuple(bounds), losses.dtype, losses.device)
         return ~(losses.isfinite() & (losses > lower))
+    overflowed = False
     for name, value, bound in zip(statistics.names, losses.tolist(), bounds, strict=True):
         if not math.isfinite(value):
+            overflowed = True
+            if scaled:
+                continue
             raise NonFiniteError(
                 f"Loss `{name}` should be finite. Found {value}. Skip the batch, lower the "
                 'learning rate, or pass nonfinite="skip" to skip such steps.'
@@ -70,10 +85,9 @@ def flag_losses(statistics: Statistics, bounds: Sequence[float], method: str) ->
         if not value > bound:
             raise BalanceValueError(
                 f"Loss `{name}` should be above {bound:g}, because {method} works with its "
-                f"distance from there. Found {value:g}. Give {method} a lower bound or a shift if "
-                "it has one, or a loss that stays above."
+                f"distance from there. Found {value:g}. {advice}"
             )
-    return None
+    return ~losses.isfinite() if overflowed else None
 
 
 def flag_gradients(names: Sequence[str], gramian: Tensor, scaled: bool) -> Tensor | None:
@@ -120,23 +134,19 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors)
 
 
-def check_grads(params: Iterable[Tensor], names: Sequence[str], nonfinite: str) -> bool:
-    """Whether every ``.grad`` on the CPU is finite.
-
-    Raises:
-        NonFiniteError: One is not, and `nonfinite` is ``"raise"``.
-    """
-    grads = [param.grad for param in params if param.grad is not None]
+def grads_are_finite(grads: Iterable[Tensor]) -> bool:
+    """Whether all gradients on the CPU are finite."""
     on_cpu = [grad for grad in grads if is_on_cpu(grad)]
-    if all_finite([entries_of(grad) if grad.is_sparse else grad for grad in on_cpu]):
-        return True
-    if nonfinite == "raise":
-        raise NonFiniteError(
-            f"The gradient of {' or '.join(f'`{name}`' for name in names)} should be finite. Found "
-            "NaN or infinity in `.grad`. Look for a square root or a division at zero, lower the "
-            'learning rate, or pass nonfinite="skip" to skip such steps.'
-        )
-    return False
+    return all_finite([entries_of(grad) if grad.is_sparse else grad for grad in on_cpu])
+
+
+def nonfinite_grad_error(names: Sequence[str]) -> NonFiniteError:
+    """The error for a gradient of the sum of these losses that is not finite."""
+    return NonFiniteError(
+        f"The gradient of {' or '.join(f'`{name}`' for name in names)} should be finite. Found "
+        "NaN or infinity in `.grad`. Look for a square root or a division at zero, lower the "
+        'learning rate, or pass nonfinite="skip" to skip such steps.'
+    )
 
 
 def replace_nonfinite(statistics: Statistics, bounds: Sequence[float], valid: Tensor) -> Statistics:

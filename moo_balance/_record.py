@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._nonfinite import FaultCounts
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import State
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
+
+
+_SKIPS_TO_WARN_OF = 10
 
 
 @dataclass(eq=False, repr=False)
@@ -66,11 +69,14 @@ class Record:
         state: State of the method; None before the first step.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
+        skipped_in_a_row: How many of them since the last step that was taken.
         awaiting: The losses for which ``observe`` is due before the next ``backward``.
+        loaded_at: ``steps`` of the balance that was loaded last, if one was.
         metrics: Of the last ``backward``.
         staged: The result of the last ``backward``, until ``step``.
         window: The open window of micro-batches.
         accumulating: Whether ``backward`` is called within ``accumulate()``.
+        moved: Whether ``first_step`` of an optimizer with two has moved the parameters.
         faults: Values masked on a device, for the next report.
     """
 
@@ -78,16 +84,20 @@ class Record:
     state: State | None = None
     steps: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     awaiting: tuple[str, ...] | None = None
+    loaded_at: int | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
     staged: Staged | None = None
     window: Accumulation | None = None
     accumulating: bool = False
+    moved: bool = False
     faults: FaultCounts = field(default_factory=FaultCounts)
 
     def __getstate__(self) -> dict[str, Any]:
         # Gradients are not copied with a parameter, so a copy cannot use what depends on them.
-        return {**self.__dict__, "staged": None, "window": None}
+        # A copy that is made within `accumulate()` is not what leaves it.
+        return {**self.__dict__, "staged": None, "window": None, "accumulating": False}
 
     @property
     def in_window(self) -> bool:
@@ -109,12 +119,35 @@ class Record:
         if observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
+        self.moved = False
         self.steps += 1
+        self.skipped_in_a_row = 0
 
-    def skip(self) -> None:
-        """Discard a staged step that must not be taken."""
+    def skip(self, most: int | None) -> None:
+        """Discard a staged step that must not be taken.
+
+        Args:
+            most: How many may follow one another; None for any number.
+
+        Raises:
+            NonFiniteError: More than that have.
+        """
         self.staged = None
         self.skipped += 1
+        self.skipped_in_a_row += 1
+        if most is not None and self.skipped_in_a_row > most:
+            raise NonFiniteError(
+                f"Steps should be skipped now and then only. Found {self.skipped_in_a_row} in a "
+                f"row, which is more than `max_skips={most}`. Look for a parameter that is not "
+                "finite, and resume from a checkpoint with a lower learning rate."
+            )
+        if self.skipped_in_a_row == _SKIPS_TO_WARN_OF:
+            warnings.warn(
+                f"Steps should be skipped now and then only. Found {_SKIPS_TO_WARN_OF} in a row "
+                "with a loss or a gradient that is not finite. Look for a parameter that is not "
+                "finite, which no further step can mend.",
+                stacklevel=4,
+            )
 
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
@@ -122,6 +155,19 @@ class Record:
         # Trainers clear gradients between `combined_loss` and `backward`, too.
         if self.staged is not None and not self.staged.combined:
             self.staged = None
+
+    def drop_step(self) -> None:
+        """Another state of the wrapped optimizer was loaded: drop the step in progress.
+
+        What is committed stays, and so does what a loaded balance still waits for:
+        ``torch.distributed.checkpoint`` loads the wrapped optimizer and the balance in any order.
+        """
+        self.staged = self.window = None
+        self.moved = False
+        self.skipped_in_a_row = 0
+        self.metrics, self.faults = StepMetrics(), FaultCounts()
+        if self.steps != self.loaded_at:
+            self.awaiting = None
 
     # ------------------------------------------------------------ order of the calls
 
@@ -155,15 +201,21 @@ class Record:
                 stacklevel=5,
             )
 
-    def check_observed(self, method: str) -> None:
-        """Refuse a ``backward`` where ``observe`` is due."""
-        if self.awaiting is not None:
-            raise BalanceError(
-                f"{method} needs the losses of the same batch after the step. Found another "
-                "backward instead. One of three: give a closure to `backward` or `step`, call "
-                f"`observe(losses)` after `step`, or choose {method}(lagged=True), which takes the "
-                "next batch's losses."
-            )
+    def check_observed(self, method: str, lagged: str | None) -> None:
+        """Refuse a ``backward`` where ``observe`` is due.
+
+        Args:
+            method: The method that needs it.
+            lagged: The same without that need; None if it has no such form.
+        """
+        if self.awaiting is None:
+            return
+        third = f"Or choose {lagged}, which takes the next batch's losses." if lagged else ""
+        raise BalanceError(
+            f"{method} needs the losses of the same batch after the step. Found another backward "
+            "instead. Give a closure to `backward` or `step`, or call `observe(losses)` after "
+            f"`step`. {third}".rstrip()
+        )
 
     def check_stepped(self) -> None:
         """Refuse ``observe`` between a ``backward`` and its step.

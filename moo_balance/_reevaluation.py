@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moo_balance._random_state import NumpyState, RandomState
 from moo_balance._reachable import reachable_modules
 from moo_balance._torch_internals import (
+    as_plain,
     broadcasts_buffers,
     memory_address,
     request_buffer_broadcast,
@@ -121,7 +122,8 @@ def _detach(losses: Any) -> Any:
     if not isinstance(losses, Mapping):
         return losses
     return {
-        name: loss.detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()
+        name: as_plain(loss).detach() if isinstance(loss, Tensor) else loss
+        for name, loss in losses.items()
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -87,6 +87,24 @@ def entries_of(gradient: Tensor) -> Tensor:
     """The stored entries of a sparse gradient; without the private name it is sorted for them."""
     read: Callable[[], Tensor] | None = getattr(gradient, "_values", None)
     return gradient.coalesce().values() if read is None else read()
+
+
+_no_subclass: Callable[[], AbstractContextManager[None]] = getattr(
+    torch._C, "DisableTorchFunctionSubclass", nullcontext
+)
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """The same values and graph, without a class of its own that only acts on functions.
+
+    Such a class may need attributes that a result of an operation lacks, so it is not asked. Where
+    the private name is missing it is. A class that acts on operators (``__torch_dispatch__``), such
+    as ``DTensor``, has other values or storage, and stays.
+    """
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    with torch.enable_grad(), _no_subclass():  # `backward` works under no_grad
+        return tensor.as_subclass(Tensor)
 
 
 find_nonfinite: Callable[[list[Tensor], Tensor, Tensor], None] | None = getattr(

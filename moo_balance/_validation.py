@@ -6,6 +6,7 @@ value found, and what to do.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from moo_balance._torch_internals import as_plain
+from moo_balance._two_step import has_two_steps
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine
 from moo_balance.errors import BalanceValueError
@@ -36,6 +39,34 @@ def check_optimizer(optimizer: object) -> None:
             "objective many times in a step, and balancing changes the objective with each "
             "evaluation. Found LBFGS. Use a first-order optimizer, or LBFGS on a fixed sum."
         )
+
+
+def check_steps(optimizer: Optimizer, nonfinite: str) -> None:
+    """Refuse an optimizer whose step cannot be called, or cannot be skipped where it should be."""
+    if has_two_steps(optimizer):
+        if nonfinite == "skip":
+            raise BalanceValueError(
+                f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "
+                "second step puts back what the first has moved, so that it cannot be "
+                "skipped. Found 'skip'."
+            )
+        return
+    try:
+        arguments = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return  # a callable without a signature
+    required = [each.name for each in arguments if _is_required(each)]
+    if required:
+        raise BalanceValueError(
+            f"Parameter `optimizer` should take a step without arguments. Found "
+            f"{type(optimizer).__name__}, whose `step` needs `{required[0]}`: a closure that it "
+            "evaluates itself cannot be balanced. Use an optimizer that steps on `.grad`."
+        )
+
+
+def _is_required(argument: inspect.Parameter) -> bool:
+    variadic = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    return argument.default is argument.empty and not variadic
 
 
 def check_method(weighting: object, engine: object) -> None:
@@ -67,11 +98,18 @@ def check_loss_names(names: Sequence[str] | None) -> None:
         )
 
 
-def check_options(nonfinite: object, check_ranks_every: object, process_group: object) -> None:
+def check_options(
+    nonfinite: object, max_skips: object, check_ranks_every: object, process_group: object
+) -> None:
     """Refuse other values of the remaining arguments."""
     if nonfinite not in ("raise", "skip"):
         raise BalanceValueError(
             f"Parameter `nonfinite` should be 'raise' or 'skip'. Found {nonfinite!r}."
+        )
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 0):
+        raise BalanceValueError(
+            "Parameter `max_skips` should be a whole number of steps, or None for any number. "
+            f"Found {max_skips!r}."
         )
     if not isinstance(check_ranks_every, int) or check_ranks_every < 0:
         raise BalanceValueError(
@@ -134,10 +172,7 @@ def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Ten
     scalars = _read_scalars(losses, declared)
     for name, loss in scalars.items():
         if not loss.requires_grad:
-            raise BalanceValueError(
-                f"Loss `{name}` should be attached to a graph. Found a tensor that requires no "
-                "gradient. Was it detached, turned into a number, or computed under no_grad?"
-            )
+            raise _no_graph(name, loss)
     return scalars
 
 
@@ -163,6 +198,8 @@ def read_observed_losses(
 def _read_scalars(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
     if not isinstance(losses, Mapping) or not losses:
         raise _no_losses(losses)
+    if set(map(type, losses.values())) != {Tensor}:
+        losses = {k: as_plain(v) if isinstance(v, Tensor) else v for k, v in losses.items()}
     for name, loss in losses.items():
         if not (isinstance(name, str) and name):
             raise _bad_name(name)
@@ -208,19 +245,37 @@ def _bad_name(name: object) -> BalanceValueError:
     )
 
 
+def _no_graph(name: str, loss: Tensor) -> BalanceValueError:
+    if not loss.is_meta and not loss.item():
+        return BalanceValueError(
+            f"Loss `{name}` should be attached to a graph. Found a zero that requires no gradient. "
+            f"{_LEAVE_OUT}"
+        )
+    return BalanceValueError(
+        f"Loss `{name}` should be attached to a graph. Found a tensor that requires no gradient. "
+        "Was it detached, turned into a number, or computed under no_grad?"
+    )
+
+
+_LEAVE_OUT = "Leave it out of the dict if this batch has no such loss."
+
+
 def _bad_loss(name: str, loss: object) -> BalanceValueError:
     if not isinstance(loss, Tensor):
+        absent = loss is None or (isinstance(loss, (int, float)) and not loss)
+        advice = _LEAVE_OUT if absent else "Do not call `.item()` on a loss to be balanced."
         return BalanceValueError(
             f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
-            "Do not call `.item()` on a loss that is to be balanced."
+            f"{advice}"
         )
     if loss.numel() != 1:
         return BalanceValueError(
             f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. Reduce it, for "
             "example with `.mean()`."
         )
+    advice = "" if loss.is_meta or loss.item() else f" {_LEAVE_OUT}"
     return BalanceValueError(
-        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}."
+        f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}.{advice}"
     )
 
 

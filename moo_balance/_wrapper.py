@@ -15,7 +15,8 @@ class OptimizerWrapper(Optimizer):
 
     They are properties, because a copied reference goes stale when a state dict is loaded or a
     framework prepares the optimizer anew. Nothing is ever written into the wrapped ``state``.
-    Hooks registered on the wrapper see the wrapper.
+    Hooks registered on the wrapper see the wrapper. Public methods and attributes that the wrapper
+    itself does not have are the wrapped optimizer's.
     """
 
     _pickled: tuple[str, ...] = ("_wrapped",)
@@ -58,6 +59,17 @@ class OptimizerWrapper(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self._wrapped.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """A public attribute that only the wrapped optimizer has, such as ``train``."""
+        # A copy is asked for names, such as `__setstate__`, before it has any attribute.
+        if name.startswith("_") or "_wrapped" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._wrapped, name)
+
+    def __dir__(self) -> list[str]:
+        public = (name for name in dir(self._wrapped) if not name.startswith("_"))
+        return sorted({*super().__dir__(), *public})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""

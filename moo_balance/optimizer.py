@@ -17,15 +17,18 @@ from moo_balance._checkpoint import BalanceState
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
+from moo_balance._two_step import take_first_step, take_second_step
 from moo_balance._validation import (
     check_loss_names,
     check_method,
     check_optimizer,
     check_options,
+    check_steps,
     read_shared_params,
 )
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine, PerLoss
+from moo_balance.errors import BalanceValueError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import Weighting
 
@@ -37,7 +40,9 @@ class BalancedOptimizer(OptimizerWrapper):
 
     with coefficients :math:`c` from the `weighting`, after which the wrapped optimizer takes its
     own step. It *is* an ``Optimizer``: ``param_groups``, ``state`` and ``defaults`` are those of
-    the wrapped one, and schedulers, clipping and ``GradScaler`` accept it as one.
+    the wrapped one, and schedulers, clipping and ``GradScaler`` accept it as one. Whatever else is
+    public on the wrapped one is reachable here, too, such as ``train()`` and ``eval()`` of
+    schedule-free optimizers.
 
     Three ways to use it::
 
@@ -51,11 +56,21 @@ class BalancedOptimizer(OptimizerWrapper):
         optimizer.combined_loss(losses).backward()   # a scalar, for trainers that call backward
         optimizer.step()
 
+    An optimizer that takes two gradients for one step, such as SAM, has ``first_step`` and
+    ``second_step`` in place of ``step``. ``backward`` comes before each, and the second is the one
+    that counts: the losses and weights of the first are not kept::
+
+        optimizer.backward(model(batch))
+        optimizer.first_step(zero_grad=True)
+        optimizer.backward(model(batch))
+        optimizer.second_step(zero_grad=True)
+
     ``backward`` stages its result and ``step`` commits it: a step that is skipped, or raises,
     leaves the balance as it was.
 
     Args:
-        optimizer: Any ``torch.optim`` optimizer but ``LBFGS``.
+        optimizer: Any ``torch.optim`` optimizer but ``LBFGS``, or one of your own whose ``step``
+            needs no closure.
         weighting: The method, such as ``FAMO()`` or ``MGDA()``. Its docstring says what the
             coefficients sum to; ``Sum()`` gives K ones, the log methods' sum to 1.
         shared_params: Parameters, or a module, over which inner products of gradients are taken,
@@ -65,7 +80,10 @@ class BalancedOptimizer(OptimizerWrapper):
         loss_names: Names of all losses, if the first call will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator the check does not
-            synchronize: the balance keeps its state, and ``log_dict`` reports.
+            synchronize: the balance keeps its state, and ``log_dict`` reports. With a
+            ``grad_scaler`` gradients become NaN, and the scaler skips the step.
+        max_skips: How many steps ``nonfinite="skip"`` may skip in a row; one more raises. A warning
+            comes after 10. Default 100; None for any number.
         process_group: The ranks that see different data and share a model: losses are averaged
             over them, and the gradients that weights come from. Default ``"auto"``: all ranks once
             ``torch.distributed`` is initialised. None if each rank trains a model of its own.
@@ -98,13 +116,15 @@ class BalancedOptimizer(OptimizerWrapper):
         engine: Engine | None = None,
         loss_names: Sequence[str] | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
+        max_skips: int | None = 100,
         process_group: Any = "auto",
         check_ranks_every: int = 1000,
     ) -> None:
         check_optimizer(optimizer)
         check_method(weighting, engine)
         check_loss_names(loss_names)
-        check_options(nonfinite, check_ranks_every, process_group)
+        check_options(nonfinite, max_skips, check_ranks_every, process_group)
+        check_steps(optimizer, nonfinite)
         super().__init__(optimizer)
         self._balancer = Balancer(
             optimizer,
@@ -113,6 +133,7 @@ class BalancedOptimizer(OptimizerWrapper):
             read_shared_params(shared_params, optimizer),
             nonfinite,
             process_group,
+            max_skips,
             check_ranks_every,
             Record(None if loss_names is None else tuple(loss_names)),
         )
@@ -214,8 +235,8 @@ class BalancedOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the open window and the staged step."""
+        self._balancer.discard_gradients()
         self._wrapped.zero_grad(set_to_none)
-        self._balancer.record.discard_gradients()
 
     # ------------------------------------------------------------ steps
 
@@ -239,12 +260,31 @@ class BalancedOptimizer(OptimizerWrapper):
         Raises:
             BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or
                 ranks have drifted apart.
-            NonFiniteError: A gradient is not finite. Checked on the CPU only, and not for shards.
+            NonFiniteError: A gradient is not finite, on any rank; checked on the CPU only. Or more
+                than ``max_skips`` steps were skipped in a row.
         """
         if any(self._step_hooks):
             arguments = {} if closure is None else {"closure": closure}
             return self._step_with_hooks(partial(self._balancer.step, self), **arguments)
         return self._balancer.step(self, closure)
+
+    def __getattr__(self, name: str) -> Any:
+        forwarded = super().__getattr__(name)
+        if name in ("first_step", "second_step") and self._balancer.two_steps:
+            return partial(getattr(self, f"_{name}"), forwarded)
+        return forwarded
+
+    def _first_step(self, first_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Move the parameters to where an optimizer such as SAM takes its second gradient.
+
+        The gradient that ``backward`` has written is used, and its step is not committed.
+        """
+        return take_first_step(self._balancer, self, partial(first_step, *args, **kwargs))
+
+    def _second_step(self, second_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the step of such an optimizer, and commit it as :meth:`step` does."""
+        take = partial(second_step, *args, **kwargs)
+        return self._step_with_hooks(partial(take_second_step, self._balancer, self, take))
 
     def observe(self, losses: Losses) -> None:
         """Pass the losses of the same batch after the step to a method that needs them.
@@ -268,17 +308,22 @@ class BalancedOptimizer(OptimizerWrapper):
         """Losses, weights, coefficients, Gramian and cosines of the last ``backward``."""
         return self._balancer.record.metrics
 
-    def log_dict(self, prefix: str = "moo/") -> dict[str, float]:
+    def log_dict(self, prefix: str = "moo/", pairs: bool | None = None) -> dict[str, float]:
         """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
         Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` after
-        the prefix. Synchronizes with the device.
+        the prefix. Synchronizes with the device, once.
+
+        Args:
+            prefix: Prefix of the keys.
+            pairs: The cosine of each pair of gradients (True), or ``cosine/min`` and
+                ``cosine/mean`` over all pairs (False). Default None: each pair for up to 8 losses.
 
         Raises:
             NonFiniteError: On an accelerator with ``nonfinite="raise"``: a loss was not finite.
         """
         record = self._balancer.record
-        values = {**record.metrics.as_floats(), "skipped": float(record.skipped)}
+        values = {**record.metrics.as_floats(pairs), "skipped": float(record.skipped)}
         if self._balancer.nonfinite == "raise":
             record.faults.raise_if_any()
         return {prefix + key: value for key, value in values.items()}
@@ -306,20 +351,30 @@ class BalancedOptimizer(OptimizerWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a plain optimizer's.
 
-        A plain optimizer's leaves the balance as it is.
+        A plain optimizer's keeps the balance that is committed: the state of the method, which in
+        a new wrapper is its initial one, and the number of steps. Either kind drops the step in
+        progress: what ``backward`` staged, an open window, metrics, and a pending ``observe``. A
+        warning names hyper-parameters of the method that differ from those of the saved run.
 
         Raises:
-            BalanceValueError: The ``"balance"`` entry belongs to another method, other losses or
-                another version. Nothing has changed.
+            BalanceValueError: The ``"balance"`` entry is malformed, or belongs to another method,
+                other losses or another version. Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise BalanceValueError(
+                "Parameter `state_dict` should be a mapping, as `state_dict()` gives it. "
+                f"Found {type(state_dict).__name__}."
+            )
         state = dict(state_dict)
         for before in hooks_of(self, "load_state_dict_pre").values():
             state = before(self, state) or state
-        saved = state.pop("balance", None)
-        checkpoint = None if saved is None else self._balancer.validate(saved)
+        checkpoint = self._balancer.validate(state.pop("balance")) if "balance" in state else None
         self._wrapped.load_state_dict(state)
-        if checkpoint is not None:
-            checkpoint.restore(self._balancer.record)
+        record = self._balancer.record
+        if checkpoint is None:
+            record.drop_step()
+        else:
+            checkpoint.restore(record)
         for after in hooks_of(self, "load_state_dict_post").values():
             after(self)
 

@@ -255,7 +255,8 @@ def test_a_checkpoint_of_other_settings_is_refused(before, after):
     model = SmallModel()
     optimizer = BalancedOptimizer(adam(model), before)
     train(model, optimizer, range(2))
-    with pytest.raises(BalanceValueError, match="`balance`"):
+    changed = "" if type(before) is not type(after) else r".*(logit_optimizer|every).*saved with"
+    with pytest.raises(BalanceValueError, match=f"`balance`{changed}"):
         BalancedOptimizer(adam(model), after).load_state_dict(optimizer.state_dict())
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import moo_balance
+from examples import own_methods
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
 from tests.support.problems import (
@@ -104,7 +105,7 @@ def test_refused_configurations_name_the_argument(refusal):
 def test_a_configuration_is_a_frozen_value(method):
     weighting = method.make(NAMES)
     assert weighting == method.make(NAMES)
-    names = {name: getattr(moo_balance, name) for name in moo_balance.__all__}
+    names = {**vars(own_methods), **vars(moo_balance)}
     assert eval(repr(weighting), names) == weighting
     assert pickle.loads(pickle.dumps(weighting)) == weighting
     for field in dataclasses.fields(weighting):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.amp import GradScaler
@@ -12,6 +14,7 @@ from tests.support.problems import (
     adam,
     as_vector,
     assert_same_parameters,
+    change_value,
     flat_gradient,
     setup,
     sgd,
@@ -116,6 +119,62 @@ def test_a_step_that_the_scaler_skips_leaves_everything_as_it_was(method):
         step_scaled(model, optimizer, scaler, step)
         train(twin, other, [step])
     assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+@over_kinds
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_nonfinite_loss_lowers_the_scale_as_it_does_without_balancing(method, nonfinite, value):
+    model, optimizer = setup(method, nonfinite=nonfinite)
+    scaler = scaler_at(1024.0)
+    step_scaled(model, optimizer, scaler, 0)
+    for count in (1, 2):
+        before = whole_state(model, optimizer)
+        optimizer.zero_grad()
+        optimizer.backward(change_value(model.losses(1), value), grad_scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        assert whole_state(model, optimizer) == before
+        assert scaler.get_scale() == 1024.0 / 2**count
+    step_scaled(model, optimizer, scaler, 1)
+    assert optimizer.log_dict()["moo/skipped"] == 0
+
+
+@over_kinds
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_a_nonfinite_loss_in_a_window_is_left_to_the_scaler(method, nonfinite, spoiled):
+    model, optimizer = setup(method, nonfinite=nonfinite)
+    scaler = scaler_at(1024.0)
+    window(model, optimizer, 0, scaler)
+    before = whole_state(model, optimizer)
+    first, second = ({**model.losses(k)} for k in (1, 2))
+    first, second = (
+        change_value(losses, math.inf) if k == spoiled else losses
+        for k, losses in enumerate((first, second))
+    )
+    optimizer.zero_grad()
+    with optimizer.accumulate():
+        optimizer.backward(first, grad_scaler=scaler)
+    optimizer.backward(second, grad_scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert whole_state(model, optimizer) == before
+    assert scaler.get_scale() == 512.0
+    window(model, optimizer, 2, scaler)
+
+
+@over_kinds
+def test_a_nonfinite_combined_loss_is_left_to_the_scaler(method):
+    model, optimizer = setup(method)
+    scaler = scaler_at(1024.0)
+    before = whole_state(model, optimizer)
+    losses = change_value(model.losses(), math.inf)
+    scaler.scale(optimizer.combined_loss(losses, grad_scaler=scaler)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert whole_state(model, optimizer) == before
+    assert scaler.get_scale() == 512.0
 
 
 @over_kinds

@@ -7,10 +7,17 @@ import math
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moo_balance import MGDA, BalancedOptimizer, History, StepMetrics, Sum
+from moo_balance import (
+    MGDA,
+    BalancedOptimizer,
+    BalanceValueError,
+    History,
+    StepMetrics,
+    Sum,
+)
 from moo_balance.functional import cosine_similarity
-from moo_balance.monitor import to_floats
 from tests.support.problems import SmallModel, jacobian, setup, sgd, snapshot, train
 from tests.support.registry import NAMES, over_kinds, over_some
 
@@ -88,14 +95,118 @@ def test_cosines_are_free_of_scale_and_nan_where_a_gradient_is_not_finite():
     assert torch.equal(broken["a", "c"], expected[0, 2])
 
 
-def test_values_of_any_dtype_are_copied_to_the_host_at_once(monkeypatch):
+class Operations(TorchDispatchMode):
+    """Counts what is computed, and how many numbers or tensors it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def random_metrics(count, names=None, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, 2 * count, generator=generator, dtype=dtype)
+    names = tuple(f"loss {k}" for k in range(count)) if names is None else names
+    return StepMetrics(names, rows @ rows.T, *rows.abs()[:, :3].unbind(1))
+
+
+@pytest.mark.parametrize("pairs", [None, True, False])
+def test_metrics_take_as_many_operations_for_many_losses_as_for_few(pairs, monkeypatch):
     copies = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(1) or tolist(self))
-    values = {"a": torch.tensor(0.5, dtype=torch.float64), "b": torch.tensor(2.0)}
-    assert to_floats(values) == {"a": 0.5, "b": 2.0}
-    assert to_floats({}) == {}
-    assert len(copies) == 1
+    counts = []
+    for count in (9, 50):
+        metrics = random_metrics(count)
+        with Operations() as operations:
+            metrics.as_floats(pairs)
+            History().append(metrics)
+        counts.append(len(operations.names))
+    assert len(copies) == 2
+    assert counts[0] == counts[1] < 40
+
+
+def test_values_of_any_dtype_are_copied_together():
+    vector = torch.tensor([0.5, 0.25])
+    metrics = StepMetrics(("a", "b"), None, vector.double(), vector.bfloat16(), vector)
+    assert metrics.as_floats() == {
+        f"{kind}/{name}": value
+        for kind in ("loss", "weight", "coefficient")
+        for name, value in (("a", 0.5), ("b", 0.25))
+    }
+
+
+def cosine_keys(figures):
+    return [key.removeprefix("cosine/") for key in figures if key.startswith("cosine/")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 200])
+def test_cosines_are_listed_for_few_losses_and_summarized_for_many(count):
+    metrics = random_metrics(count)
+    cosines = torch.tensor([value.item() for value in metrics.cosines.values()])
+    assert len(cosines) == math.comb(count, 2)
+    if count == 1:
+        assert cosine_keys(metrics.as_floats(True)) == cosine_keys(metrics.as_floats(False)) == []
+        return
+    whole, short = metrics.as_floats(True), metrics.as_floats(False)
+    pairs = [whole[f"cosine/{label}"] for label in cosine_keys(whole)]
+    assert pairs == cosines.tolist()
+    assert cosine_keys(short) == ["min", "mean"]
+    assert short["cosine/min"] == cosines.min().item()
+    assert short["cosine/mean"] == pytest.approx(cosines.mean().item(), abs=1e-6)
+    assert metrics.as_floats() == (whole if count <= 8 else short)
+    history = History()
+    history.append(metrics)
+    for key, value in {**whole, **short}.items() if count < 10 else short.items():
+        assert history.series(key) == ([0], [pytest.approx(value, abs=1e-6)])
+    for pairs in (None, True, False):
+        assert history.keys(pairs) == list(metrics.as_floats(pairs))
+
+
+def test_log_dict_passes_the_choice_of_cosines_on():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), MGDA())
+    train(model, optimizer, [0])
+    assert cosine_keys(optimizer.log_dict("")) == ["a,b", "a,c", "b,c"]
+    assert cosine_keys(optimizer.log_dict("", pairs=True)) == ["a,b", "a,c", "b,c"]
+    assert cosine_keys(optimizer.log_dict("", pairs=False)) == ["min", "mean"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a", "b,c", "a,b", "c"),
+        ("a", "a,b", "b", ""),
+        ("a\\", "b", "a\\,b", ",b"),
+        ("a/b", "a", "b/a,b", "cosine/a"),
+        ("min", "mean", "skipped", "loss/min"),
+    ],
+    ids=str,
+)
+def test_names_of_any_characters_have_keys_of_their_own(names):
+    metrics = random_metrics(4, names)
+    whole = metrics.as_floats(True)
+    assert len(whole) == 3 * 4 + 6
+    assert not whole.keys() & {"cosine/min", "cosine/mean", "skipped"}
+    history = History()
+    history.append(metrics)
+    for key, value in whole.items():
+        assert history.series(key) == ([0], [value])
+
+
+def test_the_cosine_of_names_with_commas_is_that_of_their_gradients():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = BalancedOptimizer(torch.optim.SGD([parameter], lr=0.1), MGDA())
+    x, y = parameter
+    optimizer.backward({"a": x, "b,c": x + y, "a,b": y, "c": -x})
+    figures = optimizer.log_dict("")
+    assert figures[r"cosine/a,b\,c"] == pytest.approx(math.sqrt(0.5))
+    assert figures[r"cosine/a\,b,c"] == 0.0
+    assert figures["cosine/a,c"] == -1.0
 
 
 # ---------------------------------------------------------------------- history
@@ -133,6 +244,36 @@ def test_a_history_is_not_changed_by_later_steps():
     before = {key: history.series(key) for key in history.keys()}  # noqa: SIM118
     train(model, optimizer, range(1, 4))
     assert {key: history.series(key) for key in before} == before
+
+
+def test_a_bounded_history_keeps_the_last_steps_and_their_numbers():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), MGDA())
+    whole, last = History(), History(maxlen=3)
+    for step in range(7):
+        train(model, optimizer, [step], "abc" if step != 5 else "ab")
+        whole.append(optimizer.metrics)
+        last.append(optimizer.metrics)
+    assert (len(whole), len(last)) == (7, 3)
+    for key in whole.keys():  # noqa: SIM118
+        steps, values = whole.series(key)
+        kept = [index for index, step in enumerate(steps) if step >= 4]
+        assert last.series(key) == ([steps[k] for k in kept], [values[k] for k in kept])
+    assert last.series("loss/c")[0] == [4, 6]
+
+
+@pytest.mark.parametrize("maxlen", [0, -1, 2.0, "all", True])
+def test_a_bound_that_is_no_number_of_steps_is_refused(maxlen):
+    with pytest.raises(BalanceValueError, match=f"`maxlen`.*Found {maxlen!r}"):
+        History(maxlen)
+
+
+def test_a_history_keeps_no_more_than_the_metrics_of_each_step():
+    history, metrics = History(), random_metrics(50)
+    with Operations() as operations:
+        for _ in range(10):
+            history.append(metrics)
+    assert operations.names == []
 
 
 @over_some("MGDA-none")

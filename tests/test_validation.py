@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, BalanceValueError, Sum
+import moo_balance
+from moo_balance import (
+    FAMO,
+    MGDA,
+    BalancedOptimizer,
+    BalancedTrajectory,
+    BalanceError,
+    BalanceValueError,
+    FixedWeights,
+    MovingAverage,
+    OnlineTchebycheff,
+    SmoothTchebycheff,
+    Sum,
+    SumLog,
+    Tchebycheff,
+)
 from moo_balance.errors import NonFiniteError
 from tests.support.problems import (
     SmallModel,
@@ -20,7 +38,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import NAMES, over, over_kinds, over_some
+from tests.support.registry import METHODS, NAMES, over, over_kinds, over_some
 
 
 def tensor(value, **arguments):
@@ -45,13 +63,20 @@ FAULTS = {
     "a number as name": (lambda losses: {**losses, 1: losses["a"]}, r"names. Found 1\b"),
     "an empty name": (lambda losses: {**losses, "": losses["a"]}, r"names. Found ''"),
     "undeclared": (lambda losses: {**losses, "rat": losses["a"]}, r"`rat`.*`a`, `b`, `c`"),
-    "a float": (replace("b", lambda loss: loss.item()), r"`b`.*Found float"),
-    "none inside": (replace("b", lambda loss: None), r"`b`.*Found NoneType"),
+    "a float": (replace("b", lambda loss: loss.item()), r"`b`.*Found float.*`\.item\(\)`"),
+    "none inside": (replace("b", lambda loss: None), r"`b`.*Found NoneType.*Leave it out"),
+    "zero": (replace("b", lambda loss: 0.0), r"`b`.*Found float \(0.0\).*Leave it out"),
+    "a whole zero": (replace("b", lambda loss: 0), r"`b`.*Found int \(0\).*Leave it out"),
+    "a zero tensor": (
+        replace("b", lambda loss: torch.tensor(0.0)),
+        r"`b`.*attached.*Found a zero.*Leave it out",
+    ),
+    "a whole zero tensor": (replace("b", lambda loss: torch.tensor([0])), r"int64.*Leave it out"),
     "a vector": (replace("b", lambda loss: loss.repeat(3)), r"`b`.*shape \(3,\)"),
     "nothing": (replace("b", lambda loss: loss.repeat(0)), r"`b`.*shape \(0,\)"),
     "a whole number": (replace("b", lambda loss: loss.long()), r"`b`.*torch.int64"),
     "complex": (replace("b", lambda loss: loss + 0j), r"`b`.*torch.complex128"),
-    "detached": (replace("b", lambda loss: loss.detach()), r"`b`.*attached"),
+    "detached": (replace("b", lambda loss: loss.detach()), r"`b`.*attached.*Was it detached"),
     "not a number": (replace("b", lambda loss: loss * math.nan), r"`b`.*finite. Found nan"),
     "infinite": (replace("c", lambda loss: loss / 0), r"`c`.*finite. Found inf"),
     "minus infinite": (replace("c", lambda loss: -loss / 0), r"`c`.*finite. Found -inf"),
@@ -148,8 +173,9 @@ def test_step_before_backward_is_refused(method):
 @over_kinds
 def test_observe_before_step_is_refused(method):
     model, optimizer = setup(method)
-    with pytest.raises(BalanceError, match="`observe` should follow `step`"):
-        optimizer.observe(model.losses())
+    before = whole_state(model, optimizer)
+    optimizer.observe(model.losses())  # as after a first step that GradScaler skipped
+    assert whole_state(model, optimizer) == before
     train(model, optimizer, [0])
     before = whole_state(model, optimizer)
     optimizer.zero_grad()
@@ -321,6 +347,101 @@ def test_named_arguments_are_checked_with_the_first_losses():
     with pytest.raises(BalanceValueError, match=r"`bounds`.*`d`"):
         optimizer.backward(model.losses())
     assert whole_state(model, optimizer) == before
+
+
+BY_NAME = {
+    "values": FixedWeights({"a": 1.0, "b": 1.0, "c": 1.0}),
+    "bounds": SumLog(bounds={"b": -1.0}),
+    "shift": FAMO(shift={"b": 1.0}),
+    "preference": OnlineTchebycheff(preference={"a": 1.0, "b": 2.0, "c": 1.0}),
+    "ideal": Tchebycheff(ideal={"b": -1.0}),
+    "nadir": SmoothTchebycheff(nadir={"a": 50.0, "b": 50.0, "c": 500.0}),
+    "inner": MovingAverage(FixedWeights({"a": 1.0, "b": 1.0, "c": 1.0})),
+}
+
+
+@pytest.mark.parametrize("weighting", BY_NAME.values(), ids=BY_NAME)
+def test_a_first_batch_that_lacks_a_loss_leads_to_the_argument_that_declares_it(weighting):
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), weighting)
+    before = whole_state(model, optimizer)
+    with pytest.raises(BalanceValueError, match=r"Found `b`, which is none.*`loss_names=\[…\]`"):
+        optimizer.backward(model.losses(0, ("a", "c")))
+    assert whole_state(model, optimizer) == before
+    optimizer = BalancedOptimizer(sgd(model), weighting, loss_names=NAMES)
+    train(model, optimizer, [0], ("a", "c"))
+    train(model, optimizer, [1])
+
+
+@over(lambda method: method in METHODS and max(method.bounds(NAMES)) > -math.inf)
+def test_a_loss_at_its_bound_leads_to_arguments_that_the_method_has(method):
+    model, optimizer = setup(method)
+    at_fault = replace("a", lambda loss: loss - loss.detach() - 5.0)
+    with pytest.raises(BalanceValueError, match="should be above") as caught:
+        optimizer.backward(at_fault(model.losses()))
+    advice = str(caught.value).partition("Found -5. ")[2]
+    name, arguments = re.match(r"Give (\w+) (.*), or a loss that stays above", advice).groups()
+    cls = getattr(moo_balance, name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    named = re.findall(r"`(\w+)", arguments)
+    assert named
+    assert set(named) <= fields
+    weighting = optimizer.weighting
+    inner = getattr(weighting, "weighting", weighting)
+    assert isinstance(inner, cls)
+    settings = re.findall(r"`(\w+)=([^`]*)`", arguments)
+    helped = {key: ast.literal_eval(value) for key, value in settings}
+    for key, change in (("shift", 10.0), ("bounds", -10.0), ("ideal", -10.0)):
+        if key in named and not helped:
+            helped = {key: change}
+    changed = dataclasses.replace(inner, **helped)
+    BalancedOptimizer(sgd(model), changed).backward(at_fault(model.losses()))
+
+
+def test_a_method_of_ones_own_may_say_what_helps():
+    class Roots(Sum):
+        def lower_bounds(self, names):
+            return [0.0] * len(names)
+
+    class Helpful(Roots):
+        bound_advice = "Give Helpful a `floor`."
+
+    model = SmallModel()
+    at_fault = replace("a", lambda loss: loss - loss.detach())
+    for weighting, advice in ((Roots(), "Give a loss that stays above"), (Helpful(), "`floor`")):
+        with pytest.raises(BalanceValueError, match=advice):
+            BalancedOptimizer(sgd(model), weighting).backward(at_fault(model.losses()))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "lagged"),
+    [
+        (FAMO(), " FAMO(lagged=True),"),
+        (BalancedTrajectory(), " BalancedTrajectory(lagged=True),"),
+        (MovingAverage(FAMO()), " MovingAverage(FAMO(lagged=True)),"),
+    ],
+)
+def test_the_method_that_a_missing_observation_leads_to_exists(weighting, lagged):
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), weighting)
+    optimizer.backward(model.losses())
+    optimizer.step()
+    with pytest.raises(BalanceError, match=re.escape(lagged)):
+        optimizer.backward(model.losses())
+    other = eval(lagged.strip(" ,"), vars(moo_balance))
+    train(model, BalancedOptimizer(sgd(model), other), range(2))
+
+
+def test_a_method_without_such_a_form_is_not_said_to_have_one():
+    class Watching(Sum):
+        observes_step = True
+
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), Watching())
+    optimizer.backward(model.losses())
+    optimizer.step()
+    with pytest.raises(BalanceError, match=r"`observe\(losses\)` after `step`\.$"):
+        optimizer.backward(model.losses())
 
 
 def test_errors_tell_bad_values_from_calls_in_the_wrong_order():

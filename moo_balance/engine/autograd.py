@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,7 +30,8 @@ from moo_balance.errors import BalanceError
 _SEQUENCE_NUMBER = "_sequence_nr"  # of nodes; without it, their order follows from the edges
 _METADATA = "_input_metadata"  # of nodes; without it, the shape of a gradient is not known
 _ACCUMULATE, _LEAF = "AccumulateGrad", "variable"  # without them, no layer is factored
-_TENSOR_HOOKS = "_backward_hooks"  # of tensors; without it, parameters may have hooks
+_TENSOR_HOOKS = "_backward_hooks"  # of tensors; without it, an activation may have hooks
+_POST_HOOKS = "_post_accumulate_grad_hooks"  # of leaves; without the two, handles lead to hooks
 _BACKWARD_CLASS = "_backward_cls"  # of functions; without this name or one of the next two, any
 _CHECKPOINT = "CheckpointFunction"  # node that Python defines may be a reentrant checkpoint
 _MODULE_HOOK = "BackwardHookFunction"  # or the hook of a module
@@ -38,6 +40,7 @@ _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself report
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
+_RAW, _UNPACK = "_raw", "unpack_hook"  # of saved tensors; without them, no layer is factored
 
 
 class _Product(NamedTuple):
@@ -173,6 +176,17 @@ class MatrixProduct(NamedTuple):
     inputs: int
     outputs: int
 
+    def is_packed(self) -> bool:
+        """Whether a hook has packed the left factor, so that reading it may compute it anew.
+
+        Activation checkpoints are such hooks. Each reading outside of a backward pass would compute
+        the whole block again, and keep what it has computed.
+        """
+        try:
+            return getattr(getattr(self.node, _RAW + self.saved.left), _UNPACK) is not None
+        except AttributeError:
+            return True
+
     def left(self) -> Tensor:
         """The left factor."""
         return getattr(self.node, self.saved.left).detach()  # type: ignore[no-any-return]
@@ -206,6 +220,60 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
     return products
 
 
+def unpack_hooks(node: Node) -> set[int]:
+    """Identities of the hooks that unpack what a node has saved; none without the private names.
+
+    One activation checkpoint has one hook for all its nodes. The hook of ``save_on_cpu``, which
+    only moves a tensor, is left out.
+    """
+    hooks = []
+    for name in _saved_names(type(node)):
+        saved = getattr(node, name)
+        hooks += [getattr(s, _UNPACK, None) for s in (saved if type(saved) is tuple else [saved])]
+    moves = torch.autograd.graph.__name__
+    return {id(hook) for hook in hooks if hook and getattr(hook, "__module__", None) != moves}
+
+
+@cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith(_RAW + "_saved_")]
+
+
+class KeptTensors(NamedTuple):
+    """The tensors that functions defined in Python keep for their backward pass, with versions."""
+
+    nodes: Sequence[Node]
+    kept: Sequence[dict[Any, tuple[Tensor, int]]]
+
+    @staticmethod
+    def of(nodes: Iterable[Node]) -> KeptTensors:
+        """Those of all these nodes."""
+        functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        return KeptTensors(functions, [_kept_tensors(node) for node in functions])
+
+    def find_change(self) -> str | None:
+        """Name of a function that has since replaced one, or written into it; None if none has."""
+        for node, before in zip(self.nodes, self.kept, strict=True):
+            after = _kept_tensors(node)
+            for name, (tensor, version) in before.items():
+                same = name in after and after[name][0] is tensor and after[name][1] == version
+                if not same:
+                    return type(node).__name__
+        return None
+
+
+def _kept_tensors(node: Any) -> dict[Any, tuple[Tensor, int]]:
+    """Attributes, entries of attributes, and saved tensors, which are read only if not packed."""
+    kept = dict[Any, Any]()
+    for name, value in vars(node).items():
+        entries = value if isinstance(value, (tuple, list)) else [value]
+        kept |= {(name, k): entry for k, entry in enumerate(entries)}
+    for k, saved in enumerate(getattr(node, _RAW + "_saved_tensors", ())):
+        kept[k] = saved.data if getattr(saved, _UNPACK, saved) is None else None
+    tensors = {name: t for name, t in kept.items() if isinstance(t, Tensor)}
+    return {name: (t, t._version) for name, t in tensors.items() if not t.is_inference()}
+
+
 def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:
     """Whether there is a reentrant checkpoint among these nodes.
 
@@ -224,15 +292,112 @@ def _node_class(module: Any, function: str) -> Any:
     return getattr(getattr(module, function, None), _BACKWARD_CLASS, BackwardCFunction)
 
 
-def has_hooks(tensors: Sequence[Tensor]) -> bool:
-    """Whether a hook is registered on one of these tensors."""
+# ---------------------------------------------------------------------- hooks of parameters
+
+
+class ParameterHooks(NamedTuple):
+    """The hooks registered on a parameter, each kind in the order in which they run.
+
+    PyTorch reads these dictionaries whenever a gradient arrives: emptied in place, none runs.
+    """
+
+    of_tensor: dict[int, Any]
+    post_accumulate: dict[int, Any]
+
+
+def hooks_of_parameter(param: Tensor) -> ParameterHooks:
+    """The hooks that get its gradient, and those called once the gradient is in ``.grad``."""
+    of_tensor = _hook_dict(param, _TENSOR_HOOKS, param.register_hook)
+    register = param.register_post_accumulate_grad_hook
+    return ParameterHooks(of_tensor, _hook_dict(param, _POST_HOOKS, register))
+
+
+def _hook_dict(param: Tensor, name: str, register: Callable[[Any], Any]) -> dict[int, Any]:
+    if hasattr(param, name):
+        return getattr(param, name) or {}
+    if not param.requires_grad:
+        return {}  # a hook can be registered on no such tensor
+    handle = register(_do_nothing)
+    handle.remove()
+    return handle.hooks_dict_ref()  # type: ignore[no-any-return]
+
+
+def _do_nothing(*arguments: Any) -> None:
+    pass
+
+
+def hooked_positions(params: Sequence[Tensor]) -> list[int]:
+    """Positions of the parameters with hooks; those of their graph nodes do not count."""
+    hooked = []
     try:
-        for tensor in tensors:
-            if getattr(tensor, _TENSOR_HOOKS):
-                return True
+        for k, param in enumerate(params):
+            if getattr(param, _TENSOR_HOOKS) or getattr(param, _POST_HOOKS):
+                hooked.append(k)
+    except AttributeError:
+        return [k for k, param in enumerate(params) if any(hooks_of_parameter(param))]
+    return hooked
+
+
+def silence_hooks(params: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Context within which hooks of parameters do not run; it may be entered repeatedly.
+
+    Hooks are for the balanced gradient; the gradients of single losses are not shown to them.
+    """
+    hooked = hooked_positions(params)
+    if not hooked:
+        return nullcontext()
+    return _SilencedHooks([hooks_of_parameter(params[k]) for k in hooked])
+
+
+class _SilencedHooks(AbstractContextManager[None]):
+    def __init__(self, hooked: Iterable[ParameterHooks]) -> None:
+        self.hooks = [kind for hooks in hooked for kind in hooks if kind]
+        self.kept: list[dict[int, Any]] = []
+
+    def __enter__(self) -> None:
+        self.kept = [dict(hooks) for hooks in self.hooks]
+        for hooks in self.hooks:
+            hooks.clear()
+
+    def __exit__(self, *error: object) -> None:
+        for hooks, kept in zip(self.hooks, self.kept, strict=True):
+            kept.update(hooks)  # registered meanwhile
+            hooks.clear()
+            hooks.update(kept)
+
+
+def node_hook_positions(params: Sequence[Tensor]) -> list[int]:
+    """Positions of the parameters at whose graph nodes hooks were registered from Python.
+
+    ``autograd.grad`` does not run these. Finding them takes microseconds for each parameter. Those
+    that FSDP1 registers on its flat parameters do not count.
+    """
+    return [
+        k
+        for k, param in enumerate(params)
+        if not is_flattened([param]) and _has_node_hooks(edge_of(param)[0])
+    ]
+
+
+def _has_node_hooks(node: Node) -> bool:
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_do_nothing)
+        registered = handle.hooks_dict_ref()
+        handle.remove()
+        if registered:
+            return True
+    return False
+
+
+def has_hooks(tensors: Sequence[Tensor]) -> bool:
+    """Whether a hook is registered on one of these activations."""
+    try:
+        return any(getattr(tensor, _TENSOR_HOOKS) for tensor in tensors)
     except AttributeError:
         return any(tensor.is_leaf or has_hook_at(edge_of(tensor)) for tensor in tensors)
-    return False
+
+
+# ---------------------------------------------------------------------- hooks of activations
 
 
 def has_hook_at(edge: Edge) -> bool:

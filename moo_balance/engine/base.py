@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import reduce
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moo_balance.engine.autograd import explain_donated_buffers
+from moo_balance.engine.autograd import (
+    explain_donated_buffers,
+    hooked_positions,
+    hooks_of_parameter,
+)
 from moo_balance.errors import BalanceError
 
 if TYPE_CHECKING:
@@ -39,6 +43,8 @@ class Problem(NamedTuple):
         features: Tensors through which all losses are computed; empty if none were named.
         stacked: The losses as one vector [K], as ``stack_losses`` gives it; None to stack them
             when they are needed.
+        node_hooks: Positions of the parameters at whose graph nodes hooks are registered. Other
+            hooks are found without it.
     """
 
     names: Sequence[str]
@@ -50,16 +56,16 @@ class Problem(NamedTuple):
     averager: RowAverager | None = None
     features: Sequence[Tensor] = ()
     stacked: Tensor | None = None
+    node_hooks: Collection[int] = ()
 
     def grad_outputs(self) -> list[Tensor]:
-        """What the backward pass of each single loss starts from: the scale."""
-        outputs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for loss in self.losses:
-            kind = loss.device, loss.dtype
-            if kind not in outputs:
-                one = torch.ones((), device=loss.device, dtype=loss.dtype)
-                outputs[kind] = one if self.scale is None else self.scale.to(one)
-        return [outputs[loss.device, loss.dtype] for loss in self.losses]
+        """What the backward pass of each single loss starts from: the scale.
+
+        Each is a tensor of its own: a function of the user's may write into what it is given.
+        """
+        if self.scale is None:
+            return [torch.ones((), device=each.device, dtype=each.dtype) for each in self.losses]
+        return [self.scale.to(each.device, each.dtype, copy=True) for each in self.losses]
 
 
 def is_distributed() -> bool:
@@ -136,11 +142,18 @@ def weighted_backward(problem: Problem, coefficients: Tensor) -> None:
     It runs through ``torch.autograd.backward``, so hooks, data parallelism, sharding and sparse
     gradients behave as they do without balancing.
     """
+    losses, grad_outputs = weighted_root(problem, coefficients)
+    torch.autograd.backward(losses, grad_outputs, retain_graph=problem.retain_graph)
+
+
+def weighted_root(problem: Problem, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses as one vector, and what a backward pass of their weighted sum starts from."""
     losses = stack_losses(problem.losses) if problem.stacked is None else problem.stacked
     if problem.scale is not None:
         # Not in the losses' own precision: a float16 does not hold a scaler's 65536.
         coefficients = coefficients * problem.scale.to(coefficients)
-    torch.autograd.backward(losses, coefficients.to(losses), retain_graph=problem.retain_graph)
+    # A copy, since a function of the user's may write into it.
+    return losses, coefficients.to(losses, copy=True)
 
 
 def gradients_of(
@@ -148,7 +161,8 @@ def gradients_of(
 ) -> Row:
     """``autograd.grad`` from tensors or edges to tensors or edges; None where nothing arrives.
 
-    It writes no ``.grad`` and runs no post-accumulate hook.
+    It writes no ``.grad`` and runs no hook of a parameter but those on its gradient, which callers
+    silence.
     """
     if not inputs:  # all parameters are frozen
         return ()
@@ -181,10 +195,11 @@ def gradients_through_hooks(
 
 def add_rows(left: Row, right: Row) -> Row:
     """Sum of two gradients, parameter by parameter."""
-    return [_sum(a, b) for a, b in zip(left, right, strict=True)]
+    return [add_gradients(a, b) for a, b in zip(left, right, strict=True)]
 
 
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+def add_gradients(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of two gradients of one parameter."""
     if left is None or right is None:
         return right if left is None else left
     return right + left if left.is_sparse else left + right
@@ -203,28 +218,95 @@ def add_to_grad(total: Row, params: Sequence[Tensor]) -> None:
             param.grad.add_(gradient)
 
 
+def deliver(total: Row, problem: Problem) -> None:
+    """Add the balanced gradient to ``.grad``, where hooks of parameters see it, once.
+
+    `total` must not be used elsewhere.
+    """
+    params = problem.params
+    hooked = {*hooked_positions(params), *problem.node_hooks}
+    if not hooked:
+        add_to_grad(total, params)
+        return
+    add_to_grad([None if k in hooked else g for k, g in enumerate(total)], params)
+    reached = [(params[k], g) for k in sorted(hooked) if (g := total[k]) is not None]
+    # On several ranks a pass through autograd would start the averaging of a data-parallel model.
+    # And it takes no parameter that was frozen within a window.
+    passes = [problem.averager is None and param.requires_grad for param, _ in reached]
+    if any(passes):
+        roots, grads = zip(*compress(reached, passes), strict=True)
+        torch.autograd.backward(roots, grads)
+    for (param, gradient), passed in zip(reached, passes, strict=True):
+        if not passed:
+            _accumulate(param, gradient)
+
+
+def hooked_nodes(obstacle: str) -> BalanceError:
+    """The error where hooks of graph nodes cannot be run once, on the balanced gradient."""
+    return BalanceError(
+        "Hooks should be registered on the parameters themselves here. Found some on their "
+        f"AccumulateGrad nodes, and {obstacle}. Use `register_hook` or "
+        "`register_post_accumulate_grad_hook` of the parameter, or a method without a Gramian."
+    )
+
+
+@torch.no_grad()
+def _accumulate(param: Tensor, gradient: Tensor) -> None:
+    """Add to ``.grad`` of one parameter, and run its hooks as autograd does."""
+    hooks = hooks_of_parameter(param)
+    for hook in list(hooks.of_tensor.values()):
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    add_to_grad([gradient], [param])
+    for hook in list(hooks.post_accumulate.values()):
+        hook(param)
+
+
 def remove_loss_scale(gramian: Tensor, scale: Tensor | None) -> Tensor:
     """The Gramian of the unscaled gradients: the scale enters both sides of every product."""
-    return gramian if scale is None else gramian / scale.to(gramian) ** 2
+    return gramian if scale is None else gramian / (factor := scale.to(gramian)) / factor
 
 
-def precomputed_gradient(value: Tensor, gradients: Row, params: Sequence[Tensor]) -> Tensor:
-    """A scalar equal to `value` whose backward pass returns `gradients` to `params`.
+def precomputed_gradient(value: Tensor, gradients: Row, problem: Problem) -> Tensor:
+    """A scalar equal to `value` whose backward pass returns `gradients` to the parameters.
 
     They arrive as any gradient does: scaled by what the backward pass starts from, added to
     ``.grad``, seen by hooks. So a training loop calls ``backward`` on it as on any loss.
+
+    On several ranks, which have averaged the gradients, they are written to ``.grad`` directly:
+    returned to the parameters, they would start the averaging of a data-parallel model.
     """
-    reached = [(g, p) for g, p in zip(gradients, params, strict=True) if g is not None]
-    return _Precomputed.apply(value, [g for g, _ in reached], *(p for _, p in reached))  # type: ignore[no-any-return, no-untyped-call]
+    if problem.averager is not None:
+        start = torch.zeros((), device=value.device, requires_grad=True)
+        return _Precomputed.apply(value, gradients, problem, start)  # type: ignore[no-any-return, no-untyped-call]
+    reached = [(g, p) for g, p in zip(gradients, problem.params, strict=True) if g is not None]
+    params = [p for _, p in reached]
+    return _Precomputed.apply(value, [g for g, _ in reached], None, *params)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Precomputed(torch.autograd.Function):
+    """The value, whose gradient goes to the inputs, or, given a problem, into ``.grad``."""
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any, value: Tensor, gradients: Row, problem: Problem | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.problem = gradients, problem
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, None, *(g * grad_output.to(g.device, g.dtype) for g in ctx.gradients)
+        if torch.is_grad_enabled():
+            raise BalanceError(
+                "The gradient of a `combined_loss` whose weights come from a Gramian has no graph: "
+                "it is computed before. Found `create_graph=True`. Differentiate the losses "
+                "themselves, or use a method without a Gramian."
+            )
+        scaled = [
+            None if gradient is None else gradient * grad_output.to(gradient.device, gradient.dtype)
+            for gradient in ctx.gradients
+        ]
+        if ctx.problem is None:
+            return None, None, None, *scaled
+        deliver(scaled, ctx.problem)
+        return None, None, None, None

@@ -5,16 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moo_balance.engine.autograd import is_flattened as is_flattened
-from moo_balance.engine.base import Row
+from moo_balance.engine.autograd import is_flattened as is_flattened, silence_hooks
+from moo_balance.engine.base import (
+    Problem,
+    Row,
+    deliver,
+    gradients_of,
+    precomputed_gradient,
+    weighted_backward,
+    weighted_root,
+    weighted_sum,
+)
 from moo_balance.engine.jacobian import inner_products
 from moo_balance.errors import BalanceError
+
+T = TypeVar("T", Tensor, "Tensor | None")
 
 
 def is_sharded(params: Iterable[Tensor]) -> bool:
@@ -162,6 +173,38 @@ def average_over_ranks(
     return [list(row) for row in averager.wait(pending, params)]
 
 
+# ---------------------------------------------------------------------- averaged weighted sums
+
+
+def add_weighted_sum(problem: Problem, coefficients: Tensor) -> None:
+    """Add the gradient of the weighted sum to ``.grad``, by one backward pass.
+
+    A data-parallel wrapper would average the gradient of an ordinary pass; a bare model has none.
+    So it is averaged here for both. Sharded parameters are averaged by their own hooks.
+    """
+    if all(map(is_whole, problem.params)):
+        deliver(_averaged_gradient(problem, coefficients), problem)
+    else:
+        weighted_backward(problem, coefficients)
+
+
+def combined_sum(problem: Problem, coefficients: Tensor) -> Tensor:
+    """The weighted sum as a scalar, whose backward pass does the same, without the scale."""
+    value = weighted_sum(problem, coefficients)
+    if not all(map(is_whole, problem.params)):
+        return value
+    gradient = _averaged_gradient(problem._replace(scale=None), coefficients)
+    return precomputed_gradient(value.detach(), gradient, problem)
+
+
+def _averaged_gradient(problem: Problem, coefficients: Tensor) -> Row:
+    losses, grad_outputs = weighted_root(problem, coefficients)
+    with silence_hooks(problem.params):
+        row = gradients_of([losses], [grad_outputs], problem.params, problem.retain_graph)
+    (average,) = average_over_ranks([("", row)], problem.averager, problem.params)
+    return average
+
+
 # ---------------------------------------------------------------------- sharded parameters
 
 
@@ -182,7 +225,7 @@ def sharded_inner_products(
         gradient = next((row[k] for row in rows if row[k] is not None), None)
         if gradient is not None:
             families.setdefault(_sharding_of(gradient), []).append(k)
-    local = [[_local(gradient) for gradient in row] for row in rows]
+    local = [[local_part(gradient) for gradient in row] for row in rows]
     total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
     for (mesh, dims), members in families.items():
         products = inner_products(local, members, dtype, device)
@@ -212,5 +255,7 @@ def _sharding_of(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
     return gradient.device_mesh, dims  # type: ignore[attr-defined]
 
 
-def _local(gradient: Tensor | None) -> Tensor | None:
-    return getattr(gradient, "to_local", lambda: gradient)()
+def local_part(tensor: T) -> T:
+    """What this rank holds of a tensor; a whole one, or None, as it is."""
+    part: T = getattr(tensor, "to_local", lambda: tensor)()
+    return part

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,22 +29,30 @@ from moo_balance.engine.autograd import (
     is_flattened,
     leaf_positions,
     nodes_above,
+    silence_hooks,
 )
 from moo_balance.engine.base import (
     Linearization,
     Problem,
     Row,
     add_rows,
-    add_to_grad,
+    deliver,
     gradients_of,
     gradients_through_hooks,
+    hooked_nodes,
     precomputed_gradient,
     remove_loss_scale,
     weighted_backward,
     weighted_sum,
 )
-from moo_balance.engine.distributed import average_over_ranks, is_sharded
+from moo_balance.engine.distributed import (
+    add_weighted_sum,
+    average_over_ranks,
+    combined_sum,
+    is_sharded,
+)
 from moo_balance.engine.jacobian import Jacobian
+from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError, BalanceValueError
 
 
@@ -57,11 +66,17 @@ class FeatureGramian(Linearization):
         self.of_heads: Jacobian | None = None
 
     def gramian(self) -> Tensor:
-        problem = self.problem
-        cotangents, rows = differentiate_heads(problem)
+        cotangents, rows = differentiate_heads(self.problem)
         self.at_features = Jacobian(cotangents)
         self.of_heads = Jacobian(rows, ())
-        gramian = self.at_features.gramian(self.dtype, problem.losses[0].device)
+        # Whether a gradient is zero is another question on each rank.
+        is_zero = self.at_features.is_zero if self.problem.averager is None else None
+        return products_in_range(partial(self._products, self.at_features), self.dtype, is_zero)
+
+    def _products(self, at_features: Jacobian, dtype: torch.dtype) -> Tensor:
+        """Inner products at the features, over all ranks, without the loss scale."""
+        problem = self.problem
+        gramian = at_features.gramian(dtype, problem.losses[0].device)
         if problem.averager is not None:
             # Of the mean loss, each rank holds the gradient at its own samples' features.
             gramian = gramian / problem.averager.size**2
@@ -71,23 +86,21 @@ class FeatureGramian(Linearization):
     def add_to_grad(self, coefficients: Tensor) -> None:
         problem = self.problem
         if self.at_features is None or self.of_heads is None:
-            weighted_backward(problem, coefficients)
-        elif problem.averager is not None:
-            total = self._combine(self.at_features, self.of_heads, coefficients)
-            add_to_grad(total, problem.params)
+            add = weighted_backward if problem.averager is None else add_weighted_sum
+            add(problem, coefficients)
         else:
-            roots, cotangents = self._roots(self.at_features, coefficients)
-            torch.autograd.backward(roots, cotangents, retain_graph=problem.retain_graph)
-            add_to_grad(self.of_heads.combine(coefficients), problem.params)
+            total = self._combine(self.at_features, self.of_heads, coefficients)
+            deliver(total, problem)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
-        if self.at_features is None or self.of_heads is None or has_hooks(problem.params):
-            return weighted_sum(problem, coefficients)
+        if self.at_features is None or self.of_heads is None:
+            combine = weighted_sum if problem.averager is None else combined_sum
+            return combine(problem, coefficients)
         unscaled = coefficients if problem.scale is None else coefficients / problem.scale
         total = self._combine(self.at_features, self.of_heads, unscaled)
         value = weighted_sum(problem, coefficients).detach()
-        return precomputed_gradient(value, total, problem.params)
+        return precomputed_gradient(value, total, problem)
 
     def _combine(self, at_features: Jacobian, of_heads: Jacobian, coefficients: Tensor) -> Row:
         """The weighted gradient of all parameters."""
@@ -95,7 +108,8 @@ class FeatureGramian(Linearization):
         roots, cotangents = self._roots(at_features, coefficients)
         reentrant = has_reentrant_checkpoint(nodes_above(roots))
         take = gradients_through_hooks if reentrant else gradients_of
-        row = take(roots, cotangents, problem.params, _retains_graph(problem))
+        with silence_hooks(problem.params):
+            row = take(roots, cotangents, problem.params, problem.retain_graph)
         row = add_rows(of_heads.combine(coefficients), row)
         if problem.averager is None:
             return row
@@ -133,11 +147,11 @@ def differentiate_heads(problem: Problem) -> HeadGradients:
     inputs = [*problem.features, *(problem.params[k] for k in positions)]
     # A path around the features leads every pass through nodes of the trunk, needed once more.
     bypassed = bool(heads & trunk) or _is_nested(problem.features, trunk)
-    retain = _need_graph_later(parts, bypassed or _retains_graph(problem))
+    retain = _need_graph_later(parts, bypassed or problem.retain_graph)
     heads_gradients = HeadGradients([], [])
     # Usually nothing that is requested comes before the features. But a parameter may be used on
     # both sides, and one feature may be computed from another.
-    with _block_gradients(map(edge_of, problem.features)):
+    with silence_hooks(problem.params), _block_gradients(map(edge_of, problem.features)):
         for k, (loss, output) in enumerate(
             zip(problem.losses, problem.grad_outputs(), strict=True)
         ):
@@ -194,11 +208,6 @@ def _is_nested(features: Sequence[Tensor], trunk: Iterable[Node]) -> bool:
     return any(edge_of(feature)[0] in uses for feature in features)
 
 
-def _retains_graph(problem: Problem) -> bool:
-    """Whether nodes of the trunk are needed after the last pass; hooks call for one more."""
-    return problem.retain_graph or has_hooks(problem.params)
-
-
 def _not_between(name: str) -> BalanceError:
     return BalanceValueError(
         "Parameter `features` should be what every loss is computed from. Found none that loss "
@@ -220,3 +229,5 @@ def _check_surroundings(problem: Problem, in_heads: bool, in_trunk: bool) -> Non
         obstacle = "a hook on a feature, which would see its gradient in parts"
     if obstacle is not None:
         raise BalanceError(f"Parameter `features` should be left out here. Found {obstacle}.")
+    if in_trunk and problem.node_hooks:
+        raise hooked_nodes("a reentrant checkpoint")

@@ -30,6 +30,7 @@ from moo_balance.engine.products import (
     as_real_vector,
     assemble_gramian,
     chunk_size,
+    is_all_zero,
     sparse_products,
     vector_products,
 )
@@ -63,6 +64,15 @@ class Jacobian:
                 else:
                     sums[key] = block.losses, products
         return assemble_gramian(sums.values(), self.count, dtype, device)
+
+    def is_zero(self, loss: int) -> bool:
+        """Whether the row of a loss is zero in all compared parameters."""
+        return all(
+            is_all_zero(gradient)
+            for block in self.blocks
+            if block.compared and loss in block.losses
+            for gradient in block.gradients_of(loss)
+        )
 
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The weighted sum of the rows, as newly allocated tensors; consumes the blocks."""
@@ -101,6 +111,10 @@ class Block(NamedTuple):
     param_indices: list[int]
     gradients: list[Sequence[Tensor]]
     compared: bool
+
+    def gradients_of(self, loss: int) -> Sequence[Tensor]:
+        """The gradients of one of the losses."""
+        return [gradients[self.losses.index(loss)] for gradients in self.gradients]
 
     def products(self, dtype: torch.dtype) -> Iterable[Tensor]:
         """Inner products as summands, each of chunks that fit into the cache."""
@@ -163,6 +177,10 @@ class FlatBlock(NamedTuple):
             parts = [part.resolve_conj() for part in parts]
         matrix = flatten(parts).view(len(block.losses), -1)
         return FlatBlock(block.losses, block.param_indices, matrix, matrix.unbind(), slices)
+
+    def gradients_of(self, loss: int) -> Sequence[Tensor]:
+        """As those of a block, in one vector."""
+        return [self.vectors[self.losses.index(loss)]]
 
     def products(self, dtype: torch.dtype) -> Iterable[Tensor]:
         """As those of a block."""

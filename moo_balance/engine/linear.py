@@ -24,12 +24,18 @@ from moo_balance.engine.autograd import (
     count_reaching_losses,
     count_uses,
     gradient_edge,
-    has_hooks,
     matrix_products,
 )
-from moo_balance.engine.base import Problem, Row
-from moo_balance.engine.jacobian import as_scalars, weighted_tensor
-from moo_balance.engine.products import add_products, chunk_size, exact_for_products, symmetrize
+from moo_balance.engine.base import Problem, Row, remove_loss_scale
+from moo_balance.engine.jacobian import Jacobian, as_scalars, weighted_tensor
+from moo_balance.engine.products import (
+    add_products,
+    chunk_size,
+    exact_for_products,
+    is_all_zero,
+    products_in_range,
+    symmetrize,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -59,6 +65,11 @@ class LinearWeightGradient:
     def losses(self) -> tuple[int, ...]:
         """Positions of the losses that reach the layer."""
         return tuple(k for k, gradient in enumerate(self.output_gradients) if gradient is not None)
+
+    def is_zero(self, loss: int) -> bool:
+        """Whether the gradient of a loss is zero, as far as one of its factors tells."""
+        gradient = self.output_gradients[loss]
+        return gradient is None or is_all_zero(gradient) or is_all_zero(self.inputs)
 
     def products(self, dtype: torch.dtype) -> Tensor:
         """Inner products of the gradients that there are, in `dtype` or wider."""
@@ -102,7 +113,8 @@ def find_linear_layers(
 ) -> list[LinearWeightGradient]:
     """The linear layers among these nodes for which factors are cheaper than gradients.
 
-    The weight must be used there and nowhere else, and have no hook.
+    The weight must be used there and nowhere else, and the layer's input must not be packed by a
+    hook, as under an activation checkpoint.
     Averages over ranks are not products of factors: with several ranks there are none.
 
     Args:
@@ -124,7 +136,8 @@ def find_linear_layers(
         weight, transposed, path = product.right_leaf()
         index = positions.get(id(weight))
         used_once = all(uses[node] == 1 for node in path)
-        if index is not None and used_once and _pays(product, reaching[product.node]):
+        pays = index is not None and used_once and _pays(product, reaching[product.node])
+        if index is not None and pays and not product.is_packed():
             layers.append(LinearWeightGradient(product.node, index, product.left(), transposed))
     # The order of nodes is that of their addresses. Sums must not depend on it.
     return sorted(layers, key=lambda layer: layer.param_index)
@@ -139,12 +152,8 @@ def _pays(product: MatrixProduct, count: int) -> bool:
 
 
 def _is_plain(param: Tensor) -> bool:
-    """Whether no hook or tensor subclass could observe this parameter's gradient."""
-    return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.is_floating_point()
-        and not has_hooks([param])
-    )
+    """Whether no tensor subclass could observe this parameter's gradient, and it is real."""
+    return type(param) in (Tensor, torch.nn.Parameter) and param.is_floating_point()
 
 
 def add_linear_layers(
@@ -159,6 +168,32 @@ def add_linear_layers(
         if losses and (compared is None or layer.param_index in compared):
             gramian = add_products(gramian, layer.products(dtype), losses)
     return gramian
+
+
+def gramian_in_range(
+    jacobian: Jacobian,
+    layers: Sequence[LinearWeightGradient],
+    compared: Collection[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Gramian [K, K] of rows without some gradients, which are factored; without the loss scale.
+
+    It is in `dtype`, or in float64 if it leaves the range of that on the CPU.
+    """
+    layers = [layer for layer in layers if compared is None or layer.param_index in compared]
+
+    def products(dtype: torch.dtype) -> Tensor:
+        gramian = jacobian.gramian(dtype, device)
+        if layers:
+            gramian = add_linear_layers(gramian, layers, None, dtype)
+        return gramian if scale is None else remove_loss_scale(gramian, scale)
+
+    def is_zero(loss: int) -> bool:
+        return jacobian.is_zero(loss) and all(layer.is_zero(loss) for layer in layers)
+
+    return products_in_range(products, dtype, is_zero)
 
 
 class OutputGradientRecorder:

@@ -16,21 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moo_balance.engine.autograd import (
-    has_hooks,
-    has_reentrant_checkpoint,
-    nodes_above,
-)
+from moo_balance.engine.autograd import has_reentrant_checkpoint, nodes_above, silence_hooks
 from moo_balance.engine.base import (
     Engine,
     Linearization,
     Problem,
     Row,
     Window,
-    add_rows,
-    add_to_grad,
+    add_gradients,
+    deliver,
     gradients_of,
     gradients_through_hooks,
+    hooked_nodes,
     is_distributed,
     precomputed_gradient,
     remove_loss_scale,
@@ -38,7 +35,9 @@ from moo_balance.engine.base import (
     weighted_sum,
 )
 from moo_balance.engine.distributed import (
+    add_weighted_sum,
     average_over_ranks,
+    combined_sum,
     is_flattened,
     is_sharded,
     sharded_inner_products,
@@ -48,9 +47,10 @@ from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.linear import (
     GradInputs,
     LinearWeightGradient,
-    add_linear_layers,
     find_linear_layers,
+    gramian_in_range,
 )
+from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError
 
 
@@ -60,7 +60,9 @@ class PerLoss(Engine):
 
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
     gradients themselves, at most K·P elements; a parameter that a loss does not reach takes none.
-    A method that needs no Gramian costs one ordinary backward pass.
+    A method that needs no Gramian costs one ordinary backward pass. A backward function that all
+    losses share runs K times, and an activation checkpoint is computed again K times (batch norms
+    within count that), as by K calls of ``autograd.grad``; with ``features=``, the trunk's once.
 
     The weight of a linear layer has a gradient of two thin factors, the layer's input and the
     gradient at its output. Where inner products and the weighted sum take fewer multiplications
@@ -71,11 +73,16 @@ class PerLoss(Engine):
     stay sharded, and their inner products are summed over the shards.
 
     With a Gramian, gradients are written to the wrapped optimizer's parameters only; without one,
-    to every leaf of the graph, as in a plain backward pass.
+    to every leaf of the graph, as in a plain backward pass. Hooks of parameters see the balanced
+    gradient, once, when it is written. What ``retain_grad`` keeps at an activation is, with a
+    Gramian, not the balanced gradient but an unweighted sum over the passes of single losses.
 
     Args:
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own.
+            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
+            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
+            outside of this range comes in float64; on an accelerator, where the host does not read
+            it, larger gradients count as not finite, and far smaller ones as zero.
     """
 
     dtype: torch.dtype = torch.float32
@@ -100,35 +107,38 @@ class PerLossLinearization(Linearization):
 
     def gramian(self) -> Tensor:
         problem, dtype = self.problem, self.dtype
-        device = problem.losses[0].device
+        device, scale = problem.losses[0].device, problem.scale
         compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
         rows = self._rows(sharded)
         if sharded:
-            gramian = sharded_inner_products(rows, compared, dtype, device)
+            gramian = products_in_range(
+                lambda dtype: remove_loss_scale(
+                    sharded_inner_products(rows, compared, dtype, device), scale
+                ),
+                dtype,
+            )
             self.jacobian = Jacobian(rows, ())
-        else:
-            self.jacobian = Jacobian(rows, compared)
-            gramian = self.jacobian.gramian(dtype, device)
-        if self.layers:
-            gramian = add_linear_layers(gramian, self.layers, compared, dtype)
-        return gramian if problem.scale is None else remove_loss_scale(gramian, problem.scale)
+            return gramian
+        self.jacobian = Jacobian(rows, compared)
+        return gramian_in_range(self.jacobian, self.layers, compared, dtype, device, scale)
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
-            weighted_backward(self.problem, coefficients)
+            add = weighted_backward if self.problem.averager is None else add_weighted_sum
+            add(self.problem, coefficients)
         else:
-            add_to_grad(self._combine(self.jacobian, coefficients), self.problem.params)
+            deliver(self._combine(self.jacobian, coefficients), self.problem)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         problem = self.problem
-        # Hooks of parameters have run on every row. They must not run on the sum again.
-        if self.jacobian is None or has_hooks(problem.params):
-            return weighted_sum(problem, coefficients)
+        if self.jacobian is None:
+            combine = weighted_sum if problem.averager is None else combined_sum
+            return combine(problem, coefficients)
         unscaled = coefficients if problem.scale is None else coefficients / problem.scale
         gradients = self._combine(self.jacobian, unscaled)
         value = weighted_sum(problem, coefficients).detach()
-        return precomputed_gradient(value, gradients, problem.params)
+        return precomputed_gradient(value, gradients, problem)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
@@ -144,32 +154,60 @@ class PerLossLinearization(Linearization):
 
 
 class PerLossWindow(Window):
-    """Several micro-batches: each loss has one row, to which every micro-batch adds."""
+    """Several micro-batches: each loss has one row, to which every micro-batch adds.
+
+    A row belongs to parameters: which of them train may change from one micro-batch to the next.
+
+    Attributes:
+        rows: By loss, the gradient of each parameter that it has reached.
+        params: The parameters so far, each with whether it is compared.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, dict[Tensor, Tensor]] = {}
+        self.params: dict[Tensor, bool] = {}
 
     def add(self, problem: Problem) -> None:
         self.rows = self.rows_with(problem, _has_shards(problem))
+        self.params |= {
+            param: problem.compared is None or k in problem.compared
+            for k, param in enumerate(problem.params)
+        }
 
     def close(self, problem: Problem) -> Linearization:
         return _ClosedWindow(self, problem)
 
-    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, Row]:
+    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, dict[Tensor, Tensor]]:
         """This rank's rows so far plus those of one more micro-batch."""
-        rows = dict(self.rows)
+        rows = {name: dict(row) for name, row in self.rows.items()}
         for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
-            rows[name] = add_rows(rows[name], row) if name in rows else row
+            sums = rows.setdefault(name, {})
+            for param, gradient in zip(problem.params, row, strict=True):
+                total = add_gradients(sums.get(param), gradient)
+                if total is not None:
+                    sums[param] = total
         return rows
+
+    def extend(self, problem: Problem) -> Problem:
+        """The problem with those parameters, too, that were frozen since they got a gradient."""
+        current = set(problem.params)
+        frozen = [param for param in self.params if param not in current]
+        if not frozen:
+            return problem
+        params, compared = [*problem.params, *frozen], problem.compared
+        if compared is not None:
+            count = len(current)
+            compared = [*compared, *(count + k for k, p in enumerate(frozen) if self.params[p])]
+        return problem._replace(params=params, compared=compared)
 
 
 class _ClosedWindow(PerLossLinearization):
     """A window and its last micro-batch."""
 
     def __init__(self, window: PerLossWindow, problem: Problem) -> None:
-        super().__init__(problem, window.dtype)
-        self.window = window
+        super().__init__(window.extend(problem), window.dtype)
+        self.window, self.last = window, problem
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
@@ -177,7 +215,8 @@ class _ClosedWindow(PerLossLinearization):
         super().add_to_grad(coefficients)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
-        rows = self.window.rows_with(self.problem, sharded)
+        sums = self.window.rows_with(self.last, sharded)
+        rows = {name: [row.get(p) for p in self.problem.params] for name, row in sums.items()}
         return _average(rows.items(), self.problem, sharded)
 
 
@@ -195,22 +234,25 @@ def differentiate(
     params, count = problem.params, len(problem.losses)
     nodes = nodes_above(problem.losses)
     reentrant = has_reentrant_checkpoint(nodes)
+    if (sharded or reentrant) and problem.node_hooks:
+        raise hooked_nodes("sharded parameters" if sharded else "a reentrant checkpoint")
     if reentrant and problem.averager is not None and not sharded:
         raise _reentrant_on_ranks()
     inputs = None
     if layers is not None and problem.averager is None and not (sharded or reentrant):
         layers += find_linear_layers(problem, nodes)
         inputs = GradInputs(params, layers) if layers else None
-    # With hooks on parameters `combined` will need the graph once more.
-    kept_passes = count if has_hooks(params) else count - 1
+    silenced = silence_hooks(params)
     for k, (loss, output) in enumerate(zip(problem.losses, problem.grad_outputs(), strict=True)):
-        retain_graph = problem.retain_graph or k < kept_passes
+        retain_graph = problem.retain_graph or k < count - 1
         if sharded or reentrant:
-            row = gradients_through_hooks([loss], [output], params, retain_graph)
+            with silenced:
+                row = gradients_through_hooks([loss], [output], params, retain_graph)
         elif inputs is None:
-            row = gradients_of([loss], [output], params, retain_graph)
+            with silenced:
+                row = gradients_of([loss], [output], params, retain_graph)
         else:
-            with inputs.recorder:
+            with silenced, inputs.recorder:
                 row = gradients_of([loss], [output], inputs.inputs, retain_graph)
             row = inputs.split(row)
         if sharded and all(gradient is None for gradient in row):

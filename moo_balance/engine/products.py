@@ -84,6 +84,51 @@ def exact_for_products(matrix: Tensor) -> Tensor:
     return matrix.double()
 
 
+def products_in_range(
+    products: Callable[[torch.dtype], Tensor],
+    dtype: torch.dtype,
+    is_zero: Callable[[int], bool] | None = None,
+) -> Tensor:
+    """A Gramian in `dtype`; on the CPU in float64 if its squared norms leave the range of `dtype`.
+
+    Elsewhere reading the squared norms would synchronize.
+
+    Args:
+        products: Takes the inner products in a precision.
+        dtype: The precision wanted.
+        is_zero: Whether the gradient at a position is zero, as its squared norm is; without it, a
+            squared norm of zero counts as an underflow.
+    """
+    gramian = products(dtype)
+    if not gramian.is_cpu or gramian.dtype == torch.float64:
+        return gramian
+    if _fits(gramian, gramian.dtype, is_zero):
+        return gramian
+    return narrow(products(torch.float64), gramian.dtype)
+
+
+def narrow(gramian: Tensor, dtype: torch.dtype) -> Tensor:
+    """A Gramian on the CPU in `dtype`, or as it is where that would lose it."""
+    exact = gramian.to(dtype)
+    return exact if _fits(gramian, dtype, lambda k: True) else gramian
+
+
+def _fits(gramian: Tensor, dtype: torch.dtype, is_zero: Callable[[int], bool] | None) -> bool:
+    """Whether squared norms are in the range of `dtype`, where sums of them keep their digits."""
+    limits = torch.finfo(dtype)
+    least = limits.tiny / limits.eps
+    for k, square in enumerate(gramian.diagonal().tolist()):
+        zero = square == 0.0 and is_zero is not None and is_zero(k)
+        if not (zero or least <= square <= limits.max):
+            return False
+    return True
+
+
+def is_all_zero(gradient: Tensor) -> bool:
+    """Whether a gradient is zero, or has no elements."""
+    return not (gradient.coalesce().values() if gradient.is_sparse else gradient).any()
+
+
 def assemble_gramian(
     parts: Iterable[tuple[tuple[int, ...], Tensor]],
     count: int,

@@ -80,8 +80,17 @@ def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = Tru
     :math:`c = 1 / \sum_i (w_i / D_i)`, which makes them sum to 1 (FAMO, Algorithm 2), or
     :math:`c = 1` without `renormalize`.
     """
-    coefficients = weights / distances
-    return coefficients / coefficients.sum() if renormalize else coefficients
+    if not renormalize:
+        return weights / distances
+    # Relative to the least distance that counts: its inverse may overflow.
+    least = torch.where(weights > 0, distances, math.inf).amin()
+    coefficients = weights * (least / distances).clamp(max=1.0)
+    return coefficients / coefficients.sum()
+
+
+def advise(weighting: Weighting, arguments: str) -> str:
+    """The ``bound_advice`` of a method that some arguments of its own can help."""
+    return f"Give {type(weighting).__name__} {arguments}, or a loss that stays above."
 
 
 def copy_mappings(weighting: Weighting) -> None:
@@ -102,11 +111,12 @@ def check_names(argument: str, value: object, names: Sequence[str], complete: bo
     unknown = [name for name in value if name not in names]
     missing = [name for name in names if name not in value] if complete else []
     if unknown or missing:
-        fault = f"`{unknown[0]}`, which is no loss" if unknown else f"nothing for `{missing[0]}`"
+        fault = f"`{unknown[0]}`, which is none" if unknown else f"nothing for `{missing[0]}`"
         listed = ", ".join(f"`{name}`" for name in names)
         raise BalanceValueError(
             f"Parameter `{argument}` should name the losses {listed}. Found {fault}. "
-            "Give each loss by the name it has in `backward`."
+            "Give each loss by the name it has in `backward`. If the first batch lacks some, "
+            "declare all of them by `loss_names=[…]` of BalancedOptimizer."
         )
 
 

@@ -42,6 +42,42 @@ def describe(weighting: Weighting) -> str:
     return f"{type(weighting).__name__}({arguments})"
 
 
+def settings(weighting: Weighting) -> dict[str, str]:
+    """All hyper-parameters as texts, those of a weighting inside it after its name.
+
+    A checkpoint carries them, so that a run which continues with other ones can say which.
+
+    Example:
+        >>> from moo_balance import MGDA, MovingAverage
+        >>> settings(MovingAverage(MGDA()))
+        {'weighting.normalize': 'None', 'weighting.every': '1', 'beta': '0.9'}
+    """
+    texts: dict[str, str] = {}
+    for key, value in _parameters(weighting).items():
+        if isinstance(value, Weighting):
+            texts.update({f"{key}.{inner}": text for inner, text in settings(value).items()})
+        else:
+            texts[key] = _text(value)
+    return texts
+
+
+def lagged_form(weighting: Weighting) -> str | None:
+    """How to write a weighting that takes the next batch's losses instead of ``observe``.
+
+    None if it has no such form.
+
+    Example:
+        >>> from moo_balance import FAMO, MovingAverage
+        >>> lagged_form(MovingAverage(FAMO()))
+        'MovingAverage(FAMO(lagged=True))'
+    """
+    parameters, name = _parameters(weighting), type(weighting).__name__
+    if "lagged" in parameters:
+        return f"{name}(lagged=True)"
+    inner = [lagged_form(value) for value in parameters.values() if isinstance(value, Weighting)]
+    return f"{name}({inner[0]})" if len(inner) == 1 and inner[0] else None
+
+
 def _parameters(weighting: Weighting) -> dict[str, Any]:
     """The hyper-parameters: the fields that make two weightings equal or not."""
     if not is_dataclass(weighting):

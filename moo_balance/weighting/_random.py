@@ -15,4 +15,4 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """
     # Multiples of an odd number are all different modulo 2^63, and consecutive ones lie far apart.
     mixed = (seed + step * _GOLDEN_RATIO_64) % 2**63
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator("cpu").manual_seed(mixed)

@@ -13,9 +13,9 @@ from moo_balance.functional import (
     analytic_qp_weights,
     min_norm_weights,
     project_simplex,
-    scale_gramian,
 )
 from moo_balance.weighting._arguments import (
+    advise,
     check_choice,
     check_range,
     check_whole,
@@ -76,6 +76,10 @@ class BalancedTrajectory(LogitWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "shift", 0.0)
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "a larger `shift`")
 
 
 @dataclass(frozen=True)
@@ -140,14 +144,18 @@ class AnalyticQP(GramianWeighting):
         check_range(self, "shift", 0.0)
         check_whole(self, "every", 1)
 
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "a larger `shift`")
+
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_limits(0.0, self.shift, names)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        log_gramian = scale_gramian(gramian, statistics.losses + self.shift)
+        distances = statistics.losses + self.shift
         if self.projection == "exact":
-            return {"weights": min_norm_weights(log_gramian)}
-        affine = analytic_qp_weights(log_gramian)
+            return {"weights": min_norm_weights(gramian, distances)}
+        affine = analytic_qp_weights(gramian, distances)
         if self.projection == "simplex":
             return {"weights": project_simplex(affine)}
         return {"weights": torch.softmax(affine, 0)}

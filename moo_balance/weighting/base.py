@@ -16,10 +16,11 @@ state_dtype = widest_dtype
 
 State: TypeAlias = dict[str, Tensor]
 """What a weighting keeps from one step to the next: tensors of shape ``()``, ``[K]`` or ``[K, K]``,
-in float64 (float32 on Apple's "mps"). A dimension of K entries has one entry per loss, in the order
-of the names given to ``init``; a 0-d tensor belongs to all losses. ``BalancedOptimizer`` relies on
-this to save and move every state, and to select the entries of the losses that are present,
-whichever method it belongs to."""
+each in the dtype that ``init`` gave it; the methods of the package use float64 (float32 on Apple's
+"mps"). A dimension of K entries has one entry per loss, in the order of the names given to
+``init``; a 0-d tensor belongs to all losses. ``BalancedOptimizer`` relies on this to save and move
+every state, and to select the entries of the losses that are present, whichever method it belongs
+to."""
 
 
 class Statistics(NamedTuple):
@@ -92,6 +93,11 @@ class Weighting(ABC):
         """What each loss must stay above; minus infinity where any finite value is allowed."""
         return [-torch.inf] * len(names)
 
+    @property
+    def bound_advice(self) -> str:
+        """What to do about a loss that is not above its bound: the end of the error message."""
+        return "Give a loss that stays above."
+
     def init(self, names: Sequence[str], device: torch.device) -> State:
         """The state before the first step. Raises where a named argument does not fit `names`."""
         return {}
@@ -138,7 +144,8 @@ class GramianWeighting(Weighting):
     def keep(self, statistics: Statistics, state: State) -> State:
         """The solution in a step between two refreshes: unchanged.
 
-        A method whose weights sum to 1 restores that here, as a loss may be absent.
+        A method whose weights sum to 1 restores that here, as a loss may be absent. Entries that
+        are not returned stay.
         """
         return state
 
@@ -150,7 +157,7 @@ class GramianWeighting(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         if statistics.gramian is None:
-            solution = self.keep(statistics, state)
+            solution = {**state, **self.keep(statistics, state)}
         else:
             solution = {**state, **self.solve(statistics, statistics.gramian, state)}
         kept = {key: solution[key].to(value.dtype) for key, value in state.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from moo_balance.weighting._adam import adam, init_adam
 from moo_balance.weighting._arguments import (
     FloatOrByName,
+    advise,
     check_choice,
     check_names,
     check_range,
@@ -51,6 +52,10 @@ class LogitWeighting(Weighting):
     @property
     def observes_step(self) -> bool:
         return not self.lagged
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "lower `bounds` or a larger `shift`")
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_limits(self.bounds, self.shift, names)

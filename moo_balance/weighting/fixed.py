@@ -9,6 +9,7 @@ import torch
 
 from moo_balance.weighting._arguments import (
     FloatOrByName,
+    advise,
     check_names,
     check_range,
     constants_like,
@@ -129,6 +130,10 @@ class SumLog(Weighting):
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
         return {}
+
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, "lower `bounds` or a larger `shift`")
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_limits(self.bounds, self.shift, names)

@@ -8,8 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from moo_balance.functional import gradient_scales, min_norm_weights, scale_gramian
+from moo_balance.functional import gradient_scales, min_norm_weights
+from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
+    advise,
     check_choice,
     check_whole,
     log_coefficients,
@@ -66,16 +68,20 @@ class MGDA(GramianWeighting):
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
         check_whole(self, "every", 1)
 
+    @property
+    def bound_advice(self) -> str:
+        return advise(self, '`normalize="l2"` or None, which divide by no loss')
+
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         if self.normalize in (None, "l2"):
             return super().lower_bounds(names)
         return [0.0] * len(names)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        scales = None
         if self.normalize is not None:
-            scales = gradient_scales(statistics.losses, gramian, self.normalize)
-            gramian = scale_gramian(gramian, scales)
-        return {"weights": min_norm_weights(gramian)}
+            scales = gradient_scales(widest(statistics.losses), gramian, self.normalize)
+        return {"weights": min_norm_weights(gramian, scales)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         if self.normalize == "log":

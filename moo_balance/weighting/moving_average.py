@@ -93,6 +93,10 @@ class MovingAverage(Weighting):
     def observes_step(self) -> bool:
         return self.weighting.observes_step
 
+    @property
+    def bound_advice(self) -> str:
+        return self.weighting.bound_advice
+
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return self.weighting.lower_bounds(names)
 

@@ -50,6 +50,8 @@ class RandomWeights(Weighting):
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         # Drawn on the host: copying K numbers to a device does not synchronize.
         generator = step_generator(self.seed, statistics.step)
-        normal = torch.randn(len(statistics.names), generator=generator, dtype=torch.float64)
+        normal = torch.randn(
+            len(statistics.names), generator=generator, dtype=torch.float64, device="cpu"
+        )
         weights = torch.softmax(normal, 0).to(statistics.losses)
         return WeightingOutput(weights, weights, state)

@@ -14,6 +14,7 @@ from moo_balance.errors import BalanceValueError
 from moo_balance.functional import smooth_tchebycheff, smooth_tchebycheff_log, tchebycheff
 from moo_balance.weighting._arguments import (
     FloatOrByName,
+    advise,
     broadcastable,
     check_names,
     check_preference,
@@ -159,6 +160,11 @@ class SmoothTchebycheff(Weighting):
                 "Parameters `nadir` and `warmup_steps` of SmoothTchebycheff should not both be "
                 "given: the warm-up measures the nadir. Leave one out."
             )
+
+    @property
+    def bound_advice(self) -> str:
+        without = ["`log=False`"] * self.log + ["`warmup_steps=0`"] * bool(self.warmup_steps)
+        return advise(self, f"a lower `ideal`, or {' and '.join(without)}")
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         if self.log or self.warmup_steps:

@@ -16,7 +16,6 @@ from tests.support.distributed import (
     adam,
     assert_equals_reference,
     by_backward,
-    by_closure,
     by_combined_loss,
     losses_of,
     share,
@@ -31,11 +30,6 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "static_graph": {"static_graph": True},
     "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
 }
-
-
-def refuses_static_graph(method, step=by_closure):
-    """DDP records its hooks in the first step, which Gramians bypass and later steps may not."""
-    return method.gramian and (step is by_combined_loss or method.make(NAMES).every > 1)
 
 
 def check(method, wrapper, dtype, step=None):
@@ -62,13 +56,7 @@ def test_every_kind_of_method_in_single_precision(method):
 @pytest.mark.parametrize("wrapper", ["static_graph", "gradient_as_bucket_view"])
 @pytest.mark.parametrize("step", [by_backward, by_combined_loss], ids=lambda step: step.__name__)
 def test_other_wrappers(method, wrapper, step):
-    if wrapper == "static_graph" and refuses_static_graph(method, step):
-        model = DDP(Net(), static_graph=True)
-        optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
-        with pytest.raises(BalanceError, match="static_graph"):
-            train(model, optimizer, range(1), step)
-    else:
-        check(method, wrapper, torch.float64, step)
+    check(method, wrapper, torch.float64, step)
 
 
 @pytest.mark.slow
@@ -76,8 +64,7 @@ def test_other_wrappers(method, wrapper, step):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_kind_of_method_with_every_wrapper(method, wrapper, dtype):
-    if not (wrapper == "static_graph" and refuses_static_graph(method)):
-        check(method, wrapper, dtype)
+    check(method, wrapper, dtype)
 
 
 class Checkpointed(Net):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -21,7 +22,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, NonFiniteError
 from moo_balance.engine import PerLoss
 from tests.support.distributed import (
     Net,
@@ -99,6 +100,40 @@ def test_every_kind_of_method_with_every_form_of_a_step(method, step, reshard, d
 def test_replicas_of_shards(method, shape):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     check(sharded(Net(), mesh=mesh), method)
+
+
+@over_some("SumLog", "MGDA-none")
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_nan_in_the_shard_of_one_rank_stops_the_step_on_all(method, nonfinite):
+    model = sharded(Net())
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES), nonfinite=nonfinite)
+    train(model, optimizer, range(1), by_backward)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model, share(1)))
+    if dist.get_rank() == 1:
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        gradient.to_local().reshape(-1)[0] = float("nan")
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match=r"Found NaN or infinity in `.grad`"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert optimizer.log_dict()["moo/skipped"] == 1
+    after = optimizer.state_dict()["state"]
+    assert [float(s["step"]) for s in after.values()] == [float(s["step"]) for s in before.values()]
+    train(model, optimizer, range(1, 3), by_backward)
+
+
+def test_a_nan_gradient_of_a_finite_loss_stops_the_step():
+    model = sharded(Net())
+    optimizer = BalancedOptimizer(adam(model), FAMO(lagged=True))
+    losses = losses_of(model, share(0))
+    losses["b"] = losses["b"] + (losses["b"] * 0.0).sqrt()
+    optimizer.backward(losses)
+    with pytest.raises(NonFiniteError, match=r"Found NaN or infinity in `.grad`"):
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in parameters(model))
 
 
 def test_the_gramian_is_that_of_the_whole_gradients():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError
 from tests.support.distributed import (
@@ -19,16 +20,19 @@ from tests.support.distributed import (
     share,
     train,
 )
+from tests.support.engines import CutAt, everywhere
 from tests.support.problems import whole_state
 from tests.support.registry import KINDS, NAMES, over, over_some
 
 
 @pytest.mark.capability("data parallel without a wrapper")
-@over_some("AnalyticQP", "MGDA-log", "MovingAverage-MGDA")
-def test_rows_are_averaged_without_a_wrapper(method):
+@over_some("AnalyticQP", "MGDA-log", "MovingAverage-MGDA", "MGDA-every")
+@pytest.mark.parametrize("engine", [None, CutAt(everywhere)], ids=["rows", "streaming"])
+def test_gradients_are_averaged_without_a_wrapper(method, engine):
+    """Also those of steps without a Gramian, and of an engine that keeps no rows."""
     for step in (by_backward, by_combined_loss):
         model = Net()
-        optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+        optimizer = BalancedOptimizer(adam(model), method.make(NAMES), engine=engine)
         train(model, optimizer, step=step)
         assert_equals_reference(model, optimizer, method, torch.float64)
 
@@ -91,37 +95,58 @@ def test_how_often_ranks_are_compared(every, found):
 class Branching(Net):
     """Uses its second head from a certain step on; before, that loss is the trunk's alone."""
 
-    def losses(self, step, batch, reached):
-        losses = losses_of(self, batch)
+    def losses(self, model, step, batch, reached):
+        *outputs, features = model(batch)
+        losses = losses_of(lambda batch: outputs, batch)
         if not reached(step):
-            losses["b"] = self.trunk(batch[:, :5]).square().mean()
+            losses["b"] = features.square().mean()
         return losses
 
+    def forward(self, batch):
+        """All that losses need, so that a wrapper sees what is computed."""
+        return [*super().forward(batch), self.trunk(batch[:, :5])]
 
-def branching(reached, steps=6, alone=False):
+
+def branching(reached, steps=6, alone=False, combined=False, wrap=lambda net: net, every=1):
     model = Branching()
-    optimizer = BalancedOptimizer(adam(model), MGDA(), process_group=None if alone else "auto")
+    wrapped = wrap(model)
+    group = None if alone else "auto"
+    optimizer = BalancedOptimizer(adam(model), MGDA(every=every), process_group=group)
     for step in range(steps):
         optimizer.zero_grad()
-        batch = share(step, alone=alone)
-        optimizer.backward(model.losses(step, batch, reached))
+        losses = model.losses(wrapped, step, share(step, alone=alone), reached)
+        if combined:
+            optimizer.combined_loss(losses).backward()
+        else:
+            optimizer.backward(losses)
         optimizer.step()
     return model, optimizer
 
 
-def test_a_parameter_that_is_reached_on_one_rank_only_and_later():
+def unused(model):
+    return DDP(model, find_unused_parameters=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, unused], ids=["bare", "DDP"])
+@pytest.mark.parametrize("combined", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_parameter_that_is_reached_on_one_rank_only_and_later(wrap, combined, every):
     """The branch that a rank takes may depend on its data; the average counts it as zero there."""
-    model, optimizer = branching(lambda step: step >= 3 and dist.get_rank() == 1)
+
+    def reached(step):
+        return step >= 3 and dist.get_rank() == 1
+
+    model, optimizer = branching(reached, combined=combined, wrap=wrap, every=every)
     assert_same_on_all_ranks(whole_state(model, optimizer))
 
     # The slow obvious twin: both halves of each batch in one process.
     twin = Branching()
-    other = BalancedOptimizer(adam(twin), MGDA(), process_group=None)
+    other = BalancedOptimizer(adam(twin), MGDA(every=every), process_group=None)
     for step in range(6):
         first, second = share(step, alone=True).chunk(2)
         halves = [
-            twin.losses(step, first, lambda step: False),
-            twin.losses(step, second, lambda step: step >= 3),
+            twin.losses(twin, step, first, lambda step: False),
+            twin.losses(twin, step, second, lambda step: step >= 3),
         ]
         other.zero_grad()
         other.backward({name: (halves[0][name] + halves[1][name]) / 2 for name in NAMES})

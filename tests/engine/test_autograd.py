@@ -22,11 +22,13 @@ from moo_balance.engine.autograd import (
     has_hook_at,
     has_hooks,
     has_reentrant_checkpoint,
+    hooks_of_parameter,
     in_static_graph,
     is_flattened,
     leaf_positions,
     nodes_above,
     recorded_order,
+    silence_hooks,
 )
 from moo_balance.engine.linear import find_linear_layers
 from tests.support.engine_graphs import (
@@ -42,6 +44,7 @@ from tests.support.engine_graphs import (
     naive_jacobian,
     parameter,
     shared,
+    unhooked_jacobian,
     wide,
     wide_and_tied,
 )
@@ -49,7 +52,15 @@ from tests.support.engines import ENGINES
 from tests.support.feature_graphs import plain as plain_features
 
 NODES = ["_SEQUENCE_NUMBER", "_METADATA", "_ACCUMULATE", "_LEAF", "_TRANSPOSE", "_SIZES", "_RIGHT"]
-OTHERS = ["_TENSOR_HOOKS", "_BACKWARD_CLASS", "_CHECKPOINT", "_MODULE_HOOK", "_DISPATCH_MODE"]
+NODES += ["_RAW", "_UNPACK"]
+OTHERS = [
+    "_TENSOR_HOOKS",
+    "_POST_HOOKS",
+    "_BACKWARD_CLASS",
+    "_CHECKPOINT",
+    "_MODULE_HOOK",
+    "_DISPATCH_MODE",
+]
 WITHOUT_EFFECT = ["_DDP", "_STATIC", "_FLATTENED", "_DONATED"]
 MAY_BE_CHECKPOINTS = ["_BACKWARD_CLASS", "_CHECKPOINT"]  # functions that Python defines
 NAMES = [*NODES, *OTHERS, *WITHOUT_EFFECT]
@@ -70,11 +81,14 @@ def layers_of(built: Graph) -> list[int]:
 
 
 def assert_right(engine: Engine, build: Callable[[], Graph]) -> None:
-    """The Gramian and both forms of the gradient are those of the naive Jacobian."""
-    jacobian, built = naive_jacobian(build()), build()
+    """The Gramian and both forms of the gradient are those of the naive Jacobian.
+
+    Hooks of parameters see the balanced gradient; those of the graphs here are linear.
+    """
+    jacobian, rows, built = naive_jacobian(build()), unhooked_jacobian(build()), build()
     coefficients = drawn(len(built.losses), seed=9)
     linearization = engine.linearize(built.problem())
-    assert_same(linearization.gramian(), jacobian @ jacobian.T)
+    assert_same(linearization.gramian(), rows @ rows.T)
     linearization.add_to_grad(coefficients)
     assert_same(gradient(built), coefficients @ jacobian)
     other = build()
@@ -138,9 +152,7 @@ def test_features_are_right_without_a_private_name(
 # ---------------------------------------------------------------------- linear layers
 
 
-@pytest.mark.parametrize(
-    "name", ["_LEAF", "_ACCUMULATE", "_TRANSPOSE", "_SIZES", "_RIGHT", "_TENSOR_HOOKS"]
-)
+@pytest.mark.parametrize("name", ["_LEAF", "_ACCUMULATE", "_TRANSPOSE", "_SIZES", "_RIGHT"])
 def test_no_layer_is_factored_without_a_private_name(
     without: Callable[[str], None], name: str
 ) -> None:
@@ -202,6 +214,32 @@ def test_hooks_of_tensors_are_seen() -> None:
     assert has_hooks([parameter(2), weight])
     handle.remove()
     assert not has_hooks([weight])
+
+
+@pytest.mark.parametrize("name", ["_TENSOR_HOOKS", "_POST_HOOKS"])
+def test_hooks_are_silenced_without_their_names(without: Callable[[str], None], name: str) -> None:
+    without(name)
+    weight, idle, frozen = parameter(2), parameter(2, seed=1), parameter(2).detach()
+    seen: list[str] = []
+    weight.register_hook(lambda gradient: seen.append("tensor"))
+    weight.register_post_accumulate_grad_hook(lambda param: seen.append("post"))
+    silenced = silence_hooks([idle, weight, frozen])
+    for _ in range(2):
+        with silenced:
+            weight.sum().backward()
+    assert seen == []
+    weight.sum().backward()
+    assert seen == ["tensor", "post"]
+    assert not any(hooks_of_parameter(idle))
+
+
+def test_hooks_registered_while_others_are_silent_are_kept() -> None:
+    weight, seen = parameter(2), list[int]()
+    weight.register_hook(lambda gradient: seen.append(1))
+    with silence_hooks([weight]):
+        weight.register_hook(lambda gradient: seen.append(2))
+    weight.sum().backward()
+    assert seen == [1, 2]
 
 
 def test_without_the_name_of_hooks_parameters_may_have_some(without: Callable[[str], None]) -> None:

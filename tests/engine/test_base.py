@@ -80,7 +80,8 @@ def test_a_loss_scale_is_squared_in_the_gramian() -> None:
 def test_a_precomputed_gradient_is_scaled_and_added_as_any_other() -> None:
     used, idle = parameter(3), parameter(2, seed=1)
     used.grad = torch.ones_like(used)
-    value = precomputed_gradient(torch.tensor(2.0), [drawn(3, seed=2), None], [used, idle])
+    described = Problem(["a"], [used.sum()], [used, idle])
+    value = precomputed_gradient(torch.tensor(2.0), [drawn(3, seed=2), None], described)
     assert value.item() == 2.0
     (3 * value).backward()
     torch.testing.assert_close(used.grad, 1 + 3 * drawn(3, seed=2))

@@ -32,14 +32,17 @@ from moo_balance.engine.streaming.partition import (
 from tests.support.engine_graphs import (
     GRAPHS,
     Graph,
+    Halves,
     assert_same,
     counted,
     drawn,
+    gradient,
     hooked_and_tied,
     hooked_beside_a_way_around,
     hooked_in_between,
     naive_jacobian,
     parameter,
+    unhooked_jacobian,
     wide_and_hooked,
 )
 from tests.support.engines import (
@@ -147,7 +150,7 @@ def test_any_partition_gives_the_same_gramian(name: str, draw: random.Random) ->
     def some(costs: GraphCosts) -> list[int]:
         return [cut for cut in everywhere(costs) if draw.random() < 0.4]
 
-    jacobian, built = naive_jacobian(GRAPHS[name]()), GRAPHS[name]()
+    jacobian, built = unhooked_jacobian(GRAPHS[name]()), GRAPHS[name]()
     assert_same(CutAt(some).linearize(built.problem()).gramian(), jacobian @ jacobian.T)
 
 
@@ -208,6 +211,63 @@ def test_a_node_is_run_once_for_each_loss_and_with_a_gradient(name: str) -> None
     with visits(built) as found:
         CutAt(everywhere).linearize(built.problem(retain_graph=True)).gramian()
     assert all(found[node] <= expected[node] for node in found)
+
+
+def random_graph(draw: random.Random) -> Graph:
+    """Functions with several outputs, skips, edits in place and shared weights."""
+    weights = [parameter(4, seed=k) for k in range(6)]
+    values = [torch.tanh(weights[0])]
+    for _ in range(draw.randint(3, 14)):
+        a, b = draw.choice(values[-4:]), draw.choice(values[-4:])
+        weight = draw.choice(weights)
+        kind = draw.choice(["halves", "halves", "add", "multiply", "chunk", "weight", "edit"])
+        if kind == "halves":
+            values += Halves.apply(a, draw.choice([weight, b]))
+        elif kind == "add":
+            values.append(a + b)
+        elif kind == "multiply":
+            values.append(torch.tanh(a * weight))
+        elif kind == "chunk":
+            left, right = a.chunk(2)
+            values += [torch.cat([right, right * 2]), torch.cat([left.sin(), left])]
+        elif kind == "weight":
+            values.append(torch.sin(weight) + a)
+        else:
+            copy = a * 1.0
+            copy[1:3] = b[:2]
+            values.append(copy)
+    chosen = [(draw.choice(values), draw.choice(values)) for _ in range(draw.randint(2, 4))]
+    return Graph([a.sum() + b.square().mean() for a, b in chosen], weights)
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from([everywhere, in_little_memory]))
+@settings(max_examples=150, deadline=None)
+def test_no_node_is_run_more_often_or_with_fewer_gradients_than_in_plain_passes(
+    draw: random.Random, choose: Callable[[GraphCosts], list[int]]
+) -> None:
+    built = random_graph(draw)
+    jacobian = naive_jacobian(built)
+    with patterns(built) as expected:
+        PerLoss().linearize(built.problem(retain_graph=True)).gramian()
+    with patterns(built) as found:
+        gramian = CutAt(choose).linearize(built.problem(retain_graph=True)).gramian()
+    assert_same(gramian, jacobian @ jacobian.T)
+    assert found <= expected
+
+
+@contextmanager
+def patterns(built: Graph) -> Iterator[Counter[tuple[Node, tuple[bool, ...]]]]:
+    """How often each node is run with which of its gradients."""
+    counts: Counter[tuple[Node, tuple[bool, ...]]] = Counter()
+
+    def count(node: Node) -> Callable[[Any], None]:
+        return lambda gradients: counts.update([(node, tuple(g is not None for g in gradients))])
+
+    inner = [node for node in nodes_above(built.losses) if edges_of(node)]
+    handles = [node.register_prehook(count(node)) for node in inner]
+    yield counts
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_recurrence_is_passed_once_for_each_loss() -> None:
@@ -280,7 +340,7 @@ def test_hooks_see_each_gradient_as_a_whole(engine: Engine, build: Callable[...,
         norm = gradient.norm()
         return gradient if norm < 0.1 else gradient * (0.1 / norm)
 
-    jacobian = naive_jacobian(build(clip))
+    jacobian = unhooked_jacobian(build(clip))
     assert_same(engine.linearize(build(clip).problem()).gramian(), jacobian @ jacobian.T)
 
 
@@ -309,6 +369,92 @@ def test_a_loss_that_is_a_parameter_counts_in_the_gramian() -> None:
     for engine in (Streaming(), CutAt(everywhere)):
         gramian = engine.linearize(built.problem(retain_graph=True)).gramian()
         torch.testing.assert_close(gramian, expected)
+
+
+class Once(torch.autograd.Function):
+    """A fused loss: its gradient is ready after the forward pass, and `spend` takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, spend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        ctx.gradient, ctx.parts, ctx.spend = value.exp(), [value.exp()], spend
+        ctx.save_for_backward(value.exp())
+        return value.exp().sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.spend(ctx, upstream), None
+
+
+def spend_attribute(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.gradient.mul_(upstream * 2) / 2  # type: ignore[no-any-return]
+
+
+def spend_entry(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.parts[0].mul_(upstream * 2) / 2  # type: ignore[no-any-return]
+
+
+def spend_saved(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.saved_tensors[0].mul_(upstream * 2) / 2  # type: ignore[no-any-return]
+
+
+def replace_attribute(ctx: Any, upstream: Tensor) -> Tensor:
+    gradient, ctx.gradient = ctx.gradient, torch.zeros_like(ctx.gradient)
+    return gradient * upstream  # type: ignore[no-any-return]
+
+
+def free_attribute(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.__dict__.pop("gradient") * upstream  # type: ignore[no-any-return]
+
+
+def keep_attribute(ctx: Any, upstream: Tensor) -> Tensor:
+    """Something new may be kept, and what is no tensor may change."""
+    ctx.count = getattr(ctx, "count", 0) + 1
+    ctx.cache = ctx.gradient * upstream
+    return ctx.cache  # type: ignore[no-any-return]
+
+
+def fused(spend: Callable[[Any, Tensor], Tensor]) -> Graph:
+    weight, other = parameter(4), parameter(4, seed=1)
+    hidden = torch.tanh(weight * other)
+    losses = [Once.apply(hidden, spend), Once.apply(hidden.sin(), spend), hidden.square().sum()]
+    return Graph(losses, [weight, other])
+
+
+ONCE = [spend_attribute, spend_entry, spend_saved, replace_attribute, free_attribute]
+
+
+@pytest.mark.parametrize("engine", [Streaming(), CutAt(everywhere)], ids=["uncut", "cut"])
+@pytest.mark.parametrize("spend", ONCE, ids=lambda spend: spend.__name__)
+def test_a_function_that_may_run_once_is_refused(
+    engine: Engine, spend: Callable[[Any, Tensor], Tensor]
+) -> None:
+    built = fused(spend)
+    with pytest.raises(BalanceError, match="`OnceBackward`, which changes"):
+        engine.linearize(built.problem()).gramian()
+    assert all(param.grad is None for param in built.params)
+
+
+@over_engines
+@pytest.mark.parametrize("spend", [*ONCE, keep_attribute], ids=lambda spend: spend.__name__)
+def test_functions_of_single_losses_may_run_once_where_nothing_runs_twice(
+    engine: Engine, spend: Callable[[Any, Tensor], Tensor]
+) -> None:
+    if not isinstance(engine, PerLoss) and spend is not keep_attribute:
+        pytest.skip("refused")
+    jacobian, built = naive_jacobian(fused(keep_attribute)), fused(spend)
+    linearization = engine.linearize(built.problem())
+    assert_same(linearization.gramian(), jacobian @ jacobian.T)
+    linearization.add_to_grad(drawn(3, seed=9))
+    assert_same(gradient(built), drawn(3, seed=9) @ jacobian)
+
+
+def test_tensors_of_inference_mode_may_be_kept() -> None:
+    """They have no version."""
+    with torch.inference_mode():
+        table = torch.ones(4)
+    jacobian, built = naive_jacobian(fused(keep_attribute)), fused(keep_attribute)
+    built.losses[0].grad_fn.table = table  # type: ignore[union-attr]
+    assert_same(Streaming().linearize(built.problem()).gramian(), jacobian @ jacobian.T)
 
 
 def test_accumulation_windows_need_another_engine() -> None:

@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from moo_balance import BalanceError
+from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.integrations import unwrap_optimizer
 from moo_balance.integrations.accelerate import backward
+from tests.support.companions import ScheduleFree
 from tests.support.plain_runs import (
     BATCHES,
     loader,
@@ -20,7 +21,7 @@ from tests.support.plain_runs import (
     plain_mixed_run,
     plain_run,
 )
-from tests.support.problems import whole_state
+from tests.support.problems import SmallModel, whole_state
 from tests.support.registry import over_each_method, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("Accelerate")
@@ -156,3 +157,13 @@ def test_retain_graph_is_passed_on(method):
     losses = model(0)
     backward(accelerator, optimizer, losses, retain_graph=True)
     backward(accelerator, optimizer, losses)
+
+
+def test_modes_of_a_schedule_free_optimizer_are_reached():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(ScheduleFree(model.parameters(), lr=0.01), MGDA())
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    prepared.eval()
+    assert not optimizer.param_groups[0]["train_mode"]
+    prepared.train()
+    assert optimizer.param_groups[0]["train_mode"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance.engine import Problem
+from moo_balance.engine.autograd import silence_hooks
 
 
 @dataclass
@@ -49,6 +50,12 @@ def naive_jacobian(built: Graph) -> Tensor:
         rows.append(gradient(built))
     clear(built)
     return torch.stack(rows)
+
+
+def unhooked_jacobian(built: Graph) -> Tensor:
+    """The same without the hooks of parameters, which are for the balanced gradient alone."""
+    with silence_hooks(built.params):
+        return naive_jacobian(built)
 
 
 def clear(built: Graph) -> None:
@@ -327,6 +334,35 @@ def bare() -> Graph:
     """Losses that are parameters themselves."""
     a, b = parameter(), parameter(seed=1)
     return Graph([a, b, a], [a, b])
+
+
+class Halves(torch.autograd.Function):
+    """Two outputs, of whose gradients one may be missing, but not both."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(value, weight)
+        return value * weight, value + weight
+
+    @staticmethod
+    def backward(ctx: Any, product: Tensor | None, total: Tensor | None) -> tuple[Tensor, Tensor]:
+        value, weight = ctx.saved_tensors
+        if product is None:
+            assert total is not None
+            return total, total
+        rest = 0.0 if total is None else total
+        return product * weight + rest, product * value + rest
+
+
+@graph
+def undefined() -> Graph:
+    """A function whose outputs are used in different places, the second further down."""
+    weights = [parameter(4, seed=k) for k in range(4)]
+    product, total = Halves.apply(weights[0].exp(), weights[1])
+    lower = torch.tanh(total * weights[2])
+    upper = lower.sin() * weights[3] + product
+    return Graph([upper.square().sum(), lower.exp().sum(), upper.sum() + total.sum()], weights)
 
 
 @graph

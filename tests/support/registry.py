@@ -16,6 +16,7 @@ from typing import Literal
 import pytest
 from torch import Tensor
 
+from examples.own_methods import EqualLengths, SlowestFirst
 from moo_balance import (
     FAMO,
     MGDA,
@@ -364,9 +365,25 @@ METHODS = [
 ]
 
 
+OWN_METHODS = [
+    Method(
+        "SlowestFirst", lambda names: SlowestFirst(power=2.0), bounds=positive, scaling="unchanged"
+    ),
+    Method("EqualLengths", lambda names: EqualLengths(), kind="gramian", scaling="shares"),
+    Method(
+        "EqualLengths-every",
+        lambda names: EqualLengths(beta=0.5, every=2),
+        kind="gramian-every",
+        scaling="shares",
+    ),
+]
+"""The methods that the manual shows how to write, which are not in the package."""
+
+
 def over(rows: Callable[[Method], bool]) -> pytest.MarkDecorator:
-    """Run a test for the rows that fit."""
-    return pytest.mark.parametrize("method", list(filter(rows, METHODS)), ids=repr)
+    """Run a test for the rows that fit, those of the manual's methods included."""
+    fitting = list(filter(rows, [*METHODS, *OWN_METHODS]))
+    return pytest.mark.parametrize("method", fitting, ids=repr)
 
 
 def over_some(*ids: str) -> pytest.MarkDecorator:

@@ -198,3 +198,89 @@ def test_entries_of_an_absent_loss_keep_their_values_in_a_state_of_shape_k_by_k(
     there = torch.tensor([[True, False, True], [False, False, False], [True, False, True]])
     assert bool((after != before)[there].all())
     assert torch.equal(after[~there], before[~there])
+
+
+# ---------------------------------------------------------------------- dtypes of a state
+
+
+@dataclass(frozen=True)
+class Mixed(Weighting):
+    """A state of several dtypes, which mathematics in float64 would widen."""
+
+    float: torch.dtype = torch.float32
+
+    def init(self, names: tuple[str, ...], device: torch.device) -> State:
+        count = len(names)
+        return {
+            "mean": torch.zeros(count, dtype=self.float, device=device),
+            "products": torch.zeros(count, count, dtype=self.float, device=device),
+            "count": torch.full((count,), 2**60, dtype=torch.int64, device=device),
+            "seen": torch.zeros(count, dtype=torch.bool, device=device),
+            "total": torch.zeros((), dtype=self.float, device=device),
+        }
+
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
+        losses = statistics.losses.double()
+        mean = state["mean"].double().lerp(losses, 1 / 3)
+        following = {
+            "mean": mean,
+            "products": state["products"].double().lerp(torch.outer(losses, losses), 1 / 3),
+            "count": state["count"] + 1,
+            "seen": state["seen"] | (losses > 0),
+            "total": state["total"].double() + losses.sum() / 3,
+        }
+        weights = torch.softmax(mean + state["products"].double().sum(1) / 100, 0)
+        return WeightingOutput(weights, weights, following)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_state_keeps_its_dtypes_where_a_loss_is_absent_and_in_a_resumed_run(
+    dtype: torch.dtype,
+) -> None:
+    batches = [(0, "abc"), (1, "ac"), (2, "abc"), (3, "b"), (4, "abc"), (5, "ab")]
+
+    def run(model: SmallModel, optimizer: BalancedOptimizer, start: int, stop: int) -> None:
+        for batch, names in batches[start:stop]:
+            train(model, optimizer, [batch], names)
+
+    weighting = Mixed(dtype)
+    model, optimizer = setup_with(weighting)
+    run(model, optimizer, 0, 6)
+    state = optimizer.state_dict()["balance"]["state"]
+    expected = {key: value.dtype for key, value in weighting.init(("a", "b", "c"), CPU).items()}
+    assert {key: value.dtype for key, value in state.items()} == expected
+    assert state["count"].tolist() == [2**60 + 5, 2**60 + 5, 2**60 + 4]
+    for split in range(1, 6):
+        for form in ("entry", "text"):
+            twin, other = setup_with(weighting)
+            run(twin, other, 0, split)
+            resumed, again = setup_with(weighting)
+            resumed.load_state_dict(twin.state_dict())
+            if form == "entry":
+                again.load_state_dict(other.state_dict())
+            else:
+                again.load_state_dict(other.optimizer.state_dict())
+                again.balance_state.load_state_dict(other.balance_state.state_dict())
+            assert whole_state(resumed, again) == whole_state(twin, other)
+            run(resumed, again, split, 6)
+            assert whole_state(resumed, again) == whole_state(model, optimizer)
+
+
+@dataclass(frozen=True)
+class Partial(SquaredNorms):
+    """Keeps more than what `keep` returns."""
+
+    def init(self, names: tuple[str, ...], device: torch.device) -> State:
+        return {**super().init(names, device), "count": torch.zeros((), device=device)}
+
+    def keep(self, statistics: Statistics, state: State) -> State:
+        return {"weights": state["weights"] / state["weights"].sum()}
+
+
+def test_entries_that_are_not_returned_between_two_refreshes_stay() -> None:
+    model, optimizer = setup_with(Partial(every=2))
+    train(model, optimizer, range(4))
+    assert set(optimizer.state_dict()["balance"]["state"]) == {"weights", "count"}

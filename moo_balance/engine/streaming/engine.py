@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from zlib import crc32
@@ -12,18 +12,28 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from moo_balance.engine.autograd import (
+    KeptTensors,
     edge_of,
     gradient_edge,
     has_reentrant_checkpoint,
     in_static_graph,
     nodes_above,
+    silence_hooks,
 )
-from moo_balance.engine.base import Engine, Linearization, Problem, gradients_of, remove_loss_scale
+from moo_balance.engine.base import (
+    Engine,
+    Linearization,
+    Problem,
+    Row,
+    gradients_of,
+    remove_loss_scale,
+)
 from moo_balance.engine.distributed import average_over_ranks, is_whole
 from moo_balance.engine.features import FeatureGramian
 from moo_balance.engine.jacobian import Jacobian
-from moo_balance.engine.linear import OutputGradientRecorder, add_linear_layers
+from moo_balance.engine.linear import OutputGradientRecorder, gramian_in_range
 from moo_balance.engine.per_loss import PerLossLinearization
+from moo_balance.engine.products import narrow
 from moo_balance.engine.streaming.partition import Segment, partition
 from moo_balance.errors import BalanceError, BalanceValueError
 
@@ -38,22 +48,32 @@ class Streaming(Engine):
     from the cut above to the cut below; the K gradients of its parameters are multiplied with each
     other and freed. The weighted sum then takes one ordinary backward pass, with all its hooks.
 
-    Time: K passes, and one more. Memory beyond a plain step, in place of the K·P elements of
-    :class:`PerLoss`: K gradients of one segment's parameters and of the activations that cross the
-    cut below it. Linear layers stay factored as in :class:`PerLoss`.
+    Time: K passes, and one more; an activation checkpoint is computed again in each. Memory beyond
+    a plain step, in place of the K·P elements of :class:`PerLoss`: K gradients of one segment's
+    parameters and of the activations that cross the cut below it. Linear layers stay factored as in
+    :class:`PerLoss`.
 
     There is no cut where a gradient would cross in parts: within a residual block, beneath a skip
     connection, between two uses of a parameter (a recurrence, tied weights). Nor is there one
-    where a hook on an activation or a module would see a gradient twice; hooks are found by
-    sending zeros where a cut is wanted, but for those that only observe. Accumulation windows,
-    sharded parameters and reentrant checkpoints need :class:`PerLoss`.
+    within an activation checkpoint, or where a hook on an activation or a module would see a
+    gradient twice; hooks are found by sending zeros where a cut is wanted, but for those that only
+    observe. Accumulation windows, sharded parameters and reentrant checkpoints need
+    :class:`PerLoss`.
+
+    Backward functions must be linear in the gradients that they get and may run several times, once
+    for each loss and once for the weighted sum. Some fused losses write into what they have saved,
+    so that they may run once only. Where PyTorch knows of the change they are refused; a change by
+    way of ``.data`` or a kernel of their own stays unnoticed and makes the gradient wrong.
 
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
             elements (4 MiB in float32) may be kept, so that a small model is one segment.
         dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own.
+            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
+            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
+            outside of this range comes in float64; on an accelerator, where the host does not read
+            it, larger gradients count as not finite, and far smaller ones as zero.
 
     Raises:
         BalanceValueError: `elements_per_param` is not above 0.
@@ -84,7 +104,14 @@ class StreamingLinearization(PerLossLinearization):
         self.split = split
 
     def gramian(self) -> Tensor:
-        problem, nodes = self.problem, nodes_above(self.problem.losses)
+        nodes = nodes_above(self.problem.losses)
+        kept = KeptTensors.of(nodes)
+        gramian = self._gramian(nodes)
+        _check_unchanged(kept)
+        return gramian
+
+    def _gramian(self, nodes: Collection[Node]) -> Tensor:
+        problem = self.problem
         _check_surroundings(problem, has_reentrant_checkpoint(nodes))
         if problem.compared is not None:
             params = [problem.params[k] for k in sorted(problem.compared)]
@@ -95,7 +122,15 @@ class StreamingLinearization(PerLossLinearization):
             return PerLossLinearization(problem._replace(retain_graph=True), self.dtype).gramian()
         sweep = BackwardSweep(problem, self.dtype)
         parts = (sweep.pass_segment(segment, k) for k, segment in enumerate(segments))
-        return remove_loss_scale(reduce(torch.add, parts), problem.scale)
+        return self._sum(parts)
+
+    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
+        """The sum of the segments' products, without the loss scale; on the CPU in float64."""
+        total = reduce(torch.add, (part.double() if part.is_cpu else part for part in parts))
+        total = remove_loss_scale(total, self.problem.scale)
+        kinds = {param.dtype.to_real() for param in self.problem.params}
+        dtype = reduce(torch.promote_types, kinds, self.dtype)
+        return narrow(total, dtype) if total.is_cpu else total
 
 
 class BackwardSweep:
@@ -116,6 +151,7 @@ class BackwardSweep:
         self.problem, self.dtype = problem, dtype
         losses = zip(problem.losses, problem.grad_outputs(), strict=True)
         self.arrived = [{edge_of(loss): gradient} for loss, gradient in losses]
+        self.silenced = silence_hooks(problem.params)
 
     def pass_segment(self, segment: Segment, number: int) -> Tensor:
         """Inner products [K, K] of the gradients that are completed in this segment."""
@@ -123,8 +159,8 @@ class BackwardSweep:
         names = [f"{name}, segment {number}" for name in self.problem.names]
         named = zip(names, self._rows(segment, params), strict=True)
         rows = average_over_ranks(named, self.problem.averager, params)
-        gramian = Jacobian(rows).gramian(self.dtype, self.problem.losses[0].device)
-        gramian = add_linear_layers(gramian, segment.layers, None, self.dtype)
+        device = self.problem.losses[0].device
+        gramian = gramian_in_range(Jacobian(rows), segment.layers, None, self.dtype, device)
         for layer in segment.layers:
             layer.output_gradients = []
         return gramian
@@ -138,7 +174,10 @@ class BackwardSweep:
                 here = [edge for edge in arrived if edge[0] in segment.nodes]
                 entering = {edge: arrived.pop(edge) for edge in here}
                 roots, grads = [*map(gradient_edge, entering)], [*entering.values()]
-                row = gradients_of(roots, grads, inputs, True) if roots else [None] * len(inputs)
+                row: Row = [None] * len(inputs)
+                if roots:
+                    with self.silenced:
+                        row = gradients_of(roots, grads, inputs, True)
                 rest = iter(row[len(params) :])
                 for edge in segment.leaving:
                     if (gradient := next(rest)) is not None:
@@ -160,6 +199,20 @@ def _check_surroundings(problem: Problem, reentrant: bool) -> None:
         raise BalanceError(
             f"A model under Streaming() should be differentiable in segments. Found {obstacle}. "
             "Leave out `engine=` to have PerLoss()."
+        )
+
+
+def _check_unchanged(kept: KeptTensors) -> None:
+    """Refuse functions that may run once only: the pass of the weighted sum would run them again.
+
+    What they write unknown to PyTorch (``.data``, kernels of their own) is not found.
+    """
+    name = kept.find_change()
+    if name is not None:
+        raise BalanceError(
+            "A backward function should return the same gradient each time that it runs under "
+            f"Streaming(). Found `{name}`, which changes the tensors that it has saved. Leave out "
+            "`engine=` to have PerLoss(), which runs it once for each loss that it leads to."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from math import inf, prod
@@ -19,6 +19,7 @@ from moo_balance.engine.autograd import (
     gradient_shape,
     has_hook_at,
     recorded_order,
+    unpack_hooks,
 )
 from moo_balance.engine.base import Problem
 from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
@@ -98,8 +99,9 @@ def build_segments(costs: GraphCosts, cuts: Sequence[int]) -> list[Segment]:
 class GraphCosts:
     """The nodes between losses and parameters, and the elements of K gradients there.
 
-    Cut ``c`` lies before the node at place ``c``. It is open if every gradient that crosses it is
-    complete. Otherwise autograd would run nodes below the cut with no gradient to pass on::
+    Cut ``c`` lies before the node at place ``c``. It is open if every node below the cut has all of
+    its gradients from above, or none. Otherwise autograd would run nodes below the cut with a part
+    of their gradients, or without any::
 
         place 0   loss          cut 1   open     the gradient of a crosses
               1   a ---.        cut 2   closed   that of d would cross in two parts, one of which
@@ -107,7 +109,8 @@ class GraphCosts:
               3   c    |        cut 4   open     that of d crosses
               4   d <--'
 
-    So there is no cut between two uses of a parameter, where its K gradients are kept anyway.
+    So there is no cut between two uses of a parameter, where its K gradients are kept anyway. Nor
+    is there one within an activation checkpoint, which would be computed again on both sides.
     """
 
     def __init__(self, problem: Problem, nodes: Collection[Node]) -> None:
@@ -148,20 +151,36 @@ class GraphCosts:
         crossing = (edge for edge, (_, last, end) in self.spans.items() if last < cut <= end)
         return any(map(self._has_hook_at, crossing))
 
+    def _ranges(self) -> Iterable[tuple[int, int]]:
+        """First and last places between which there is no cut.
+
+        They are those that add to the gradients of one node, whose backward function takes the
+        gradients of all its outputs at once; and those of one activation checkpoint.
+        """
+        ranges: dict[Node | int, tuple[int, int]] = {}
+        for (node, _), (first, last, _) in self.spans.items():
+            before = ranges.get(node, (first, last))
+            ranges[node] = min(first, before[0]), max(last, before[1])
+        for k, node in enumerate(self.order):
+            for hook in unpack_hooks(node):
+                ranges[hook] = ranges.get(hook, (k,))[0], k
+        return ranges.values()
+
     def _count_elements(self, reaching: Mapping[Node, int], is_divisible: bool) -> None:
         count = len(self.order)
         self._retained: list[list[tuple[int, int]]] = [[] for _ in range(count + 1)]
-        # Changes at each cut: of the elements that cross, and of how many gradients are in parts.
+        # Changes at each cut: of the elements that cross, and of how many ranges it would divide.
         size, parts = [0] * (count + 2), [0] * (count + 2)
-        for edge, (first, last, end) in self.spans.items():
+        for first, last in self._ranges():
+            parts[first + 1] += 1
+            parts[last + 1] -= 1
+        for edge, (_, last, end) in self.spans.items():
             shape = gradient_shape(edge)
             elements = prod(shape or ()) * reaching[edge[0]]
             if edge[0] in self.leaves or edge[0] in self.layers:
                 self._retained[end].append((last, elements))
             size[last + 1] += elements
             size[end + 1] -= elements
-            parts[first + 1] += 1
-            parts[last + 1] -= 1
             is_divisible &= shape is not None
         # Elements that cross each cut, infinite if it is closed; and what is kept after it if there
         # are no more cuts.

@@ -1,0 +1,84 @@
+"""Optimizers that take two gradients for one step, such as SAM: ``first_step``, ``second_step``.
+
+``first_step`` moves the parameters to where the second gradient is taken; ``second_step`` moves
+them back and takes the actual step, which is what the balance counts. This module is used only
+with such an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from moo_balance._grad_scaler import Scaling
+from moo_balance.errors import BalanceError
+
+if TYPE_CHECKING:
+    from moo_balance._balancer import Balancer
+
+
+def has_two_steps(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has a ``first_step`` and a ``second_step``."""
+    steps = (getattr(optimizer, name, None) for name in ("first_step", "second_step"))
+    return all(map(callable, steps))
+
+
+def take_first_step(balancer: Balancer, stepping: Optimizer, take: Callable[[], Any]) -> Any:
+    """Let the wrapped optimizer move the parameters, and discard what was staged.
+
+    Args:
+        balancer: Of the BalancedOptimizer.
+        stepping: The BalancedOptimizer, or a framework's copy of it.
+        take: The wrapped ``first_step`` with its arguments.
+    """
+    record = balancer.record
+    if record.moved:
+        raise BalanceError(
+            "`first_step` should be followed by `second_step`. Found another `first_step`, which "
+            "would lose the parameters from before. Call `backward` and `second_step` first."
+        )
+    _check_staged(balancer, "first_step")
+    balancer.check_finite(stepping)
+    output = take()
+    record.staged, record.moved = None, True
+    return output
+
+
+def take_second_step(balancer: Balancer, stepping: Optimizer, take: Callable[[], Any]) -> Any:
+    """Let the wrapped optimizer take its step, and commit what was staged since `first_step`."""
+    if not balancer.record.moved:
+        raise BalanceError(
+            "`second_step` should follow `first_step`. Found none since the last step. Call "
+            "`backward`, `first_step`, `backward` and `second_step`, in this order."
+        )
+    _check_staged(balancer, "second_step")
+    return balancer.step(stepping, take=take)
+
+
+def _check_staged(balancer: Balancer, call: str) -> None:
+    balancer.record.check_window_closed()
+    if balancer.record.staged is None:
+        raise BalanceError(
+            f"`{call}` should follow `backward` or `combined_loss`. Found neither since the last "
+            "one. Call `optimizer.backward(losses)` in place of `loss.backward()`."
+        )
+
+
+def refuse_single_step(optimizer: Optimizer) -> BalanceError:
+    """The error of ``step`` on an optimizer with two steps."""
+    return BalanceError(
+        f"{type(optimizer).__name__} takes two gradients for one step. Found a call of `step`. "
+        "Call `backward(losses)` and `first_step(zero_grad=True)`, then `backward` with the losses "
+        "of the same batch, evaluated again, and `second_step(zero_grad=True)`."
+    )
+
+
+def check_no_scaling(optimizer: Optimizer, scaling: Scaling | None) -> None:
+    """Refuse a loss scaler, which checks the gradients of one step only."""
+    if scaling is not None:
+        raise BalanceError(
+            f"{type(optimizer).__name__} takes two gradients for one step, and GradScaler checks "
+            "and unscales those of one. Found `grad_scaler=`. Train in bfloat16, without a scaler."
+        )

@@ -1,0 +1,377 @@
+"""The naive twin of a BalancedOptimizer with SGD: every call written from the mathematics.
+
+It shares nothing with the library but the formulas of a weighting (``weights`` and ``observe``).
+Gradients are taken loss by loss, and everything is kept by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moo_balance import BalanceError
+from moo_balance.weighting import State, Statistics, Weighting
+
+Row = dict[int, Tensor]
+"""The gradient of one loss, by the position of the parameter."""
+
+Hook = Callable[[Tensor], Tensor]
+
+MOMENTUM = 0.9
+
+
+class Refused(Exception):  # noqa: N818
+    """The library must raise a BalanceError here, and change nothing."""
+
+
+@dataclass
+class Sums:
+    """Losses and rows, summed over the micro-batches of a window.
+
+    ``repeats`` says whether all of them can be evaluated again after the step.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+    repeats: list[Callable[[], dict[str, Tensor]] | None] = field(default_factory=list)
+    at_features: dict[str, Row] | None = None
+    scaled: bool = False
+    coefficients: dict[str, float] | None = None
+
+    def plus(self, other: Sums) -> Sums:
+        losses, rows = dict(self.losses), {name: dict(row) for name, row in self.rows.items()}
+        for name, loss in other.losses.items():
+            losses[name] = losses[name] + loss if name in losses else loss
+            row = rows.setdefault(name, {})
+            for position, gradient in other.rows[name].items():
+                row[position] = row[position] + gradient if position in row else gradient
+        repeats = [*self.repeats, *other.repeats]
+        return Sums(losses, rows, repeats, other.at_features, other.scaled, self.coefficients)
+
+    def is_finite(self) -> bool:
+        return all(bool(loss.isfinite()) for loss in self.losses.values())
+
+
+@dataclass
+class Stage:
+    """What the next step will make true."""
+
+    names: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+    state: State = field(default_factory=dict)
+    repeats: list[Callable[[], dict[str, Tensor]] | None] = field(default_factory=list)
+    skip: bool = False
+    scaled: bool = False
+    combined: bool = False
+
+
+def rows_of(losses: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> dict[str, Row]:
+    """One gradient per loss by ``autograd.grad``; entries that a loss does not reach are left out."""
+    wanted = [(k, tensor) for k, tensor in enumerate(inputs) if tensor.requires_grad]
+    rows = {}
+    for name, loss in losses.items():
+        found = torch.autograd.grad(
+            loss, [tensor for _, tensor in wanted], retain_graph=True, allow_unused=True
+        )
+        rows[name] = {
+            k: gradient
+            for (k, _), gradient in zip(wanted, found, strict=True)
+            if gradient is not None
+        }
+    return rows
+
+
+def gramian_of(rows: Mapping[str, Row], names: Sequence[str], compared: set[int]) -> Tensor:
+    """Inner products over the compared parameters."""
+
+    def product(first: Row, second: Row) -> Tensor:
+        shared = first.keys() & second.keys() & compared
+        terms = [(first[k] * second[k]).sum() for k in shared]
+        return sum(terms, torch.zeros((), dtype=torch.float64))
+
+    return torch.stack([torch.stack([product(rows[a], rows[b]) for b in names]) for a in names])
+
+
+class Twin:
+    """The state of a run, and what each call makes of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weighting: Weighting,
+        lr: float,
+        names: tuple[str, ...] | None = None,
+        nonfinite: str = "raise",
+        shared: set[int] | None = None,
+        allows_windows: bool = True,
+    ) -> None:
+        self.model, self.weighting, self.lr, self.nonfinite = model, weighting, lr, nonfinite
+        self.shared, self.allows_windows = shared, allows_windows
+        self.names, self.state = names, None
+        self.steps = self.skipped = 0
+        self.awaiting: tuple[str, ...] | None = None
+        self.window: Sums | None = None
+        self.staged: Stage | None = None
+        self.coefficients: dict[str, float] = {}
+        self.velocity: dict[int, Tensor] = {}
+        self.hooks: dict[int, list[Hook]] = {}
+        self.log: list[tuple[int, Tensor]] = []
+        self.observed: set[int] = set()
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def is_due(self) -> bool:
+        return self.steps % self.weighting.every == 0
+
+    # ------------------------------------------------------------ backward
+
+    def read(
+        self,
+        losses: Mapping[str, Tensor],
+        features: Tensor | None = None,
+        scale: float | None = None,
+        repeat: Callable[[], dict[str, Tensor]] | None = None,
+        accumulating: bool = False,
+    ) -> Sums:
+        """Differentiate a batch, after all that can be refused without it."""
+        if self.awaiting is not None:
+            raise Refused("observe is due")
+        known = losses if self.names is None else self.names
+        if not losses or not set(losses) <= set(known):
+            raise Refused("unknown losses")
+        if not all(loss.requires_grad for loss in losses.values()):
+            raise Refused("no graph")
+        in_window = accumulating or self.window is not None
+        if features is not None and (
+            not features.requires_grad or self.shared is not None or in_window
+        ):
+            raise Refused("features do not fit")
+        values = {name: losses[name].detach() for name in known if name in losses}
+        sums = Sums(values, rows_of(losses, self.params), [repeat], scaled=scale is not None)
+        if features is not None:
+            sums.at_features = rows_of(losses, [features])
+        return sums
+
+    def check_scale(self, scaled: bool) -> None:
+        """Gradients that are added up are of one scale."""
+        earlier = self.window or self.staged
+        if earlier is None or (isinstance(earlier, Stage) and earlier.combined):
+            return
+        if earlier.scaled != scaled:
+            raise Refused("another scale")
+
+    def backward(self, batch: Sums, scale: float | None = None) -> None:
+        """Balance the batch, or the window that it closes."""
+        self.check_scale(batch.scaled)
+        sums = batch if self.window is None else self.window.plus(batch)
+        staged, coefficients = self.weigh(sums)
+        if coefficients is not None:
+            rows = sums.rows
+            if self.window is not None and not self.keeps_rows:
+                rows = batch.rows  # those of earlier micro-batches are in `.grad` already
+                self._check_known(sums, coefficients)
+            self.deliver(combine(rows, coefficients), scale or 1.0)
+            self.coefficients = coefficients
+        self.staged, self.window = staged, None
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self.weighting.uses_gramian or self.weighting.uses_losses
+
+    def accumulate(self, batch: Sums, scale: float | None = None) -> None:
+        """Add a micro-batch to the window."""
+        self.check_scale(batch.scaled)
+        sums = (self.window or Sums()).plus(batch)
+        if not sums.is_finite() and not sums.scaled:
+            if self.nonfinite == "raise":
+                raise Refused("not finite")
+            self.window = sums
+            return
+        if self.keeps_rows:
+            if not self.allows_windows:
+                raise Refused("no windows")
+        else:
+            _, coefficients = self.weigh(sums)
+            assert coefficients is not None
+            self._check_known(sums, coefficients)
+            self.deliver(combine(batch.rows, coefficients), scale or 1.0)
+            sums.coefficients = coefficients
+        self.window = sums
+
+    def _check_known(self, sums: Sums, coefficients: dict[str, float]) -> None:
+        """Coefficients that earlier micro-batches were given must still hold."""
+        before = (self.window or sums).coefficients or {}
+        if any(coefficients[name] != value for name, value in before.items()):
+            raise Refused("a loss joins the window")
+
+    def weigh(self, sums: Sums) -> tuple[Stage, dict[str, float] | None]:
+        """The step to stage, and the coefficients; None for a step to skip."""
+        present = tuple(sums.losses)
+        names = self.names or present
+        state = self.initial_state(names) if self.state is None else self.state
+        skipped = Stage(names, present, state, skip=not sums.scaled, scaled=sums.scaled)
+        if not sums.is_finite():
+            return self._skip(skipped)
+        values = torch.stack(list(sums.losses.values()))
+        if bool((values <= torch.tensor(self.weighting.lower_bounds(present))).any()):
+            raise Refused("not above its bound")
+        gramian = None
+        if self.weighting.uses_gramian and self.is_due:
+            compared = set(range(len(self.params))) if self.shared is None else self.shared
+            gramian = gramian_of(sums.at_features or sums.rows, present, compared)
+            if not bool(gramian.diagonal().isfinite().all()):
+                return self._skip(skipped)
+        statistics = Statistics(present, values, gramian, self.steps)
+        output = self.weighting.weights(statistics, select(state, names, present))
+        staged = Stage(
+            names,
+            present,
+            merge(state, output.state, names, present),
+            sums.repeats,
+            scaled=sums.scaled,
+        )
+        return staged, dict(zip(present, output.coefficients.tolist(), strict=True))
+
+    def initial_state(self, names: tuple[str, ...]) -> State:
+        try:
+            return self.weighting.init(names, torch.device("cpu"))
+        except BalanceError as error:
+            raise Refused(str(error)) from error
+
+    def _skip(self, staged: Stage) -> tuple[Stage, dict[str, float] | None]:
+        if staged.scaled:  # the scaler finds the NaN
+            return staged, dict.fromkeys(staged.present, math.nan)
+        if self.nonfinite == "raise":
+            raise Refused("not finite")
+        return staged, None
+
+    def combined(self, batch: Sums, factor: float) -> None:
+        """Stage a step, and run the backward pass of `factor` times its scalar."""
+        if self.window is not None:
+            raise Refused("a window is open")
+        self.check_scale(batch.scaled)
+        staged, coefficients = self.weigh(batch)
+        staged.combined, staged.repeats, staged.scaled = True, [], False
+        if coefficients is not None:
+            self.deliver(combine(batch.rows, coefficients), factor)
+            self.coefficients = coefficients
+        self.staged = staged
+
+    def deliver(self, total: Row, factor: float) -> None:
+        """Write to ``.grad`` what the hooks of the parameters make of it."""
+        for position, gradient in total.items():
+            param, gradient = self.params[position], gradient * factor
+            for hook in self.hooks.get(position, ()):
+                gradient = hook(gradient)
+            param.grad = gradient if param.grad is None else param.grad + gradient
+            if position in self.observed:
+                self.log.append((position, param.grad.clone()))
+
+    # ------------------------------------------------------------ steps
+
+    def step(self, unscaled: bool = False) -> bool:
+        """Take the step. Returns whether the losses are to be evaluated again.
+
+        Args:
+            unscaled: It is taken by a scaler, which has removed the scale.
+        """
+        if self.window is not None:
+            raise Refused("a window is open")
+        staged = self.staged
+        if staged is None:
+            if self.lr != 0.0:
+                raise Refused("nothing to step on")
+            self.descend()
+            return False
+        if staged.skip:
+            self.staged, self.skipped = None, self.skipped + 1
+            return False
+        if staged.scaled != unscaled and not staged.combined:
+            raise Refused("the gradients carry a scale")
+        if not staged.scaled and not self.has_finite_gradients():
+            if self.nonfinite == "raise":
+                raise Refused("a gradient is not finite")
+            self.staged, self.skipped = None, self.skipped + 1
+            return False
+        self.descend()
+        observes = self.weighting.observes_step and self.is_due
+        self.names, self.state, self.staged = staged.names, staged.state, None
+        self.steps += 1
+        if observes:
+            self.awaiting = staged.present
+        return observes and bool(staged.repeats) and None not in staged.repeats
+
+    def has_finite_gradients(self) -> bool:
+        grads = [p.grad for p in self.params if p.requires_grad and p.grad is not None]
+        return all(bool(grad.isfinite().all()) for grad in grads)
+
+    def descend(self) -> None:
+        """SGD with momentum."""
+        with torch.no_grad():
+            for position, param in enumerate(self.params):
+                if param.grad is not None:
+                    before = self.velocity.get(position, torch.zeros_like(param))
+                    self.velocity[position] = MOMENTUM * before + param.grad
+                    param -= self.lr * self.velocity[position]
+
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """Give the method the losses after the step."""
+        if self.awaiting is None:
+            if self.staged is not None and not self.staged.scaled:
+                raise Refused("no step was taken")
+            return
+        if set(losses) != set(self.awaiting):
+            raise Refused("other losses")
+        names, present = self.names, tuple(n for n in self.names if n in losses)
+        values = torch.stack([losses[name].detach() for name in present])
+        self.awaiting = None
+        part = select(self.state, names, present)
+        after = self.weighting.observe(Statistics(present, values, step=self.steps), part)
+        self.state = merge(self.state, after, names, present)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.model.zero_grad(set_to_none)
+        self.window = None
+        if self.staged is not None and not self.staged.combined:
+            self.staged = None
+
+
+def combine(rows: Mapping[str, Row], coefficients: Mapping[str, float]) -> Row:
+    """The weighted sum, for every parameter that a loss reaches."""
+    total: Row = {}
+    for name, row in rows.items():
+        for position, gradient in row.items():
+            term = coefficients[name] * gradient
+            total[position] = total[position] + term if position in total else term
+    return total
+
+
+def select(state: State, names: Sequence[str], present: Sequence[str]) -> State:
+    """The entries of the present losses, along each dimension."""
+    positions = [names.index(name) for name in present]
+    return {
+        key: value[positions] if value.ndim == 1 else value[positions][:, positions]
+        if value.ndim == 2
+        else value
+        for key, value in state.items()
+    }  # fmt: skip
+
+
+def merge(state: State, part: State, names: Sequence[str], present: Sequence[str]) -> State:
+    """The state with the entries of the present losses replaced."""
+    merged = {}
+    for key, value in part.items():
+        merged[key] = value if not value.ndim else state[key].clone()
+        for i, first in enumerate(present):
+            if value.ndim == 1:
+                merged[key][names.index(first)] = value[i]
+            for j, second in enumerate(present if value.ndim == 2 else ()):
+                merged[key][names.index(first), names.index(second)] = value[i, j]
+    return merged
