@@ -184,16 +184,22 @@ def _read_schema(function: Any, schema: Any) -> _Effect:
     )
 
 
-def _is_called_by_inductor() -> bool:
-    """Whether compiled code has called: it gives ``out`` memory that it has just allocated."""
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if "extern_kernels" in frame.f_globals:
-            return True
-        if frame.f_back is None:
-            return False
+_BETWEEN = ("torch._ops", "torch._compile", "torch._dynamo.eval_frame")
+"""What may stand between the caller of an operator and the mode."""
+
+
+def _fills_own_memory(effect: _Effect) -> bool:
+    """Whether the caller of an operator writes memory that it manages itself.
+
+    FSDP does so where it gathers parameters; compiled code gives ``out`` memory that is new.
+    """
+    frame = sys._getframe(3)
+    while frame.f_globals.get("__name__") in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
-    return False
+    caller = frame.f_globals
+    if effect.fills_out and "extern_kernels" in caller:
+        return True
+    return str(caller.get("__name__")).startswith("torch.distributed.fsdp")
 
 
 def _each_tensor(value: Any) -> Iterator[Tensor]:
@@ -275,7 +281,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         if effect.training is not None and argument(*effect.training) is False:
             return
-        if effect.fills_out and _is_called_by_inductor():
+        if _fills_own_memory(effect):
             return
         for place, name in effect.writes:
             for tensor in _each_tensor(argument(place, name)):
