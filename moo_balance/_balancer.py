@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from operator import is_not
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Balancer:
     ranks: Ranks | None = field(default=None, init=False)
     inspected: Sequence[Tensor] = field(default_factory=list, init=False)
     node_hooks: Sequence[int] = field(default_factory=list, init=False)
+    closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
@@ -454,7 +455,13 @@ class Balancer:
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
         first, reevaluations = self._make_repeatable(closure)
-        result = evaluate(first)
+        try:
+            result = evaluate(first)
+        except BaseException as error:
+            if self.closures_return_losses:  # for which the other ranks are waiting
+                self._read(partial(_raise, error), "backward")
+            raise
+        self.closures_return_losses = isinstance(result, Mapping)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             _, batch = self._prepare(result, reevaluations=reevaluations)
@@ -605,3 +612,7 @@ class Balancer:
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
