@@ -221,18 +221,20 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
     return products
 
 
-def unpack_hooks(node: Node) -> set[int]:
-    """Identities of the hooks that unpack what a node has saved; none without the private names.
+def unpack_hook(node: Node) -> int | None:
+    """Identity of the hook that unpacks what a node has saved; None without the private names.
 
-    One activation checkpoint has one hook for all its nodes. The hook of ``save_on_cpu``, which
-    only moves a tensor, is left out.
+    One activation checkpoint has one hook for all its nodes. That of ``save_on_cpu``, which only
+    moves a tensor, does not count.
     """
-    hooks = []
     for name in _saved_names(type(node)):
         saved = getattr(node, name)
-        hooks += [getattr(s, _UNPACK, None) for s in (saved if type(saved) is tuple else [saved])]
-    moves = torch.autograd.graph.__name__
-    return {id(hook) for hook in hooks if hook and getattr(hook, "__module__", None) != moves}
+        for each in saved if type(saved) is tuple else (saved,):
+            hook = getattr(each, _UNPACK, None)
+            if hook is not None:
+                moves = getattr(hook, "__module__", None) == torch.autograd.graph.__name__
+                return None if moves else id(hook)
+    return None
 
 
 @cache
