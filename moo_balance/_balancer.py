@@ -391,14 +391,7 @@ class Balancer:
     def _drop_cleared_window(self, window: Accumulation) -> None:
         """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
         if window.is_cleared():
-            window.remove_mark()
-            self.record.window = None
-
-    def discard_gradients(self) -> None:
-        """Drop the open window and what is staged, before gradients are cleared."""
-        if self.record.window is not None:
-            self.record.window.remove_mark()
-        self.record.discard_gradients()
+            self.record.drop_window()
 
     # ------------------------------------------------------------ combined loss
 
@@ -433,8 +426,8 @@ class Balancer:
         if self.two_steps and take is None:
             raise refuse_single_step(self.optimizer)
         record = self.record
-        if record.window is not None:
-            self._drop_cleared_window(record.window)
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged
