@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ class Balancer:
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
     inspected: dict[Tensor, bool] = field(default_factory=dict, init=False)
+    closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
@@ -265,7 +266,7 @@ class Balancer:
         window = self.record.window
         if window is not None:
             statistics = window.sum_losses(statistics)
-            reevaluations = [*window.reevaluations, *reevaluations]
+            reevaluations = window.close_reevaluations(reevaluations)
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:
@@ -458,7 +459,13 @@ class Balancer:
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
         first, reevaluations = self._make_repeatable(closure)
-        result = evaluate(first)
+        try:
+            result = evaluate(first)
+        except BaseException as error:
+            if self.closures_return_losses:  # for which the other ranks are waiting
+                self._read(partial(_raise, error), "backward")
+            raise
+        self.closures_return_losses = isinstance(result, Mapping)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             _, batch = self._prepare(result, reevaluations=reevaluations)
@@ -609,3 +616,7 @@ class Balancer:
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error

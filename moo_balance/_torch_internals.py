@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,14 +142,16 @@ class _Effect(NamedTuple):
     fills_out: bool = False
 
 
-_effects: dict[Any, _Effect] = {}
+_effects: dict[int, _Effect] = {}
+_functions: list[Any] = []  # keeps the functions, and so their ids
 
 
 def _effect_of(function: Any) -> _Effect:
     """Read an operator's schema, once."""
     schema = getattr(function, "_schema", None)
     effect = _Effect() if schema is None else _read_schema(function, schema)
-    _effects[function] = effect
+    _effects[id(function)] = effect  # its own hash takes longer than all the rest
+    _functions.append(function)
     return effect
 
 
@@ -207,6 +209,26 @@ def _each_tensor(value: Any) -> Iterator[Tensor]:
             yield from _each_tensor(element)
 
 
+def _hide_from_compilers(function: Step) -> Step:
+    """Keep a function from being compiled where compiled code calls it.
+
+    The decorator, which PyTorch gives to every mode, costs half as much as an operator in each
+    call. Marking the code costs nothing.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        if hasattr(eval_frame, "skip_code"):  # PyTorch 2.6
+            eval_frame.skip_code(function.__code__)
+        else:
+            skip = eval_frame._FrameAction.SKIP  # of the function, and of what it calls
+            strategy = eval_frame._FrameExecStrategy(skip, skip)
+            eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):
+        return cast(Step, torch._disable_dynamo(function))  # type: ignore[attr-defined]
+    return function
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reports each tensor that is about to be written and that existed before."""
 
@@ -221,6 +243,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def ignore_compile_internals(cls) -> bool:
         return True  # compiled code runs as it does without the mode
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # `_hide_from_compilers` does so
+
+    @_hide_from_compilers
     def __torch_dispatch__(
         self,
         func: Any,
@@ -228,15 +255,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        effect = _effects.get(func) or _effect_of(func)
+        effect = _effects.get(id(func)) or _effect_of(func)
         if effect.writes:
             self._report_writes(effect, args, kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
         if effect.returns_new:
-            for tensor in _each_tensor(result):
-                self._new.add(memory_address(tensor))
+            if type(result) is Tensor and result.layout is torch.strided:
+                self._new.add(result.untyped_storage().data_ptr())
+            else:
+                self._new.update(map(memory_address, _each_tensor(result)))
         return result
 
+    @_hide_from_compilers
     def _report_writes(
         self, effect: _Effect, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:

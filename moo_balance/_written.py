@@ -35,7 +35,7 @@ class Copies:
     def __init__(self) -> None:
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.others: dict[int, tuple[Tensor, Tensor]] = {}
-        self._shapes: list[tuple[Tensor, Tensor]] = []
+        self.shapes: list[tuple[Tensor, Tensor]] = []
 
     def add(self, tensor: Tensor, reshapes: bool = False) -> None:
         """Copy a tensor, unless there is a copy already.
@@ -50,7 +50,7 @@ class Copies:
                 self.others[id(tensor)] = (tensor, tensor.detach().clone())
             return
         if reshapes:
-            self._shapes.append((tensor, tensor.data))
+            self.shapes.append((tensor, tensor.data))
         if address not in self.storages:
             self.add_storage(tensor.untyped_storage())
 
@@ -62,7 +62,7 @@ class Copies:
 
     def put_back(self, but: Iterable[int | None] = ()) -> None:
         """Write all copies back, except for the storages at some addresses."""
-        for tensor, data in reversed(self._shapes):
+        for tensor, data in reversed(self.shapes):
             tensor.data = data
         left_out = set(but)
         for address, (storage, values) in reversed(self.storages.items()):
@@ -80,11 +80,15 @@ class KnownWrites:
 
     A first evaluation copies it beforehand, and only watches what it writes where the last second
     evaluation wrote something unknown.
+
+    Attributes:
+        draws_from_numpy: Whether the last evaluation drew from NumPy's global generator.
     """
 
     def __init__(self) -> None:
         self._storages: dict[int, Callable[[], torch.UntypedStorage | None]] = {}
         self._complete = False
+        self.draws_from_numpy = True
 
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
         return KnownWrites, ()  # a copy of a model has other tensors

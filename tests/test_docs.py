@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -35,6 +36,62 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
             # As many empty lines as stand above it, so that a traceback names the page's own line.
             above = "\n" * text.count("\n", 0, block.start(1))
             exec(compile(above + block[1], str(page), "exec"), namespace)
+
+
+# ---------------------------------------------------------------------- what examples are worth
+
+
+def blocks(page: str) -> list[str]:
+    return [match[1] for match in PYTHON.finditer((ROOT / page).read_text())]
+
+
+def values(losses) -> dict[str, float]:
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_the_example_of_the_readme_is_worth_its_balancing(capsys):
+    """Compared with the plain sum and with doing nothing, and what the page says it prints."""
+    (block,) = blocks("README.md")
+    namespace = {}
+    untrained = {}
+    with torch.random.fork_rng():
+        exec(block, namespace)
+        exec(block.replace("range(200)", "range(0)").partition("\nfor ")[0], untrained)
+        start = values(untrained["train"](moo_balance.Sum()))
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    ends = {name: ast.literal_eval(losses) for name, losses in lines.items()}
+    assert start == pytest.approx({"first": 474, "second": 0.544}, rel=1e-2)
+    for losses in ends.values():
+        assert all(losses[name] < start[name] for name in start)
+    plain = ends.pop("Sum")
+    assert plain["second"] > 0.8 * start["second"]
+    for losses in ends.values():
+        assert losses["second"] < plain["second"] / 5
+        assert losses["first"] < start["first"] / 20
+    assert all(ends["AnalyticQP"][name] < plain[name] for name in plain)
+    printed = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for line in printed.splitlines():
+        name, losses = line.split(" ", 1)
+        expected = {"Sum": plain, **ends}[name]
+        # Rounding differs between machines, and grows in training.
+        assert ast.literal_eval(losses) == pytest.approx(expected, rel=0.2)
+
+
+def test_the_quickstart_is_worth_its_balancing():
+    problem, loop, *_ = blocks("docs/quickstart.md")
+    ends = []
+    with torch.random.fork_rng():
+        for weighting in ("FAMO()", "__import__('moo_balance').Sum()"):
+            namespace = {}
+            exec(problem, namespace)
+            start = values(namespace["compute_losses"]())
+            exec(loop.replace("FAMO()", weighting), namespace)
+            ends.append(values(namespace["compute_losses"]()))
+    balanced, plain = ends
+    assert start["second"] == pytest.approx(0.544, rel=1e-2)
+    assert balanced["second"] < start["second"] / 10
+    assert plain["second"] > 0.4
+    assert balanced["first"] < start["first"] / 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

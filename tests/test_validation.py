@@ -38,7 +38,7 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import NAMES, over, over_kinds, over_some
+from tests.support.registry import METHODS, NAMES, over, over_kinds, over_some
 
 
 def tensor(value, **arguments):
@@ -173,8 +173,9 @@ def test_step_before_backward_is_refused(method):
 @over_kinds
 def test_observe_before_step_is_refused(method):
     model, optimizer = setup(method)
-    with pytest.raises(BalanceError, match="`observe` should follow `step`"):
-        optimizer.observe(model.losses())
+    before = whole_state(model, optimizer)
+    optimizer.observe(model.losses())  # as after a first step that GradScaler skipped
+    assert whole_state(model, optimizer) == before
     train(model, optimizer, [0])
     before = whole_state(model, optimizer)
     optimizer.zero_grad()
@@ -372,7 +373,7 @@ def test_a_first_batch_that_lacks_a_loss_leads_to_the_argument_that_declares_it(
     train(model, optimizer, [1])
 
 
-@over(lambda method: max(method.bounds(NAMES)) > -math.inf)
+@over(lambda method: method in METHODS and max(method.bounds(NAMES)) > -math.inf)
 def test_a_loss_at_its_bound_leads_to_arguments_that_the_method_has(method):
     model, optimizer = setup(method)
     at_fault = replace("a", lambda loss: loss - loss.detach() - 5.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.weighting import Weighting
@@ -51,7 +51,7 @@ class Sides:
             lr=0.002,
             names=names,
             nonfinite=arguments.get("nonfinite", "raise"),
-            shared={0, 1} if shared else None,
+            shared=positions_of(twin.trunk, twin) if shared else None,
             allows_windows="engine" not in arguments,
         )
         self.scaler = torch.amp.GradScaler(
@@ -230,6 +230,12 @@ class Sides:
         """What a checkpoint holds, on the side of the twin."""
         names = ("names", "state", "steps", "skipped", "awaiting", "velocity", "lr")
         return deepcopy({name: getattr(self.twin, name) for name in names})
+
+
+def positions_of(part: nn.Module, model: nn.Module) -> set[int]:
+    """Where the parameters of a part stand among those of the model."""
+    own = set(map(id, part.parameters()))
+    return {k for k, param in enumerate(model.parameters()) if id(param) in own}
 
 
 @contextmanager
