@@ -216,6 +216,7 @@ class Sides:
 
     def load(self, saved: Mapping[str, Any], memory: dict[str, Any], fresh: bool) -> None:
         """Load a checkpoint, perhaps into a new optimizer of the same parameters."""
+        self.may_hold_mark = self.may_hold_mark and fresh
         if fresh:
             self.optimizer = self._wrap(0.5)
             self.twin.names = self.arguments["loss_names"]

@@ -138,7 +138,9 @@ class CallSequences(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        self.sides.call(self.sides.take_step, self.sides.optimizer.step)
+        # A learning rate of zero times NaN is NaN, with and without balancing.
+        if self.sides.twin.lr or self.sides.twin.has_finite_gradients():
+            self.sides.call(self.sides.take_step, self.sides.optimizer.step)
 
     @rule(batch=batches, names=some_names, fault=faults)
     def step_with_closure(self, batch, names, fault):
