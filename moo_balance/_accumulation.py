@@ -72,6 +72,7 @@ class Accumulation:
     Args:
         losses: Sums of the losses so far, by name.
         reevaluations: How to evaluate each micro-batch again.
+        is_repeatable: Whether this is known of all of them so far.
         gradients: One gradient per loss so far; None for a method that knows its coefficients
             beforehand, whose gradients went straight to ``.grad``.
         coefficients: Those coefficients, in the order of ``losses``.
@@ -81,6 +82,7 @@ class Accumulation:
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     reevaluations: list[Reevaluation] = field(default_factory=list)
+    is_repeatable: bool = True
     gradients: Window | None = None
     coefficients: Tensor | None = None
     scaling: Scaling | None = None
@@ -116,6 +118,14 @@ class Accumulation:
         """Take in one more micro-batch, given the statistics of the whole window."""
         self.losses = dict(zip(statistics.names, statistics.losses.unbind(), strict=True))
         self.reevaluations.extend(reevaluations)
+        self.is_repeatable = self.is_repeatable and bool(reevaluations)
+
+    def close_reevaluations(self, last: Sequence[Reevaluation]) -> Sequence[Reevaluation]:
+        """How to evaluate the window again, with its last micro-batch; none if a part is missing.
+
+        Micro-batches whose losses came without a closure are the caller's to evaluate.
+        """
+        return [*self.reevaluations, *last] if last and self.is_repeatable else ()
 
     def select_coefficients(
         self, statistics: Statistics, coefficients: Tensor, names: Sequence[str]

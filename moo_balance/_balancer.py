@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from operator import is_not
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -76,8 +75,8 @@ class Balancer:
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
-    inspected: Sequence[Tensor] = field(default_factory=list, init=False)
-    node_hooks: Sequence[int] = field(default_factory=list, init=False)
+    inspected: dict[Tensor, bool] = field(default_factory=dict, init=False)
+    closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +93,7 @@ class Balancer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can be neither copied nor pickled; graphs and their hooks are not.
-        return {**self.__dict__, "ranks": None, "inspected": [], "node_hooks": []}
+        return {**self.__dict__, "ranks": None, "inspected": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -230,12 +229,18 @@ class Balancer:
         """Positions of parameters whose graph nodes have hooks.
 
         To look for them in every step would take up to a twentieth of it. Nodes with hooks are
-        kept alive by those who registered them, so they are looked for when `params` change.
+        kept alive by those who registered them, so each parameter is inspected once.
         """
-        known = self.inspected
-        if len(params) != len(known) or any(map(is_not, params, known)):
-            self.inspected, self.node_hooks = params, node_hook_positions(params)
-        return self.node_hooks
+        found = [self.inspected.get(param) for param in params]
+        if None in found:
+            groups = self.optimizer.param_groups
+            kept = {p: self.inspected.get(p) for group in groups for p in group["params"]}
+            new = [param for param in params if kept.get(param) is None]
+            hooked = node_hook_positions(new)
+            self.inspected = {p: has for p, has in kept.items() if has is not None}
+            self.inspected.update({param: k in hooked for k, param in enumerate(new)})
+            found = [self.inspected[param] for param in params]
+        return [k for k, has in enumerate(found) if has] if True in found else ()
 
     def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].
@@ -261,7 +266,7 @@ class Balancer:
         window = self.record.window
         if window is not None:
             statistics = window.sum_losses(statistics)
-            reevaluations = [*window.reevaluations, *reevaluations]
+            reevaluations = window.close_reevaluations(reevaluations)
         if window is not None and window.gradients is not None:
             linearization = window.gradients.close(problem)
         else:
@@ -454,7 +459,13 @@ class Balancer:
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Evaluate a closure of `step`; if it returns losses, balance them."""
         first, reevaluations = self._make_repeatable(closure)
-        result = evaluate(first)
+        try:
+            result = evaluate(first)
+        except BaseException as error:
+            if self.closures_return_losses:  # for which the other ranks are waiting
+                self._read(partial(_raise, error), "backward")
+            raise
+        self.closures_return_losses = isinstance(result, Mapping)
         if isinstance(result, Mapping):
             self.record.check_nothing_staged()
             _, batch = self._prepare(result, reevaluations=reevaluations)
@@ -605,3 +616,7 @@ class Balancer:
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error

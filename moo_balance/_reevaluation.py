@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from moo_balance._random_state import NumpyState, RandomState
 from moo_balance._reachable import reachable_modules
 from moo_balance._torch_internals import (
     as_plain,
@@ -20,39 +19,8 @@ from moo_balance._torch_internals import (
     request_buffer_broadcast,
     watch_writes,
 )
-from moo_balance._written import Copies, KnownWrites, ModuleState
-
-
-class RandomState:
-    """The state of the random generators of torch, Python and NumPy.
-
-    Of torch those of the CPU and of the devices in use; of NumPy the global one, if it is imported.
-    """
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in set(devices)
-            if device.type not in ("cpu", "meta")
-        }
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
-
-    def restore(self) -> None:
-        """Set the generators back to this state."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices whose generators are held."""
-        return list(self._devices)
+from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
+from moo_balance.engine.base import is_distributed
 
 
 class Reevaluation:
@@ -79,12 +47,14 @@ class Reevaluation:
         """Evaluate, and keep what the second evaluation starts from."""
         self._random = RandomState({param.device for param in self._params})
         self._modules = reachable_modules(self._closure)
+        self._numpy = NumpyState(exact=self._known.draws_from_numpy)
         state = ModuleState(self._modules, self._params)
         self._before = self._known.copy()
         with self._known.watch(self._before):
             result = evaluate(self._closure)
+        self._known.draws_from_numpy = self._numpy.has_changed()
         self._assigned, self._moved = state.changes(), state.relocations()
-        self._written = list(state.written())
+        self._written = state.written()
         return result
 
     def repeat(self) -> Any:
@@ -96,11 +66,13 @@ class Reevaluation:
     def _restore_all(self) -> Iterator[None]:
         """Start as the first evaluation did, and put back everything that changes inside."""
         end = RandomState(self._random.devices)
+        numpy_end = NumpyState(exact=self._numpy.has_changed())
         state = ModuleState(self._modules, self._params)
         copies = Copies()
         try:
             self._rewind(copies)
             self._random.restore()
+            self._numpy.restore()
             # Within an autocast region the cache still holds casts of the parameters from before
             # the step; afterwards it would hold casts of this evaluation's graph.
             torch.clear_autocast_cache()
@@ -111,6 +83,7 @@ class Reevaluation:
             copies.put_back()
             state.put_back()
             end.restore()
+            numpy_end.restore()
         self._known.learn(copies)
 
     def _rewind(self, copies: Copies) -> None:
@@ -122,6 +95,8 @@ class Reevaluation:
         addresses = {memory_address(param) for param in stepped}
         for tensor in self._written:
             copies.add(tensor)
+        for tensor, _ in self._before.shapes:
+            copies.add(tensor, RESHAPES)
         for storage, _ in self._before.storages.values():
             copies.add_storage(storage)
         for tensor, _ in self._before.others.values():
@@ -174,8 +149,12 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 @contextmanager
 def _without_synchronization(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Keep DistributedDataParallel from expecting a backward pass of what runs inside."""
+    loaded = sys.modules.get("torch.nn.parallel.distributed")
+    if loaded is None or not is_distributed():
+        yield
+        return
     with ExitStack() as stack:
-        parallel = [each for each in modules if isinstance(each, DistributedDataParallel)]
+        parallel = [each for each in modules if isinstance(each, loaded.DistributedDataParallel)]
         broadcasting = [each for each in parallel if broadcasts_buffers(each)]
         for module in parallel:
             stack.enter_context(module.no_sync())

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moo_balance import FAMO, BalancedOptimizer, BalancedTrajectory
+from moo_balance import (
+    FAMO,
+    BalancedOptimizer,
+    BalancedTrajectory,
+    BalanceError,
+    BalanceValueError,
+    NonFiniteError,
+)
+from moo_balance._reachable import reachable_modules
+from moo_balance._reevaluation import add_note
+from moo_balance._torch_internals import watch_writes
+from moo_balance._written import Copies
 from tests.support.problems import snapshot, whole_state
 from tests.support.registry import KINDS, over, over_each_method
 
@@ -267,3 +281,627 @@ def test_weights_that_autocast_has_cached_do_not_hide_the_step(weighting):
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
     uncached = partial(bfloat16, cache_enabled=False)
     assert end_of_run(weighting, region=bfloat16) == end_of_run(weighting, region=uncached)
+
+
+# ---------------------------------------------------------------------- any model
+
+X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Model(nn.Module):
+    """Two losses of `body`'s outputs."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, inputs=X):
+        outputs = self.body(inputs)
+        return {"a": outputs.square().mean(), "b": (outputs - 1).square().mean()}
+
+
+class Codebook(nn.Module):
+    """Vector quantization with an exponential moving average, kept as chosen by `hold`."""
+
+    def __init__(self, hold, in_place=True):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        codes = torch.randn(8, 4)
+        if hold == "parameter":
+            self.codes = nn.Parameter(codes)
+        elif hold == "frozen parameter":
+            self.codes = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.register_buffer("codes", codes)
+        self.in_place = in_place
+        self.updates = 0
+
+    def forward(self, inputs):
+        encoded = self.linear(inputs)
+        nearest = torch.cdist(encoded, self.codes.detach()).argmin(1)
+        codes = self.codes.detach()[nearest]
+        with torch.no_grad():
+            members = nn.functional.one_hot(nearest, 8).T.float()
+            means = members @ encoded / members.sum(1, keepdim=True).clamp(min=1.0)
+            if self.in_place:
+                self.codes.data.mul_(0.5).add_(means, alpha=0.5)
+            else:
+                self.codes.data = 0.5 * self.codes.data + 0.5 * means
+        self.updates += 1
+        return encoded + (codes - encoded).detach() + (encoded - codes).square()
+
+
+class MomentumEncoder(nn.Module):
+    """A second encoder that follows the first, as in momentum contrast."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.key.requires_grad_(False)
+        self.register_buffer("queue", torch.randn(4, 32))
+        self.register_buffer("start", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, inputs):
+        queries = self.query(inputs)
+        with torch.no_grad():
+            for mine, other in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                mine.data = 0.9 * mine.data + 0.1 * other.data
+            keys = self.key(inputs)
+        logits = queries @ self.queue.clone() + (queries * keys).sum(1, keepdim=True)
+        start = int(self.start)
+        self.queue[:, start : start + 16] = keys.T
+        self.start[0] = (start + 16) % 32
+        return logits
+
+
+class WithoutModule:
+    """Running statistics in a plain object, which no module owns."""
+
+    def __init__(self):
+        self.linear, self.mean = nn.Linear(4, 4), torch.zeros(4)
+        self.by_name = {"history": [torch.zeros(2, 4)]}
+
+    def parameters(self):
+        return self.linear.parameters()
+
+    def __call__(self):
+        outputs = self.linear(X)
+        self.mean.lerp_(outputs.detach().mean(0), 0.5)
+        self.by_name["history"][0][1].add_(self.mean)
+        outputs = outputs - self.mean + self.by_name["history"][0][1]
+        return {"a": outputs.square().mean(), "b": (outputs - 1).square().mean()}
+
+
+class Noise(nn.Module):
+    """Noise from NumPy, Python and torch, the odd normal numbers included."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        outputs = self.linear(inputs)
+        outputs = outputs + torch.from_numpy(np.random.rand(*outputs.shape)).float()
+        outputs = outputs * random.gauss(1.0, 0.1) + np.random.randn()
+        if random.random() < 0.5:
+            outputs = outputs + torch.randn_like(outputs)
+        return outputs
+
+
+class Penalty(nn.Module):
+    """A gradient penalty, which differentiates within the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, inputs=X):
+        inputs = inputs.clone().requires_grad_()
+        outputs = self.layers(inputs).sum()
+        (slope,) = torch.autograd.grad(outputs, inputs, create_graph=True)
+        return {"a": (outputs - 1).square(), "b": slope.square().mean()}
+
+
+class BackwardInside(nn.Module):
+    """Trains a critic of its own by a backward pass within the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.critic = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def parameters(self, recurse=True):
+        return self.linear.parameters(recurse)
+
+    def forward(self, inputs=X):
+        outputs = self.linear(inputs)
+        self.critic(outputs.detach()).square().mean().backward()
+        return {"a": outputs.square().mean(), "b": self.critic(outputs).square().mean() + 1}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.options = options
+
+    def forward(self, inputs):
+        inputs = inputs.clone().requires_grad_()
+        return torch.utils.checkpoint.checkpoint(self.block, inputs, **self.options)
+
+
+class Tokens(nn.Module):
+    """Embeddings that are renormalised in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4, max_norm=0.5)
+
+    def forward(self, inputs):
+        return self.embedding(torch.arange(16) % 8)
+
+
+class InPlaceInput(nn.Module):
+    """Normalizes its input in place, where the caller sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.inputs = nn.Linear(4, 4), X.clone()
+
+    def forward(self, _):
+        return self.linear(self.inputs.mul_(0.5).add_(0.25))
+
+
+class Inference(nn.Module):
+    """Buffers made in inference mode, one of them written there."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        with torch.inference_mode():
+            self.register_buffer("count", torch.zeros(()))
+            self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, inputs):
+        with torch.inference_mode():
+            self.count += 1
+        return self.linear(inputs) * self.scale.clone() + float(self.count)
+
+
+class Resized(nn.Module):
+    """A cache that grows, and one that is exchanged."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.ones(2))
+        self.other = [torch.ones(3)]
+
+    def forward(self, inputs):
+        scale = self.cache.sum() + self.other[0].sum()
+        self.cache.resize_(self.cache.numel() + 1).fill_(0.5)
+        self.other[0].set_(torch.full((2,), 7.0))
+        return self.linear(inputs) * scale
+
+
+def transformer(training):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).train(training)
+
+
+def linear_with(norm):
+    return nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4))
+
+
+SPECTRAL = nn.utils.parametrizations.spectral_norm
+
+MODELS = {
+    "batch norm": lambda: Model(linear_with(nn.BatchNorm1d(4))),
+    "cumulative batch norm": lambda: Model(linear_with(nn.BatchNorm1d(4, momentum=None))),
+    "batch norm in evaluation": lambda: Model(linear_with(nn.BatchNorm1d(4)).eval()),
+    "dropout": lambda: Model(linear_with(nn.Dropout(0.5))),
+    "transformer": lambda: Model(transformer(True)),
+    "transformer in evaluation": lambda: Model(transformer(False)),
+    "spectral norm": lambda: Model(nn.Sequential(SPECTRAL(nn.Linear(4, 4)))),
+    "old spectral norm": lambda: Model(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)))),
+    "embedding": lambda: Model(Tokens()),
+    "codebook": lambda: Model(Codebook("buffer")),
+    "codebook, assigned": lambda: Model(Codebook("buffer", in_place=False)),
+    "codebook in a parameter": lambda: Model(Codebook("parameter")),
+    "codebook in a frozen parameter": lambda: Model(Codebook("frozen parameter")),
+    "codebook in a parameter, assigned": lambda: Model(Codebook("parameter", in_place=False)),
+    "momentum encoder": lambda: Model(MomentumEncoder()),
+    "no module": WithoutModule,
+    "noise": lambda: Model(Noise()),
+    "gradient penalty": Penalty,
+    "backward inside": BackwardInside,
+    "checkpointed": lambda: Model(Checkpointed(use_reentrant=False)),
+    "checkpointed, reentrant": lambda: Model(Checkpointed(use_reentrant=True)),
+    "input in place": lambda: Model(InPlaceInput()),
+    "inference mode": lambda: Model(Inference()),
+    "resized": lambda: Model(Resized()),
+    "lazy": lambda: Model(nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())),
+    "instance norm": lambda: Model(
+        nn.Sequential(
+            nn.Unflatten(1, (1, 4)), nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
+        )
+    ),
+    "compiled": lambda: compiled("aot_eager"),
+    "compiled, with breaks": lambda: compiled("aot_eager", pause=True),
+    "inductor": lambda: compiled("inductor"),
+}
+
+
+class Compiled(nn.Module):
+    """What a compiler has to keep apart: running statistics, noise, codebooks of both kinds."""
+
+    def __init__(self, pause):
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.register_buffer("codes", torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.pause = pause
+
+    def forward(self, inputs):
+        outputs = self.drop(self.norm(self.linear(inputs)))
+        outputs = outputs + self.codes + self.frozen
+        if self.pause:
+            torch._dynamo.graph_break()
+        with torch.no_grad():
+            self.codes.mul_(0.9).add_(0.1 * outputs.detach().mean(0))
+            self.frozen.data.mul_(0.5)
+        return outputs
+
+
+def compiled(backend, pause=False):
+    torch.compiler.reset()
+    return torch.compile(Model(Compiled(pause)), backend=backend)
+
+
+def parametrize_models():
+    marks = {"inductor": [pytest.mark.slow, pytest.mark.capability("torch.compile")]}
+    return [pytest.param(make, id=id, marks=marks.get(id, [])) for id, make in MODELS.items()]
+
+
+over_models = pytest.mark.parametrize("make", parametrize_models())
+
+
+def trace_of(model):
+    """All that a forward pass might change."""
+    attributes = [
+        {name: snapshot(value) if isinstance(value, torch.Tensor) else id(value)}
+        for module in ([model] if not isinstance(model, nn.Module) else model.modules())
+        for name, value in vars(module).items()
+    ]
+    tensors = (
+        {"mean": model.mean, "history": model.by_name["history"][0]}
+        if isinstance(model, WithoutModule)
+        else dict([*model.named_parameters(), *model.named_buffers()])
+    )
+    grads = [None if each.grad is None else snapshot(each.grad) for each in tensors.values()]
+    streams = snapshot(torch.get_rng_state()), random.getstate(), str(np.random.get_state())
+    ids = [id(tensor) for tensor in tensors.values()]
+    return attributes, ids, snapshot(tensors), grads, streams
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's, at graph breaks
+@over_models
+def test_at_rate_zero_the_second_evaluation_sees_the_same_and_leaves_nothing(make):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    np.random.randn()  # leaves the second of a pair of normal numbers
+    model = make()
+    model()  # lazy modules, and a compiler, are ready
+    weighting = BalancedTrajectory(decay=0.0, logit_optimizer="sgd")
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), weighting)
+    for _ in range(4):
+        optimizer.zero_grad()
+        seen = []
+
+        def closure():
+            losses = model()
+            seen.append({name: float(loss.detach()) for name, loss in losses.items()})  # noqa: B023
+            return losses
+
+        optimizer.backward(closure)
+        end = trace_of(model)
+        optimizer.step()
+        assert trace_of(model) == end
+        first, again = seen
+        assert first == again
+    assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
+
+
+# ---------------------------------------------------------------------- errors
+
+
+class InterruptionError(BaseException):
+    """As a KeyboardInterrupt, which pytest would take for its own."""
+
+
+def another(losses):
+    return {"a": losses["a"], "c": losses["b"]}
+
+
+def fail(error, *arguments):
+    def change(_):
+        raise error(*arguments)
+
+    return change
+
+
+WRONG = {
+    "a user's error": (fail(KeyError, "x"), KeyError),
+    "out of memory": (fail(torch.OutOfMemoryError, "x"), torch.OutOfMemoryError),
+    "interrupt": (fail(InterruptionError), InterruptionError),
+    "other names": (another, BalanceValueError),
+    "a missing loss": (lambda losses: {"a": losses["a"]}, BalanceValueError),
+    "nothing": (lambda _: None, BalanceValueError),
+    "no loss": (lambda _: {"a": "high", "b": "low"}, BalanceValueError),
+    "not finite": (lambda losses: {**losses, "b": losses["b"] / 0.0}, NonFiniteError),
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@over_forms
+@pytest.mark.parametrize(("change", "error"), WRONG.values(), ids=WRONG)
+def test_an_error_in_the_second_evaluation_says_so_and_does_not_block_the_run(
+    change, error, take, micro_batches
+):
+    if micro_batches == 2 and take is by_step:
+        pytest.skip("`step` takes one batch")
+    model, optimizer = noisy(FAMO())
+    calls = []
+
+    def closure():
+        calls.append(None)
+        losses = model.losses()
+        return losses if len(calls) <= micro_batches else change(losses)
+
+    weight = snapshot(model.body[0].weight)
+    if take is by_backward:
+        for _ in range(micro_batches - 1):
+            with optimizer.accumulate():
+                optimizer.backward(closure)
+        optimizer.backward(closure)
+    after = buffers_of(model), snapshot(torch.get_rng_state())
+    with pytest.raises(error) as caught:
+        optimizer.step(closure if take is by_step else None)
+    if take is by_backward:
+        assert (buffers_of(model), snapshot(torch.get_rng_state())) == after
+    (note,) = caught.value.__notes__
+    assert note.startswith("The step was taken.")
+    assert "FAMO goes on" in note
+    assert snapshot(model.body[0].weight) != weight
+    assert optimizer.state_dict()["balance"]["steps"] == 1
+    assert optimizer.state_dict()["balance"]["awaiting"] is None
+    optimizer.observe(model.losses())  # nothing waits for it
+    take(model, optimizer)
+    assert optimizer.state_dict()["balance"]["steps"] == 2
+
+
+def test_what_is_given_to_observe_may_be_corrected():
+    model, optimizer = noisy(FAMO())
+    optimizer.backward(model.losses())
+    optimizer.step()
+    before = snapshot(optimizer.state_dict()["balance"]["state"])
+    with pytest.raises(BalanceValueError, match="never declared"):
+        optimizer.observe(another(model.losses()))
+    with pytest.raises(BalanceError, match="needs the losses"):
+        optimizer.backward(model.losses())
+    optimizer.observe(model.losses())
+    assert snapshot(optimizer.state_dict()["balance"]["state"]) != before
+
+
+def test_a_note_without_add_note():
+    """As in Python 3.10."""
+
+    class OldError(Exception):
+        add_note = property()
+
+    error = OldError()
+    add_note(error, "one")
+    add_note(error, "two")
+    assert error.__notes__ == ["one", "two"]
+
+
+# ---------------------------------------------------------------------- observe, checkpoints
+
+
+@pytest.mark.parametrize("overflow_at", [0, 1])
+def test_observe_after_a_step_that_the_scaler_has_skipped_does_nothing(overflow_at):
+    model, optimizer = noisy(FAMO())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(), grad_scaler=scaler)
+        if step == overflow_at:
+            model.body[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        before = snapshot(optimizer.state_dict()["balance"]["state"])
+        optimizer.observe(model.losses())
+        after = snapshot(optimizer.state_dict()["balance"]["state"])
+        assert (after == before) == (step == overflow_at)
+    assert optimizer.state_dict()["balance"]["steps"] == 2
+
+
+def test_observe_after_a_first_step_that_was_skipped_does_nothing():
+    model, _ = noisy(FAMO())
+    optimizer = BalancedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), FAMO(), nonfinite="skip"
+    )
+    optimizer.backward({name: loss / 0.0 for name, loss in model.losses().items()})
+    with pytest.raises(BalanceError, match="should follow `step`"):
+        optimizer.observe(model.losses())
+    optimizer.step()
+    optimizer.observe(model.losses())
+    assert optimizer.state_dict()["balance"]["steps"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:FAMO continues with other arguments")
+def test_a_checkpoint_that_waits_does_not_block_a_method_that_observes_nothing():
+    model, optimizer = noisy(FAMO())
+    optimizer.backward(model.losses())
+    optimizer.step()
+    state = optimizer.state_dict()
+    model, other = noisy(FAMO())
+    other.load_state_dict(state)
+    with pytest.raises(BalanceError, match="needs the losses"):
+        other.backward(model.losses())
+    model, other = noisy(FAMO(lagged=True))
+    with pytest.warns(UserWarning, match="lagged=True"):
+        other.load_state_dict(state)
+    other.backward(model.losses())
+
+
+# ---------------------------------------------------------------------- threads
+
+
+def test_a_second_evaluation_leaves_other_threads_alone():
+    """Another thread trains a BatchNorm model, and runs modules, while this one evaluates again."""
+    other, inputs = nn.BatchNorm1d(4), torch.randn(8, 4)
+    inside, done = threading.Event(), threading.Event()
+    counts = []
+
+    def train():
+        inside.wait(10)
+        for _ in range(5):
+            other(inputs)
+        counts.append(int(other.num_batches_tracked))
+        done.set()
+
+    model, optimizer = noisy(FAMO())
+    calls = []
+
+    def closure():
+        losses = model.losses()
+        calls.append(None)
+        if len(calls) == 2:
+            inside.set()
+            assert done.wait(10)
+        return losses
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    optimizer.step(closure)
+    thread.join()
+    twin = nn.BatchNorm1d(4)
+    for _ in range(5):
+        twin(inputs)
+    assert counts == [5]
+    assert snapshot(other.state_dict()) == snapshot(twin.state_dict())
+
+
+def test_two_threads_train_with_methods_that_observe_the_step():
+    """Each run, without random numbers, ends as it does alone."""
+
+    def train(results, name):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(name)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        with torch.no_grad():
+            for param in model.parameters():
+                param.copy_(torch.randn(param.shape, generator=generator))
+        model = Model(model)
+        optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO())
+        for _ in range(20):
+            optimizer.step(partial(model, X))
+        results[name] = whole_state(model, optimizer)
+
+    alone, together = {}, {}
+    for name in (1, 2):
+        train(alone, name)
+    threads = [threading.Thread(target=train, args=(together, name)) for name in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_a_method_that_is_called_directly_is_seen():
+    """As a Lightning module's ``training_step``, past ``nn.Module.__call__``."""
+
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("level", torch.zeros(()))
+
+        def training_step(self):
+            outputs = self.linear(X)
+            self.level = self.level + 1
+            return {"a": outputs.square().mean(), "b": outputs.abs().mean()}
+
+    model = Direct()
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO())
+    for step in range(3):
+        optimizer.step(lambda: model.training_step())
+        assert float(model.level) == step + 1
+
+
+def test_a_tensor_is_copied_once_and_new_tensors_are_not():
+    reports = []
+    old = torch.zeros(4)
+    with watch_writes(lambda tensor, effect: reports.append((tensor, effect.reshapes))):
+        new = torch.zeros(4)
+        new += 1
+        new[1:].mul_(2)
+        torch.add(new, 1, out=new)
+        nn.functional.dropout(new, 0.5)
+        old[0] = 1
+        torch.add(new, 1, out=old)
+        old.data.t_()
+    addresses = [(tensor.data_ptr(), reshapes) for tensor, reshapes in reports]
+    assert addresses == [
+        (old.data_ptr(), False),
+        (old.data_ptr(), False),
+        (old.data_ptr(), True),
+    ]
+    copies = Copies()
+    copies.add(old[1:])
+    copies.add(old[:2])
+    assert len(copies.storages) == 1
+
+
+def test_what_a_known_model_writes_is_not_watched_again(monkeypatch):
+    """The first evaluation of a step costs a copy of the running statistics, no more."""
+    watched = []
+
+    def watch(report):
+        watched.append(None)
+        return watch_writes(report)
+
+    monkeypatch.setattr("moo_balance._written.watch_writes", watch)
+    model, optimizer = noisy(FAMO())
+    for _ in range(5):
+        by_step(model, optimizer)
+    assert len(watched) == 2
+
+
+def test_modules_are_found_through_what_a_closure_refers_to():
+    one, two = nn.Linear(1, 1), nn.Sequential(nn.ReLU())
+
+    class Trainer:
+        def __init__(self):
+            self.parts = {"model": [one]}
+
+        def loss(self):
+            return GLOBAL(two)
+
+    def outer():
+        return (lambda: GLOBAL)()
+
+    assert reachable_modules(one.forward) == [one]
+    assert reachable_modules(partial(print, two, key=one)) == [two, two[0], one]
+    assert set(reachable_modules(Trainer().loss)) == {one, two, two[0], GLOBAL}
+    assert reachable_modules(outer) == [GLOBAL]
+    assert reachable_modules(lambda: None) == []
+
+
+GLOBAL = nn.Tanh()

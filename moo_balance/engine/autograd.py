@@ -251,7 +251,7 @@ class KeptTensors(NamedTuple):
         functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
         return KeptTensors(functions, [_kept_tensors(node) for node in functions])
 
-    def changed(self) -> str | None:
+    def find_change(self) -> str | None:
         """Name of a function that has since replaced one, or written into it; None if none has."""
         for node, before in zip(self.nodes, self.kept, strict=True):
             after = _kept_tensors(node)

@@ -38,6 +38,25 @@ def widest(tensor: Tensor) -> Tensor:
     return tensor.to(widest_dtype(tensor.device))
 
 
+def relative_scales(scales: Tensor) -> Tensor:
+    """What gradients are multiplied by in place of a division by scales, up to a common factor.
+
+    The factors are at most 1, so that nothing overflows; a scale of zero has the factor 0.
+    """
+    scales = widest(scales.detach())
+    least = scales.masked_fill(scales == 0, math.inf).amin()
+    return torch.where(scales == 0, 0.0, least / scales)
+
+
+def check_scales(gramian: Tensor, scales: Tensor) -> None:
+    """Refuse scales that do not match a Gramian."""
+    if scales.shape != gramian.shape[:1]:
+        raise BalanceValueError(
+            f"Parameter `scales` should have shape ({gramian.shape[0]},), as a row of `gramian`. "
+            f"Found shape {tuple(scales.shape)}."
+        )
+
+
 def precision(tensor: Tensor) -> float:
     """Relative rounding unit of the entries of ``tensor``, which a later cast does not improve."""
     dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32

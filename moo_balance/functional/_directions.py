@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import refuse_nonfinite
+from moo_balance.functional._checks import refuse_nonfinite, relative_scales
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -23,9 +23,10 @@ class Directions(NamedTuple):
     cosines: Array
 
 
-def directions(gramian: Tensor) -> Directions:
+def directions(gramian: Tensor, scales: Tensor | None = None) -> Directions:
     """Read a square Gramian, with one copy to the host; refuse what is not finite.
 
+    With `scales`, norms are those of the gradients divided by them, up to a common factor.
     As in :func:`~moo_balance.functional.cosine_similarity`, a zero gradient has cosine 0.
     """
     host: Array = gramian.detach().to("cpu", torch.float64).numpy()
@@ -37,4 +38,6 @@ def directions(gramian: Tensor) -> Directions:
     cosines = host / divisors[:, None] / divisors
     cosines = np.minimum(np.maximum((cosines + cosines.T) / 2, -1.0), 1.0)
     cosines.ravel()[:: len(cosines) + 1] = 1.0
+    if scales is not None:
+        norms = norms * relative_scales(scales).to("cpu", torch.float64).numpy()
     return Directions(squares, norms, cosines)

@@ -15,17 +15,20 @@ from moo_balance.functional._directions import Array, Directions, directions
 from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
 from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
+_TINY = 1e-290
+
 # ------------------------------------------------------------ min-norm point
 
 
-def shortest_combination(gramian: Tensor, precision: float) -> Tensor:
+def shortest_combination(gramian: Tensor, scales: Tensor | None, precision: float) -> Tensor:
     """Weights of the shortest convex combination of three gradients or more, verified.
 
     Args:
         gramian: Inner products, shape [K, K].
+        scales: What the gradients are divided by first, shape [K]; None for ones.
         precision: Relative rounding unit of its entries.
     """
-    return torch.from_numpy(_min_norm_weights(directions(gramian), precision))
+    return torch.from_numpy(_min_norm_weights(directions(gramian, scales), precision))
 
 
 def _min_norm_weights(gradients: Directions, precision: float) -> Array:
@@ -41,14 +44,19 @@ def _min_norm_weights(gradients: Directions, precision: float) -> Array:
         return zero / float(zero.sum())
     inverse = shortest / norms
     matrix, ridge, pivot = make_definite(cosines, precision)
-    scaled: Array = nonnegative_quadratic(matrix, inverse) * inverse
-    weights: Array = scaled / float(sum(scaled.tolist()))
+    lengths = nonnegative_quadratic(matrix, inverse)
+    scaled: Array = lengths * inverse
+    total = float(sum(scaled.tolist()))
+    weights: Array = scaled / total
     # Of two equal gradients the second has a pivot of this size.
     if pivot <= 4 * (equality_tolerance(precision) + ridge):
         weights = _share(weights, gradients, precision)
     # The cosines, symmetric and in range, are the problem that was solved; the Gramian may differ
     # by its own rounding.
-    _verify_min_norm(cosines, inverse, weights, 1e-9 + 4 * ridge + 32 * precision)
+    # A weight next to the least that a float64 holds has lost its digits.
+    holds = inverse > _TINY
+    shares = np.where(holds, weights / np.where(holds, inverse, 1.0), lengths / total)
+    _verify_min_norm(cosines, inverse, shares, 1e-9 + 4 * ridge + 32 * precision)
     return weights
 
 
@@ -59,20 +67,22 @@ def _share(weights: Array, gradients: Directions, precision: float) -> Array:
     return shared
 
 
-def _verify_min_norm(cosines: Array, inverse: Array, weights: Array, tolerance: float) -> None:
+def _verify_min_norm(cosines: Array, inverse: Array, shares: Array, tolerance: float) -> None:
     """Raise unless the optimality conditions hold."""
-    residual = _min_norm_residual(cosines, inverse, weights)
+    residual = _min_norm_residual(cosines, inverse, shares)
     if not residual <= tolerance:
         raise ConvergenceError(
             f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(weights)} gradients. "
+            f"Found a residual of {residual:.3e} for {len(shares)} gradients. "
             "Compute the Gramian in float64."
         )
 
 
-def _min_norm_residual(cosines: Array, inverse: Array, weights: Array) -> float:
-    """``kkt_residual`` of gradients with these ``inverse`` norms, in any common unit."""
-    shares = weights / inverse
+def _min_norm_residual(cosines: Array, inverse: Array, shares: Array) -> float:
+    """``kkt_residual`` of gradients with these ``inverse`` norms, in any common unit.
+
+    A share is the weight of a gradient times its norm.
+    """
     length = shares.sum()
     along = cosines.dot(shares)
     missing = shares.dot(along) * inverse - along

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import refuse_nonfinite, widest
+from moo_balance.functional._checks import refuse_nonfinite, relative_scales, widest
 
 Number = TypeVar("Number", float, Tensor)
 
 
-def weights_of_two(gramian: Tensor, *, convex: bool) -> Tensor:
+def weights_of_two(gramian: Tensor, scales: Tensor | None = None, *, convex: bool) -> Tensor:
     """Weights of the shortest vector on the line through two gradients; ``convex``: between them.
+
+    With ``scales``, of the gradients divided by them.
 
     On the CPU this is arithmetic on Python's floats, in half the time of tensors or less, and
     refuses what is not finite. Elsewhere it is the same on 0-d tensors, and no value is read,
@@ -23,6 +25,9 @@ def weights_of_two(gramian: Tensor, *, convex: bool) -> Tensor:
     dtype = torch.promote_types(gramian.dtype, torch.float32)
     # Inner products are as precise as they were computed; a cast does not improve them.
     precision = torch.finfo(gramian.dtype if gramian.is_floating_point() else dtype).eps
+    if scales is not None:
+        factors = relative_scales(scales)
+        gramian = widest(gramian.detach()) * factors.unsqueeze(1) * factors
     if gramian.is_cpu:
         return gramian.new_tensor(_on_host(gramian, precision, convex), dtype=dtype)
     return _on_device(gramian, precision, convex).to(dtype)

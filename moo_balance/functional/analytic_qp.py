@@ -7,12 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_gramian, precision, widest
+from moo_balance.functional._checks import (
+    check_gramian,
+    check_scales,
+    precision,
+    relative_scales,
+    widest,
+)
 from moo_balance.functional._two import weights_of_two
 from moo_balance.functional.gramian import cosines_from, share_between_equals
 
 
-def analytic_qp_weights(gramian: Tensor) -> Tensor:
+def analytic_qp_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
     r"""Weights of the shortest affine combination of K gradients.
 
     .. math:: \min_{\sum_i v_i = 1} v^\top Q v
@@ -30,12 +36,15 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
     Args:
         gramian: :math:`Q_{ij} = g_i^\top g_j`, shape ``[K, K]``; in the paper, of the gradients of
             log-losses.
+        scales: What the gradients are divided by first, shape ``[K]``, as in
+            :func:`~moo_balance.functional.min_norm_weights`; ``None`` for ones.
 
     Returns:
         :math:`v`, shape ``[K]``, finite, of sum 1, in the dtype of ``gramian`` or float32 if wider.
 
     Raises:
-        BalanceValueError: ``gramian`` is not square, or (on the CPU) not finite.
+        BalanceValueError: ``gramian`` is not square, or (on the CPU) not finite; or ``scales`` does
+            not match it.
 
     Source:
         Zhang, Duan, Huang and Zhu, "Balanced Rate-Distortion Optimization in Learned Image
@@ -47,22 +56,27 @@ def analytic_qp_weights(gramian: Tensor) -> Tensor:
         >>> analytic_qp_weights(gramian)
         tensor([ 1.5000, -0.5000])
     """
+    if scales is not None:
+        check_scales(gramian, scales)
     if gramian.shape == (2, 2):
-        return weights_of_two(gramian, convex=False)
+        return weights_of_two(gramian, scales, convex=False)
     check_gramian(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         return torch.ones(1, dtype=result, device=gramian.device)
-    return _by_cosines(widest(gramian.detach()), precision(gramian)).to(result)
+    return _by_cosines(widest(gramian.detach()), scales, precision(gramian)).to(result)
 
 
-def _by_cosines(gramian: Tensor, eps: float) -> Tensor:
+def _by_cosines(gramian: Tensor, scales: Tensor | None, eps: float) -> Tensor:
     norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    lengths = norms.masked_fill(norms == 0, math.inf)
+    cosines = cosines_from(gramian, lengths)
+    if scales is not None:
+        norms = norms * relative_scales(scales)
     zero = norms == 0
     lengths = norms.masked_fill(zero, math.inf)
     # Zero gradients, if any, are the only ones with an entry here, and so share all the weight.
     inverse = norms.amin() / lengths + zero
-    cosines = cosines_from(gramian, lengths)
     # The ridge is well above the noise of the cosines, so that a singular matrix has a definite
     # limit. One step of refinement then removes its first-order error where the matrix is regular.
     ridge = 64 * len(norms) * eps

@@ -9,13 +9,14 @@ from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import (
     at_least_float32,
     check_gramian,
+    check_scales,
     check_square,
     precision,
 )
 from moo_balance.functional._two import weights_of_two
 
 
-def min_norm_weights(gramian: Tensor) -> Tensor:
+def min_norm_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
     r"""Weights of the shortest convex combination of K gradients (MGDA).
 
     .. math:: \min_{w \ge 0,\ \sum_i w_i = 1} \; w^\top G w
@@ -43,6 +44,9 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
 
     Args:
         gramian: :math:`G_{ij} = g_i^\top g_j`, shape ``[K, K]``.
+        scales: :math:`n \ge 0`, shape ``[K]``, to have the weights of :math:`g_i / n_i`, as from
+            :func:`~moo_balance.functional.scale_gramian`, but without an overflow where scales
+            differ by many orders of magnitude; ``None`` for ones.
 
     Returns:
         :math:`w`, shape ``[K]``, on the simplex, on the device of ``gramian``, in its dtype or
@@ -50,7 +54,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
 
     Raises:
         BalanceValueError: ``gramian`` is not square, not finite, or (for K > 2) not positive
-            semidefinite.
+            semidefinite; or ``scales`` does not match it.
         ConvergenceError: The optimality conditions do not hold to tolerance (for K > 2).
 
     Source:
@@ -66,8 +70,10 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         >>> min_norm_weights(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         tensor([0.5714, 0.2857, 0.1429])
     """
+    if scales is not None:
+        check_scales(gramian, scales)
     if gramian.shape == (2, 2):
-        return weights_of_two(gramian, convex=True)
+        return weights_of_two(gramian, scales, convex=True)
     check_square(gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
@@ -75,7 +81,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         return torch.ones(1, dtype=result, device=gramian.device)
     from moo_balance.functional._solvers import shortest_combination  # loads NumPy
 
-    return shortest_combination(gramian, precision(gramian)).to(result).to(gramian.device)
+    return shortest_combination(gramian, scales, precision(gramian)).to(result).to(gramian.device)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:

@@ -2,11 +2,11 @@ r"""Tchebycheff scalarization of a set of solutions, as a value and as coefficie
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import at_least_float32, check_positive
+from moo_balance.functional.tchebycheff import smooth_argmax, smooth_max
 
 
 def set_tchebycheff_value(
@@ -44,7 +44,7 @@ def set_tchebycheff_value(
         tensor(0.9931)
     """
     best = _smooth_best(losses, mu)
-    return mu * torch.logsumexp(at_least_float32(preference) * (best - ideal) / mu, dim=0)
+    return smooth_max(at_least_float32(preference) * (best - ideal), mu)
 
 
 def set_tchebycheff(losses: Tensor, preference: Tensor, ideal: Tensor | float, mu: float) -> Tensor:
@@ -77,8 +77,8 @@ def set_tchebycheff(losses: Tensor, preference: Tensor, ideal: Tensor | float, m
                 [0.0000, 0.0000, 0.5000]])
     """
     preference = at_least_float32(preference)
-    worst = torch.softmax(preference * (_smooth_best(losses, mu) - ideal) / mu, dim=0)
-    return preference * worst * torch.softmax(-at_least_float32(losses) / mu, dim=0)
+    worst = smooth_argmax(preference * (_smooth_best(losses, mu) - ideal), mu)
+    return preference * worst * smooth_argmax(-at_least_float32(losses), mu)
 
 
 def _smooth_best(losses: Tensor, mu: float) -> Tensor:
@@ -88,4 +88,4 @@ def _smooth_best(losses: Tensor, mu: float) -> Tensor:
             "Parameter `losses` should have shape [S, K], one row for each solution. "
             f"Found shape {tuple(losses.shape)}. Use `smooth_tchebycheff` for a single solution."
         )
-    return -mu * torch.logsumexp(-at_least_float32(losses) / mu, dim=0)
+    return -smooth_max(-at_least_float32(losses), mu)

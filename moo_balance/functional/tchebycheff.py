@@ -7,6 +7,8 @@ form and without autograd.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,7 +121,7 @@ def smooth_tchebycheff_value(
     """
     check_positive("mu", mu)
     scale = _over_range(preference, ideal, nadir)
-    return mu * torch.logsumexp(scale * (at_least_float32(losses) - ideal) / mu, dim=0)
+    return smooth_max(scale * (at_least_float32(losses) - ideal), mu)
 
 
 def smooth_tchebycheff(
@@ -158,7 +160,18 @@ def smooth_tchebycheff(
     """
     check_positive("mu", mu)
     scale = _over_range(preference, ideal, nadir)
-    return scale * torch.softmax(scale * (at_least_float32(losses) - ideal) / mu, dim=0)
+    return scale * smooth_argmax(scale * (at_least_float32(losses) - ideal), mu)
+
+
+def smooth_max(values: Tensor, mu: float) -> Tensor:
+    """Smooth maximum along the first dimension; no quotient by ``mu`` overflows."""
+    highest = values.amax(dim=0)
+    return highest + mu * torch.logsumexp((values - highest) / mu, dim=0)
+
+
+def smooth_argmax(values: Tensor, mu: float) -> Tensor:
+    """The gradient of :func:`smooth_max`."""
+    return torch.softmax((values - values.amax(dim=0)) / mu, dim=0)
 
 
 def _over_range(preference: Tensor, ideal: Tensor | float, nadir: Tensor | float | None) -> Tensor:
@@ -202,9 +215,8 @@ def smooth_tchebycheff_log_value(
         tensor(0.5470)
     """
     check_positive("mu", mu)
-    relative = at_least_float32(losses) / (1.0 if nadir is None else nadir)
     count = len(losses)
-    return count * mu * torch.logsumexp(count * preference * relative.log() / mu, dim=0)
+    return count * smooth_max(count * preference * _log_ratio(losses, nadir), mu)
 
 
 def smooth_tchebycheff_log(
@@ -241,5 +253,12 @@ def smooth_tchebycheff_log(
     check_positive("mu", mu)
     losses = at_least_float32(losses)
     scale = len(losses) * at_least_float32(preference)
-    exponent = scale * (losses / (1.0 if nadir is None else nadir)).log() / mu
-    return len(losses) * scale * torch.softmax(exponent, dim=0) / losses
+    return len(losses) * scale * smooth_argmax(scale * _log_ratio(losses, nadir), mu) / losses
+
+
+def _log_ratio(losses: Tensor, nadir: Tensor | float | None) -> Tensor:
+    """Logarithm of losses over the nadir, a quotient that may underflow."""
+    logs = at_least_float32(losses).log()
+    if nadir is None:
+        return logs
+    return logs - (nadir.log() if isinstance(nadir, Tensor) else math.log(nadir))

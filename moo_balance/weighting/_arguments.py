@@ -80,8 +80,12 @@ def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = Tru
     :math:`c = 1 / \sum_i (w_i / D_i)`, which makes them sum to 1 (FAMO, Algorithm 2), or
     :math:`c = 1` without `renormalize`.
     """
-    coefficients = weights / distances
-    return coefficients / coefficients.sum() if renormalize else coefficients
+    if not renormalize:
+        return weights / distances
+    # Relative to the least distance that counts: its inverse may overflow.
+    least = torch.where(weights > 0, distances, math.inf).amin()
+    coefficients = weights * (least / distances).clamp(max=1.0)
+    return coefficients / coefficients.sum()
 
 
 def advise(weighting: Weighting, arguments: str) -> str:

@@ -13,7 +13,6 @@ from moo_balance.functional import (
     analytic_qp_weights,
     min_norm_weights,
     project_simplex,
-    scale_gramian,
 )
 from moo_balance.weighting._arguments import (
     advise,
@@ -153,10 +152,10 @@ class AnalyticQP(GramianWeighting):
         return lower_limits(0.0, self.shift, names)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        log_gramian = scale_gramian(gramian, statistics.losses + self.shift)
+        distances = statistics.losses + self.shift
         if self.projection == "exact":
-            return {"weights": min_norm_weights(log_gramian)}
-        affine = analytic_qp_weights(log_gramian)
+            return {"weights": min_norm_weights(gramian, distances)}
+        affine = analytic_qp_weights(gramian, distances)
         if self.projection == "simplex":
             return {"weights": project_simplex(affine)}
         return {"weights": torch.softmax(affine, 0)}

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from moo_balance.functional import gradient_scales, min_norm_weights, scale_gramian
+from moo_balance.functional import gradient_scales, min_norm_weights
+from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
     advise,
     check_choice,
@@ -77,10 +78,10 @@ class MGDA(GramianWeighting):
         return [0.0] * len(names)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        scales = None
         if self.normalize is not None:
-            scales = gradient_scales(statistics.losses, gramian, self.normalize)
-            gramian = scale_gramian(gramian, scales)
-        return {"weights": min_norm_weights(gramian)}
+            scales = gradient_scales(widest(statistics.losses), gramian, self.normalize)
+        return {"weights": min_norm_weights(gramian, scales)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         if self.normalize == "log":

@@ -17,6 +17,7 @@ from tests.support.distributed import (
     adam,
     assert_same_on_all_ranks,
     by_backward,
+    by_closure,
     losses_of,
     share,
     train,
@@ -316,9 +317,10 @@ def test_steps_that_differ_by_a_power_of_two_are_refused():
         optimizer.backward(losses)
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_an_error_in_the_closure_of_one_rank_ends_the_call_on_all(steps):
-    model, optimizer = started(steps=steps)
+@pytest.mark.parametrize(("steps", "call"), [(0, "backward"), (2, "backward"), (2, "step")])
+def test_an_error_in_the_closure_of_one_rank_ends_the_call_on_all(steps, call):
+    model, optimizer = started(steps=0)
+    train(model, optimizer, range(steps), by_closure)
 
     def closure():
         if dist.get_rank() == 1:
@@ -327,7 +329,7 @@ def test_an_error_in_the_closure_of_one_rank_ends_the_call_on_all(steps):
 
     expected = on_rank_1(RuntimeError, BalanceError)
     with refused(model, optimizer, on_rank_1("out of", "could not compute"), expected):
-        optimizer.backward(closure)
+        getattr(optimizer, call)(closure)
 
 
 def test_features_that_one_rank_refuses_end_the_call_on_all():

@@ -198,7 +198,7 @@ def play_one(draw: random.Random, method: Method, ranks: Side, alone: Side) -> N
         alone.optimizer.zero_grad()
     elif kind == "change":
         frozen = set(draw.choices([0, 1], k=draw.randrange(3))) if draw.random() < 0.5 else set()
-        lr = draw.choice([0.0, 0.001, 0.01])
+        lr = draw.choice([0.001, 0.01])
         for side in (ranks, alone):
             side.change(lr, frozen)
     elif kind == "reload":

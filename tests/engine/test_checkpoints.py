@@ -112,10 +112,8 @@ def test_a_checkpoint_is_computed_again_once_for_each_pass(
     assert_same(gradient(built), weights @ jacobian)
 
 
-@over_all
-def test_no_more_activations_are_alive_than_in_plain_passes(
-    engine: Engine, at_features: bool
-) -> None:
+@pytest.mark.parametrize("engine", [PerLoss(), CutAt(everywhere)], ids=["per_loss", "streaming"])
+def test_no_more_activations_are_alive_than_in_plain_passes(engine: Engine) -> None:
     plain = Model(recomputed)
     plain.first.measures = plain.second.measures = True
     naive_jacobian(plain.built())
@@ -123,8 +121,7 @@ def test_no_more_activations_are_alive_than_in_plain_passes(
     before = alive()
     built = model.built()
     model.first.measures = model.second.measures = True
-    features = [model.features] if at_features else []
-    linearization = engine.linearize(built.problem(features=features))
+    linearization = engine.linearize(built.problem())
     linearization.gramian()
     # What enters a block, and the gradients of K losses where a block begins.
     assert alive() - before <= 3 + 2 * 3

@@ -366,7 +366,8 @@ def test_the_residual_that_is_verified_is_the_public_one(rows, share):
     weights = share * min_norm_weights(gramian)
     weights[0] += 1.0 - share
     _, norms, cosines = directions(gramian)
-    result = _solvers._min_norm_residual(cosines, norms.min() / norms, weights.numpy())
+    inverse = norms.min() / norms
+    result = _solvers._min_norm_residual(cosines, inverse, weights.numpy() / inverse)
     assert result == pytest.approx(float(kkt_residual(gramian, weights)), rel=1e-9, abs=1e-14)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer, BalanceError
 from moo_balance.weighting import Weighting
+from tests.fuzz.faults import add_fault
 from tests.fuzz.models import FuzzModel, next_numbers, random_states, set_random_states
 from tests.fuzz.twin import MOMENTUM, Refused, Twin
-from tests.fuzz.faults import add_fault
 from tests.support.problems import snapshot, sum_losses
 
 TINY = 1e-300
@@ -51,7 +51,7 @@ class Sides:
             lr=0.002,
             names=names,
             nonfinite=arguments.get("nonfinite", "raise"),
-            shared={0, 1} if shared else None,
+            shared=positions_of(twin.trunk, twin) if shared else None,
             allows_windows="engine" not in arguments,
         )
         self.scaler = torch.amp.GradScaler(
@@ -216,6 +216,7 @@ class Sides:
 
     def load(self, saved: Mapping[str, Any], memory: dict[str, Any], fresh: bool) -> None:
         """Load a checkpoint, perhaps into a new optimizer of the same parameters."""
+        self.may_hold_mark = self.may_hold_mark and fresh
         if fresh:
             self.optimizer = self._wrap(0.5)
             self.twin.names = self.arguments["loss_names"]
@@ -230,6 +231,12 @@ class Sides:
         """What a checkpoint holds, on the side of the twin."""
         names = ("names", "state", "steps", "skipped", "awaiting", "velocity", "lr")
         return deepcopy({name: getattr(self.twin, name) for name in names})
+
+
+def positions_of(part: nn.Module, model: nn.Module) -> set[int]:
+    """Where the parameters of a part stand among those of the model."""
+    own = set(map(id, part.parameters()))
+    return {k for k, param in enumerate(model.parameters()) if id(param) in own}
 
 
 @contextmanager

@@ -138,7 +138,9 @@ class CallSequences(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        self.sides.call(self.sides.take_step, self.sides.optimizer.step)
+        # A learning rate of zero times NaN is NaN, with and without balancing.
+        if self.sides.twin.lr or self.sides.twin.has_finite_gradients():
+            self.sides.call(self.sides.take_step, self.sides.optimizer.step)
 
     @rule(batch=batches, names=some_names, fault=faults)
     def step_with_closure(self, batch, names, fault):
@@ -270,6 +272,8 @@ def machine(method: Method) -> type[CallSequences]:
 ROWS = [*KINDS, *(row for row in METHODS if row.id in ("OnlineTchebycheff", "FAMO-every"))]
 
 
+# Two calls of `backward` before a step are what some users do, and are told about.
+@pytest.mark.filterwarnings("ignore:Losses that are to be balanced:UserWarning")
 @over_amounts(few=4)
 @pytest.mark.parametrize("method", ROWS, ids=repr)
 def test_calls_in_any_order(method, examples):

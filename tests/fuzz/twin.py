@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Sums:
     at_features: dict[str, Row] | None = None
     scaled: bool = False
     coefficients: dict[str, float] | None = None
+    is_kept: bool = False
 
     def plus(self, other: Sums) -> Sums:
         losses, rows = dict(self.losses), {name: dict(row) for name, row in self.rows.items()}
@@ -50,7 +51,7 @@ class Sums:
             for position, gradient in other.rows[name].items():
                 row[position] = row[position] + gradient if position in row else gradient
         repeats = [*self.repeats, *other.repeats]
-        return Sums(losses, rows, repeats, other.at_features, other.scaled, self.coefficients)
+        return replace(self, losses=losses, rows=rows, repeats=repeats, scaled=other.scaled)
 
     def is_finite(self) -> bool:
         return all(bool(loss.isfinite()) for loss in self.losses.values())
@@ -174,16 +175,23 @@ class Twin:
         staged, coefficients = self.weigh(sums)
         if coefficients is not None:
             rows = sums.rows
-            if self.window is not None and not self.keeps_rows:
+            if self.window is not None and not self.keeps_rows(self.window):
                 rows = batch.rows  # those of earlier micro-batches are in `.grad` already
                 self._check_known(sums, coefficients)
             self.deliver(combine(rows, coefficients), scale or 1.0)
             self.coefficients = coefficients
         self.staged, self.window = staged, None
 
-    @property
-    def keeps_rows(self) -> bool:
-        return self.weighting.uses_gramian or self.weighting.uses_losses
+    def keeps_rows(self, window: Sums) -> bool:
+        """Whether gradients are delivered when the window closes, rather than one by one.
+
+        Where coefficients are known beforehand that is for the sake of hooks, which see one sum.
+        """
+        if self.weighting.uses_gramian or self.weighting.uses_losses or window.is_kept:
+            return True
+        hooked = {*self.hooks, *self.observed}
+        trained = {k for k, param in enumerate(self.params) if param.requires_grad}
+        return window.coefficients is None and bool(hooked & trained)
 
     def accumulate(self, batch: Sums, scale: float | None = None) -> None:
         """Add a micro-batch to the window."""
@@ -194,9 +202,10 @@ class Twin:
                 raise Refused("not finite")
             self.window = sums
             return
-        if self.keeps_rows:
+        if self.keeps_rows(sums):
             if not self.allows_windows:
                 raise Refused("no windows")
+            sums.is_kept = True
         else:
             _, coefficients = self.weigh(sums)
             assert coefficients is not None

@@ -207,7 +207,7 @@ def _check_unchanged(kept: KeptTensors) -> None:
 
     What they write unknown to PyTorch (``.data``, kernels of their own) is not found.
     """
-    name = kept.changed()
+    name = kept.find_change()
     if name is not None:
         raise BalanceError(
             "A backward function should return the same gradient each time that it runs under "
