@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from operator import is_not
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
@@ -76,8 +75,7 @@ class Balancer:
     check_ranks_every: int
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
-    inspected: Sequence[Tensor] = field(default_factory=list, init=False)
-    node_hooks: Sequence[int] = field(default_factory=list, init=False)
+    inspected: dict[Tensor, bool] = field(default_factory=dict, init=False)
     closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
@@ -95,7 +93,7 @@ class Balancer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can be neither copied nor pickled; graphs and their hooks are not.
-        return {**self.__dict__, "ranks": None, "inspected": [], "node_hooks": []}
+        return {**self.__dict__, "ranks": None, "inspected": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -231,12 +229,18 @@ class Balancer:
         """Positions of parameters whose graph nodes have hooks.
 
         To look for them in every step would take up to a twentieth of it. Nodes with hooks are
-        kept alive by those who registered them, so they are looked for when `params` change.
+        kept alive by those who registered them, so each parameter is inspected once.
         """
-        known = self.inspected
-        if len(params) != len(known) or any(map(is_not, params, known)):
-            self.inspected, self.node_hooks = params, node_hook_positions(params)
-        return self.node_hooks
+        found = [self.inspected.get(param) for param in params]
+        if None in found:
+            groups = self.optimizer.param_groups
+            kept = {p: self.inspected.get(p) for group in groups for p in group["params"]}
+            new = [param for param in params if kept.get(param) is None]
+            hooked = node_hook_positions(new)
+            self.inspected = {p: has for p, has in kept.items() if has is not None}
+            self.inspected.update({param: k in hooked for k, param in enumerate(new)})
+            found = [self.inspected[param] for param in params]
+        return [k for k, has in enumerate(found) if has] if True in found else ()
 
     def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].
@@ -387,14 +391,7 @@ class Balancer:
     def _drop_cleared_window(self, window: Accumulation) -> None:
         """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
         if window.is_cleared():
-            window.remove_mark()
-            self.record.window = None
-
-    def discard_gradients(self) -> None:
-        """Drop the open window and what is staged, before gradients are cleared."""
-        if self.record.window is not None:
-            self.record.window.remove_mark()
-        self.record.discard_gradients()
+            self.record.drop_window()
 
     # ------------------------------------------------------------ combined loss
 
@@ -429,8 +426,8 @@ class Balancer:
         if self.two_steps and take is None:
             raise refuse_single_step(self.optimizer)
         record = self.record
-        if record.window is not None:
-            self._drop_cleared_window(record.window)
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged

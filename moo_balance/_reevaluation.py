@@ -19,7 +19,7 @@ from moo_balance._torch_internals import (
     request_buffer_broadcast,
     watch_writes,
 )
-from moo_balance._written import Copies, KnownWrites, ModuleState
+from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
 from moo_balance.engine.base import is_distributed
 
 
@@ -54,7 +54,7 @@ class Reevaluation:
             result = evaluate(self._closure)
         self._known.draws_from_numpy = self._numpy.has_changed()
         self._assigned, self._moved = state.changes(), state.relocations()
-        self._written = list(state.written())
+        self._written = state.written()
         return result
 
     def repeat(self) -> Any:
@@ -96,7 +96,7 @@ class Reevaluation:
         for tensor in self._written:
             copies.add(tensor)
         for tensor, _ in self._before.shapes:
-            copies.add(tensor, reshapes=True)
+            copies.add(tensor, RESHAPES)
         for storage, _ in self._before.storages.values():
             copies.add_storage(storage)
         for tensor, _ in self._before.others.values():

@@ -124,12 +124,13 @@ _push_mode: Callable[[object], object] | None = getattr(
 _pop_mode: Callable[[None], object] | None = getattr(torch._C, "_pop_torch_dispatch_stack", None)
 
 
-class _Effect(NamedTuple):
+class Effect(NamedTuple):
     """What an operator does to memory.
 
     Args:
         writes: Position and name of each argument that it writes.
         training: Position and name of the argument without which it does not write.
+        is_blind: Whether its results do not depend on what it overwrites.
         reshapes: Whether it changes sizes or memory of the tensor, not only values.
         returns_new: Whether it returns tensors in new memory.
         fills_out: Whether it writes an argument called ``out``.
@@ -137,44 +138,47 @@ class _Effect(NamedTuple):
 
     writes: tuple[tuple[int, str], ...] = ()
     training: tuple[int, str] | None = None
+    is_blind: bool = False
     reshapes: bool = False
     returns_new: bool = False
     fills_out: bool = False
 
 
-_effects: dict[int, _Effect] = {}
+_effects: dict[int, Effect] = {}
 _functions: list[Any] = []  # keeps the functions, and so their ids
 
 
-def _effect_of(function: Any) -> _Effect:
+def _effect_of(function: Any) -> Effect:
     """Read an operator's schema, once."""
     schema = getattr(function, "_schema", None)
-    effect = _Effect() if schema is None else _read_schema(function, schema)
+    effect = Effect() if schema is None else _read_schema(function, schema)
     _effects[id(function)] = effect  # its own hash takes longer than all the rest
     _functions.append(function)
     return effect
 
 
-def _read_schema(function: Any, schema: Any) -> _Effect:
+def _read_schema(function: Any, schema: Any) -> Effect:
     namespace, _, name = schema.name.partition("::")
     if namespace == "fsdp":  # fills memory that FSDP itself allocates and frees
-        return _Effect()
+        return Effect()
     places = {argument.name: place for place, argument in enumerate(schema.arguments)}
     writes = [
         argument.name
         for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    training = None
+    training, is_blind = None, False
     if not writes:
         # The schemas of batch norm and of collectives do not say that they write.
         writes = [each for each in ("running_mean", "running_var") if each in places]
         training = next((each for each in ("training", "train") if each in places), None)
+        is_blind = bool(writes)
         if namespace == "c10d" and name in ("allreduce_", "broadcast_"):
             writes = [schema.arguments[0].name]
-    return _Effect(
+    return Effect(
         writes=tuple((places[each], each) for each in writes),
         training=None if training is None else (places[training], training),
+        is_blind=is_blind,
         reshapes=torch.Tag.inplace_view in function.tags,
         # `_unsafe_view` conceals that it returns a view, and so may operators of others.
         returns_new=namespace == "aten"
@@ -184,16 +188,22 @@ def _read_schema(function: Any, schema: Any) -> _Effect:
     )
 
 
-def _is_called_by_inductor() -> bool:
-    """Whether compiled code has called: it gives ``out`` memory that it has just allocated."""
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if "extern_kernels" in frame.f_globals:
-            return True
-        if frame.f_back is None:
-            return False
+_BETWEEN = ("torch._ops", "torch._compile", "torch._dynamo.eval_frame")
+"""What may stand between the caller of an operator and the mode."""
+
+
+def _fills_own_memory(effect: Effect) -> bool:
+    """Whether the caller of an operator writes memory that it manages itself.
+
+    FSDP does so where it gathers parameters; compiled code gives ``out`` memory that is new.
+    """
+    frame = sys._getframe(3)
+    while frame.f_globals.get("__name__") in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
-    return False
+    caller = frame.f_globals
+    if effect.fills_out and "extern_kernels" in caller:
+        return True
+    return str(caller.get("__name__")).startswith("torch.distributed.fsdp")
 
 
 def _each_tensor(value: Any) -> Iterator[Tensor]:
@@ -234,7 +244,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, report: Callable[[Tensor, bool], None]) -> None:
+    def __init__(self, report: Callable[[Tensor, Effect], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._report = report
         self._new: set[int | None] = set()
@@ -268,31 +278,31 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @_hide_from_compilers
     def _report_writes(
-        self, effect: _Effect, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, effect: Effect, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         def argument(place: int, name: str) -> Any:
             return args[place] if place < len(args) else kwargs.get(name)
 
         if effect.training is not None and argument(*effect.training) is False:
             return
-        if effect.fills_out and _is_called_by_inductor():
+        if _fills_own_memory(effect):
             return
         for place, name in effect.writes:
             for tensor in _each_tensor(argument(place, name)):
                 address = memory_address(tensor)
                 if address is None or address not in self._new:
-                    self._report(tensor, effect.reshapes)
+                    self._report(tensor, effect)
 
 
 @contextmanager
-def watch_writes(report: Callable[[Tensor, bool], None]) -> Iterator[None]:
+def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
     """Report each tensor before an operator writes it, on this thread, inside the context.
 
     Tensors that are made inside are left out, and so is what compiled code writes itself. Without
     PyTorch's private names nothing is reported.
 
     Args:
-        report: Called with the tensor, and whether the operator changes its sizes or memory.
+        report: Called with the tensor, and the effect of the operator.
     """
     if _push_mode is None or _pop_mode is None:
         yield

@@ -6,8 +6,9 @@ Attributes of modules and tensors in new memory are found in the modules that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from moo_balance._torch_internals import (
+    Effect,
     memory_address,
     version_of,
     watch_writes,
     weak_reference,
 )
 
+WRITES = Effect()
+RESHAPES = Effect(reshapes=True)
 _MISSING: Any = object()
 
 
@@ -36,23 +40,28 @@ class Copies:
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.others: dict[int, tuple[Tensor, Tensor]] = {}
         self.shapes: list[tuple[Tensor, Tensor]] = []
+        self.unread: set[int] = set()
 
-    def add(self, tensor: Tensor, reshapes: bool = False) -> None:
+    def add(self, tensor: Tensor, effect: Effect = WRITES) -> None:
         """Copy a tensor, unless there is a copy already.
 
         Args:
             tensor: Any tensor.
-            reshapes: Whether its sizes or its memory may change, too.
+            effect: Of the operator that is about to write it.
         """
         address = memory_address(tensor)
         if address is None:  # sparse, for example
             if id(tensor) not in self.others:
                 self.others[id(tensor)] = (tensor, tensor.detach().clone())
             return
-        if reshapes:
+        if effect.reshapes:
             self.shapes.append((tensor, tensor.data))
         if address not in self.storages:
             self.add_storage(tensor.untyped_storage())
+            if effect.is_blind:
+                self.unread.add(address)
+        elif not effect.is_blind:
+            self.unread.discard(address)
 
     def add_storage(self, storage: torch.UntypedStorage) -> None:
         """Copy a storage, unless there is a copy already."""
@@ -76,7 +85,7 @@ class Copies:
 
 
 class KnownWrites:
-    """What second evaluations have written so far.
+    """What second evaluations have written so far, except for what they only write.
 
     A first evaluation copies it beforehand, and only watches what it writes where the last second
     evaluation wrote something unknown.
@@ -110,7 +119,7 @@ class KnownWrites:
 
     def learn(self, copies: Copies) -> None:
         """Remember what a second evaluation has written."""
-        new = copies.storages.keys() - self._storages.keys()
+        new = copies.storages.keys() - copies.unread - self._storages.keys()
         self._complete = not new and not copies.others
         for address in new:
             self._storages[address] = weak_reference(copies.storages[address][0])
@@ -136,13 +145,6 @@ class Change(NamedTuple):
         return self.attributes.get(self.name, _MISSING) is self.after
 
 
-class _Held(NamedTuple):
-    tensor: Tensor
-    data: Tensor
-    version: int
-    grad: Tensor | None
-
-
 class ModuleState:
     """Attributes of modules, and the memory, version and gradient of their tensors.
 
@@ -154,21 +156,26 @@ class ModuleState:
 
     def __init__(self, modules: Sequence[nn.Module], params: Iterable[Tensor]) -> None:
         self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        sharded = any(map(_is_fsdp, modules))
+        kinds = [_kind(type(module)) for module in modules]  # type: ignore[arg-type]
+        sharded = "sharded" in kinds
         tensors = {} if sharded else {id(param): param for param in params}
-        for module in modules:
-            if isinstance(module, LazyModuleMixin) or _is_distributed(module):
+        for module, kind in zip(modules, kinds, strict=True):
+            if kind == "left out":
                 continue
             owned: list[dict[str, Any]] = [module._buffers]
             if not sharded:
+                attributes = vars(module)
                 owned.append(module._parameters)
-                self._dicts.append((vars(module), vars(module).copy()))
+                self._dicts.append((attributes, attributes.copy()))
             for values in owned:
                 if values:
                     self._dicts.append((values, values.copy()))
-                    tensors.update((id(each), each) for each in values.values() if each is not None)
+                    for tensor in values.values():
+                        tensors[id(tensor)] = tensor
+        tensors.pop(id(None), None)
+        # Tensor, its memory, its version, its gradient.
         self._held = [
-            _Held(tensor, tensor.data, version_of(tensor), tensor.grad if tensor.is_leaf else None)
+            (tensor, tensor.data, version_of(tensor), tensor.grad if tensor.is_leaf else None)
             for tensor in tensors.values()
             if _is_plain(tensor)
         ]
@@ -186,14 +193,14 @@ class ModuleState:
     def relocations(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors that were given other memory (``tensor.data = ...``), each with its old data."""
         return [
-            (held.tensor, held.data)
-            for held in self._held
-            if held.tensor.data_ptr() != held.data.data_ptr()
+            (tensor, data)
+            for tensor, data, _, _ in self._held
+            if tensor.data_ptr() != data.data_ptr()
         ]
 
-    def written(self) -> Iterator[Tensor]:
+    def written(self) -> list[Tensor]:
         """Tensors that were written since, as far as PyTorch counts it."""
-        return (held.tensor for held in self._held if version_of(held.tensor) != held.version)
+        return [tensor for tensor, _, version, _ in self._held if version_of(tensor) != version]
 
     def put_back(self) -> None:
         """Assign all attributes, memory and gradients as they were."""
@@ -201,9 +208,9 @@ class ModuleState:
             change.undo()
         for tensor, data in self.relocations():
             tensor.data = data
-        for held in self._held:
-            if held.tensor.grad is not held.grad and held.tensor.is_leaf:
-                held.tensor.grad = held.grad
+        for tensor, _, _, grad in self._held:
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad = grad
 
 
 def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -216,11 +223,14 @@ def _is_plain(tensor: Tensor) -> bool:
     return known and tensor.layout is torch.strided
 
 
-def _is_distributed(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel"))
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(
-        base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__
-    )
+@lru_cache(1024)
+def _kind(module: type[nn.Module]) -> str:
+    """How the state of a module of this class is to be kept."""
+    if any(each.__name__ in ("FSDPModule", "FullyShardedDataParallel") for each in module.__mro__):
+        return "sharded"
+    # A module becomes another one when its lazy parameters are made.
+    if issubclass(module, LazyModuleMixin):
+        return "left out"
+    if module.__module__.startswith(("torch.distributed", "torch.nn.parallel")):
+        return "left out"
+    return "usual"

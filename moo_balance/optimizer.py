@@ -152,6 +152,9 @@ class BalancedOptimizer(OptimizerWrapper):
     ) -> Losses:
         """Add the balanced gradient to ``.grad``, in place of ``sum(losses.values()).backward()``.
 
+        Hooks of parameters see the balanced gradient, once. Hooks on AccumulateGrad nodes do so in
+        one process; they should be registered before the first call, in which they are looked for.
+
         Args:
             losses: Scalar tensors by name. The first call declares the names; later a loss may be
                 absent, and the others are balanced among themselves. Or a closure that computes
@@ -198,7 +201,12 @@ class BalancedOptimizer(OptimizerWrapper):
         Memory: the window keeps K gradients, K·P elements, until it is closed, because weights
         that depend on losses or gradients are known only then. ``Sum``, ``FixedWeights``,
         ``RandomWeights`` and ``OnlineTchebycheff`` know theirs beforehand and need no more than a
-        plain loop does.
+        plain loop does, unless parameters have hooks, which see the sum over the window.
+
+        Which parameters train may change within a window: a gradient stays with its parameter, also
+        if that is frozen later. Clearing gradients, here or by ``model.zero_grad()``, gives the
+        window up. To notice that, one parameter without a gradient has one of almost zero
+        meanwhile.
         """
         record = self._balancer.record
         outer, record.accumulating = record.accumulating, True
@@ -221,6 +229,10 @@ class BalancedOptimizer(OptimizerWrapper):
         batch; under a trainer's own gradient accumulation the last one is committed. Arguments and
         errors as for :meth:`backward`; the scalar itself is not scaled.
 
+        With a Gramian, the scalar can be differentiated once: ``create_graph=True`` is refused. On
+        several ranks its ``backward`` writes the average to ``.grad``, and nothing flows through
+        the graph, so that ``torch.autograd.grad`` of the scalar finds no parameters.
+
         Example:
             >>> import torch
             >>> from moo_balance import BalancedOptimizer, SumLog
@@ -235,7 +247,7 @@ class BalancedOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the open window and the staged step."""
-        self._balancer.discard_gradients()
+        self._balancer.record.discard_gradients()
         self._wrapped.zero_grad(set_to_none)
 
     # ------------------------------------------------------------ steps

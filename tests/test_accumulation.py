@@ -630,3 +630,22 @@ def test_a_window_of_which_a_part_came_without_a_closure_waits_for_observe(metho
             run.backward(net.losses())
         run.observe(sum_losses(make() for make in parts))
     assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+@over_kinds
+def test_no_mark_of_a_window_stays_once_it_is_gone(method):
+    """Neither after a skipped step, nor after a checkpoint is loaded in the middle."""
+    model, optimizer = setup(method, nonfinite="skip")
+    with optimizer.accumulate():
+        optimizer.backward(part(model, 0))
+    spoiled = {name: loss * math.nan for name, loss in part(model, 1).items()}
+    optimizer.backward(spoiled)
+    optimizer.step()
+    if method.kind != "known":  # which has written the first gradients already
+        assert all(parameter.grad is None for parameter in model.parameters())
+    model, optimizer = setup(method, loss_names=NAMES)
+    saved = optimizer.state_dict()
+    with optimizer.accumulate():
+        optimizer.backward(part(model, 0, ["a"]))
+    optimizer.load_state_dict(saved)
+    assert all(parameter.grad is None for parameter in model.heads[1].parameters())

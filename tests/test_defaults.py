@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
-from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, History, functional
+from moo_balance import FAMO, MGDA, AnalyticQP, BalancedOptimizer, History, Sum, functional
+from moo_balance.engine import Streaming
 from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting import adam, init_adam, step_generator
-from tests.support.problems import SmallModel, rows_of_batch, setup, snapshot, train, whole_state
+from tests.support.problems import (
+    SmallModel,
+    rows_of_batch,
+    setup,
+    snapshot,
+    spoil_gradient,
+    train,
+    whole_state,
+)
 from tests.support.registry import NAMES, over_each_method, over_methods, over_some
 
 STEPS = range(4)
@@ -150,3 +159,71 @@ def test_a_batch_that_is_evaluated_again_keeps_to_the_model():
         optimizer.step(model.losses)
         other.step(model.losses)
     assert all(value.device.type == "cpu" for value in optimizer.metrics.weights.values())
+
+
+def scaled(model, optimizer):
+    """float32 under a loss scaler, with a step that it skips."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in STEPS:
+        losses = model.losses(step)
+        if step == 1:
+            losses = spoil_gradient(losses, torch.inf)
+        optimizer.zero_grad()
+        optimizer.backward(losses, grad_scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def skipping(model, optimizer):
+    for step in STEPS:
+        optimizer.zero_grad()
+        optimizer.backward(spoil_gradient(model.losses(step), torch.nan if step == 1 else 1.0))
+        optimizer.step()
+
+
+def at_features(model, optimizer):
+    for step in STEPS:
+        features = torch.tanh(model.trunk(rows_of_batch(step)[:, :3]))
+        outputs = [head(features)[:, 0].square().mean() for head in model.heads]
+        optimizer.zero_grad()
+        optimizer.backward(dict(zip(NAMES, outputs, strict=True)), features=features)
+        optimizer.step()
+
+
+def combining(model, optimizer):
+    for step in STEPS:
+        optimizer.zero_grad()
+        optimizer.combined_loss(model.losses(step)).backward()
+        optimizer.step()
+
+
+def plainly(model, optimizer):
+    train(model, optimizer, STEPS)
+
+
+LOOPS = {
+    "scaler": (scaled, {}),
+    "skip": (skipping, {"nonfinite": "skip"}),
+    "features": (at_features, {}),
+    "combined": (combining, {}),
+    "streaming": (plainly, {"engine": Streaming()}),
+}
+
+
+@pytest.mark.parametrize("weighting", [MGDA(), FAMO(lagged=True), Sum()], ids=repr)
+@pytest.mark.parametrize("id", LOOPS)
+def test_every_form_of_a_step_is_the_same_under_other_defaults(id, weighting):
+    loop, arguments = LOOPS[id]
+
+    def end(context):
+        model = SmallModel().float() if id == "scaler" else SmallModel()
+        base = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+        optimizer = BalancedOptimizer(base, weighting, **arguments)
+        with context:
+            loop(model, optimizer)
+            figures = optimizer.log_dict()
+        return whole_state(model, optimizer), snapshot(figures)
+
+    expected = end(nullcontext())
+    assert end(default_device("meta")) == expected
+    assert end(default_dtype(torch.bfloat16)) == expected

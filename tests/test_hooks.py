@@ -169,7 +169,7 @@ def test_hooks_behind_the_gradient_run_once(form: Any, kind: str) -> None:
     """Those of parameters, and those of the nodes that accumulate their gradients."""
     expected = gradients_without_hooks(form)
     net, optimizer, take = prepared(form)
-    optimizer._balancer.inspected = ()  # hooks of nodes are looked for with new parameters
+    optimizer._balancer.inspected.clear()  # hooks of nodes are looked for once
     params, seen = list(net.parameters()), list[tuple[int, Any]]()
     kept = [
         register(kind, param, lambda *gradients, k=k: seen.append((k, gradients)))
@@ -310,3 +310,37 @@ def test_without_a_gramian_a_combined_loss_can_be_differentiated_twice() -> None
     (gradient,) = torch.autograd.grad(combined, net.middle.weight, create_graph=True)
     gradient.square().sum().backward()
     assert bool(net.middle.weight.grad.abs().sum() > 0)
+
+
+def test_nodes_of_a_parameter_are_inspected_once_and_forgotten_with_it() -> None:
+    net, optimizer, _ = prepared((by_backward, MGDA(), None, 0))
+    node, seen = get_gradient_edge(net.middle.weight).node, list[int]()
+    node.register_hook(lambda *gradients: seen.append(1))
+    for frozen in (net.trunk, net.middle, net.trunk):
+        net.requires_grad_(True)
+        frozen.requires_grad_(False)
+        optimizer.backward(net.losses(0))
+    assert len(seen) == 2
+    assert set(optimizer._balancer.inspected) == set(net.parameters())
+    optimizer.param_groups[0]["params"] = [*net.middle.parameters()]
+    net.requires_grad_(True)
+    optimizer.add_param_group({"params": [*net.trunk.parameters()]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    optimizer.backward(net.losses(0))
+    assert net.heads[0].weight not in optimizer._balancer.inspected
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["tensor", "post-accumulate"])
+def test_sparse_gradients_reach_hooks(kind: str) -> None:
+    table, seen = nn.Embedding(4, 2, sparse=True), list[Tensor]()
+    optimizer = BalancedOptimizer(torch.optim.SGD(table.parameters(), lr=0.1), MGDA())
+    if kind == "tensor":
+        table.weight.register_hook(seen.append)
+    else:
+        table.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad))
+    rows = table(torch.tensor([0, 1]))
+    optimizer.backward({"a": rows.sum(), "b": rows.square().sum()})
+    (gradient,) = seen
+    assert gradient.is_sparse
+    torch.testing.assert_close(gradient.to_dense(), table.weight.grad.to_dense())

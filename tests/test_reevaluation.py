@@ -740,6 +740,7 @@ def test_observe_after_a_first_step_that_was_skipped_does_nothing():
     assert optimizer.state_dict()["balance"]["steps"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:FAMO continues with other arguments")
 def test_a_checkpoint_that_waits_does_not_block_a_method_that_observes_nothing():
     model, optimizer = noisy(FAMO())
     optimizer.backward(model.losses())
@@ -847,7 +848,7 @@ def test_a_method_that_is_called_directly_is_seen():
 def test_a_tensor_is_copied_once_and_new_tensors_are_not():
     reports = []
     old = torch.zeros(4)
-    with watch_writes(lambda tensor, reshapes: reports.append((tensor, reshapes))):
+    with watch_writes(lambda tensor, effect: reports.append((tensor, effect.reshapes))):
         new = torch.zeros(4)
         new += 1
         new[1:].mul_(2)

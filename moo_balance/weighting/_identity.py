@@ -112,6 +112,8 @@ def _text(value: object) -> str:
         return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
     if isinstance(value, MethodType):
         return f"{_text(value.__self__)}.{value.__name__}"
+    if isinstance(value, float):  # 1.0 is 1, and NumPy's numbers are numbers
+        return float.__repr__(value).removesuffix(".0")
     if hasattr(value, "__qualname__"):  # a function or a class
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
