@@ -433,10 +433,10 @@ class Balancer:
         staged = record.staged
         if staged is None:
             return self._step_without_backward(closure, result)
-        if self._must_skip(staged, stepping):
-            record.skip(self.max_skips)
-            return result
         try:
+            if self._must_skip(staged, stepping):
+                record.skip(self.max_skips)
+                return result
             output = self.optimizer.step() if take is None else take()
         except BaseException:
             if closure is not None:  # it will be evaluated again, on gradients that are cleared
