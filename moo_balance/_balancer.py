@@ -272,12 +272,12 @@ class Balancer:
         else:
             linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
-        if not staged.skip:
-            coefficients = staged.coefficients
-            if window is not None and window.gradients is None:
+        coefficients = staged.coefficients
+        if window is not None:
+            if window.gradients is None and not staged.skip:
                 coefficients = window.select_coefficients(statistics, coefficients, problem.names)
-            if window is not None:
-                window.remove_mark()
+            window.remove_mark()
+        if not staged.skip:
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
         self.record.stage(staged)
@@ -391,14 +391,7 @@ class Balancer:
     def _drop_cleared_window(self, window: Accumulation) -> None:
         """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
         if window.is_cleared():
-            window.remove_mark()
-            self.record.window = None
-
-    def discard_gradients(self) -> None:
-        """Drop the open window and what is staged, before gradients are cleared."""
-        if self.record.window is not None:
-            self.record.window.remove_mark()
-        self.record.discard_gradients()
+            self.record.drop_window()
 
     # ------------------------------------------------------------ combined loss
 
@@ -433,17 +426,17 @@ class Balancer:
         if self.two_steps and take is None:
             raise refuse_single_step(self.optimizer)
         record = self.record
-        if record.window is not None:
-            self._drop_cleared_window(record.window)
+        if self.record.window is not None:
+            self._drop_cleared_window(self.record.window)
         result = None if closure is None else self._run_closure(closure)
         record.check_window_closed()
         staged = record.staged
         if staged is None:
             return self._step_without_backward(closure, result)
-        if self._must_skip(staged, stepping):
-            record.skip(self.max_skips)
-            return result
         try:
+            if self._must_skip(staged, stepping):
+                record.skip(self.max_skips)
+                return result
             output = self.optimizer.step() if take is None else take()
         except BaseException:
             if closure is not None:  # it will be evaluated again, on gradients that are cleared

@@ -106,8 +106,15 @@ class Record:
 
     def stage(self, staged: Staged) -> None:
         """Keep the result of ``backward`` for the next step, which closes the window."""
-        self.staged, self.window = staged, None
+        self.drop_window()
+        self.staged = staged
         self.metrics = staged.metrics or self.metrics
+
+    def drop_window(self) -> None:
+        """Give the open window up, if there is one, and leave no mark of it in ``.grad``."""
+        if self.window is not None:
+            self.window.remove_mark()
+            self.window = None
 
     def commit(self, staged: Staged, observes: bool) -> None:
         """Apply a staged step once the wrapped optimizer has taken it.
@@ -151,7 +158,7 @@ class Record:
 
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
-        self.window = None
+        self.drop_window()
         # Trainers clear gradients between `combined_loss` and `backward`, too.
         if self.staged is not None and not self.staged.combined:
             self.staged = None
@@ -162,7 +169,8 @@ class Record:
         What is committed stays, and so does what a loaded balance still waits for:
         ``torch.distributed.checkpoint`` loads the wrapped optimizer and the balance in any order.
         """
-        self.staged = self.window = None
+        self.drop_window()
+        self.staged = None
         self.moved = False
         self.skipped_in_a_row = 0
         self.metrics, self.faults = StepMetrics(), FaultCounts()

@@ -17,7 +17,6 @@ from moo_balance._torch_internals import (
     broadcasts_buffers,
     memory_address,
     request_buffer_broadcast,
-    watch_writes,
 )
 from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
 from moo_balance.engine.base import is_distributed
@@ -49,8 +48,9 @@ class Reevaluation:
         self._modules = reachable_modules(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
         state = ModuleState(self._modules, self._params)
-        self._before = self._known.copy()
-        with self._known.watch(self._before):
+        self._before = Copies()
+        self._known.add_to(self._before, only_read=True)
+        with self._known.watch_first(self._before):
             result = evaluate(self._closure)
         self._known.draws_from_numpy = self._numpy.has_changed()
         self._assigned, self._moved = state.changes(), state.relocations()
@@ -76,7 +76,8 @@ class Reevaluation:
             # Within an autocast region the cache still holds casts of the parameters from before
             # the step; afterwards it would hold casts of this evaluation's graph.
             torch.clear_autocast_cache()
-            with watch_writes(copies.add), _without_synchronization(self._modules):
+            watch = self._known.watch_second(copies, self._modules, self._written)
+            with watch, _without_synchronization(self._modules):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -97,6 +98,7 @@ class Reevaluation:
             copies.add(tensor)
         for tensor, _ in self._before.shapes:
             copies.add(tensor, RESHAPES)
+        self._known.add_to(copies)
         for storage, _ in self._before.storages.values():
             copies.add_storage(storage)
         for tensor, _ in self._before.others.values():

@@ -247,7 +247,7 @@ class BalancedOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the open window and the staged step."""
-        self._balancer.discard_gradients()
+        self._balancer.record.discard_gradients()
         self._wrapped.zero_grad(set_to_none)
 
     # ------------------------------------------------------------ steps

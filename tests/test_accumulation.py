@@ -289,6 +289,21 @@ def test_a_parameter_that_no_loss_reaches_keeps_no_gradient(method):
 
 
 @over_kinds
+@pytest.mark.parametrize("spoilt", range(2))
+def test_a_window_that_is_skipped_leaves_no_gradient_of_its_own(method, spoilt):
+    model, optimizer = setup(method, nonfinite="skip")
+    idle = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer.add_param_group({"params": [idle]})
+    for number in range(2):
+        losses = part(model, number)
+        with nullcontext() if number else optimizer.accumulate():
+            optimizer.backward(spoil(losses, "nan") if number == spoilt else losses)
+    assert idle.grad is None
+    if method.kind != "known":
+        assert gradients(model) == [None] * len(gradients(model))
+
+
+@over_kinds
 @pytest.mark.parametrize("what", ["gradients of one's own", "clipping", "another optimizer"])
 def test_what_does_not_clear_gradients_leaves_the_window_open(method, what):
     model, optimizer = setup(method)
@@ -630,3 +645,22 @@ def test_a_window_of_which_a_part_came_without_a_closure_waits_for_observe(metho
             run.backward(net.losses())
         run.observe(sum_losses(make() for make in parts))
     assert whole_state(model, optimizer) == whole_state(twin, other)
+
+
+@over_kinds
+def test_no_mark_of_a_window_stays_once_it_is_gone(method):
+    """Neither after a skipped step, nor after a checkpoint is loaded in the middle."""
+    model, optimizer = setup(method, nonfinite="skip")
+    with optimizer.accumulate():
+        optimizer.backward(part(model, 0))
+    spoiled = {name: loss * math.nan for name, loss in part(model, 1).items()}
+    optimizer.backward(spoiled)
+    optimizer.step()
+    if method.kind != "known":  # which has written the first gradients already
+        assert all(parameter.grad is None for parameter in model.parameters())
+    model, optimizer = setup(method, loss_names=NAMES)
+    saved = optimizer.state_dict()
+    with optimizer.accumulate():
+        optimizer.backward(part(model, 0, ["a"]))
+    optimizer.load_state_dict(saved)
+    assert all(parameter.grad is None for parameter in model.heads[1].parameters())

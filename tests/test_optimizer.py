@@ -282,3 +282,32 @@ def test_lagged_uses_the_losses_of_the_next_batch():
 def test_the_weighting_is_an_attribute():
     weighting = FixedWeights({"a": 1.0})
     assert BalancedOptimizer(sgd(SmallModel()), weighting).weighting is weighting
+
+
+# ---------------------------------------------------------------------- losses in separate calls
+
+
+@over_kinds
+def test_losses_that_come_in_separate_calls_are_warned_of(method):
+    """Their gradients are added up, each balanced by itself: a plain sum."""
+    model, optimizer = setup(method, loss_names=NAMES)
+    optimizer.backward(model.losses(0, ["a"]))
+    with pytest.warns(UserWarning, match=r"Found \['b', 'c'\] after \['a'\] without a step"):
+        optimizer.backward(model.losses(0, ["b", "c"]))
+
+
+@over_kinds
+def test_the_same_losses_twice_or_in_a_window_or_after_a_step_are_not_warned_of(method):
+    model, optimizer = setup(method, loss_names=NAMES)
+    for _ in range(2):
+        optimizer.backward(model.losses(0))
+    optimizer.zero_grad()
+    optimizer.backward(model.losses(0, ["a", "b"]))
+    optimizer.zero_grad()
+    if method.kind != "known":  # which needs the same losses throughout a window
+        with optimizer.accumulate():
+            optimizer.backward(model.losses(0, ["a"]))
+        optimizer.backward(model.losses(0, ["b", "c"]))
+        optimizer.zero_grad()
+    optimizer.combined_loss(model.losses(0, ["a"])).backward()
+    optimizer.backward(model.losses(0, ["b"]))

@@ -23,7 +23,7 @@ from moo_balance import (
 from moo_balance._reachable import reachable_modules
 from moo_balance._reevaluation import add_note
 from moo_balance._torch_internals import watch_writes
-from moo_balance._written import Copies
+from moo_balance._written import INTERVAL, Copies
 from tests.support.problems import snapshot, whole_state
 from tests.support.registry import KINDS, over, over_each_method
 
@@ -595,7 +595,7 @@ def test_at_rate_zero_the_second_evaluation_sees_the_same_and_leaves_nothing(mak
     model()  # lazy modules, and a compiler, are ready
     weighting = BalancedTrajectory(decay=0.0, logit_optimizer="sgd")
     optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), weighting)
-    for _ in range(4):
+    for _ in range(7):
         optimizer.zero_grad()
         seen = []
 
@@ -869,8 +869,7 @@ def test_a_tensor_is_copied_once_and_new_tensors_are_not():
     assert len(copies.storages) == 1
 
 
-def test_what_a_known_model_writes_is_not_watched_again(monkeypatch):
-    """The first evaluation of a step costs a copy of the running statistics, no more."""
+def test_what_a_known_model_writes_is_rarely_watched(monkeypatch):
     watched = []
 
     def watch(report):
@@ -879,9 +878,56 @@ def test_what_a_known_model_writes_is_not_watched_again(monkeypatch):
 
     monkeypatch.setattr("moo_balance._written.watch_writes", watch)
     model, optimizer = noisy(FAMO())
-    for _ in range(5):
+    for _ in range(30):
         by_step(model, optimizer)
-    assert len(watched) == 2
+    # Two first evaluations; the second ones of steps 1 to 4, 10, 20 and 30.
+    assert len(watched) == 9
+    watched.clear()
+    model.body[1].eval()  # what it writes may change
+    by_step(model, optimizer)
+    assert len(watched) == 1
+
+
+class Late(nn.Module):
+    """Begins to write after some steps: into a buffer, a plain tensor, or ``.data``."""
+
+    def __init__(self, begin):
+        super().__init__()
+        self.begin = begin
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("level", torch.zeros(()))
+        self.register_buffer("other", torch.zeros(()))
+        self.plain = torch.zeros(())
+
+    def forward(self, inputs):
+        self.begin -= 1
+        if self.begin < 0:
+            self.level += 1
+            self.other.data.add_(1)
+            self.plain.add_(1)
+        return self.linear(inputs)
+
+
+def test_writes_that_begin_late():
+    late = Late(begin=12)
+    model = Model(late)
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO())
+    for step in range(40):
+        optimizer.step(model)
+        assert float(late.level) == max(0, step - 11)
+    assert float(late.other) == float(late.plain) == float(late.level)
+
+
+def test_writes_that_begin_late_and_are_not_counted_are_missed_for_a_few_steps():
+    late = Late(begin=12)
+    del late.level
+    late.level = 0
+    model = Model(late)
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO())
+    for _ in range(40):
+        optimizer.step(model)
+    assert late.level == 28
+    assert 28 <= float(late.other) < 28 + INTERVAL
 
 
 def test_modules_are_found_through_what_a_closure_refers_to():
