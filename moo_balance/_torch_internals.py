@@ -294,6 +294,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._report(tensor, effect)
 
 
+def can_watch_writes() -> bool:
+    """Whether PyTorch has the private names that :func:`watch_writes` needs."""
+    return _push_mode is not None and _pop_mode is not None
+
+
 @contextmanager
 def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
     """Report each tensor before an operator writes it, on this thread, inside the context.
@@ -331,15 +336,20 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+_revive_storage: Callable[[int], torch.UntypedStorage | None] | None = getattr(
+    torch.UntypedStorage, "_new_with_weak_ptr", None
+)
+
+
 def weak_reference(storage: torch.UntypedStorage) -> Callable[[], torch.UntypedStorage | None]:
     """A function that returns the storage while it is in use elsewhere.
 
-    Without the private names it keeps the storage.
+    Without the private name it keeps the storage.
     """
-    revive = getattr(torch.UntypedStorage, "_new_with_weak_ptr", None)
-    if revive is None:
+    if _revive_storage is None:
         return lambda: storage
-    return partial(_revive, revive, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return partial(_revive, _revive_storage, reference)
 
 
 def _revive(

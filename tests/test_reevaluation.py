@@ -20,7 +20,7 @@ from moo_balance import (
     BalanceValueError,
     NonFiniteError,
 )
-from moo_balance._reachable import reachable_modules
+from moo_balance._reachable import find_reachable
 from moo_balance._reevaluation import add_note
 from moo_balance._torch_internals import watch_writes
 from moo_balance._written import INTERVAL, Copies
@@ -898,6 +898,7 @@ class Late(nn.Module):
         self.register_buffer("level", torch.zeros(()))
         self.register_buffer("other", torch.zeros(()))
         self.plain = torch.zeros(())
+        self.held = [torch.zeros(())]
 
     def forward(self, inputs):
         self.begin -= 1
@@ -905,6 +906,7 @@ class Late(nn.Module):
             self.level += 1
             self.other.data.add_(1)
             self.plain.add_(1)
+            self.held[0].add_(1)
         return self.linear(inputs)
 
 
@@ -915,7 +917,8 @@ def test_writes_that_begin_late():
     for step in range(40):
         optimizer.step(model)
         assert float(late.level) == max(0, step - 11)
-    assert float(late.other) == float(late.plain) == float(late.level)
+        assert float(late.plain) == float(late.level)
+    assert float(late.other) == float(late.held[0]) == float(late.level)
 
 
 def test_writes_that_begin_late_and_are_not_counted_are_missed_for_a_few_steps():
@@ -943,11 +946,18 @@ def test_modules_are_found_through_what_a_closure_refers_to():
     def outer():
         return (lambda: GLOBAL)()
 
-    assert reachable_modules(one.forward) == [one]
-    assert reachable_modules(partial(print, two, key=one)) == [two, two[0], one]
-    assert set(reachable_modules(Trainer().loss)) == {one, two, two[0], GLOBAL}
-    assert reachable_modules(outer) == [GLOBAL]
-    assert reachable_modules(lambda: None) == []
+    def modules(closure):
+        return find_reachable(closure).modules
+
+    assert modules(one.forward) == [one]
+    assert modules(partial(print, two, key=one)) == [two, two[0], one]
+    assert set(modules(Trainer().loss)) == {one, two, two[0], GLOBAL}
+    assert modules(outer) == [GLOBAL]
+    assert find_reachable(lambda: None) == ([], [])
+    one.plain = torch.zeros(1)
+    (tensor, plain) = find_reachable(partial(one, {"x": [X]})).tensors
+    assert tensor is X
+    assert plain is one.plain
 
 
 GLOBAL = nn.Tanh()
