@@ -82,9 +82,10 @@ def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = Tru
     """
     if not renormalize:
         return weights / distances
-    # Relative to the least distance that counts: its inverse may overflow.
+    # Relative to the least distance that counts: its inverse may overflow. It may even be zero, as
+    # what float32 makes of a small float64.
     least = torch.where(weights > 0, distances, math.inf).amin()
-    coefficients = weights * (least / distances).clamp(max=1.0)
+    coefficients = weights * torch.where(distances > least, least / distances, 1.0)
     return coefficients / coefficients.sum()
 
 

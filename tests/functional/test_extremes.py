@@ -122,7 +122,7 @@ def test_a_tiny_loss_counts_where_gradients_conflict(count, tiny):
 # ---------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("tiny", [5e-324, 1e-315, 1e-300])
+@pytest.mark.parametrize("tiny", [0.0, 5e-324, 1e-315, 1e-300])
 def test_coefficients_of_tiny_losses(tiny):
     for weights, losses, expected in [
         ([0.5, 0.5], [tiny, 1.0], [1.0, 0.0]),

@@ -1,4 +1,4 @@
-"""A small model whose forward pass draws random numbers, writes, and differentiates, if asked to."""
+"""A small model whose forward pass may draw random numbers, write, and differentiate."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class FuzzModel(nn.Module):
         if "codebook" in self.traits:
             with torch.no_grad():
                 self.average.lerp_(features.mean(0), 0.1)
+            features = features - self.average.detach().clone()
         return features
 
     def written(self) -> list[Tensor]:

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import pickle
-from copy import deepcopy
 from functools import partial
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
-from moo_balance import BalancedOptimizer
 from moo_balance.engine import Streaming
 from tests.fuzz.amounts import over_amounts, settings_for
-from tests.fuzz.faults import FAULTS, GRADIENT_FAULTS
+from tests.fuzz.faults import FAULTS, MISHAPS, add_mishap
 from tests.fuzz.models import TRAITS
 from tests.fuzz.sides import Sides
-from tests.fuzz.twin import Refused
-from tests.fuzz.wrong_calls import MALFORMED, WRONG_CALLS, malformed
+from tests.fuzz.surroundings import Surroundings, batches
+from tests.fuzz.twin import Failed, Refused
 from tests.support.registry import KINDS, METHODS, NAMES, Method
 
-batches = st.integers(0, 5)
 some_names = st.lists(st.sampled_from(NAMES), min_size=1, unique=True).map(tuple) | st.just(NAMES)
-positions = st.integers(0, 7)
 rarely = st.integers(0, 9).map(lambda number: number == 0)
 faults = st.none() | st.none() | st.none() | st.sampled_from(FAULTS)
 
-HOOKS = {
-    "triple": lambda gradient: gradient * 3,
-    "clamp": lambda gradient: gradient.clamp(-0.1, 0.1),
-}
 
-
-class CallSequences(RuleBasedStateMachine):
+class CallSequences(Surroundings):
     """Calls in any order, by a user who may have misread the manual."""
 
     method: Method
@@ -142,8 +131,13 @@ class CallSequences(RuleBasedStateMachine):
         if self.sides.twin.lr or self.sides.twin.has_finite_gradients():
             self.sides.call(self.sides.take_step, self.sides.optimizer.step)
 
-    @rule(batch=batches, names=some_names, fault=faults)
-    def step_with_closure(self, batch, names, fault):
+    @rule(
+        batch=batches,
+        names=some_names,
+        fault=faults,
+        mishap=st.none() | st.none() | st.sampled_from(MISHAPS),
+    )
+    def step_with_closure(self, batch, names, fault, mishap):
         sides, twin = self.sides, self.sides.twin
 
         def expected():
@@ -155,13 +149,15 @@ class CallSequences(RuleBasedStateMachine):
             twin.weigh(sums)
             twin.zero_grad()
             twin.backward(sums)
-            sides.take_step()
             self.is_scaled = False
+            try:
+                sides.take_step(mishap=mishap)
+            except Refused as error:  # of gradients that are written: nothing is left of them
+                twin.staged = None
+                raise Failed from error
 
-        # An error about a gradient comes when it has been written.
-        if not (twin.nonfinite == "raise" and fault in GRADIENT_FAULTS):
-            closure = sides.closure(batch, names, fault)
-            sides.call(expected, lambda: sides.optimizer.step(closure), clears=True)
+        closure = add_mishap(sides.closure(batch, names, fault), mishap)
+        sides.call(expected, lambda: sides.optimizer.step(closure), clears=True)
 
     @precondition(lambda self: self.is_scaled and self.sides.twin.staged is not None)
     @rule(unscale=st.booleans())
@@ -189,78 +185,6 @@ class CallSequences(RuleBasedStateMachine):
             lambda: twin.observe(twin.model(batch, names)[0]),
             lambda: sides.optimizer.observe(sides.model(batch, names)[0]),
         )
-
-    # ------------------------------------------------------------ what happens around it
-
-    @rule(position=positions)
-    def freeze_or_release(self, position):
-        """Not after a faulty gradient, which would no longer be found."""
-        twin = self.sides.twin
-        if twin.has_finite_gradients():
-            for model in (self.sides.model, twin.model):
-                param = list(model.parameters())[position]
-                if param is not getattr(model, "average", None):
-                    param.requires_grad_(not param.requires_grad)
-
-    @rule(lr=st.sampled_from([0.0, 0.001, 0.003]))
-    def change_lr(self, lr):
-        self.sides.twin.lr = lr
-        for group in self.sides.optimizer.param_groups:
-            group["lr"] = lr
-
-    @rule(position=positions, kind=st.sampled_from([*HOOKS, "observe"]))
-    def add_hook(self, position, kind):
-        sides, twin = self.sides, self.sides.twin
-        param = list(sides.model.parameters())[position]
-        if not param.requires_grad or position in twin.hooks or position in twin.observed:
-            return
-        if kind == "observe":
-            twin.observed.add(position)
-            log = sides.log
-            param.register_post_accumulate_grad_hook(
-                lambda p: log.append((position, p.grad.clone()))
-            )
-        else:
-            twin.hooks[position] = [HOOKS[kind]]
-            param.register_hook(HOOKS[kind])
-
-    @rule()
-    def save(self):
-        self.saved = deepcopy(self.sides.optimizer.state_dict()), self.sides.remember()
-
-    @precondition(lambda self: self.saved is not None)
-    @rule(fresh=st.booleans())
-    def load(self, fresh):
-        self.sides.load(*self.saved, fresh)
-        self.is_scaled = False
-        self.sides.compare()
-
-    @rule(pickled=st.booleans(), accumulating=st.booleans())
-    def copy(self, pickled, accumulating):
-        sides = self.sides
-        pair = sides.model, sides.optimizer
-        if accumulating:
-            with sides.optimizer.accumulate():
-                pair = pickle.loads(pickle.dumps(pair)) if pickled else deepcopy(pair)
-        else:
-            pair = pickle.loads(pickle.dumps(pair)) if pickled else deepcopy(pair)
-        sides.replace(*pair)
-        self.is_scaled = False
-        sides.compare()
-
-    # ------------------------------------------------------------ wrong calls
-
-    @rule(call=st.sampled_from(sorted(WRONG_CALLS)), batch=batches)
-    def call_wrongly(self, call, batch):
-        losses, _ = self.sides.model(batch, NAMES)
-        self.sides.twin.model(batch, NAMES)
-        self.sides._adopt_what_forward_wrote()
-        self.sides.refuse(lambda: WRONG_CALLS[call](self.sides.optimizer, losses))
-
-    @rule(change=st.sampled_from(sorted(MALFORMED)))
-    def load_what_is_malformed(self, change):
-        optimizer: BalancedOptimizer = self.sides.optimizer
-        self.sides.refuse(lambda: optimizer.load_state_dict(malformed(optimizer, change)))
 
 
 def machine(method: Method) -> type[CallSequences]:
