@@ -320,6 +320,13 @@ def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
         _pop_mode(None)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile`` was called for it; False without the name."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return "_orig_mod" in module._modules  # what `torch.compile` returns
+
+
 def memory_address(tensor: Tensor) -> int | None:
     """Where a tensor's memory begins; None if it has none of its own, as a sparse tensor."""
     try:

@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from moo_balance._torch_internals import (
     Effect,
     can_watch_writes,
+    is_compiled,
     memory_address,
     version_of,
     watch_writes,
@@ -172,8 +173,8 @@ class KnownWrites:
 
 
 def _watch(copies: Copies, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Copy what is written inside. Where PyTorch cannot tell, copy all buffers beforehand."""
-    if not can_watch_writes():
+    """Copy what is written inside; buffers beforehand where PyTorch will not tell."""
+    if not can_watch_writes() or any(map(is_compiled, modules)):
         for module in modules:
             for buffer in module._buffers.values():
                 if buffer is not None:
