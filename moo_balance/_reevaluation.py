@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance._random_state import NumpyState, RandomState
-from moo_balance._reachable import reachable_modules
+from moo_balance._reachable import find_reachable
 from moo_balance._torch_internals import (
     as_plain,
     broadcasts_buffers,
@@ -45,12 +45,12 @@ class Reevaluation:
     def first(self) -> Any:
         """Evaluate, and keep what the second evaluation starts from."""
         self._random = RandomState({param.device for param in self._params})
-        self._modules = reachable_modules(self._closure)
+        self._modules, self._tensors = find_reachable(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
-        state = ModuleState(self._modules, self._params)
+        state = ModuleState(self._modules, [*self._params, *self._tensors])
         self._before = Copies()
         self._known.add_to(self._before, only_read=True)
-        with self._known.watch_first(self._before):
+        with self._known.watch_first(self._before, self._modules):
             result = evaluate(self._closure)
         self._known.draws_from_numpy = self._numpy.has_changed()
         self._assigned, self._moved = state.changes(), state.relocations()
@@ -67,7 +67,7 @@ class Reevaluation:
         """Start as the first evaluation did, and put back everything that changes inside."""
         end = RandomState(self._random.devices)
         numpy_end = NumpyState(exact=self._numpy.has_changed())
-        state = ModuleState(self._modules, self._params)
+        state = ModuleState(self._modules, [*self._params, *self._tensors])
         copies = Copies()
         try:
             self._rewind(copies)

@@ -18,6 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from moo_balance._torch_internals import (
     Effect,
+    can_watch_writes,
+    is_compiled,
     memory_address,
     version_of,
     watch_writes,
@@ -95,9 +97,9 @@ class KnownWrites:
     Watching costs about as much as the operators of a small model. So a first evaluation is watched
     only if the last second one wrote something unknown. A second evaluation is watched until
     nothing unknown was written for some time, again after a module has changed its mode or the
-    first evaluation has written another tensor of a module, and from time to time. A write is
+    first evaluation has written another tensor, and from time to time. A write is
     missed, for less than :data:`INTERVAL` steps, if it begins late in a run and PyTorch does not
-    count it (``tensor.data``), or if the tensor belongs to no module that the closure refers to.
+    count it (``tensor.data``), or if the closure does not refer to the tensor.
 
     Attributes:
         draws_from_numpy: Whether the last evaluation drew from NumPy's global generator.
@@ -129,9 +131,16 @@ class KnownWrites:
             elif not (only_read and address in self._unread):
                 copies.add_storage(storage)
 
-    def watch_first(self, copies: Copies) -> AbstractContextManager[None]:
-        """Add to `copies` what a first evaluation writes, unless all of it is known."""
-        return nullcontext() if self._quiet else watch_writes(copies.add)
+    def watch_first(
+        self, copies: Copies, modules: Sequence[nn.Module]
+    ) -> AbstractContextManager[None]:
+        """Add to `copies` what a first evaluation writes, unless all of it is known.
+
+        Args:
+            copies: Where to add the copies; what is known is there.
+            modules: The modules that the closure refers to.
+        """
+        return nullcontext() if self._quiet else _watch(copies, modules)
 
     def watch_second(
         self, copies: Copies, modules: Sequence[nn.Module], written: Sequence[Tensor]
@@ -151,7 +160,7 @@ class KnownWrites:
         self._count += 1
         if self._quiet >= PATIENCE and self._count % INTERVAL:
             return nullcontext()
-        return watch_writes(copies.add)
+        return _watch(copies, modules)
 
     def learn(self, copies: Copies) -> None:
         """Remember what a second evaluation has written."""
@@ -161,6 +170,16 @@ class KnownWrites:
         self._unread = (self._unread | new) - copies.read
         is_quiet = not (new or copies.others or copies.shapes)
         self._quiet = self._quiet + 1 if is_quiet else 0
+
+
+def _watch(copies: Copies, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Copy what is written inside; buffers beforehand where PyTorch will not tell."""
+    if not can_watch_writes() or any(map(is_compiled, modules)):
+        for module in modules:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    copies.add(buffer)
+    return watch_writes(copies.add)
 
 
 class Change(NamedTuple):
@@ -189,14 +208,14 @@ class ModuleState:
     Args:
         modules: Any modules. Those of ``torch.distributed`` are left out. Where FSDP assigns
             parameters itself, buffers only.
-        params: More tensors.
+        others: More tensors.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], params: Iterable[Tensor]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], others: Iterable[Tensor]) -> None:
         self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         kinds = [_kind(type(module)) for module in modules]  # type: ignore[arg-type]
         sharded = "sharded" in kinds
-        tensors = {} if sharded else {id(param): param for param in params}
+        tensors = {} if sharded else {id(tensor): tensor for tensor in others}
         for module, kind in zip(modules, kinds, strict=True):
             if kind == "left out":
                 continue
