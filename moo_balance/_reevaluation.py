@@ -47,7 +47,9 @@ class Reevaluation:
         self._random = RandomState({param.device for param in self._params})
         self._modules, self._tensors = find_reachable(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
-        state = ModuleState(self._modules, [*self._params, *self._tensors])
+        state = ModuleState(
+            self._modules, [*self._params, *self._tensors], only_versions=not self._known.assigns
+        )
         self._before = Copies()
         self._known.add_to(self._before, only_read=True)
         with self._known.watch_first(self._before, self._modules):
@@ -82,7 +84,8 @@ class Reevaluation:
         finally:
             torch.clear_autocast_cache()
             copies.put_back()
-            state.put_back()
+            is_assigned = state.put_back()
+            self._known.assigns = is_assigned or bool(self._assigned or self._moved)
             end.restore()
             numpy_end.restore()
         self._known.learn(copies)

@@ -103,6 +103,7 @@ class KnownWrites:
 
     Attributes:
         draws_from_numpy: Whether the last evaluation drew from NumPy's global generator.
+        assigns: Whether the last evaluations assigned attributes of modules.
     """
 
     def __init__(self) -> None:
@@ -112,6 +113,7 @@ class KnownWrites:
         self._count = 0
         self._quiet = 0
         self.draws_from_numpy = True
+        self.assigns = True
 
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
         return KnownWrites, ()  # a copy of a model has other tensors
@@ -209,9 +211,12 @@ class ModuleState:
         modules: Any modules. Those of ``torch.distributed`` are left out. Where FSDP assigns
             parameters itself, buffers only.
         others: More tensors.
+        only_versions: Hold the versions of tensors only.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], others: Iterable[Tensor]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], others: Iterable[Tensor], only_versions: bool = False
+    ) -> None:
         self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         kinds = [_kind(type(module)) for module in modules]  # type: ignore[arg-type]
         sharded = "sharded" in kinds
@@ -221,19 +226,20 @@ class ModuleState:
                 continue
             owned: list[dict[str, Any]] = [module._buffers]
             if not sharded:
-                attributes = vars(module)
                 owned.append(module._parameters)
-                self._dicts.append((attributes, attributes.copy()))
+                if not only_versions:
+                    self._dicts.append((vars(module), vars(module).copy()))
             for values in owned:
-                if values:
+                if values and not only_versions:
                     self._dicts.append((values, values.copy()))
-                    for tensor in values.values():
-                        tensors[id(tensor)] = tensor
+                for tensor in values.values():
+                    tensors[id(tensor)] = tensor
         tensors.pop(id(None), None)
-        # Tensor, its memory, its version, its gradient.
+        self._versions = [(tensor, version_of(tensor)) for tensor in tensors.values()]
+        # Tensor, its memory, its gradient.
         self._held = [
-            (tensor, tensor.data, version_of(tensor), tensor.grad if tensor.is_leaf else None)
-            for tensor in tensors.values()
+            (tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
+            for tensor in ([] if only_versions else tensors.values())
             if _is_plain(tensor)
         ]
 
@@ -250,24 +256,28 @@ class ModuleState:
     def relocations(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors that were given other memory (``tensor.data = ...``), each with its old data."""
         return [
-            (tensor, data)
-            for tensor, data, _, _ in self._held
-            if tensor.data_ptr() != data.data_ptr()
+            (tensor, data) for tensor, data, _ in self._held if tensor.data_ptr() != data.data_ptr()
         ]
 
     def written(self) -> list[Tensor]:
         """Tensors that were written since, as far as PyTorch counts it."""
-        return [tensor for tensor, _, version, _ in self._held if version_of(tensor) != version]
+        return [tensor for tensor, version in self._versions if version_of(tensor) != version]
 
-    def put_back(self) -> None:
-        """Assign all attributes, memory and gradients as they were."""
-        for change in self.changes():
+    def put_back(self) -> bool:
+        """Assign all attributes, memory and gradients as they were.
+
+        Returns:
+            Whether an attribute or the memory of a tensor was another one.
+        """
+        changes, relocations = self.changes(), self.relocations()
+        for change in changes:
             change.undo()
-        for tensor, data in self.relocations():
+        for tensor, data in relocations:
             tensor.data = data
-        for tensor, _, _, grad in self._held:
+        for tensor, _, grad in self._held:
             if tensor.is_leaf and tensor.grad is not grad:
                 tensor.grad = grad
+        return bool(changes or relocations)
 
 
 def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
