@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moo_balance._module_state import ModuleState
 from moo_balance._random_state import NumpyState, RandomState
 from moo_balance._reachable import find_reachable
 from moo_balance._torch_internals import (
@@ -18,7 +19,7 @@ from moo_balance._torch_internals import (
     memory_address,
     request_buffer_broadcast,
 )
-from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
+from moo_balance._written import RESHAPES, Copies, KnownWrites
 from moo_balance.engine.base import is_distributed
 
 
