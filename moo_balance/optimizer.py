@@ -17,13 +17,12 @@ from moo_balance._checkpoint import BalanceState
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
-from moo_balance._two_step import take_first_step, take_second_step
+from moo_balance._two_step import check_steps, take_first_step, take_second_step
 from moo_balance._validation import (
     check_loss_names,
     check_method,
     check_optimizer,
     check_options,
-    check_steps,
     read_shared_params,
 )
 from moo_balance._wrapper import OptimizerWrapper
