@@ -198,9 +198,9 @@ ROWS = [*KINDS, *(row for row in METHODS if row.id in ("OnlineTchebycheff", "FAM
 
 # Two calls of `backward` before a step are what some users do, and are told about.
 @pytest.mark.filterwarnings("ignore:Losses that are to be balanced:UserWarning")
-@over_amounts(few=4)
+@over_amounts(few=2)
 @pytest.mark.parametrize("method", ROWS, ids=repr)
 def test_calls_in_any_order(method, examples):
     run_state_machine_as_test(
-        machine(method), settings=settings_for(examples, stateful_step_count=25)
+        machine(method), settings=settings_for(examples, stateful_step_count=20)
     )
