@@ -272,12 +272,12 @@ class Balancer:
         else:
             linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
-        if not staged.skip:
-            coefficients = staged.coefficients
-            if window is not None and window.gradients is None:
+        coefficients = staged.coefficients
+        if window is not None:
+            if window.gradients is None and not staged.skip:
                 coefficients = window.select_coefficients(statistics, coefficients, problem.names)
-            if window is not None:
-                window.remove_mark()
+            window.remove_mark()
+        if not staged.skip:
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
         self.record.stage(staged)
@@ -433,10 +433,10 @@ class Balancer:
         staged = record.staged
         if staged is None:
             return self._step_without_backward(closure, result)
-        if self._must_skip(staged, stepping):
-            record.skip(self.max_skips)
-            return result
         try:
+            if self._must_skip(staged, stepping):
+                record.skip(self.max_skips)
+                return result
             output = self.optimizer.step() if take is None else take()
         except BaseException:
             if closure is not None:  # it will be evaluated again, on gradients that are cleared

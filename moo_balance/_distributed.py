@@ -92,7 +92,12 @@ class Ranks:
         ids = [id(param) for param in params if param.requires_grad]
         known, digest = self._trainable
         if ids != known:
-            kept = [(k, p.shape, p.dtype) for k, p in enumerate(params) if p.requires_grad]
+            # Each rank has another part of a parameter that FSDP1 has flattened.
+            kept = [
+                (k, p.dtype, p.shape if is_whole(p) else None)
+                for k, p in enumerate(params)
+                if p.requires_grad
+            ]
             digest = crc32(repr(kept).encode())
             self._trainable = ids, digest
         return digest

@@ -1,4 +1,4 @@
-"""Finds the modules that a closure uses, through what it refers to."""
+"""Finds the modules and tensors that a closure uses, through what it refers to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,17 +17,30 @@ DEPTH = 5
 WIDTH = 100
 """Elements of a container that are read; a data set may have millions."""
 
-_OPAQUE = (Tensor, Optimizer, ModuleType, type, str, bytes, int, float, complex, type(None))
+_OPAQUE = (Optimizer, ModuleType, type, str, bytes, int, float, complex, type(None))
 _LIBRARIES = ("torch", "numpy", "builtins")
 
 
-def reachable_modules(closure: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that a closure refers to, with their submodules, each once.
+class Reachable(NamedTuple):
+    """What a closure refers to.
+
+    Args:
+        modules: Modules with their submodules, each once.
+        tensors: Tensors that are no parameter or buffer of theirs.
+    """
+
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+
+
+def find_reachable(closure: Callable[..., Any]) -> Reachable:
+    """What a closure refers to, directly or through a few other objects.
 
     Followed are the object of a bound method, the parts of a ``partial``, variables of enclosing
     functions, global variables that the code names, containers, and attributes of objects.
     """
     modules: dict[nn.Module, None] = {}
+    tensors: list[Tensor] = []
     known: set[int] = set()
     level: list[Any] = [closure]
     for _ in range(DEPTH):
@@ -36,12 +49,16 @@ def reachable_modules(closure: Callable[..., Any]) -> list[nn.Module]:
             if id(each) in known or isinstance(each, _OPAQUE):
                 continue
             known.add(id(each))
-            if isinstance(each, nn.Module):
+            if isinstance(each, Tensor):
+                tensors.append(each)
+            elif isinstance(each, nn.Module):
                 modules.update(dict.fromkeys(each.modules()))
             else:
                 following.extend(islice(_references(each), WIDTH))
         level = following
-    return list(modules)
+    for module in modules:
+        tensors.extend(value for value in vars(module).values() if isinstance(value, Tensor))
+    return Reachable(list(modules), tensors)
 
 
 def _references(thing: Any) -> Iterable[Any]:

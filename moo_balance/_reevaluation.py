@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance._random_state import NumpyState, RandomState
-from moo_balance._reachable import reachable_modules
+from moo_balance._reachable import find_reachable
 from moo_balance._torch_internals import (
     as_plain,
     broadcasts_buffers,
     memory_address,
     request_buffer_broadcast,
-    watch_writes,
 )
 from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
 from moo_balance.engine.base import is_distributed
@@ -46,11 +45,12 @@ class Reevaluation:
     def first(self) -> Any:
         """Evaluate, and keep what the second evaluation starts from."""
         self._random = RandomState({param.device for param in self._params})
-        self._modules = reachable_modules(self._closure)
+        self._modules, self._tensors = find_reachable(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
-        state = ModuleState(self._modules, self._params)
-        self._before = self._known.copy()
-        with self._known.watch(self._before):
+        state = ModuleState(self._modules, [*self._params, *self._tensors])
+        self._before = Copies()
+        self._known.add_to(self._before, only_read=True)
+        with self._known.watch_first(self._before, self._modules):
             result = evaluate(self._closure)
         self._known.draws_from_numpy = self._numpy.has_changed()
         self._assigned, self._moved = state.changes(), state.relocations()
@@ -67,7 +67,7 @@ class Reevaluation:
         """Start as the first evaluation did, and put back everything that changes inside."""
         end = RandomState(self._random.devices)
         numpy_end = NumpyState(exact=self._numpy.has_changed())
-        state = ModuleState(self._modules, self._params)
+        state = ModuleState(self._modules, [*self._params, *self._tensors])
         copies = Copies()
         try:
             self._rewind(copies)
@@ -76,7 +76,8 @@ class Reevaluation:
             # Within an autocast region the cache still holds casts of the parameters from before
             # the step; afterwards it would hold casts of this evaluation's graph.
             torch.clear_autocast_cache()
-            with watch_writes(copies.add), _without_synchronization(self._modules):
+            watch = self._known.watch_second(copies, self._modules, self._written)
+            with watch, _without_synchronization(self._modules):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -97,6 +98,7 @@ class Reevaluation:
             copies.add(tensor)
         for tensor, _ in self._before.shapes:
             copies.add(tensor, RESHAPES)
+        self._known.add_to(copies)
         for storage, _ in self._before.storages.values():
             copies.add_storage(storage)
         for tensor, _ in self._before.others.values():

@@ -294,6 +294,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._report(tensor, effect)
 
 
+def can_watch_writes() -> bool:
+    """Whether PyTorch has the private names that :func:`watch_writes` needs."""
+    return _push_mode is not None and _pop_mode is not None
+
+
 @contextmanager
 def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
     """Report each tensor before an operator writes it, on this thread, inside the context.
@@ -315,6 +320,13 @@ def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
         _pop_mode(None)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile`` was called for it; False without the name."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return "_orig_mod" in module._modules  # what `torch.compile` returns
+
+
 def memory_address(tensor: Tensor) -> int | None:
     """Where a tensor's memory begins; None if it has none of its own, as a sparse tensor."""
     try:
@@ -331,15 +343,20 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+_revive_storage: Callable[[int], torch.UntypedStorage | None] | None = getattr(
+    torch.UntypedStorage, "_new_with_weak_ptr", None
+)
+
+
 def weak_reference(storage: torch.UntypedStorage) -> Callable[[], torch.UntypedStorage | None]:
     """A function that returns the storage while it is in use elsewhere.
 
-    Without the private names it keeps the storage.
+    Without the private name it keeps the storage.
     """
-    revive = getattr(torch.UntypedStorage, "_new_with_weak_ptr", None)
-    if revive is None:
+    if _revive_storage is None:
         return lambda: storage
-    return partial(_revive, revive, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return partial(_revive, _revive_storage, reference)
 
 
 def _revive(

@@ -1,19 +1,20 @@
 """Optimizers that take two gradients for one step, such as SAM: ``first_step``, ``second_step``.
 
 ``first_step`` moves the parameters to where the second gradient is taken; ``second_step`` moves
-them back and takes the actual step, which is what the balance counts. This module is used only
-with such an optimizer.
+them back and takes the actual step, which is what the balance counts. Once an optimizer is built,
+this module is used only with such a one.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from moo_balance._grad_scaler import Scaling
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, BalanceValueError
 
 if TYPE_CHECKING:
     from moo_balance._balancer import Balancer
@@ -23,6 +24,34 @@ def has_two_steps(optimizer: Optimizer) -> bool:
     """Whether the optimizer has a ``first_step`` and a ``second_step``."""
     steps = (getattr(optimizer, name, None) for name in ("first_step", "second_step"))
     return all(map(callable, steps))
+
+
+def check_steps(optimizer: Optimizer, nonfinite: str) -> None:
+    """Refuse an optimizer whose step cannot be called, or cannot be skipped where it should be."""
+    if has_two_steps(optimizer):
+        if nonfinite == "skip":
+            raise BalanceValueError(
+                f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "
+                "second step puts back what the first has moved, so that it cannot be "
+                "skipped. Found 'skip'."
+            )
+        return
+    try:
+        arguments = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return  # a callable without a signature
+    required = [each.name for each in arguments if _is_required(each)]
+    if required:
+        raise BalanceValueError(
+            f"Parameter `optimizer` should take a step without arguments. Found "
+            f"{type(optimizer).__name__}, whose `step` needs `{required[0]}`: a closure that it "
+            "evaluates itself cannot be balanced. Use an optimizer that steps on `.grad`."
+        )
+
+
+def _is_required(argument: inspect.Parameter) -> bool:
+    variadic = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    return argument.default is argument.empty and not variadic
 
 
 def take_first_step(balancer: Balancer, stepping: Optimizer, take: Callable[[], Any]) -> Any:

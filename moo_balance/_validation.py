@@ -6,7 +6,6 @@ value found, and what to do.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from moo_balance._torch_internals import as_plain
-from moo_balance._two_step import has_two_steps
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine
 from moo_balance.errors import BalanceValueError
@@ -39,34 +37,6 @@ def check_optimizer(optimizer: object) -> None:
             "objective many times in a step, and balancing changes the objective with each "
             "evaluation. Found LBFGS. Use a first-order optimizer, or LBFGS on a fixed sum."
         )
-
-
-def check_steps(optimizer: Optimizer, nonfinite: str) -> None:
-    """Refuse an optimizer whose step cannot be called, or cannot be skipped where it should be."""
-    if has_two_steps(optimizer):
-        if nonfinite == "skip":
-            raise BalanceValueError(
-                f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "
-                "second step puts back what the first has moved, so that it cannot be "
-                "skipped. Found 'skip'."
-            )
-        return
-    try:
-        arguments = inspect.signature(optimizer.step).parameters.values()
-    except (TypeError, ValueError):
-        return  # a callable without a signature
-    required = [each.name for each in arguments if _is_required(each)]
-    if required:
-        raise BalanceValueError(
-            f"Parameter `optimizer` should take a step without arguments. Found "
-            f"{type(optimizer).__name__}, whose `step` needs `{required[0]}`: a closure that it "
-            "evaluates itself cannot be balanced. Use an optimizer that steps on `.grad`."
-        )
-
-
-def _is_required(argument: inspect.Parameter) -> bool:
-    variadic = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
-    return argument.default is argument.empty and not variadic
 
 
 def check_method(weighting: object, engine: object) -> None:

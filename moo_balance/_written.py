@@ -18,6 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from moo_balance._torch_internals import (
     Effect,
+    can_watch_writes,
+    is_compiled,
     memory_address,
     version_of,
     watch_writes,
@@ -40,7 +42,7 @@ class Copies:
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.others: dict[int, tuple[Tensor, Tensor]] = {}
         self.shapes: list[tuple[Tensor, Tensor]] = []
-        self.unread: set[int] = set()
+        self.read: set[int] = set()
 
     def add(self, tensor: Tensor, effect: Effect = WRITES) -> None:
         """Copy a tensor, unless there is a copy already.
@@ -56,12 +58,10 @@ class Copies:
             return
         if effect.reshapes:
             self.shapes.append((tensor, tensor.data))
+        if not effect.is_blind:
+            self.read.add(address)
         if address not in self.storages:
             self.add_storage(tensor.untyped_storage())
-            if effect.is_blind:
-                self.unread.add(address)
-        elif not effect.is_blind:
-            self.unread.discard(address)
 
     def add_storage(self, storage: torch.UntypedStorage) -> None:
         """Copy a storage, unless there is a copy already."""
@@ -84,11 +84,22 @@ class Copies:
                 tensor.copy_(copy)
 
 
-class KnownWrites:
-    """What second evaluations have written so far, except for what they only write.
+PATIENCE = 3
+"""Second evaluations without an unknown write until they are no longer watched each time."""
 
-    A first evaluation copies it beforehand, and only watches what it writes where the last second
-    evaluation wrote something unknown.
+INTERVAL = 10
+"""One in so many second evaluations is watched even then."""
+
+
+class KnownWrites:
+    """What evaluations have written so far; copied before others write it again.
+
+    Watching costs about as much as the operators of a small model. So a first evaluation is watched
+    only if the last second one wrote something unknown. A second evaluation is watched until
+    nothing unknown was written for some time, again after a module has changed its mode or the
+    first evaluation has written another tensor, and from time to time. A write is
+    missed, for less than :data:`INTERVAL` steps, if it begins late in a run and PyTorch does not
+    count it (``tensor.data``), or if the closure does not refer to the tensor.
 
     Attributes:
         draws_from_numpy: Whether the last evaluation drew from NumPy's global generator.
@@ -96,33 +107,79 @@ class KnownWrites:
 
     def __init__(self) -> None:
         self._storages: dict[int, Callable[[], torch.UntypedStorage | None]] = {}
-        self._complete = False
+        self._unread: set[int] = set()
+        self._modes: set[int] = set()
+        self._count = 0
+        self._quiet = 0
         self.draws_from_numpy = True
 
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
         return KnownWrites, ()  # a copy of a model has other tensors
 
-    def copy(self) -> Copies:
-        """Copies of all that is known and still in use."""
-        copies = Copies()
+    def add_to(self, copies: Copies, only_read: bool = False) -> None:
+        """Copy all that is known and still in use.
+
+        Args:
+            copies: Where to add the copies.
+            only_read: Leave out what the results do not depend on.
+        """
         for address, reference in list(self._storages.items()):
             storage = reference()
             if storage is None or storage.data_ptr() != address:
                 del self._storages[address]
-            else:
+                self._unread.discard(address)
+            elif not (only_read and address in self._unread):
                 copies.add_storage(storage)
-        return copies
 
-    def watch(self, copies: Copies) -> AbstractContextManager[None]:
-        """Add to `copies` what is written inside, unless all of it is known."""
-        return nullcontext() if self._complete else watch_writes(copies.add)
+    def watch_first(
+        self, copies: Copies, modules: Sequence[nn.Module]
+    ) -> AbstractContextManager[None]:
+        """Add to `copies` what a first evaluation writes, unless all of it is known.
+
+        Args:
+            copies: Where to add the copies; what is known is there.
+            modules: The modules that the closure refers to.
+        """
+        return nullcontext() if self._quiet else _watch(copies, modules)
+
+    def watch_second(
+        self, copies: Copies, modules: Sequence[nn.Module], written: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        """Add to `copies` what a second evaluation writes, unless all of it is known.
+
+        Args:
+            copies: Where to add the copies; what is known is there.
+            modules: The modules that the closure refers to.
+            written: What the first evaluation has written in them.
+        """
+        modes = hash(tuple((id(module), module.training) for module in modules))
+        unknown = any(memory_address(tensor) not in self._storages for tensor in written)
+        if unknown or modes not in self._modes:
+            self._quiet = 0
+            self._modes = {modes, *list(self._modes)[:INTERVAL]}
+        self._count += 1
+        if self._quiet >= PATIENCE and self._count % INTERVAL:
+            return nullcontext()
+        return _watch(copies, modules)
 
     def learn(self, copies: Copies) -> None:
         """Remember what a second evaluation has written."""
-        new = copies.storages.keys() - copies.unread - self._storages.keys()
-        self._complete = not new and not copies.others
+        new = copies.storages.keys() - self._storages.keys()
         for address in new:
             self._storages[address] = weak_reference(copies.storages[address][0])
+        self._unread = (self._unread | new) - copies.read
+        is_quiet = not (new or copies.others or copies.shapes)
+        self._quiet = self._quiet + 1 if is_quiet else 0
+
+
+def _watch(copies: Copies, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Copy what is written inside; buffers beforehand where PyTorch will not tell."""
+    if not can_watch_writes() or any(map(is_compiled, modules)):
+        for module in modules:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    copies.add(buffer)
+    return watch_writes(copies.add)
 
 
 class Change(NamedTuple):
@@ -151,14 +208,14 @@ class ModuleState:
     Args:
         modules: Any modules. Those of ``torch.distributed`` are left out. Where FSDP assigns
             parameters itself, buffers only.
-        params: More tensors.
+        others: More tensors.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], params: Iterable[Tensor]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], others: Iterable[Tensor]) -> None:
         self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         kinds = [_kind(type(module)) for module in modules]  # type: ignore[arg-type]
         sharded = "sharded" in kinds
-        tensors = {} if sharded else {id(param): param for param in params}
+        tensors = {} if sharded else {id(tensor): tensor for tensor in others}
         for module, kind in zip(modules, kinds, strict=True):
             if kind == "left out":
                 continue

@@ -17,13 +17,12 @@ from moo_balance._checkpoint import BalanceState
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
-from moo_balance._two_step import take_first_step, take_second_step
+from moo_balance._two_step import check_steps, take_first_step, take_second_step
 from moo_balance._validation import (
     check_loss_names,
     check_method,
     check_optimizer,
     check_options,
-    check_steps,
     read_shared_params,
 )
 from moo_balance._wrapper import OptimizerWrapper
@@ -259,9 +258,9 @@ class BalancedOptimizer(OptimizerWrapper):
         Args:
             closure: Computes and returns a *dict* of losses by name, where that of a plain
                 optimizer returns one scalar, and does nothing else: the step clears gradients,
-                calls :meth:`backward`, steps, and evaluates the closure again, with the same
-                random numbers, for a method that needs the losses after the step. During that
-                evaluation ``torch.nn.Module.__call__`` is replaced in the whole process. To clip
+                calls :meth:`backward`, steps, and evaluates the closure again for a method that
+                needs the losses after the step. That evaluation has the same random numbers, and
+                starts from the same running statistics; what it writes is put back. To clip
                 gradients in between, give the closure to :meth:`backward` instead. A closure that
                 returns something else is taken for a trainer's own, which has called
                 ``combined_loss`` and ``backward``.
@@ -274,6 +273,8 @@ class BalancedOptimizer(OptimizerWrapper):
                 ranks have drifted apart.
             NonFiniteError: A gradient is not finite, on any rank; checked on the CPU only. Or more
                 than ``max_skips`` steps were skipped in a row.
+            Exception: Whatever the closure raises. If it does so in the second evaluation, the step
+                is taken; a note says so, and the method goes on without these losses.
         """
         if any(self._step_hooks):
             arguments = {} if closure is None else {"closure": closure}
@@ -301,15 +302,16 @@ class BalancedOptimizer(OptimizerWrapper):
     def observe(self, losses: Losses) -> None:
         """Pass the losses of the same batch after the step to a method that needs them.
 
-        For loops that evaluate again themselves. Between two such steps (``every``), or for a
-        method that does not need them, this does nothing.
+        For loops that evaluate again themselves. Between two such steps (``every``), after a step
+        that was skipped, or for a method that does not need them, this does nothing.
 
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.
 
         Raises:
-            BalanceValueError: Other losses than those of the last ``backward``, or bad values.
-            BalanceError: Called before ``step``.
+            BalanceValueError: Other losses than those of the last ``backward``, or no scalars.
+                Nothing has changed: call it again with the right ones.
+            BalanceError: Called between ``backward`` and ``step``.
         """
         self._balancer.observe(losses)
 

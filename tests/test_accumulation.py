@@ -289,6 +289,21 @@ def test_a_parameter_that_no_loss_reaches_keeps_no_gradient(method):
 
 
 @over_kinds
+@pytest.mark.parametrize("spoilt", range(2))
+def test_a_window_that_is_skipped_leaves_no_gradient_of_its_own(method, spoilt):
+    model, optimizer = setup(method, nonfinite="skip")
+    idle = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer.add_param_group({"params": [idle]})
+    for number in range(2):
+        losses = part(model, number)
+        with nullcontext() if number else optimizer.accumulate():
+            optimizer.backward(spoil(losses, "nan") if number == spoilt else losses)
+    assert idle.grad is None
+    if method.kind != "known":
+        assert gradients(model) == [None] * len(gradients(model))
+
+
+@over_kinds
 @pytest.mark.parametrize("what", ["gradients of one's own", "clipping", "another optimizer"])
 def test_what_does_not_clear_gradients_leaves_the_window_open(method, what):
     model, optimizer = setup(method)

@@ -209,7 +209,7 @@ def paths(value, path=()):
             yield from paths(entry, (*path, key))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), id=st.sampled_from(["FAMO-adam", "MGDA-every", "MovingAverage-FAMO"]))
 def test_a_mutated_checkpoint_loads_whole_or_changes_nothing(data, id):
     method, valid = checkpoint_of(id)

@@ -378,6 +378,15 @@ def test_the_nonfinite_gradient_is_named_where_another_only_makes_the_trace_over
         optimizer.backward(spoil_gradient(losses, value))
 
 
+@over_kinds
+def test_a_closure_after_one_with_a_nan_gradient_is_accepted(method):
+    """Such a loop never calls `zero_grad`, so nothing may stay of the step that was refused."""
+    model, optimizer = setup(method)
+    with pytest.raises(NonFiniteError):
+        optimizer.step(lambda: spoil_gradient(model.losses(), math.nan))
+    optimizer.step(model.losses)
+
+
 # ---------------------------------------------------------------------- many in a row
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from torch.amp import GradScaler
 from moo_balance import FAMO, BalancedOptimizer, NonFiniteError, Sum
 from moo_balance._nonfinite import all_finite
 from moo_balance._torch_internals import (
+    _hide_from_compilers,
     broadcasts_buffers,
     entries_of,
     hooks_of,
     request_buffer_broadcast,
     scaler_device,
     scaler_stage,
+    version_of,
+    weak_reference,
 )
 
 
@@ -85,14 +90,29 @@ def hooked_step() -> list[object]:
     return [*calls, *weight.tolist()]
 
 
-def reevaluated_step() -> list[float]:
-    """Running statistics of batch norm after a step whose losses are evaluated again."""
+class Counting(nn.Module):
+    """With batch norm, and a parameter that the forward pass writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        outputs = self.layers(inputs)
+        return {"a": outputs.square().mean(), "b": outputs.abs().mean()}
+
+
+def reevaluated_steps() -> dict[str, list[float]]:
+    """The model after steps whose losses are evaluated again."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = Counting()
     optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), FAMO(shift=1.0))
     inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
-    optimizer.step(lambda: {"a": model(inputs).square().mean(), "b": model(inputs).abs().mean()})
-    return model[1].running_mean.tolist()  # type: ignore[union-attr, operator]
+    for _ in range(6):
+        optimizer.step(partial(model, inputs))
+    return {name: value.tolist() for name, value in model.state_dict().items()}
 
 
 class Hidden:
@@ -159,6 +179,54 @@ def test_entries_of_a_sparse_gradient_without_their_private_accessor() -> None:
     assert entries_of(gradient).tolist() == [1.0, 2.0, math.inf]
     hidden = Hidden(gradient, "_values")
     assert entries_of(hidden).tolist() == [1.0, math.inf]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_push_mode": None},
+        {"_revive_storage": None},
+        {"_BETWEEN": ()},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_losses_are_evaluated_again_without_a_private_name(
+    change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reevaluated_steps()
+    for name, value in change.items():
+        monkeypatch.setattr(f"moo_balance._torch_internals.{name}", value)
+    assert reevaluated_steps() == expected
+    assert expected["calls"] == expected["layers.1.num_batches_tracked"] == 6
+
+
+def test_a_tensor_without_a_version() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(1)
+    assert version_of(tensor) == 0
+    assert version_of(Hidden(tensor, "_version")) == 0  # type: ignore[arg-type]
+
+
+def test_a_storage_is_kept_where_there_are_no_weak_references(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weak = weak_reference(torch.zeros(3).untyped_storage())
+    assert weak() is None
+    monkeypatch.setattr("moo_balance._torch_internals._revive_storage", None)
+    kept = weak_reference(torch.zeros(3).untyped_storage())()
+    assert kept is not None
+    assert kept.nbytes() == 12
+
+
+def test_a_function_is_hidden_from_compilers_without_private_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo", None)
+
+    def negate(number: int) -> int:
+        return -number
+
+    assert _hide_from_compilers(negate)(1) == -1
 
 
 def test_a_module_without_the_flag_of_data_parallelism() -> None:

@@ -39,6 +39,7 @@ _DISPATCH_MODE = "TorchDispatchMode"  # without it, any activation may have a ho
 _DDP, _STATIC = "ddp_weakref", "static_graph"  # without them, DDP itself reports the conflict
 _FLATTENED = "_fsdp_flattened"  # of FSDP1's parameters; without it, FSDP1 itself fails
 _DONATED = "donated buffer"  # of an error's text; without it, the error stays as it is
+_SELECTIVE = "under selective activation checkpoint"  # the same
 _TRANSPOSE, _SIZES, _RIGHT = "TBackward0", "_sym_sizes", "_saved_mat2"  # see `_PRODUCTS`
 _RAW, _UNPACK = "_raw", "unpack_hook"  # of saved tensors; without them, no layer is factored
 
@@ -220,18 +221,20 @@ def matrix_products(nodes: Iterable[Node]) -> list[MatrixProduct]:
     return products
 
 
-def unpack_hooks(node: Node) -> set[int]:
-    """Identities of the hooks that unpack what a node has saved; none without the private names.
+def unpack_hook(node: Node) -> int | None:
+    """Identity of the hook that unpacks what a node has saved; None without the private names.
 
-    One activation checkpoint has one hook for all its nodes. The hook of ``save_on_cpu``, which
-    only moves a tensor, is left out.
+    One activation checkpoint has one hook for all its nodes. That of ``save_on_cpu``, which only
+    moves a tensor, does not count.
     """
-    hooks = []
     for name in _saved_names(type(node)):
         saved = getattr(node, name)
-        hooks += [getattr(s, _UNPACK, None) for s in (saved if type(saved) is tuple else [saved])]
-    moves = torch.autograd.graph.__name__
-    return {id(hook) for hook in hooks if hook and getattr(hook, "__module__", None) != moves}
+        for each in saved if type(saved) is tuple else (saved,):
+            hook = getattr(each, _UNPACK, None)
+            if hook is not None:
+                moves = getattr(hook, "__module__", None) == torch.autograd.graph.__name__
+                return None if moves else id(hook)
+    return None
 
 
 @cache
@@ -439,13 +442,19 @@ def _no_operations(name: str) -> Any:
     return base and type("NoOperations", (base,), {"__torch_dispatch__": refuse})
 
 
-def explain_donated_buffers(error: RuntimeError) -> None:
-    """Raise a better error if this one comes from a compiled model's second backward pass."""
+def explain_second_pass(error: RuntimeError) -> None:
+    """Raise a better error if this one comes from a graph that allows one backward pass only."""
     if _DONATED in str(error):
         raise BalanceError(
             "A compiled model should keep its buffers for more than one backward pass. Found "
             "donated buffers. Set `torch._functorch.config.donated_buffer = False` before the "
             "model is compiled."
+        ) from error
+    if _SELECTIVE in str(error):
+        raise BalanceError(
+            "An activation checkpoint should allow more than one backward pass. Found a selective "
+            "one, which allows a single one. Leave out its `context_fn`, or pass the outputs of "
+            "the model's shared part as `features=`, which takes one pass through that."
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moo_balance.engine.autograd import (
-    explain_donated_buffers,
+    explain_second_pass,
     hooked_positions,
     hooks_of_parameter,
 )
@@ -171,7 +171,7 @@ def gradients_of(
             roots, inputs, grad_outputs, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
-        explain_donated_buffers(error)
+        explain_second_pass(error)
         raise
 
 

@@ -63,6 +63,8 @@ class PerLoss(Engine):
     A method that needs no Gramian costs one ordinary backward pass. A backward function that all
     losses share runs K times, and an activation checkpoint is computed again K times (batch norms
     within count that), as by K calls of ``autograd.grad``; with ``features=``, the trunk's once.
+    A backward function must neither edit the gradient that it is given, nor, if losses share it,
+    what it has saved.
 
     The weight of a linear layer has a gradient of two thin factors, the layer's input and the
     gradient at its output. Where inner products and the weighted sum take fewer multiplications

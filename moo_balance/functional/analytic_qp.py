@@ -44,7 +44,7 @@ def analytic_qp_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor
 
     Raises:
         BalanceValueError: ``gramian`` is not square, or (on the CPU) not finite; or ``scales`` does
-            not match it.
+            not match it or is negative.
 
     Source:
         Zhang, Duan, Huang and Zhu, "Balanced Rate-Distortion Optimization in Learned Image

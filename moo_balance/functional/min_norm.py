@@ -54,7 +54,7 @@ def min_norm_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
 
     Raises:
         BalanceValueError: ``gramian`` is not square, not finite, or (for K > 2) not positive
-            semidefinite; or ``scales`` does not match it.
+            semidefinite; or ``scales`` does not match it or is negative.
         ConvergenceError: The optimality conditions do not hold to tolerance (for K > 2).
 
     Source:

@@ -80,12 +80,21 @@ def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = Tru
     :math:`c = 1 / \sum_i (w_i / D_i)`, which makes them sum to 1 (FAMO, Algorithm 2), or
     :math:`c = 1` without `renormalize`.
     """
+    coefficients = weights / distances
     if not renormalize:
-        return weights / distances
-    # Relative to the least distance that counts: its inverse may overflow.
+        return coefficients
+    total = coefficients.sum()
+    # The host sees whether the inverse of a distance has overflowed.
+    if total.is_cpu and _SAFE < total.item() < 1 / _SAFE:
+        return coefficients / total
+    # Relative to the least distance that counts, which may even be zero, as what float32 makes of a
+    # small float64.
     least = torch.where(weights > 0, distances, math.inf).amin()
-    coefficients = weights * (least / distances).clamp(max=1.0)
+    coefficients = weights * torch.where(distances > least, least / distances, 1.0)
     return coefficients / coefficients.sum()
+
+
+_SAFE = 1e-30  # neither this nor its inverse is near an end of float32's range
 
 
 def advise(weighting: Weighting, arguments: str) -> str:

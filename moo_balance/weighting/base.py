@@ -95,7 +95,7 @@ class Weighting(ABC):
 
     @property
     def bound_advice(self) -> str:
-        """What to do about a loss that is not above its bound: the end of the error message."""
+        """What to do about a loss that is not above its bound, as the error message ends."""
         return "Give a loss that stays above."
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

@@ -93,7 +93,7 @@ def test_a_window_that_one_rank_closes_early_is_refused(method):
     with optimizer.accumulate():
         optimizer.backward(losses_of(model, share(0)))
     window = nullcontext() if dist.get_rank() else optimizer.accumulate()
-    with window, pytest.raises(BalanceError, match=r"in different calls|at step 0 on rank"):
+    with window, pytest.raises(BalanceError, match="same point of the same run"):
         optimizer.backward(losses_of(model, share(1)))
 
 

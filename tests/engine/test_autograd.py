@@ -17,7 +17,7 @@ from moo_balance.engine import Engine, PerLoss, autograd
 from moo_balance.engine.autograd import (
     count_reaching_losses,
     edge_of,
-    explain_donated_buffers,
+    explain_second_pass,
     gradient_shape,
     has_hook_at,
     has_hooks,
@@ -61,7 +61,7 @@ OTHERS = [
     "_MODULE_HOOK",
     "_DISPATCH_MODE",
 ]
-WITHOUT_EFFECT = ["_DDP", "_STATIC", "_FLATTENED", "_DONATED"]
+WITHOUT_EFFECT = ["_DDP", "_STATIC", "_FLATTENED", "_DONATED", "_SELECTIVE"]
 MAY_BE_CHECKPOINTS = ["_BACKWARD_CLASS", "_CHECKPOINT"]  # functions that Python defines
 NAMES = [*NODES, *OTHERS, *WITHOUT_EFFECT]
 
@@ -338,11 +338,11 @@ def test_flattened_parameters_are_seen(without: Callable[[str], None]) -> None:
 
 def test_donated_buffers_are_explained(without: Callable[[str], None]) -> None:
     error = RuntimeError("This backward function was compiled with non-empty donated buffers")
-    explain_donated_buffers(RuntimeError("something else"))
+    explain_second_pass(RuntimeError("something else"))
     with pytest.raises(BalanceError, match="donated_buffer = False"):
-        explain_donated_buffers(error)
+        explain_second_pass(error)
     without("_DONATED")
-    explain_donated_buffers(error)
+    explain_second_pass(error)
 
 
 # ---------------------------------------------------------------------- one file for all of them

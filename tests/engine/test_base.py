@@ -14,14 +14,17 @@ from moo_balance.engine import Engine, Linearization, PerLoss, Problem
 from moo_balance.engine.base import (
     add_rows,
     add_to_grad,
+    deliver,
     gradients_of,
     gradients_through_hooks,
     precomputed_gradient,
     remove_loss_scale,
     stack_losses,
     weighted_backward,
+    weighted_root,
     weighted_sum,
 )
+from moo_balance.engine.distributed import RowAverager
 from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter, shared
 
 
@@ -38,6 +41,43 @@ def test_grad_outputs_have_the_dtype_of_their_loss_and_carry_the_scale() -> None
     assert [output.item() for output in mixed.grad_outputs()] == [8.0, 8.0]
     plain = problem(weight, [torch.float32, torch.float32])
     assert [output.item() for output in plain.grad_outputs()] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_what_passes_start_from_is_handed_out_once(scale: float | None) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    described = problem(weight, [torch.float32, torch.float32], scale=scale)
+    outputs, coefficients = described.grad_outputs(), torch.ones(2)
+    _, start = weighted_root(described, coefficients)
+    for tensor in (*outputs, start):
+        tensor.zero_()
+    assert [output.item() for output in described.grad_outputs()] == [scale or 1.0] * 2
+    assert coefficients.tolist() == [1.0, 1.0]
+
+
+def test_a_gradient_is_delivered_in_every_way_alike() -> None:
+    """Directly, by autograd, and by hand: on several ranks, or to a parameter that is frozen."""
+
+    def delivered(hooked: bool, **arguments: Any) -> tuple[Tensor | None, list[Any]]:
+        param, idle, seen = parameter(3), parameter(2, seed=1), list[Any]()
+        param.grad = torch.ones_like(param)
+        for each in (param, idle) if hooked else ():
+            each.register_hook(lambda gradient: (seen.append(gradient.clone()), 2 * gradient)[1])
+            each.register_hook(lambda gradient: None)
+            each.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        param.requires_grad_(arguments.pop("trains", True))
+        described = Problem(["a"], [param.sum()], [param, idle], **arguments)
+        deliver([drawn(3, seed=2), None], described)
+        assert idle.grad is None
+        return param.grad, seen
+
+    plain, _ = delivered(hooked=False)
+    torch.testing.assert_close(plain, 1 + drawn(3, seed=2))
+    for arguments in ({}, {"averager": RowAverager(None)}, {"trains": False}):
+        gradient, (before, after) = delivered(hooked=True, **arguments)
+        torch.testing.assert_close(gradient, 1 + 2 * drawn(3, seed=2))
+        torch.testing.assert_close(before, drawn(3, seed=2))
+        torch.testing.assert_close(after, gradient)
 
 
 def test_weighted_sum_and_backward_agree_across_dtypes() -> None:

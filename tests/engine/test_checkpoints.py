@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from moo_balance import MGDA, BalancedOptimizer
+from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import Engine, PerLoss, Streaming, autograd
 from moo_balance.engine.autograd import nodes_above
 from moo_balance.engine.linear import find_linear_layers
@@ -139,6 +140,30 @@ def test_an_optimizer_recomputes_as_often_as_plain_passes(engine: Engine) -> Non
     optimizer.backward({str(k): loss for k, loss in enumerate(losses)})
     optimizer.step()
     assert set(counts(model).values()) == {3 + isinstance(engine, Streaming)}
+
+
+def selected(block: nn.Module, value: Tensor) -> Tensor:
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    return checkpoint(block, value, use_reentrant=False, context_fn=keep)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", [PerLoss(), Streaming()], ids=["per_loss", "streaming"])
+def test_a_selective_checkpoint_is_explained(engine: Engine) -> None:
+    """PyTorch allows one backward pass through it. With features one is enough."""
+    with pytest.raises(BalanceError, match="`features=`"):
+        engine.linearize(Model(selected).built().problem()).gramian()
+    model = Model(selected)
+    problem = model.built().problem(features=[model.features])
+    assert engine.linearize(problem).gramian().isfinite().all()
+
+
+@pytest.mark.parametrize("engine", [PerLoss(), Streaming()], ids=["per_loss", "streaming"])
+def test_the_explanation_needs_the_text_of_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "_SELECTIVE", "a text that pytorch does not have")
+    with pytest.raises(RuntimeError, match="extra time"):
+        engine.linearize(Model(selected).built().problem()).gramian()
 
 
 # ---------------------------------------------------------------------- what is probed

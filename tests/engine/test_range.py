@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moo_balance import MGDA, BalancedOptimizer, NonFiniteError
+from moo_balance import MGDA, AnalyticQP, BalancedOptimizer, NonFiniteError, SumLog
 from moo_balance.engine import Engine, PerLoss
 from moo_balance.engine.products import is_all_zero, narrow, products_in_range
 from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter
@@ -205,3 +205,26 @@ def test_only_what_is_not_finite_is_called_so() -> None:
     assert all(param.grad is None for param in built.params)
     optimizer.backward({"a": losses["a"], "b": losses["b"]})
     assert gradient(Graph([], built.params)).isfinite().all()
+
+
+def test_no_gradient_is_lost_in_a_window() -> None:
+    scales = (1e22, 1e-25, 1.0)
+    jacobian = naive_jacobian(small(scales))
+    built = small(scales)
+    optimizer = BalancedOptimizer(torch.optim.SGD(built.params, lr=0.1), MGDA())
+    losses = {f"loss {k}": loss for k, loss in enumerate(built.losses)}
+    with optimizer.accumulate():
+        optimizer.backward(losses, retain_graph=True)
+    optimizer.backward(losses)
+    assert optimizer.metrics.gramian is not None
+    assert_close(optimizer.metrics.gramian, 2 * jacobian)
+
+
+def test_tiny_losses_write_no_nan() -> None:
+    for method in (MGDA(normalize="log"), MGDA(normalize="loss"), AnalyticQP(shift=0.0), SumLog()):
+        weight = nn.Parameter(drawn(3))
+        optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.0), method)
+        optimizer.backward({"a": 1e-315 * weight.exp().sum(), "b": weight.square().sum()})
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+        optimizer.step()

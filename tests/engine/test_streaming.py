@@ -434,13 +434,14 @@ def test_a_function_that_may_run_once_is_refused(
     assert all(param.grad is None for param in built.params)
 
 
-@over_engines
-@pytest.mark.parametrize("spend", [*ONCE, keep_attribute], ids=lambda spend: spend.__name__)
+@pytest.mark.parametrize(
+    ("engine", "spend"),
+    [(PerLoss(), spend) for spend in ONCE]
+    + [(engine, keep_attribute) for engine in (PerLoss(), Streaming(), CutAt(everywhere))],
+)
 def test_functions_of_single_losses_may_run_once_where_nothing_runs_twice(
     engine: Engine, spend: Callable[[Any, Tensor], Tensor]
 ) -> None:
-    if not isinstance(engine, PerLoss) and spend is not keep_attribute:
-        pytest.skip("refused")
     jacobian, built = naive_jacobian(fused(keep_attribute)), fused(spend)
     linearization = engine.linearize(built.problem())
     assert_same(linearization.gramian(), jacobian @ jacobian.T)

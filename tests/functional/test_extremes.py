@@ -24,6 +24,7 @@ from moo_balance.functional import (
     smooth_tchebycheff_value,
     tchebycheff,
 )
+from moo_balance.functional._checks import relative_scales
 from moo_balance.weighting import Statistics
 from moo_balance.weighting._arguments import log_coefficients
 from tests.support.gradients import gramian_of, jacobians, property_test
@@ -97,6 +98,27 @@ def test_scales_match_the_gramian(solve):
 
 
 @over_solvers
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_scales_are_numbers_that_are_not_negative(solve, count, value):
+    scales = torch.ones(count)
+    scales[0] = value
+    with pytest.raises(BalanceValueError, match="`scales` should not be negative"):
+        solve(torch.eye(count), scales)
+
+
+@property_test
+@given(st.lists(st.floats(0.0, 1e300), min_size=1, max_size=5))
+def test_factors_are_alike_on_the_host_and_elsewhere(values):
+    class Elsewhere(torch.Tensor):
+        is_cpu = False  # type: ignore[assignment]
+
+    scales = vector(values)
+    elsewhere = relative_scales(scales.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(elsewhere, relative_scales(scales), rtol=1e-15, atol=0.0)
+
+
+@over_solvers
 def test_scales_of_two_gradients_are_not_read_elsewhere(solve):
     scales = torch.empty(2, device="meta")
     assert solve(torch.empty(2, 2, device="meta"), scales).shape == (2,)
@@ -122,7 +144,7 @@ def test_a_tiny_loss_counts_where_gradients_conflict(count, tiny):
 # ---------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("tiny", [5e-324, 1e-315, 1e-300])
+@pytest.mark.parametrize("tiny", [0.0, 5e-324, 1e-315, 1e-300])
 def test_coefficients_of_tiny_losses(tiny):
     for weights, losses, expected in [
         ([0.5, 0.5], [tiny, 1.0], [1.0, 0.0]),

@@ -60,10 +60,11 @@ class Streaming(Engine):
     observe. Accumulation windows, sharded parameters and reentrant checkpoints need
     :class:`PerLoss`.
 
-    Backward functions must be linear in the gradients that they get and may run several times, once
-    for each loss and once for the weighted sum. Some fused losses write into what they have saved,
-    so that they may run once only. Where PyTorch knows of the change they are refused; a change by
-    way of ``.data`` or a kernel of their own stays unnoticed and makes the gradient wrong.
+    Backward functions must be linear in the gradients that they are given, must not edit these, and
+    run several times, once for each loss and once for the weighted sum. Some fused losses write
+    into what they have saved, so that they may run once only. Where PyTorch knows of the change
+    they are refused; a change by way of ``.data`` or a kernel of their own stays unnoticed and
+    makes the gradient wrong.
 
     Args:
         elements_per_param: How many gradient elements may be kept for all losses together, in

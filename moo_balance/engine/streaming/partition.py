@@ -19,7 +19,7 @@ from moo_balance.engine.autograd import (
     gradient_shape,
     has_hook_at,
     recorded_order,
-    unpack_hooks,
+    unpack_hook,
 )
 from moo_balance.engine.base import Problem
 from moo_balance.engine.linear import LinearWeightGradient, find_linear_layers
@@ -162,7 +162,7 @@ class GraphCosts:
             before = ranges.get(node, (first, last))
             ranges[node] = min(first, before[0]), max(last, before[1])
         for k, node in enumerate(self.order):
-            for hook in unpack_hooks(node):
+            if (hook := unpack_hook(node)) is not None:
                 ranges[hook] = ranges.get(hook, (k,))[0], k
         return ranges.values()
 
