@@ -198,7 +198,7 @@ ROWS = [*KINDS, *(row for row in METHODS if row.id in ("OnlineTchebycheff", "FAM
 
 # Two calls of `backward` before a step are what some users do, and are told about.
 @pytest.mark.filterwarnings("ignore:Losses that are to be balanced:UserWarning")
-@over_amounts(few=2)
+@over_amounts(few=4)
 @pytest.mark.parametrize("method", ROWS, ids=repr)
 def test_calls_in_any_order(method, examples):
     run_state_machine_as_test(
