@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz.amounts import MANY
 from tests.support.rank_plugin import RANKS, REPORTS
 
-SECONDS = 600
+SECONDS = 600 + MANY  # a second for each example of a random sequence
 FOLDER = Path(__file__).parent
 GROUP = "ranks"
 

@@ -220,7 +220,7 @@ def draw_names(draw: random.Random) -> list[str]:
     return some if some and draw.random() < 0.5 else list(NAMES)
 
 
-@over_amounts(few=8)
+@over_amounts(few=5)
 def test_sequences_of_calls(examples: int) -> None:
     start = [secrets.randbelow(2**40) if IS_DRAWN_ANEW else 0]
     dist.broadcast_object_list(start)

@@ -147,7 +147,8 @@ def normalised(run: Run, a: Tensor, b: Tensor, seed: int) -> Tensor:
 def embedding(run: Run, a: Tensor, b: Tensor, seed: int) -> Tensor:
     table = run.param(5, WIDTHS[seed % len(WIDTHS)], seed=seed)
     indices = torch.arange(run.rows) * seed % 5
-    return F.embedding(indices, table, sparse=seed % 3 > 0)
+    # Halved, as PyTorch 2.13 loses a sparse gradient whose only value has a stride of zero.
+    return F.embedding(indices, table, sparse=seed % 3 > 0) / 2
 
 
 @operation

@@ -33,7 +33,7 @@ class Surroundings(RuleBasedStateMachine):
     def freeze_or_release(self, position):
         """Not after a faulty gradient, which would no longer be found."""
         twin = self.sides.twin
-        if twin.has_finite_gradients():
+        if twin.has_finite_gradients() and position not in (twin.shared or ()):
             for model in (self.sides.model, twin.model):
                 param = list(model.parameters())[position]
                 if param is not getattr(model, "average", None):

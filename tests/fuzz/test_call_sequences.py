@@ -202,5 +202,5 @@ ROWS = [*KINDS, *(row for row in METHODS if row.id in ("OnlineTchebycheff", "FAM
 @pytest.mark.parametrize("method", ROWS, ids=repr)
 def test_calls_in_any_order(method, examples):
     run_state_machine_as_test(
-        machine(method), settings=settings_for(examples, stateful_step_count=25)
+        machine(method), settings=settings_for(examples, stateful_step_count=20)
     )

@@ -77,7 +77,7 @@ def check(linearization: Linearization, run: Run, expected: Tensor, combined: bo
     assert torch.equal(coefficients, drawn(len(expected), seed=9))
 
 
-@over_amounts(few=25)
+@over_amounts(few=20)
 @over_all_engines
 def test_engines_agree_with_the_naive_jacobian(engine: Engine, examples: int) -> None:
     @settings_for(examples)
@@ -101,7 +101,7 @@ def test_engines_agree_with_the_naive_jacobian(engine: Engine, examples: int) ->
     agree()
 
 
-@over_amounts(few=25)
+@over_amounts(few=20)
 def test_parameters_that_are_reached_get_a_gradient_and_no_others(examples: int) -> None:
     @settings_for(examples)
     @given(programs(), st.sampled_from(list(ENGINES)))
@@ -117,7 +117,7 @@ def test_parameters_that_are_reached_get_a_gradient_and_no_others(examples: int)
     agree()
 
 
-@over_amounts(few=25)
+@over_amounts(few=20)
 def test_windows_add_up_the_rows_of_their_batches(examples: int) -> None:
     @settings_for(examples)
     @given(programs(), st.integers(1, 3), st.booleans())
@@ -137,7 +137,7 @@ def test_windows_add_up_the_rows_of_their_batches(examples: int) -> None:
     agree()
 
 
-@over_amounts(few=40)
+@over_amounts(few=30)
 @pytest.mark.parametrize("engine", [PerLoss(), Streaming()], ids=["per_loss", "streaming"])
 def test_features_at_random_cuts(engine: Engine, examples: int) -> None:
     @settings_for(examples)
