@@ -947,9 +947,9 @@ def test_batches_that_are_changed_in_place_are_put_back_and_freed():
     for _ in range(6):
         batch = X.clone()
         references.append(weakref.ref(batch))
-        optimizer.step(lambda: model(batch.mul_(0.5)))  # noqa: B023
+        optimizer.step(lambda batch=batch: model(batch.mul_(0.5)))
         assert torch.equal(batch, X / 2)
-    del batch
+    batch = None
     gc.collect()
     assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
     assert all(reference() is None for reference in references)
