@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,21 +24,18 @@ from moo_balance._nonfinite import (
     Flags,
     flag_gradients,
     flag_losses,
-    grads_are_finite,
-    nonfinite_grad_error,
     replace_nonfinite,
     select_state,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
-from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
-from moo_balance._two_step import check_no_scaling, has_two_steps, refuse_single_step
-from moo_balance._validation import Given, read_features, read_losses, read_observed_losses
+from moo_balance._reevaluation import Reevaluation, evaluate
+from moo_balance._two_step import check_no_scaling, has_two_steps
+from moo_balance._validation import Given, read_features, read_losses
 from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
-from moo_balance.engine.distributed import is_whole, local_part
-from moo_balance.errors import BalanceError, NonFiniteError
+from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
@@ -130,18 +127,18 @@ class Balancer:
     ) -> Losses:
         """Balance a batch and stage the step, or add a micro-batch to the open window."""
         if self.record.window is not None:
-            self._drop_cleared_window(self.record.window)
+            self.drop_cleared_window(self.record.window)
         reevaluations: list[Reevaluation] = []
         if callable(losses):
-            losses, reevaluations = self._make_repeatable(losses)
-        given, batch = self._prepare(losses, scaling, features, retain_graph, reevaluations)
+            losses, reevaluations = self.make_repeatable(losses)
+        given, batch = self.prepare(losses, scaling, features, retain_graph, reevaluations)
         if self.record.accumulating:
             self._add_micro_batch(batch)
         else:
-            self._balance(batch)
+            self.balance(batch)
         return given
 
-    def _prepare(
+    def prepare(
         self,
         losses: Losses | Closure,
         scaling: Scaling | None = None,
@@ -154,7 +151,7 @@ class Balancer:
         record = self.record
         read = partial(self._read_batch, losses, scaling, features, combined)
         call = "accumulate" if record.accumulating else "backward"
-        given, stacked, values = self._read(read, call)
+        given, stacked, values = self.read(read, call)
         params, compared = self.params, None  # which the closure may have frozen
         takes_rows = self._takes_rows(params)
         if self.shared_params is not None:
@@ -242,7 +239,7 @@ class Balancer:
             found = [self.inspected[param] for param in params]
         return [k for k, has in enumerate(found) if has] if True in found else ()
 
-    def _read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
+    def read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].
 
         Args:
@@ -260,7 +257,7 @@ class Balancer:
         given, values = self.ranks.read_losses(read, self.record.names, step_id, self.device)
         return given, stack_losses(tuple(given.losses.values())), values
 
-    def _balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> None:
         """Balance a batch or a closing window, write ``.grad``, and stage the step."""
         problem, statistics, scaling, reevaluations = batch
         window = self.record.window
@@ -296,7 +293,7 @@ class Balancer:
         names, device = record.names or present, statistics.losses.device
         state = weighting.init(names, device) if record.state is None else record.state
         try:
-            statistics, flags = self._measure(statistics, linearization, scaled)
+            statistics, flags = self.measure(statistics, linearization, scaled)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -304,7 +301,7 @@ class Balancer:
         measured = statistics
         valid = flags.are_clear()
         if valid is not None:
-            statistics = self._mask(statistics, flags, valid, scaled)
+            statistics = self.mask(statistics, flags, valid, scaled)
         positions = loss_positions(names, present, device)
         weights, coefficients, following = weighting.weights(
             statistics, select_losses(state, positions)
@@ -318,7 +315,7 @@ class Balancer:
         metrics = StepMetrics(present, measured.gramian, measured.losses, weights, coefficients)
         return Staged(names, present, following, coefficients, metrics, valid)
 
-    def _measure(
+    def measure(
         self, statistics: Statistics, linearization: Linearization | None, scaled: bool
     ) -> tuple[Statistics, Flags]:
         """Check the losses, and compute the Gramian if it is due.
@@ -337,9 +334,7 @@ class Balancer:
         statistics = statistics._replace(losses=losses, gramian=gramian)
         return statistics, flags._replace(gradients=nonfinite)
 
-    def _mask(
-        self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool
-    ) -> Statistics:
+    def mask(self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool) -> Statistics:
         """Count what is flagged for a later report, and make the statistics safe to compute with.
 
         What overflows under a loss scaler is not reported: the scaler handles it.
@@ -388,7 +383,7 @@ class Balancer:
         known = window.select_coefficients(statistics, coefficients, problem.names)
         self.engine.linearize(problem).add_to_grad(known)
 
-    def _drop_cleared_window(self, window: Accumulation) -> None:
+    def drop_cleared_window(self, window: Accumulation) -> None:
         """Give the window up if its gradients were cleared without a call of ``zero_grad`` here."""
         if window.is_cleared():
             self.record.drop_window()
@@ -398,8 +393,8 @@ class Balancer:
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
         if self.record.window is not None:
-            self._drop_cleared_window(self.record.window)
-        _, batch = self._prepare(losses, scaling, features, combined=True)
+            self.drop_cleared_window(self.record.window)
+        _, batch = self.prepare(losses, scaling, features, combined=True)
         problem, statistics = batch.problem, batch.statistics
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
@@ -408,114 +403,9 @@ class Balancer:
         self.record.stage(staged)
         return combined
 
-    # ------------------------------------------------------------ step
+    # ------------------------------------------------------------ second evaluation
 
-    def step(
-        self,
-        stepping: Optimizer,
-        closure: Callable[[], Any] | None = None,
-        take: Callable[[], Any] | None = None,
-    ) -> Any:
-        """Take the wrapped optimizer's step and commit what was staged.
-
-        Args:
-            stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
-            closure: Its argument.
-            take: The wrapped ``second_step`` of an optimizer with two; None for ``step``.
-        """
-        if self.two_steps and take is None:
-            raise refuse_single_step(self.optimizer)
-        record = self.record
-        if self.record.window is not None:
-            self._drop_cleared_window(self.record.window)
-        result = None if closure is None else self._run_closure(closure)
-        record.check_window_closed()
-        staged = record.staged
-        if staged is None:
-            return self._step_without_backward(closure, result)
-        try:
-            if self._must_skip(staged, stepping):
-                record.skip(self.max_skips)
-                return result
-            output = self.optimizer.step() if take is None else take()
-        except BaseException:
-            if closure is not None:  # it will be evaluated again, on gradients that are cleared
-                record.staged = None
-            raise
-        record.commit(staged, self.observes_step and self.is_due)
-        if staged.reevaluations and record.awaiting is not None:
-            self._reevaluate(staged.reevaluations)
-        if self.ranks is not None:
-            self._check_ranks(self.ranks)
-        return output if closure is None else result
-
-    def _run_closure(self, closure: Callable[[], Any]) -> Any:
-        """Evaluate a closure of `step`; if it returns losses, balance them."""
-        first, reevaluations = self._make_repeatable(closure)
-        try:
-            result = evaluate(first)
-        except BaseException as error:
-            if self.closures_return_losses:  # for which the other ranks are waiting
-                self._read(partial(_raise, error), "backward")
-            raise
-        self.closures_return_losses = isinstance(result, Mapping)
-        if isinstance(result, Mapping):
-            self.record.check_nothing_staged()
-            _, batch = self._prepare(result, reevaluations=reevaluations)
-            self.optimizer.zero_grad()
-            self._balance(batch)
-        return result
-
-    def check_finite(self, stepping: Optimizer) -> None:
-        """Raise if a gradient on the CPU is not finite."""
-        if self.record.staged is not None:
-            self._must_skip(self.record.staged, stepping)
-
-    def _must_skip(self, staged: Staged, stepping: Optimizer) -> bool:
-        """Whether a value that is not finite forbids the step.
-
-        Raises:
-            NonFiniteError: With ``nonfinite="raise"``: a gradient on the CPU is not finite.
-        """
-        if staged.skip or (self.nonfinite == "skip" and staged.is_invalid()):
-            return True
-        if staged.scaling is not None:
-            staged.scaling.check_unscaled(stepping, self.optimizer)
-            return False  # GradScaler has already checked
-        if self._grads_are_finite(staged):
-            return False
-        if self.nonfinite == "raise":
-            raise nonfinite_grad_error(staged.present)
-        return True
-
-    def _grads_are_finite(self, staged: Staged) -> bool:
-        """Whether all of ``.grad`` on the CPU is finite, on any rank."""
-        params = self.params
-        if not is_distributed():
-            return grads_are_finite([p.grad for p in params if p.grad is not None])
-        whole = all(map(is_whole, params))
-        if not whole and self.ranks is None:  # ranks that know nothing of each other may disagree
-            params = [param for param in params if is_whole(param)]
-        finite = grads_are_finite([local_part(p.grad) for p in params if p.grad is not None])
-        if whole or self.ranks is None:
-            return finite
-        return self.ranks.are_all(finite, staged.coefficients.device)
-
-    def _step_without_backward(self, closure: object, result: object) -> Any:
-        """Handle a step with nothing staged: an error, except in two cases that change nothing."""
-        if closure is not None and result is None and all(p.grad is None for p in self.params):
-            return None  # a trainer skips this batch
-        if all(float(group.get("lr", 1.0)) == 0.0 for group in self.optimizer.param_groups):
-            return self.optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
-        raise BalanceError(
-            "`step` should follow `backward` or `combined_loss`. Found neither since the last "
-            "step. Call `optimizer.backward(losses)` in place of `loss.backward()`, and the last "
-            "micro-batch of a window outside of `accumulate()`."
-        )
-
-    # ------------------------------------------------------------ observe
-
-    def _make_repeatable(
+    def make_repeatable(
         self, closure: Callable[[], Any]
     ) -> tuple[Callable[[], Any], list[Reevaluation]]:
         """A closure to evaluate, and how to evaluate it again if the method observes the step."""
@@ -523,62 +413,6 @@ class Balancer:
             return closure, []
         reevaluation = Reevaluation(closure, self.params, self.known_writes)
         return reevaluation.first, [reevaluation]
-
-    def _reevaluate(self, reevaluations: Sequence[Reevaluation]) -> None:
-        """Evaluate the batch again after a committed step, and pass its losses to the method."""
-        record, expected = self.record, self.record.awaiting
-        assert expected is not None
-        # The step is taken. If the method kept waiting for its losses after an error, no later
-        # step would be allowed.
-        record.awaiting = None
-        try:
-            self._observe(lambda: self._read_observed(repeat_all(reevaluations), expected))
-        except BaseException as error:
-            add_note(
-                error,
-                "The step was taken. This happened when the losses were evaluated again after it; "
-                f"{self.method} goes on without them.",
-            )
-            raise
-
-    def observe(self, losses: Losses) -> None:
-        """Pass the losses of the same batch after a committed step to the method."""
-        record, expected = self.record, self.record.awaiting
-        if expected is None:
-            record.check_stepped()
-            return
-        self._observe(partial(self._read_observed, losses, expected))
-
-    def _observe(self, read: Callable[[], Given]) -> None:
-        """Read the losses after a step, and update the method's state.
-
-        Args:
-            read: Returns the validated losses. If it raises, nothing changes.
-        """
-        given, _, values = self._read(read, "observe")
-        record = self.record
-        record.awaiting = None
-        try:
-            self._update(Statistics(tuple(given.losses), values, step=record.steps))
-        except NonFiniteError:
-            if self.nonfinite == "raise":
-                raise
-
-    def _read_observed(self, losses: Losses, expected: Sequence[str]) -> Given:
-        return Given(read_observed_losses(losses, self.record.names, expected))
-
-    def _update(self, statistics: Statistics) -> None:
-        """Replace the state by the one that follows from the losses after the step."""
-        record = self.record
-        names, state = record.names, record.state
-        assert names is not None and state is not None
-        statistics, flags = self._measure(statistics, None, scaled=False)
-        valid = flags.are_clear()
-        if valid is not None:
-            statistics = self._mask(statistics, flags, valid, scaled=False)
-        positions = loss_positions(names, statistics.names, statistics.losses.device)
-        part = self.weighting.observe(statistics, select_losses(state, positions))
-        record.state = select_state(valid, merge_losses(state, part, positions), state)
 
     # ------------------------------------------------------------ ranks
 
@@ -594,7 +428,7 @@ class Balancer:
         if problem.averager is not None and self.record.steps == 0:
             check_static_graph(problem.losses, what, self.method)
 
-    def _check_ranks(self, ranks: Ranks) -> None:
+    def check_ranks(self, ranks: Ranks) -> None:
         """Compare the ranks after each of the first three steps and every so many."""
         steps, every = self.record.steps, self.check_ranks_every
         if every and (steps <= 3 or steps % every == 0):
@@ -609,7 +443,3 @@ class Balancer:
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
         return validate_checkpoint(saved, self.record, self.weighting, self.device)
-
-
-def _raise(error: BaseException) -> NoReturn:
-    raise error

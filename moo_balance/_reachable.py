@@ -52,13 +52,22 @@ def find_reachable(closure: Callable[..., Any]) -> Reachable:
             if isinstance(each, Tensor):
                 tensors.append(each)
             elif isinstance(each, nn.Module):
-                modules.update(dict.fromkeys(each.modules()))
+                _add_modules(each, modules)
             else:
                 following.extend(islice(_references(each), WIDTH))
         level = following
     for module in modules:
         tensors.extend(value for value in vars(module).values() if isinstance(value, Tensor))
     return Reachable(list(modules), tensors)
+
+
+def _add_modules(module: nn.Module, found: dict[nn.Module, None]) -> None:
+    """As ``module.modules()``, which takes three times as long."""
+    if module not in found:
+        found[module] = None
+        for child in module._modules.values():
+            if child is not None:
+                _add_modules(child, found)
 
 
 def _references(thing: Any) -> Iterable[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moo_balance._module_state import ModuleState
 from moo_balance._random_state import NumpyState, RandomState
 from moo_balance._reachable import find_reachable
 from moo_balance._torch_internals import (
@@ -18,7 +19,7 @@ from moo_balance._torch_internals import (
     memory_address,
     request_buffer_broadcast,
 )
-from moo_balance._written import RESHAPES, Copies, KnownWrites, ModuleState
+from moo_balance._written import RESHAPES, Copies, KnownWrites
 from moo_balance.engine.base import is_distributed
 
 
@@ -47,7 +48,9 @@ class Reevaluation:
         self._random = RandomState({param.device for param in self._params})
         self._modules, self._tensors = find_reachable(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
-        state = ModuleState(self._modules, [*self._params, *self._tensors])
+        state = ModuleState(
+            self._modules, [*self._params, *self._tensors], only_versions=not self._known.assigns
+        )
         self._before = Copies()
         self._known.add_to(self._before, only_read=True)
         with self._known.watch_first(self._before, self._modules):
@@ -82,7 +85,8 @@ class Reevaluation:
         finally:
             torch.clear_autocast_cache()
             copies.put_back()
-            state.put_back()
+            is_assigned = state.put_back()
+            self._known.assigns = is_assigned or bool(self._assigned or self._moved)
             end.restore()
             numpy_end.restore()
         self._known.learn(copies)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from moo_balance._grad_scaler import Scaling
+from moo_balance._record import Staged
+from moo_balance._stepping import must_skip, take_step
 from moo_balance.errors import BalanceError, BalanceValueError
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def take_first_step(balancer: Balancer, stepping: Optimizer, take: Callable[[], 
             "`first_step` should be followed by `second_step`. Found another `first_step`, which "
             "would lose the parameters from before. Call `backward` and `second_step` first."
         )
-    _check_staged(balancer, "first_step")
-    balancer.check_finite(stepping)
+    staged = _read_staged(balancer, "first_step")
+    must_skip(balancer, staged, stepping)  # raises if a gradient is not finite
     output = take()
     record.staged, record.moved = None, True
     return output
@@ -82,17 +84,19 @@ def take_second_step(balancer: Balancer, stepping: Optimizer, take: Callable[[],
             "`second_step` should follow `first_step`. Found none since the last step. Call "
             "`backward`, `first_step`, `backward` and `second_step`, in this order."
         )
-    _check_staged(balancer, "second_step")
-    return balancer.step(stepping, take=take)
+    _read_staged(balancer, "second_step")
+    return take_step(balancer, stepping, take=take)
 
 
-def _check_staged(balancer: Balancer, call: str) -> None:
+def _read_staged(balancer: Balancer, call: str) -> Staged:
     balancer.record.check_window_closed()
-    if balancer.record.staged is None:
+    staged = balancer.record.staged
+    if staged is None:
         raise BalanceError(
             f"`{call}` should follow `backward` or `combined_loss`. Found neither since the last "
             "one. Call `optimizer.backward(losses)` in place of `loss.backward()`."
         )
+    return staged
 
 
 def refuse_single_step(optimizer: Optimizer) -> BalanceError:

@@ -16,8 +16,14 @@ from moo_balance._balancer import Balancer, Closure, Features, Losses
 from moo_balance._checkpoint import BalanceState
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
+from moo_balance._stepping import observe, take_step
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
-from moo_balance._two_step import check_steps, take_first_step, take_second_step
+from moo_balance._two_step import (
+    check_steps,
+    refuse_single_step,
+    take_first_step,
+    take_second_step,
+)
 from moo_balance._validation import (
     check_loss_names,
     check_method,
@@ -276,10 +282,12 @@ class BalancedOptimizer(OptimizerWrapper):
             Exception: Whatever the closure raises. If it does so in the second evaluation, the step
                 is taken; a note says so, and the method goes on without these losses.
         """
+        if self._balancer.two_steps:
+            raise refuse_single_step(self._wrapped)
         if any(self._step_hooks):
             arguments = {} if closure is None else {"closure": closure}
-            return self._step_with_hooks(partial(self._balancer.step, self), **arguments)
-        return self._balancer.step(self, closure)
+            return self._step_with_hooks(partial(take_step, self._balancer, self), **arguments)
+        return take_step(self._balancer, self, closure)
 
     def __getattr__(self, name: str) -> Any:
         forwarded = super().__getattr__(name)
@@ -313,7 +321,7 @@ class BalancedOptimizer(OptimizerWrapper):
                 Nothing has changed: call it again with the right ones.
             BalanceError: Called between ``backward`` and ``step``.
         """
-        self._balancer.observe(losses)
+        observe(self._balancer, losses)
 
     # ------------------------------------------------------------ metrics
 

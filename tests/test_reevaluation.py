@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -935,6 +937,22 @@ def test_writes_that_begin_late_and_are_not_counted_are_missed_for_a_few_steps()
         optimizer.step(model)
     assert late.level == 28
     assert 28 <= float(late.other) < 28 + INTERVAL
+
+
+def test_batches_that_are_changed_in_place_are_put_back_and_freed():
+    model = Model(nn.Linear(4, 4))
+    weighting = BalancedTrajectory(decay=0.0, logit_optimizer="sgd")
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), weighting)
+    references = []
+    for _ in range(6):
+        batch = X.clone()
+        references.append(weakref.ref(batch))
+        optimizer.step(lambda batch=batch: model(batch.mul_(0.5)))
+        assert torch.equal(batch, X / 2)
+    batch = None
+    gc.collect()
+    assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
+    assert all(reference() is None for reference in references)
 
 
 def test_modules_are_found_through_what_a_closure_refers_to():

@@ -236,8 +236,10 @@ class Sides:
 
     def load(self, saved: Mapping[str, Any], memory: dict[str, Any], fresh: bool) -> None:
         """Load a checkpoint, perhaps into a new optimizer of the same parameters."""
-        self.may_hold_mark = self.may_hold_mark and fresh
+        self.may_hold_mark = False
         if fresh:
+            # The mark of a window would stay in `.grad` with the optimizer gone.
+            self.optimizer._balancer.record.drop_window()
             self.optimizer = self._wrap(0.5)
             self.twin.names = self.arguments["loss_names"]
         self.optimizer.load_state_dict(saved)

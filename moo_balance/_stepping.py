@@ -1,0 +1,199 @@
+"""From a staged step to a committed one: the wrapped optimizer's step, and the losses after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state
+from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
+from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
+from moo_balance._validation import Given, read_observed_losses
+from moo_balance.engine.base import is_distributed
+from moo_balance.engine.distributed import is_whole, local_part
+from moo_balance.errors import BalanceError, NonFiniteError
+from moo_balance.weighting.base import Statistics
+
+if TYPE_CHECKING:
+    from moo_balance._balancer import Balancer
+
+
+def take_step(
+    balancer: Balancer,
+    stepping: Optimizer,
+    closure: Callable[[], Any] | None = None,
+    take: Callable[[], Any] | None = None,
+) -> Any:
+    """Take the wrapped optimizer's step and commit what was staged.
+
+    Args:
+        balancer: Of the BalancedOptimizer.
+        stepping: The BalancedOptimizer, or a framework's copy of it, whose ``step`` was called.
+        closure: Its argument.
+        take: The wrapped step; None for ``step`` without arguments.
+    """
+    record = balancer.record
+    if record.window is not None:
+        balancer.drop_cleared_window(record.window)
+    result = None if closure is None else _run_closure(balancer, closure)
+    record.check_window_closed()
+    staged = record.staged
+    if staged is None:
+        return _step_without_backward(balancer, closure, result)
+    try:
+        if must_skip(balancer, staged, stepping):
+            record.skip(balancer.max_skips)
+            return result
+        output = balancer.optimizer.step() if take is None else take()
+    except BaseException:
+        if closure is not None:  # it will be evaluated again, on gradients that are cleared
+            record.staged = None
+        raise
+    record.commit(staged, balancer.observes_step and balancer.is_due)
+    if staged.reevaluations and record.awaiting is not None:
+        _reevaluate(balancer, staged.reevaluations)
+    if balancer.ranks is not None:
+        balancer.check_ranks(balancer.ranks)
+    return output if closure is None else result
+
+
+def _run_closure(balancer: Balancer, closure: Callable[[], Any]) -> Any:
+    """Evaluate a closure of `step`; if it returns losses, balance them."""
+    first, reevaluations = balancer.make_repeatable(closure)
+    try:
+        result = evaluate(first)
+    except BaseException as error:
+        if balancer.closures_return_losses:  # for which the other ranks are waiting
+            balancer.read(partial(_raise, error), "backward")
+        raise
+    balancer.closures_return_losses = isinstance(result, Mapping)
+    if isinstance(result, Mapping):
+        balancer.record.check_nothing_staged()
+        _, batch = balancer.prepare(result, reevaluations=reevaluations)
+        balancer.optimizer.zero_grad()
+        balancer.balance(batch)
+    return result
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _step_without_backward(balancer: Balancer, closure: object, result: object) -> Any:
+    """Handle a step with nothing staged: an error, except in two cases that change nothing."""
+    optimizer = balancer.optimizer
+    if closure is not None and result is None and all(p.grad is None for p in balancer.params):
+        return None  # a trainer skips this batch
+    if all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups):
+        return optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
+    raise BalanceError(
+        "`step` should follow `backward` or `combined_loss`. Found neither since the last step. "
+        "Call `optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
+        "of a window outside of `accumulate()`."
+    )
+
+
+# ------------------------------------------------------------ values that are not finite
+
+
+def must_skip(balancer: Balancer, staged: Staged, stepping: Optimizer) -> bool:
+    """Whether a value that is not finite forbids the step.
+
+    Raises:
+        NonFiniteError: With ``nonfinite="raise"``: a gradient on the CPU is not finite.
+    """
+    if staged.skip or (balancer.nonfinite == "skip" and staged.is_invalid()):
+        return True
+    if staged.scaling is not None:
+        staged.scaling.check_unscaled(stepping, balancer.optimizer)
+        return False  # GradScaler has already checked
+    if _all_grads_are_finite(balancer, staged):
+        return False
+    if balancer.nonfinite == "raise":
+        raise nonfinite_grad_error(staged.present)
+    return True
+
+
+def _all_grads_are_finite(balancer: Balancer, staged: Staged) -> bool:
+    """Whether all of ``.grad`` on the CPU is finite, on any rank."""
+    params, ranks = balancer.params, balancer.ranks
+    if not is_distributed():
+        return grads_are_finite([p.grad for p in params if p.grad is not None])
+    whole = all(map(is_whole, params))
+    if not whole and ranks is None:  # ranks that know nothing of each other may disagree
+        params = [param for param in params if is_whole(param)]
+    finite = grads_are_finite([local_part(p.grad) for p in params if p.grad is not None])
+    if whole or ranks is None:
+        return finite
+    return ranks.are_all(finite, staged.coefficients.device)
+
+
+# ------------------------------------------------------------ the losses after a step
+
+
+def observe(balancer: Balancer, losses: Mapping[str, Tensor]) -> None:
+    """Pass the losses of the same batch after a committed step to the method."""
+    record, expected = balancer.record, balancer.record.awaiting
+    if expected is None:
+        record.check_stepped()
+        return
+    _observe(balancer, partial(_read_observed, balancer, losses, expected))
+
+
+def _reevaluate(balancer: Balancer, reevaluations: Sequence[Reevaluation]) -> None:
+    """Evaluate the batch again after a committed step, and pass its losses to the method."""
+    record, expected = balancer.record, balancer.record.awaiting
+    assert expected is not None
+    # The step is taken. If the method kept waiting for its losses after an error, no later step
+    # would be allowed.
+    record.awaiting = None
+    try:
+        _observe(balancer, lambda: _read_observed(balancer, repeat_all(reevaluations), expected))
+    except BaseException as error:
+        add_note(
+            error,
+            "The step was taken. This happened when the losses were evaluated again after it; "
+            f"{balancer.method} goes on without them.",
+        )
+        raise
+
+
+def _read_observed(
+    balancer: Balancer, losses: Mapping[str, Tensor], expected: Sequence[str]
+) -> Given:
+    return Given(read_observed_losses(losses, balancer.record.names, expected))
+
+
+def _observe(balancer: Balancer, read: Callable[[], Given]) -> None:
+    """Read the losses after a step, and update the method's state.
+
+    Args:
+        balancer: Of the BalancedOptimizer.
+        read: Returns the validated losses. If it raises, nothing changes.
+    """
+    given, _, values = balancer.read(read, "observe")
+    record = balancer.record
+    record.awaiting = None
+    try:
+        _update(balancer, Statistics(tuple(given.losses), values, step=record.steps))
+    except NonFiniteError:
+        if balancer.nonfinite == "raise":
+            raise
+
+
+def _update(balancer: Balancer, statistics: Statistics) -> None:
+    """Replace the state by the one that follows from the losses after the step."""
+    record = balancer.record
+    names, state = record.names, record.state
+    assert names is not None and state is not None
+    statistics, flags = balancer.measure(statistics, None, scaled=False)
+    valid = flags.are_clear()
+    if valid is not None:
+        statistics = balancer.mask(statistics, flags, valid, scaled=False)
+    positions = loss_positions(names, statistics.names, statistics.losses.device)
+    part = balancer.weighting.observe(statistics, select_losses(state, positions))
+    record.state = select_state(valid, merge_losses(state, part, positions), state)
