@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from tests.support.registry import KINDS, NAMES, Method
 
 LENGTH = 8
 FAULTS = ("nan", "detached", "absent", "empty", "unknown", "no mapping", "error", "frozen")
+OBSERVED_FAULTS = ("empty", "unknown", "no mapping")
 
 
 class NamedNet(Net):
@@ -70,8 +71,21 @@ class Side:
 
     # ------------------------------------------------------------ calls
 
-    def step(self, form: str, batches: Sequence[int], names: Sequence[Sequence[str]]) -> None:
-        """One step on a window of micro-batches, of which there may be one only."""
+    def step(
+        self,
+        form: str,
+        batches: Sequence[int],
+        names: Sequence[Sequence[str]],
+        mistake: tuple[str, int] | None = None,
+    ) -> None:
+        """One step on a window of micro-batches, of which there may be one only.
+
+        Args:
+            form: How the losses are passed.
+            batches: Their numbers.
+            names: The losses of each.
+            mistake: A fault, and the rank which makes it when it observes the step.
+        """
         optimizer, last = self.optimizer, len(batches) - 1
         if form == "features" and all(not p.requires_grad for p in self.net.trunk.parameters()):
             form = "losses"
@@ -86,7 +100,7 @@ class Side:
         optimizer.step()
         present = [name for name in NAMES if any(name in each for each in names)]
         if self.weighting.observes_step and form != "closure":
-            self._observe(batches, names, present)
+            self._observe(batches, names, present, mistake)
 
     def _backward(self, form: str, batch: int, names: Sequence[str]) -> None:
         optimizer = self.optimizer
@@ -100,13 +114,22 @@ class Side:
             optimizer.backward(self.losses(batch, names))
 
     def _observe(
-        self, batches: Sequence[int], names: Sequence[Sequence[str]], present: Sequence[str]
+        self,
+        batches: Sequence[int],
+        names: Sequence[Sequence[str]],
+        present: Sequence[str],
+        mistake: tuple[str, int] | None,
     ) -> None:
         total: dict[str, Any] = dict.fromkeys(present, 0.0)
         with torch.no_grad():
             for batch, each in zip(batches, names, strict=True):
                 for name, loss in self.losses(batch, each).items():
                     total[name] = total[name] + loss
+        if mistake is not None and not self.alone:
+            before, is_wrong = self.picture(), dist.get_rank() == mistake[1]
+            with pytest.raises(BalanceError):
+                self.optimizer.observe(spoil(total, mistake[0]) if is_wrong else total)
+            assert self.picture() == before
         self.optimizer.observe(total)
 
     def change(self, lr: float, frozen: set[int]) -> None:
@@ -136,17 +159,26 @@ class Side:
             values = self.losses(batch, names)
             return spoil(values, fault) if is_wrong else values
 
-        with pytest.raises(Exception if fault == "error" and is_wrong else BalanceError):
-            if form == "closure":
-                self.optimizer.backward(losses)
-            elif form == "accumulate":
-                with self.optimizer.accumulate():
-                    self.optimizer.backward(losses if fault == "error" else losses())
-            else:
-                self.optimizer.backward(losses if fault == "error" else losses())
+        expected = Exception if fault == "error" and is_wrong else BalanceError
+        with pytest.raises(expected):
+            self._call(form, losses, is_wrong)
         assert self.picture() == before
         if fault == "frozen" and is_wrong:
             weight.requires_grad_(not weight.requires_grad)
+
+    def _call(self, form: str, losses: Callable[[], Any], is_wrong: bool) -> None:
+        optimizer = self.optimizer
+        if form == "step":
+            optimizer.step(losses)
+        elif form == "closure":
+            optimizer.backward(losses)
+        elif form == "accumulate":
+            with optimizer.accumulate():
+                optimizer.backward(losses)
+        elif form == "combined":
+            optimizer.combined_loss(losses())
+        else:
+            optimizer.backward(losses(), features=torch.ones(3) if is_wrong else self.net.features)
 
 
 def spoil(losses: dict[str, Tensor], fault: str) -> Any:
@@ -156,7 +188,7 @@ def spoil(losses: dict[str, Tensor], fault: str) -> Any:
         return {**losses, "b": losses["b"].detach()}
     if fault == "error":
         raise ValueError("the user's own")
-    others = {"empty": {}, "unknown": {**losses, "zzz": losses["b"]}, "no mapping": None}
+    others = {"empty": {}, "unknown": {**losses, "zzz": torch.ones(())}, "no mapping": None}
     return others.get(fault, losses)
 
 
@@ -192,8 +224,15 @@ def play_one(draw: random.Random, method: Method, ranks: Side, alone: Side) -> N
     kind = draw.choice(["step", "step", "step", "window", "wrong", "change", "reload"])
     batch = draw.randrange(100)
     if kind == "wrong":
-        form = draw.choice(["closure", "accumulate", "losses"])
-        ranks.call_wrongly(draw.choice(FAULTS), draw.randrange(2), batch, form)
+        form, fault = (
+            draw.choice(["step", "closure", "accumulate", "combined"]),
+            draw.choice(FAULTS),
+        )
+        if method.gramian and draw.random() < 0.2:
+            form, fault = "features", "features"
+        if fault in ("error", "no mapping") and form in ("step", "combined"):
+            form = "closure"  # those would be a trainer's own closure, and an error outside
+        ranks.call_wrongly(fault, draw.randrange(2), batch, form)
         ranks.optimizer.zero_grad()
         alone.optimizer.zero_grad()
     elif kind == "change":
@@ -211,8 +250,9 @@ def play_one(draw: random.Random, method: Method, ranks: Side, alone: Side) -> N
         )
         forms += ["features"] if kind == "step" and method.gramian else []
         form, names = draw.choice(forms), [draw_names(draw) for _ in range(count)]
+        mistake = (draw.choice(OBSERVED_FAULTS), draw.randrange(2)) if draw.random() < 0.3 else None
         for side in (ranks, alone):
-            side.step(form, range(batch, batch + count), names)
+            side.step(form, range(batch, batch + count), names, mistake)
 
 
 def draw_names(draw: random.Random) -> list[str]:
