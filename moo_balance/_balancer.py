@@ -1,6 +1,6 @@
-"""One balancing step: losses -> Gramian -> weights -> ``.grad``; then the wrapped optimizer's step.
+"""From losses to a staged step: losses -> Gramian -> weights -> ``.grad``.
 
-Read :meth:`Balancer.backward`, :meth:`Balancer.step` and what they call, from top to bottom.
+Read :meth:`Balancer.backward` and what it calls from top to bottom, then ``_stepping.py``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from moo_balance._nonfinite import (
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
+from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import Given, read_features, read_losses
-from moo_balance._written import KnownWrites
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses

@@ -22,10 +22,10 @@ from moo_balance import (
     BalanceValueError,
     NonFiniteError,
 )
-from moo_balance._reachable import find_reachable
 from moo_balance._reevaluation import add_note
-from moo_balance._torch_internals import watch_writes
-from moo_balance._written import INTERVAL, Copies
+from moo_balance._reevaluation.copies import INTERVAL, Copies
+from moo_balance._reevaluation.reachable import find_reachable
+from moo_balance._reevaluation.writes import watch_writes
 from tests.support.problems import snapshot, whole_state
 from tests.support.registry import KINDS, over, over_each_method
 
@@ -882,7 +882,7 @@ def test_what_a_known_model_writes_is_rarely_watched(monkeypatch):
         watched.append(None)
         return watch_writes(report)
 
-    monkeypatch.setattr("moo_balance._written.watch_writes", watch)
+    monkeypatch.setattr("moo_balance._reevaluation.copies.watch_writes", watch)
     model, optimizer = noisy(FAMO())
     for _ in range(30):
         by_step(model, optimizer)

@@ -13,16 +13,14 @@ from torch.amp import GradScaler
 
 from moo_balance import FAMO, BalancedOptimizer, NonFiniteError, Sum
 from moo_balance._nonfinite import all_finite
+from moo_balance._reevaluation.writes import _hide_from_compilers, version_of, weak_reference
 from moo_balance._torch_internals import (
-    _hide_from_compilers,
     broadcasts_buffers,
     entries_of,
     hooks_of,
     request_buffer_broadcast,
     scaler_device,
     scaler_stage,
-    version_of,
-    weak_reference,
 )
 
 
@@ -195,7 +193,7 @@ def test_losses_are_evaluated_again_without_a_private_name(
 ) -> None:
     expected = reevaluated_steps()
     for name, value in change.items():
-        monkeypatch.setattr(f"moo_balance._torch_internals.{name}", value)
+        monkeypatch.setattr(f"moo_balance._reevaluation.writes.{name}", value)
     assert reevaluated_steps() == expected
     assert expected["calls"] == expected["layers.1.num_batches_tracked"] == 6
 
@@ -212,7 +210,7 @@ def test_a_storage_is_kept_where_there_are_no_weak_references(
 ) -> None:
     weak = weak_reference(torch.zeros(3).untyped_storage())
     assert weak() is None
-    monkeypatch.setattr("moo_balance._torch_internals._revive_storage", None)
+    monkeypatch.setattr("moo_balance._reevaluation.writes._revive_storage", None)
     kept = weak_reference(torch.zeros(3).untyped_storage())()
     assert kept is not None
     assert kept.nbytes() == 12

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from moo_balance._torch_internals import (
+from moo_balance._reevaluation.writes import (
     Effect,
     can_watch_writes,
     is_compiled,

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moo_balance._module_state import ModuleState
-from moo_balance._random_state import NumpyState, RandomState
-from moo_balance._reachable import find_reachable
+from moo_balance._reevaluation.copies import RESHAPES, Copies, KnownWrites
+from moo_balance._reevaluation.module_state import ModuleState
+from moo_balance._reevaluation.random_state import NumpyState, RandomState
+from moo_balance._reevaluation.reachable import find_reachable
+from moo_balance._reevaluation.writes import memory_address
 from moo_balance._torch_internals import (
     as_plain,
     broadcasts_buffers,
-    memory_address,
     request_buffer_broadcast,
 )
-from moo_balance._written import RESHAPES, Copies, KnownWrites
 from moo_balance.engine.base import is_distributed
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from moo_balance._torch_internals import version_of
+from moo_balance._reevaluation.writes import version_of
 
 _MISSING: Any = object()
 
