@@ -127,8 +127,10 @@ class CallSequences(Surroundings):
 
     @rule()
     def step(self):
-        # A learning rate of zero times NaN is NaN, with and without balancing.
-        if self.sides.twin.lr or self.sides.twin.has_finite_gradients():
+        # With NaN gradients, a learning rate of zero gives NaN with and without balancing, and a
+        # scaler's step that is taken without the scaler may be refused or skipped.
+        twin = self.sides.twin
+        if twin.has_finite_gradients() or (twin.lr and not self.is_scaled):
             self.sides.call(self.sides.take_step, self.sides.optimizer.step)
 
     @rule(
