@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -331,14 +332,11 @@ def _do_nothing(*arguments: Any) -> None:
 
 def hooked_positions(params: Sequence[Tensor]) -> list[int]:
     """Positions of the parameters with hooks; those of their graph nodes do not count."""
-    hooked = []
+    read = attrgetter(_TENSOR_HOOKS, _POST_HOOKS)  # a third of the time of a loop
     try:
-        for k, param in enumerate(params):
-            if getattr(param, _TENSOR_HOOKS) or getattr(param, _POST_HOOKS):
-                hooked.append(k)
+        return [k for k, (one, other) in enumerate(map(read, params)) if one or other]
     except AttributeError:
         return [k for k, param in enumerate(params) if any(hooks_of_parameter(param))]
-    return hooked
 
 
 def silence_hooks(params: Sequence[Tensor]) -> AbstractContextManager[None]:

@@ -10,8 +10,9 @@ Without a call of ``gramian`` the weighted sum of the losses takes one ordinary 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from moo_balance.engine.base import (
     Problem,
     Row,
     Window,
-    add_gradients,
+    add_rows,
     deliver,
     gradients_of,
     gradients_through_hooks,
@@ -161,54 +162,58 @@ class PerLossWindow(Window):
     A row belongs to parameters: which of them train may change from one micro-batch to the next.
 
     Attributes:
-        rows: By loss, the gradient of each parameter that it has reached.
-        params: The parameters so far, each with whether it is compared.
+        params: All that have trained so far; those of the last micro-batch first.
+        compared: The ``id`` of each that has been compared.
+        rows: By loss, a gradient for each parameter.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.rows: dict[str, dict[Tensor, Tensor]] = {}
-        self.params: dict[Tensor, bool] = {}
+        self.params: Sequence[Tensor] = []
+        self.compared: set[int] = set()
+        self.rows: dict[str, Row] = {}
 
     def add(self, problem: Problem) -> None:
-        self.rows = self.rows_with(problem, _has_shards(problem))
-        self.params |= {
-            param: problem.compared is None or k in problem.compared
-            for k, param in enumerate(problem.params)
-        }
+        params = self.params_with(problem)
+        self.rows, self.params = self.rows_with(problem, params, _has_shards(problem)), params
+        self.compared.update(id(problem.params[k]) for k in problem.compared or ())
 
     def close(self, problem: Problem) -> Linearization:
         return _ClosedWindow(self, problem)
 
-    def rows_with(self, problem: Problem, sharded: bool) -> dict[str, dict[Tensor, Tensor]]:
-        """This rank's rows so far plus those of one more micro-batch."""
-        rows = {name: dict(row) for name, row in self.rows.items()}
-        for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
-            sums = rows.setdefault(name, {})
-            for param, gradient in zip(problem.params, row, strict=True):
-                total = add_gradients(sums.get(param), gradient)
-                if total is not None:
-                    sums[param] = total
-        return rows
+    def params_with(self, problem: Problem) -> Sequence[Tensor]:
+        """The parameters of one more micro-batch, then those that no longer train."""
+        current = problem.params
+        if len(current) == len(self.params) and all(map(is_, current, self.params)):
+            return self.params
+        ids = set(map(id, current))
+        return [*current, *(param for param in self.params if id(param) not in ids)]
 
-    def extend(self, problem: Problem) -> Problem:
-        """The problem with those parameters, too, that were frozen since they got a gradient."""
-        current = set(problem.params)
-        frozen = [param for param in self.params if param not in current]
-        if not frozen:
-            return problem
-        params, compared = [*problem.params, *frozen], problem.compared
-        if compared is not None:
-            count = len(current)
-            compared = [*compared, *(count + k for k, p in enumerate(frozen) if self.params[p])]
-        return problem._replace(params=params, compared=compared)
+    def rows_with(
+        self, problem: Problem, params: Sequence[Tensor], sharded: bool
+    ) -> dict[str, Row]:
+        """This rank's rows so far plus those of one more micro-batch, over `params`."""
+        rows = dict(self.rows)
+        if params is not self.params:
+            for name, row in self.rows.items():
+                gradients = dict(zip(map(id, self.params), row, strict=True))
+                rows[name] = [gradients.get(id(param)) for param in params]
+        frozen = [None] * (len(params) - len(problem.params))
+        for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
+            row = [*row, *frozen] if frozen else row
+            rows[name] = add_rows(rows[name], row) if name in rows else row
+        return rows
 
 
 class _ClosedWindow(PerLossLinearization):
     """A window and its last micro-batch."""
 
     def __init__(self, window: PerLossWindow, problem: Problem) -> None:
-        super().__init__(window.extend(problem), window.dtype)
+        params, compared = window.params_with(problem), problem.compared
+        if compared is not None:
+            ids = window.compared.union(id(problem.params[k]) for k in compared)
+            compared = [k for k, param in enumerate(params) if id(param) in ids]
+        super().__init__(problem._replace(params=params, compared=compared), window.dtype)
         self.window, self.last = window, problem
 
     def add_to_grad(self, coefficients: Tensor) -> None:
@@ -217,8 +222,7 @@ class _ClosedWindow(PerLossLinearization):
         super().add_to_grad(coefficients)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
-        sums = self.window.rows_with(self.last, sharded)
-        rows = {name: [row.get(p) for p in self.problem.params] for name, row in sums.items()}
+        rows = self.window.rows_with(self.last, self.problem.params, sharded)
         return _average(rows.items(), self.problem, sharded)
 
 
