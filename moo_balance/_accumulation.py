@@ -37,15 +37,24 @@ class ClearMark:
         """Whether the gradient is gone, or was written to and is zero. The latter synchronizes."""
         if self.param.grad is not self.grad:
             return True
-        if self.grad._version == self.version or self.grad.is_sparse or not is_whole(self.grad):
+        if self.grad.is_sparse or not is_whole(self.grad):
             return False
+        if self.grad._version == self.version:
+            # A write by way of `.data` is not counted. Reading a value of the CPU costs nothing.
+            if not (self.is_own and self.grad.is_cpu and self.grad.numel()):
+                return False
         return not bool(self.grad.any())
 
     def remove(self) -> None:
         """Leave ``.grad`` as it would be without a mark."""
-        in_place = self.is_own and self.param.grad is self.grad
-        if in_place and (self.grad._version == self.version or self.is_cleared()):
+        if self.is_own and self.param.grad is self.grad and not self.is_added_to():
             self.param.grad = None
+
+    def is_added_to(self) -> bool:
+        """Whether the tensor has got a gradient since. Clipping makes it smaller only."""
+        if self.grad._version == self.version or not self.grad.numel():
+            return False
+        return bool((self.grad.abs() > _smallest(self.grad.dtype)).any())
 
 
 def _reluctance(param: Tensor) -> tuple[bool, bool, int]:
@@ -54,7 +63,7 @@ def _reluctance(param: Tensor) -> tuple[bool, bool, int]:
 
 
 def _almost_zero(param: Tensor) -> Tensor:
-    """A gradient that still differs from zero once it was clipped, but moves no parameter."""
+    """A gradient that still differs from zero once it was clipped."""
     gradient = torch.zeros_like(param, requires_grad=False)
     if param.numel() and is_whole(param):
         gradient[(0,) * param.ndim] = _smallest(param.dtype)
@@ -62,7 +71,8 @@ def _almost_zero(param: Tensor) -> Tensor:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    tiny = torch.finfo(dtype).tiny
+    return tiny if dtype == torch.float16 else tiny * 2**30
 
 
 @dataclass(eq=False, repr=False)
@@ -97,8 +107,9 @@ class Accumulation:
         mark = self.mark
         if mark is None or mark.param.grad is not mark.grad:
             self.mark = ClearMark(params) if params else None
-        elif mark.version != mark.grad._version:  # a gradient was added to it
-            mark.version, mark.is_own = mark.grad._version, False
+        elif mark.version != mark.grad._version:
+            mark.is_own = mark.is_own and not mark.is_added_to()
+            mark.version = mark.grad._version
 
     def remove_mark(self) -> None:
         """No longer watch for them."""

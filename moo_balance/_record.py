@@ -229,9 +229,11 @@ class Record:
     def check_stepped(self) -> None:
         """Refuse ``observe`` between a ``backward`` and its step.
 
-        Where GradScaler has skipped a step, its ``backward`` is still staged.
+        Where GradScaler has skipped a step, its ``backward`` is still staged; whether a combined
+        loss was scaled is not known.
         """
-        if self.staged is not None and self.staged.scaling is None:
+        staged = self.staged
+        if staged is not None and staged.scaling is None and not staged.combined:
             raise BalanceError(
                 "`observe` should follow `step`. Found no step that was taken since the last "
                 "`backward`. Call `step` first."

@@ -151,8 +151,13 @@ def _reevaluate(balancer: Balancer, reevaluations: Sequence[Reevaluation]) -> No
     # The step is taken. If the method kept waiting for its losses after an error, no later step
     # would be allowed.
     record.awaiting = None
+    ranks, device = balancer.ranks, balancer.device
+    agree = None if ranks is None else partial(ranks.are_all, device=device)
     try:
-        _observe(balancer, lambda: _read_observed(balancer, repeat_all(reevaluations), expected))
+        _observe(
+            balancer,
+            lambda: _read_observed(balancer, repeat_all(reevaluations, agree), expected),
+        )
     except BaseException as error:
         add_note(
             error,

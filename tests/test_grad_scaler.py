@@ -524,3 +524,16 @@ def test_another_scaler_in_the_same_window_is_refused(method):
     assert_refused(
         model, optimizer, lambda: optimizer.backward(model.losses(1)), BalanceError, "one scale"
     )
+
+
+@over_some("FAMO-adam")
+def test_observe_after_a_combined_loss_whose_step_the_scaler_skipped_does_nothing(method):
+    model, optimizer = setup(method)
+    scaler = scaler_at(1024.0)
+    losses = overflow(model.losses())
+    scaler.scale(optimizer.combined_loss(losses, grad_scaler=scaler)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    before = whole_state(model, optimizer)
+    optimizer.observe(model.losses())
+    assert whole_state(model, optimizer) == before

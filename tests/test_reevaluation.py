@@ -6,7 +6,9 @@ import contextlib
 import gc
 import random
 import threading
+import warnings
 import weakref
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -481,6 +483,30 @@ class ReadStatistics(nn.Module):
         return self.norm(outputs) * self.norm.running_var.mean()
 
 
+class CountedInNumpy(nn.Module):
+    """A buffer that is written without PyTorch's knowledge."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("usage", torch.zeros(4))
+
+    def forward(self, inputs):
+        self.usage.numpy()[0] += 1
+        return self.linear(inputs) + self.usage.clone()
+
+
+class SometimesNormal(nn.Module):
+    """Draws one normal number at a time, of which NumPy keeps the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.linear(inputs) + float(np.random.randn())
+
+
 class Resized(nn.Module):
     """A cache that grows, and one that is exchanged."""
 
@@ -507,6 +533,12 @@ def linear_with(norm):
     return nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4))
 
 
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in use
+        return torch.jit.script(linear_with(nn.BatchNorm1d(4)))
+
+
 SPECTRAL = nn.utils.parametrizations.spectral_norm
 
 MODELS = {
@@ -514,6 +546,9 @@ MODELS = {
     "cumulative batch norm": lambda: Model(linear_with(nn.BatchNorm1d(4, momentum=None))),
     "batch norm in evaluation": lambda: Model(linear_with(nn.BatchNorm1d(4)).eval()),
     "batch norm whose statistics are read": lambda: Model(ReadStatistics()),
+    "scripted": lambda: Model(scripted()),
+    "buffer written by NumPy": lambda: Model(CountedInNumpy()),
+    "noise from NumPy": lambda: Model(SometimesNormal()),
     "dropout": lambda: Model(linear_with(nn.Dropout(0.5))),
     "transformer": lambda: Model(transformer(True)),
     "transformer in evaluation": lambda: Model(transformer(False)),
@@ -630,6 +665,50 @@ def test_at_rate_zero_the_second_evaluation_sees_the_same_and_leaves_nothing(mak
         first, again = seen
         assert first == again
     assert optimizer.state_dict()["balance"]["state"]["logits"].tolist() == [0.0, 0.0]
+
+
+def test_autocast_around_the_first_evaluation_is_that_of_the_second():
+    torch.manual_seed(0)
+    model, seen = nn.Linear(8, 2), []
+
+    def closure():
+        outputs = model(torch.ones(4, 8))
+        seen.append(outputs.dtype)
+        return {"a": outputs.square().mean(), "b": (outputs - 1).square().mean()}
+
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), FAMO())
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.backward(closure)
+    optimizer.step()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_what_a_closure_refers_to_is_not_computed():
+    """A dead reference, and a mapping that computes its elements."""
+
+    class Rows(Mapping):
+        def __getitem__(self, key):
+            raise OSError("closed")
+
+        def __iter__(self):
+            return iter(range(3))
+
+        def __len__(self):
+            return 3
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    dead, rows = weakref.proxy(thing), Rows()
+    del thing
+    many = [[number] * 50 for number in range(1000)]
+    model = nn.Linear(2, 2)
+
+    def closure():
+        return model, dead, rows, many
+
+    assert find_reachable(closure).modules == [model]
 
 
 # ---------------------------------------------------------------------- errors

@@ -32,6 +32,7 @@ class Copies:
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.others: dict[int, tuple[Tensor, Tensor]] = {}
         self.shapes: list[tuple[Tensor, Tensor]] = []
+        self.reported: set[int] = set()
 
     def add(self, tensor: Tensor, effect: Effect = WRITES) -> None:
         """Copy a tensor, unless there is a copy already.
@@ -47,6 +48,7 @@ class Copies:
             return
         if effect.reshapes:
             self.shapes.append((tensor, tensor.data))
+        self.reported.add(address)
         if address not in self.storages:
             self.add_storage(tensor.untyped_storage())
 
@@ -89,7 +91,7 @@ class KnownWrites:
     count it (``tensor.data``), or if the closure does not refer to the tensor.
 
     Attributes:
-        draws_from_numpy: Whether the last evaluation drew from NumPy's global generator.
+        draws_from_numpy: Whether an evaluation may draw from NumPy's global generator.
         assigns: Whether the last evaluations assigned attributes of modules.
     """
 
@@ -99,6 +101,7 @@ class KnownWrites:
         self._count = 0
         self._quiet = 0
         self.draws_from_numpy = True
+        self._has_drawn = False
         self.assigns = True
 
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
@@ -122,7 +125,8 @@ class KnownWrites:
             copies: Where to add the copies; what is known is there.
             modules: The modules that the closure refers to.
         """
-        return nullcontext() if self._quiet else _watch(copies, modules)
+        _add_buffers(copies, modules)
+        return nullcontext() if self._quiet else watch_writes(copies.add)
 
     def watch_second(
         self, copies: Copies, modules: Sequence[nn.Module], written: Sequence[Tensor]
@@ -140,24 +144,37 @@ class KnownWrites:
             self._quiet = 0
             self._modes = {modes, *list(self._modes)[:INTERVAL]}
         self._count += 1
+        _add_buffers(copies, modules)
         if self._quiet >= PATIENCE and self._count % INTERVAL:
             return nullcontext()
-        return _watch(copies, modules)
+        return watch_writes(copies.add)
+
+    def note_draws(self, has_drawn: bool) -> None:
+        """Say whether an evaluation drew from NumPy: once one has, any later one may."""
+        self._has_drawn = self._has_drawn or has_drawn
+        self.draws_from_numpy = self._has_drawn
 
     def learn(self, copies: Copies) -> None:
         """Remember what a second evaluation has written."""
-        new = copies.storages.keys() - self._storages.keys()
+        new = copies.reported & copies.storages.keys() - self._storages.keys()
         for address in new:
             self._storages[address] = weak_reference(copies.storages[address][0])
         is_quiet = not (new or copies.others or copies.shapes)
         self._quiet = self._quiet + 1 if is_quiet else 0
 
 
-def _watch(copies: Copies, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Copy what is written inside; buffers beforehand where PyTorch will not tell."""
-    if not can_watch_writes() or any(map(is_compiled, modules)):
-        for module in modules:
+def _add_buffers(copies: Copies, modules: Sequence[nn.Module]) -> None:
+    """Copy the buffers of modules in training mode, which NumPy or a compiled function may write.
+
+    Where PyTorch tells of no writes at all, those of the other modules, too.
+    """
+    all_of_them = not can_watch_writes() or any(map(is_compiled, modules))
+    for module in modules:
+        if module.training or all_of_them:
             for buffer in module._buffers.values():
-                if buffer is not None:
+                if buffer is None:
+                    continue
+                if memory_address(buffer) is None:
                     copies.add(buffer)
-    return watch_writes(copies.add)
+                else:
+                    copies.add_storage(buffer.untyped_storage())

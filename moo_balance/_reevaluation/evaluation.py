@@ -21,6 +21,7 @@ from moo_balance._torch_internals import (
     request_buffer_broadcast,
 )
 from moo_balance.engine.base import is_distributed
+from moo_balance.errors import BalanceError
 
 
 class Reevaluation:
@@ -45,6 +46,7 @@ class Reevaluation:
 
     def first(self) -> Any:
         """Evaluate, and keep what the second evaluation starts from."""
+        self._autocast = AutocastState({param.device.type for param in self._params})
         self._random = RandomState({param.device for param in self._params})
         self._modules, self._tensors = find_reachable(self._closure)
         self._numpy = NumpyState(exact=self._known.draws_from_numpy)
@@ -55,7 +57,7 @@ class Reevaluation:
         self._known.add_to(self._before)
         with self._known.watch_first(self._before, self._modules):
             result = evaluate(self._closure)
-        self._known.draws_from_numpy = self._numpy.has_changed()
+        self._known.note_draws(self._numpy.has_changed())
         self._assigned, self._moved = state.changes(), state.relocations()
         self._written = state.written()
         return result
@@ -80,7 +82,7 @@ class Reevaluation:
             # the step; afterwards it would hold casts of this evaluation's graph.
             torch.clear_autocast_cache()
             watch = self._known.watch_second(copies, self._modules, self._written)
-            with watch, _without_synchronization(self._modules):
+            with watch, self._autocast.restore(), _without_synchronization(self._modules):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -117,6 +119,26 @@ class Reevaluation:
                 tensor.data = data
 
 
+class AutocastState:
+    """Whether autocast is on for some device types, and with which dtype."""
+
+    def __init__(self, device_types: Iterable[str]) -> None:
+        self._types = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", *device_types}
+            if kind != "meta"
+        }
+
+    @contextmanager
+    def restore(self) -> Iterator[None]:
+        """Have it so inside."""
+        with ExitStack() as stack:
+            for kind, (enabled, dtype) in self._types.items():
+                if torch.is_autocast_enabled(kind) != enabled or enabled:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            yield
+
+
 def evaluate(closure: Callable[[], Any]) -> Any:
     """Evaluate with a graph, also under ``no_grad``."""
     with torch.enable_grad():
@@ -133,11 +155,30 @@ def _detach(losses: Any) -> Any:
     }
 
 
-def repeat_all(reevaluations: Iterable[Reevaluation]) -> Any:
-    """Evaluate the micro-batches of a window again, and add their losses."""
+def repeat_all(
+    reevaluations: Sequence[Reevaluation], agree: Callable[[bool], bool] | None = None
+) -> Any:
+    """Evaluate the micro-batches of a window again, and add their losses.
+
+    Args:
+        reevaluations: The micro-batches.
+        agree: Whether all ranks have succeeded, given whether this one has; None for one process.
+            It is called between two micro-batches, whose forward pass may need the other ranks.
+    """
     results = []
-    for reevaluation in reevaluations:
-        results.append(reevaluation.repeat())
+    for number, reevaluation in enumerate(reevaluations, start=1):
+        is_last = number == len(reevaluations)
+        try:
+            results.append(reevaluation.repeat())
+        except BaseException:
+            if agree is not None and not is_last:
+                agree(False)
+            raise
+        if agree is not None and not is_last and not agree(True):
+            raise BalanceError(
+                "All ranks should evaluate their micro-batches again after the step. Found one "
+                "that could not. Its own message says why."
+            )
         if not isinstance(results[-1], Mapping):
             return results[-1]  # will be refused as a result of the closure
     return results[0] if len(results) == 1 else add_losses(results)

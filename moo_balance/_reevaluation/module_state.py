@@ -133,6 +133,7 @@ def _kind(module: type[nn.Module]) -> str:
     # A module becomes another one when its lazy parameters are made.
     if issubclass(module, LazyModuleMixin):
         return "left out"
-    if module.__module__.startswith(("torch.distributed", "torch.nn.parallel")):
+    # A scripted module keeps its state outside of Python.
+    if module.__module__.startswith(("torch.distributed", "torch.nn.parallel", "torch.jit")):
         return "left out"
     return "usual"

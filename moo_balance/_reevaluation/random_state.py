@@ -58,7 +58,7 @@ class NumpyState:
         self._memory = ctypes.string_at(self._address, self._BYTES) if self._address else b""
         self._state: Any = None
         if self._random is not None and (exact or not self._address):
-            self._state = self._random.get_state()
+            self._state = self._random.get_state(legacy=False)
 
     def _find_memory(self) -> int:
         """Address of the default generator's memory; 0 if there is none, or another generator."""
@@ -76,7 +76,10 @@ class NumpyState:
             return True
         if ctypes.string_at(self._address, self._BYTES) != self._memory:
             return True
-        return self._state is not None and self._random.get_state()[3:] != self._state[3:]
+        if self._state is None:
+            return False
+        now = self._random.get_state(legacy=False)
+        return any(now.get(key) != self._state.get(key) for key in ("has_gauss", "gauss"))
 
     def restore(self) -> None:
         """Set the generator back to this state, if it has changed."""

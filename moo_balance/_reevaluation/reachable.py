@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
+from weakref import ProxyTypes
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,10 +15,12 @@ from torch.optim import Optimizer
 DEPTH = 5
 """References that are followed one after another."""
 
-WIDTH = 100
-"""Elements of a container that are read; a data set may have millions."""
+WIDTH, TOTAL = 100, 1000
+"""Elements that are read of one container, and of all; a data set may have millions."""
 
 _OPAQUE = (Optimizer, ModuleType, type, str, bytes, int, float, complex, type(None))
+_CONTAINERS = (list, tuple, set, frozenset)
+_ITERATORS = [kind.__iter__ for kind in _CONTAINERS]
 _LIBRARIES = ("torch", "numpy", "builtins")
 
 
@@ -37,16 +40,19 @@ def find_reachable(closure: Callable[..., Any]) -> Reachable:
     """What a closure refers to, directly or through a few other objects.
 
     Followed are the object of a bound method, the parts of a ``partial``, variables of enclosing
-    functions, global variables that the code names, containers, and attributes of objects.
+    functions, global variables that the code names, containers that Python defines, and attributes
+    of objects. Containers of other classes may compute their elements, and are not read.
     """
     modules: dict[nn.Module, None] = {}
     tensors: list[Tensor] = []
     known: set[int] = set()
     level: list[Any] = [closure]
+    left = TOTAL
     for _ in range(DEPTH):
         following: list[Any] = []
         for each in level:
-            if id(each) in known or isinstance(each, _OPAQUE):
+            # `isinstance` would ask what a weak reference refers to.
+            if id(each) in known or type(each) in ProxyTypes or isinstance(each, _OPAQUE):
                 continue
             known.add(id(each))
             if isinstance(each, Tensor):
@@ -54,7 +60,9 @@ def find_reachable(closure: Callable[..., Any]) -> Reachable:
             elif isinstance(each, nn.Module):
                 _add_modules(each, modules)
             else:
-                following.extend(islice(_references(each), WIDTH))
+                references = list(islice(_references(each), min(WIDTH, left)))
+                left -= len(references)
+                following += references
         level = following
     for module in modules:
         tensors.extend(value for value in vars(module).values() if isinstance(value, Tensor))
@@ -77,11 +85,14 @@ def _references(thing: Any) -> Iterable[Any]:
         return (thing.__self__, thing.__func__)
     if isinstance(thing, FunctionType):
         return _references_of_function(thing)
-    if isinstance(thing, Mapping):
+    if isinstance(thing, dict) and type(thing).values is dict.values:
         return thing.values()
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        return thing
-    return getattr(thing, "__dict__", {}).values()
+    if isinstance(thing, _CONTAINERS) and type(thing).__iter__ in _ITERATORS:
+        return (element for element in thing)
+    try:
+        return tuple(vars(thing).values())
+    except TypeError:
+        return ()
 
 
 def _references_of_function(function: FunctionType) -> Iterable[Any]:
