@@ -39,6 +39,7 @@ from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.weighting.fixed import FixedWeights, Sum
 
 Losses: TypeAlias = Mapping[str, Tensor]
 Closure: TypeAlias = Callable[[], Losses]
@@ -87,6 +88,8 @@ class Balancer:
         self.observes_step = self.weighting.observes_step
         self.every = self.weighting.every
         self.two_steps = has_two_steps(self.optimizer)
+        # Whether several calls of `backward` give the same as one with all of their losses.
+        self.adds_up = type(self.weighting) in (FixedWeights, Sum)
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can be neither copied nor pickled; graphs and their hooks are not.
@@ -199,7 +202,7 @@ class Balancer:
             params = self.params
             if self._takes_rows(params) and self._find_node_hooks(params):
                 raise hooked_nodes("several ranks, which average gradients")
-        if not combined:
+        if not combined and not self.adds_up:
             record.warn_of_separate_losses(present)
         return Given(present, read, returned)
 
@@ -297,7 +300,9 @@ class Balancer:
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
-            return Staged(names, present, state, torch.zeros_like(statistics.losses), skip=True)
+            nothing = torch.zeros_like(statistics.losses)
+            metrics = StepMetrics(present, None, statistics.losses)
+            return Staged(names, present, state, nothing, metrics, skip=True)
         measured = statistics
         valid = flags.are_clear()
         if valid is not None:

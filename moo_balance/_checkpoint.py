@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moo_balance._record import Record
 from moo_balance._torch_internals import as_plain
+from moo_balance._warnings import warn
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._identity import method_name, settings
 from moo_balance.weighting.base import State, Weighting
@@ -81,10 +81,9 @@ def validate_checkpoint(
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
     skipped = _read_count(entry, "skipped")
     if differing:
-        warnings.warn(
+        warn(
             f"{method_name(weighting)} continues with other arguments than the checkpoint was "
-            f"saved with: {', '.join(differing)}.",
-            stacklevel=4,  # the caller of `load_state_dict`
+            f"saved with: {', '.join(differing)}."
         )
     # A method without a second evaluation waits for nothing.
     awaiting = awaiting if weighting.observes_step else None

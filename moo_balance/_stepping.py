@@ -46,7 +46,7 @@ def take_step(
         return _step_without_backward(balancer, closure, result)
     try:
         if must_skip(balancer, staged, stepping):
-            record.skip(balancer.max_skips)
+            record.skip(staged, balancer.max_skips)
             return result
         output = balancer.optimizer.step() if take is None else take()
     except BaseException:
