@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_not
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -74,6 +75,8 @@ class Balancer:
     record: Record
     ranks: Ranks | None = field(default=None, init=False)
     inspected: dict[Tensor, bool] = field(default_factory=dict, init=False)
+    last_params: Sequence[Tensor] = field(default=(), init=False)
+    node_hooks: Sequence[int] = field(default=(), init=False)
     closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
@@ -93,7 +96,7 @@ class Balancer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can be neither copied nor pickled; graphs and their hooks are not.
-        return {**self.__dict__, "ranks": None, "inspected": {}}
+        return {**self.__dict__, "ranks": None, "inspected": {}, "last_params": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
         memo[id(self.process_group)] = self.process_group  # a copy belongs to the same ranks
@@ -231,16 +234,17 @@ class Balancer:
         To look for them in every step would take up to a twentieth of it. Nodes with hooks are
         kept alive by those who registered them, so each parameter is inspected once.
         """
-        found = [self.inspected.get(param) for param in params]
-        if None in found:
+        known = self.last_params
+        if len(params) != len(known) or any(map(is_not, params, known)):
             groups = self.optimizer.param_groups
             kept = {p: self.inspected.get(p) for group in groups for p in group["params"]}
             new = [param for param in params if kept.get(param) is None]
             hooked = node_hook_positions(new)
             self.inspected = {p: has for p, has in kept.items() if has is not None}
             self.inspected.update({param: k in hooked for k, param in enumerate(new)})
-            found = [self.inspected[param] for param in params]
-        return [k for k, has in enumerate(found) if has] if True in found else ()
+            self.last_params = params
+            self.node_hooks = [k for k, param in enumerate(params) if self.inspected[param]]
+        return self.node_hooks
 
     def read(self, read: Callable[[], Given], call: str) -> tuple[Given, Tensor, Tensor]:
         """What a call is given; its losses as one vector [K]; their means over the ranks [K].

@@ -114,7 +114,8 @@ class Record:
 
     def stage(self, staged: Staged) -> None:
         """Keep the result of ``backward`` for the next step, which closes the window."""
-        self.drop_window()
+        if self.window is not None:
+            self.drop_window()
         self.staged = staged
         self.metrics = staged.metrics
 
