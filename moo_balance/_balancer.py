@@ -32,7 +32,7 @@ from moo_balance._record import Record, Staged, loss_positions, merge_losses, se
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._two_step import check_no_scaling, has_two_steps
-from moo_balance._validation import Given, read_features, read_losses
+from moo_balance._validation import Given, check_no_closure, read_features, read_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
@@ -194,6 +194,7 @@ class Balancer:
             check_no_scaling(self.optimizer, scaling)
         if combined:
             record.check_no_window()
+            check_no_closure(losses)
         returned = cast(Losses, evaluate(losses)) if callable(losses) else losses
         if callable(features):
             features = features()

@@ -137,13 +137,31 @@ def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Ten
 
     Args:
         losses: What was passed to ``backward``.
-        declared: Names known from earlier calls; None in the first one.
+        declared: Names known from earlier steps; None before the first one.
     """
     scalars = _read_scalars(losses, declared)
     for name, loss in scalars.items():
         if not loss.requires_grad:
             raise _no_graph(name, loss)
     return scalars
+
+
+def check_no_closure(losses: object) -> None:
+    """Refuse a closure given to ``combined_loss``, which could not be evaluated again."""
+    if callable(losses):
+        raise BalanceValueError(
+            "Parameter `losses` of `combined_loss` should hold the losses themselves. Found "
+            "a closure. Call it: `combined_loss(closure())`."
+        )
+
+
+def check_closure(closure: object) -> None:
+    """Refuse what is given to ``step`` in place of a function."""
+    if not callable(closure):
+        raise BalanceValueError(
+            "`step` takes a function that computes the losses. Found "
+            f"{type(closure).__name__}. Call `backward(losses)`, then `step()`."
+        )
 
 
 def read_observed_losses(
@@ -186,9 +204,9 @@ def _check_declared(names: Iterable[str], declared: Sequence[str]) -> None:
     for name in names:
         if name not in declared:
             raise BalanceValueError(
-                f"Loss `{name}` was never declared. Found {_quote(declared)} so far. The first "
-                "call declares the names; give `loss_names=[…]` to BalancedOptimizer if some "
-                "losses come later."
+                f"Loss `{name}` is none of the declared ones, {_quote(declared)}. The first step "
+                "declares the names; give `loss_names=[…]` to BalancedOptimizer if some losses "
+                "come later."
             )
 
 

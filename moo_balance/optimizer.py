@@ -82,7 +82,7 @@ class BalancedOptimizer(OptimizerWrapper):
             for example those that all losses share. Every parameter of the optimizer receives its
             gradient in any case. Default: all of them.
         engine: How gradients are taken. Default: ``PerLoss()``.
-        loss_names: Names of all losses, if the first call will not have them all.
+        loss_names: Names of all losses, if the first step will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator the check does not
             synchronize: the balance keeps its state, and ``log_dict`` reports. With a
@@ -161,7 +161,7 @@ class BalancedOptimizer(OptimizerWrapper):
         one process; they should be registered before the first call, in which they are looked for.
 
         Args:
-            losses: Scalar tensors by name. The first call declares the names; later a loss may be
+            losses: Scalar tensors by name. The first step declares the names; later a loss may be
                 absent, and the others are balanced among themselves. Or a closure that computes
                 them: then ``step`` can evaluate it again for a method that needs the losses after
                 the step (see :meth:`step`).
@@ -277,6 +277,8 @@ class BalancedOptimizer(OptimizerWrapper):
         Raises:
             BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or
                 ranks have drifted apart.
+            BalanceValueError: The closure is no function, or returns no losses by name where none
+                were balanced before.
             NonFiniteError: A gradient is not finite, on any rank; checked on the CPU only. Or more
                 than ``max_skips`` steps were skipped in a row.
             Exception: Whatever the closure raises. If it does so in the second evaluation, the step
@@ -311,7 +313,8 @@ class BalancedOptimizer(OptimizerWrapper):
         """Pass the losses of the same batch after the step to a method that needs them.
 
         For loops that evaluate again themselves. Between two such steps (``every``), after a step
-        that was skipped, or for a method that does not need them, this does nothing.
+        that was skipped, when called twice, or for a method that does not need them, this does
+        nothing.
 
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.

@@ -146,6 +146,17 @@ def test_a_negative_loss_is_accepted_where_no_logarithm_is_taken(method):
 
 
 @over_kinds
+def test_the_first_step_declares_the_names(method):
+    model, optimizer = setup(method)
+    optimizer.backward(model.losses(0, ["c"]) if method.kind != "known" else model.losses())
+    optimizer.zero_grad()
+    train(model, optimizer, [0], ["a", "b"] if method.kind != "known" else NAMES)
+    name = "c" if method.kind != "known" else "d"
+    with pytest.raises(BalanceValueError, match=f"`{name}` is none of.*first step declares"):
+        optimizer.backward({**model.losses(1), name: model.losses(1)["c"]})
+
+
+@over_kinds
 def test_a_refused_first_call_declares_no_loss_name(method):
     model, optimizer = setup(method)
     before = whole_state(model, optimizer)
@@ -205,7 +216,7 @@ def test_observing_other_losses_is_refused_and_can_be_repeated(method):
     after = model.losses()
     faults = {
         r"`losses`.*Found `a`, `b`": {name: after[name] for name in "ab"},
-        r"`d`.*never declared": {**after, "d": after["a"]},
+        r"`d`.*none of the declared ones": {**after, "d": after["a"]},
         r"`b`.*Found float": {**after, "b": 1.0},
         r"`b`.*shape \(2,\)": {**after, "b": torch.ones(2)},
         r"`losses`.*Found list": list(after.values()),
@@ -259,14 +270,69 @@ def test_a_closure_that_has_called_backward_itself_is_refused(method):
 
 
 @over_kinds
+def test_a_closure_that_has_called_backward_and_returns_a_scalar(method):
+    """As that of a plain optimizer. Nothing can be evaluated again after its step."""
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        return sum(optimizer.backward(model.losses(1)).values())
+
+    if method.kind == "observing":
+        for _ in range(2):
+            with pytest.raises(BalanceError, match=r"Found a closure of `step` that has called"):
+                optimizer.step(closure)
+        assert whole_state(model, optimizer) == before
+        optimizer.step(lambda: model.losses(1))
+    else:
+        assert optimizer.step(closure).requires_grad
+    assert optimizer.state_dict()["balance"]["steps"] == 2
+
+
+@over_kinds
 def test_a_closure_that_returns_no_losses_changes_nothing(method):
     model, optimizer = setup(method)
     train(model, optimizer, [0])
     before = whole_state(model, optimizer)
-    for result in (None, 1.0, model.losses()["a"]):
-        with pytest.raises(BalanceError):
+    losses = model.losses()
+    for result in (None, 1.0, losses["a"], list(losses.values())):
+        message = rf"closure given to `step` should return a dict.*Found {type(result).__name__}\."
+        with pytest.raises(BalanceValueError, match=message):
             optimizer.step(lambda result=result: result)
     assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_losses_where_a_function_belongs_or_the_other_way_round_are_refused(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+    for losses in (model.losses(), list(model.losses().values())):
+        message = rf"takes a function.*Found {type(losses).__name__}. Call `backward\(losses\)`"
+        with pytest.raises(BalanceValueError, match=message):
+            optimizer.step(losses)
+    with pytest.raises(BalanceValueError, match=r"Found a closure. Call it: `combined_loss\("):
+        optimizer.combined_loss(model.losses)
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_a_combined_loss_without_its_backward_is_no_step(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = snapshot(model.state_dict())
+    for _ in range(2):
+        optimizer.zero_grad()
+        combined = optimizer.combined_loss(model.losses(1))
+        with pytest.raises(BalanceError, match=r"`combined_loss\(losses\).backward\(\)`"):
+            optimizer.step()
+        assert snapshot(model.state_dict()) == before
+        assert optimizer.state_dict()["balance"]["steps"] == 1
+    combined.backward()
+    optimizer.step()
+    assert optimizer.state_dict()["balance"]["steps"] == 2
 
 
 @over_kinds
