@@ -85,7 +85,6 @@ class Balancer:
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
         self.lagged = lagged_form(self.weighting)
-        self.advice = self.weighting.bound_advice
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
@@ -335,7 +334,7 @@ class Balancer:
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
         bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.method, self.advice, scaled))
+        flags = Flags(losses=flag_losses(statistics, bounds, self.weighting, scaled))
         if linearization is None or not (self.uses_gramian and self.is_due):
             return statistics, flags
         gramian = linearization.gramian()
@@ -369,7 +368,7 @@ class Balancer:
         unbounded = [-math.inf] * len(statistics.names)
         try:
             scaled = batch.scaling is not None
-            flag_losses(statistics, unbounded, self.method, self.advice, scaled)
+            flag_losses(statistics, unbounded, self.weighting, scaled)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise

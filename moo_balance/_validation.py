@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,17 @@ def read_shared_params(
     """The parameters named by ``shared_params=``; an error if the optimizer does not train them."""
     if params is None:
         return None
-    shared = list(params.parameters() if isinstance(params, nn.Module) else params)
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    is_tensor = isinstance(params, Tensor)  # whose rows are no parameters
+    is_iterable = isinstance(params, Iterable) and not is_tensor
+    shared: list[Any] = list(params) if is_iterable else [params]
+    if is_tensor or not all(isinstance(param, Tensor) for param in shared):
+        kind = "a single tensor" if is_tensor else f"{params!r:.60}"
+        raise BalanceValueError(
+            "Parameter `shared_params` should be a module, or a list of parameters. Found "
+            f"{kind}. Pass for example `model.trunk` or `[model.weight]`."
+        )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     unknown = [p for p in shared if id(p) not in trained and p.requires_grad]
     if not shared or unknown:

@@ -126,14 +126,30 @@ def test_a_loss_at_its_bound_is_refused_by_name_value_and_method(method):
     for name, bound in bounds.items():
         for value in (bound, bound - 1.5):
             at_fault = replace(name, lambda loss, value=value: loss - loss.detach() + value)
-            message = (
-                rf"`{name}` should be above {bound:g}, because {type(optimizer.weighting).__name__}"
-            )
+            named = type(optimizer.weighting).__name__
+            message = f"`{name}` should be above {bound:g}, because {named} takes the logarithm of"
             with pytest.raises(BalanceValueError, match=message) as caught:
                 optimizer.backward(at_fault(model.losses(2)))
-            assert f"Found {value:g}." in str(caught.value)
+            assert f"Found {value:g}. If this batch has no such loss" in str(caught.value)
     assert whole_state(model, optimizer) == before
     assert snapshot(gradients(model)) == grads
+
+
+@pytest.mark.parametrize(
+    ("weighting", "reason"),
+    [
+        (MGDA("loss"), "MGDA divides by it."),
+        (MGDA("log"), "MGDA takes the logarithm of"),
+        (MovingAverage(MGDA("loss+")), "MovingAverage divides by it."),
+        (SmoothTchebycheff(log=True), "SmoothTchebycheff takes the logarithm of"),
+    ],
+    ids=repr,
+)
+def test_the_reason_for_a_bound_is_what_the_method_does(weighting, reason):
+    model = SmallModel()
+    at_fault = replace("a", lambda loss: loss - loss.detach())
+    with pytest.raises(BalanceValueError, match=f"above 0, because {reason}"):
+        BalancedOptimizer(sgd(model), weighting).backward(at_fault(model.losses()))
 
 
 @over(lambda method: min(method.bounds(NAMES)) == -math.inf)
@@ -391,6 +407,9 @@ def arguments_at_fault():
     yield "shared_params", (inner, MGDA()), {"shared_params": []}, "none"
     yield "shared_params", (inner, MGDA()), {"shared_params": [stranger]}, r"shape \(2,\)"
     yield "shared_params", (inner, MGDA()), {"shared_params": nn.Linear(2, 3)}, r"shape \(3, 2\)"
+    yield "shared_params", (inner, MGDA()), {"shared_params": "trunk"}, "module.*Found 'trunk'"
+    yield "shared_params", (inner, MGDA()), {"shared_params": stranger}, "Found a single tensor"
+    yield "shared_params", (inner, MGDA()), {"shared_params": 3}, "Found 3"
     yield "check_ranks_every", (inner, Sum()), {"check_ranks_every": -1}, "-1"
     yield "process_group", (inner, Sum()), {"process_group": "gloo"}, "'gloo'"
     yield "bounds", (inner, FAMO(bounds={"d": 1.0})), {"loss_names": ["a"]}, "`d`"
@@ -445,7 +464,7 @@ def test_a_loss_at_its_bound_leads_to_arguments_that_the_method_has(method):
     at_fault = replace("a", lambda loss: loss - loss.detach() - 5.0)
     with pytest.raises(BalanceValueError, match="should be above") as caught:
         optimizer.backward(at_fault(model.losses()))
-    advice = str(caught.value).partition("Found -5. ")[2]
+    advice = str(caught.value).partition("Otherwise: ")[2]
     name, arguments = re.match(r"Give (\w+) (.*), or a loss that stays above", advice).groups()
     cls = getattr(moo_balance, name)
     fields = {field.name for field in dataclasses.fields(cls)}
