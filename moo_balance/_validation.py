@@ -26,7 +26,18 @@ from moo_balance.weighting.base import Weighting
 
 def check_optimizer(optimizer: object) -> None:
     """Refuse what is no plain first-order optimizer."""
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+    if isinstance(optimizer, OptimizerWrapper):
+        raise BalanceValueError(
+            "Parameter `optimizer` should be a plain torch.optim.Optimizer. Found "
+            f"{type(optimizer).__name__}: it is already wrapped."
+        )
+    if isinstance(optimizer, type):
+        raise BalanceValueError(
+            "Parameter `optimizer` should be a plain torch.optim.Optimizer. Found the class "
+            f"{optimizer.__name__}. Pass an instance, such as "
+            f"`{optimizer.__name__}(model.parameters())`."
+        )
+    if not isinstance(optimizer, Optimizer):
         raise BalanceValueError(
             "Parameter `optimizer` should be a plain torch.optim.Optimizer. "
             f"Found {type(optimizer).__name__}."

@@ -63,7 +63,8 @@ class BalancedOptimizer(OptimizerWrapper):
 
     An optimizer that takes two gradients for one step, such as SAM, has ``first_step`` and
     ``second_step`` in place of ``step``. ``backward`` comes before each, and the second is the one
-    that counts: the losses and weights of the first are not kept::
+    that counts: the losses and weights of the first are not kept. A method that needs the losses
+    after the step does not fit; its lagged form does::
 
         optimizer.backward(model(batch))
         optimizer.first_step(zero_grad=True)
@@ -129,7 +130,7 @@ class BalancedOptimizer(OptimizerWrapper):
         check_method(weighting, engine)
         check_loss_names(loss_names)
         check_options(nonfinite, max_skips, check_ranks_every, process_group)
-        check_steps(optimizer, nonfinite)
+        check_steps(optimizer, nonfinite, weighting)
         super().__init__(optimizer)
         self._balancer = Balancer(
             optimizer,

@@ -394,7 +394,9 @@ def arguments_at_fault():
     yield "optimizer", (None, Sum()), {}, "NoneType"
     yield "optimizer", (model, Sum()), {}, "SmallModel"
     yield "optimizer", (line_search, Sum()), {}, "line search"
-    yield "optimizer", (BalancedOptimizer(inner, Sum()), Sum()), {}, "BalancedOptimizer"
+    wrapped = BalancedOptimizer(inner, Sum())
+    yield "optimizer", (wrapped, Sum()), {}, "BalancedOptimizer: it is already wrapped"
+    yield "optimizer", (torch.optim.SGD, Sum()), {}, "Found the class SGD. Pass an instance"
     yield "weighting", (inner, FAMO), {}, "FAMO"
     yield "weighting", (inner, "famo"), {}, "'famo'"
     yield "engine", (inner, Sum()), {"engine": "rows"}, "'rows'"
