@@ -408,7 +408,9 @@ class Balancer:
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
         combined = linearization.combined(staged.coefficients)
-        staged.combined = True
+        staged.combined, staged.differentiated = True, not combined.requires_grad
+        if combined.requires_grad:
+            combined.register_hook(staged.mark_differentiated)  # type: ignore[no-untyped-call]
         self.record.stage(staged)
         return combined
 

@@ -40,6 +40,7 @@ class Staged:
         valid: Whether the values were finite, on the device; None where the host has checked.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
+        differentiated: Whether that backward pass has run.
         reevaluations: How to evaluate the batch again after the step.
         scaling: The loss scaler that the gradients were scaled with.
     """
@@ -52,12 +53,17 @@ class Staged:
     valid: Tensor | None = None
     skip: bool = False
     combined: bool = False
+    differentiated: bool = False
     reevaluations: Sequence[Reevaluation] = ()
     scaling: Scaling | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""
         return self.valid is not None and not bool(self.valid)
+
+    def mark_differentiated(self, _: Tensor) -> None:
+        """Take note of the backward pass of a combined loss, as a hook of it."""
+        self.differentiated = True
 
     def explain_skip(self) -> str:
         """Why the step must be skipped, for a message. Synchronizes."""

@@ -42,7 +42,7 @@ def take_step(
     result = None if closure is None else _run_closure(balancer, closure)
     record.check_window_closed()
     staged = record.staged
-    if staged is None or (staged.combined and _lacks_gradients(balancer, staged)):
+    if staged is None or (staged.combined and not (staged.differentiated or staged.skip)):
         return _step_without_backward(balancer, closure, result)
     try:
         if must_skip(balancer, staged, stepping):
@@ -116,7 +116,7 @@ def _step_without_backward(balancer: Balancer, closure: object, result: object) 
     if is_combined:
         raise BalanceError(
             "`step` should follow `combined_loss(losses).backward()`. Found a `combined_loss` "
-            "whose backward pass has written no gradient. Call `.backward()` of what it returns."
+            "without its backward pass. Call `.backward()` of what it returns."
         )
     if closure is not None:
         raise BalanceValueError(
@@ -131,13 +131,6 @@ def _step_without_backward(balancer: Balancer, closure: object, result: object) 
         "Call `optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
         "of a window outside of `accumulate()`."
     )
-
-
-def _lacks_gradients(balancer: Balancer, staged: Staged) -> bool:
-    """Whether no parameter of this process has a gradient; a rank's part of one may be empty."""
-    if staged.skip or balancer.ranks is not None:
-        return False
-    return all(param.grad is None for param in balancer.params)
 
 
 # ------------------------------------------------------------ values that are not finite
