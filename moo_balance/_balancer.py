@@ -32,7 +32,7 @@ from moo_balance._record import Record, Staged, loss_positions, merge_losses, se
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._two_step import check_no_scaling, has_two_steps
-from moo_balance._validation import Given, read_features, read_losses
+from moo_balance._validation import Given, check_no_closure, read_features, read_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
@@ -40,6 +40,7 @@ from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
 from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.weighting.fixed import FixedWeights, Sum
 
 Losses: TypeAlias = Mapping[str, Tensor]
 Closure: TypeAlias = Callable[[], Losses]
@@ -84,12 +85,13 @@ class Balancer:
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
         self.lagged = lagged_form(self.weighting)
-        self.advice = self.weighting.bound_advice
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
         self.observes_step = self.weighting.observes_step
         self.every = self.weighting.every
         self.two_steps = has_two_steps(self.optimizer)
+        # Whether several calls of `backward` give the same as one with all of their losses.
+        self.adds_up = type(self.weighting) in (FixedWeights, Sum)
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can be neither copied nor pickled; graphs and their hooks are not.
@@ -191,6 +193,7 @@ class Balancer:
             check_no_scaling(self.optimizer, scaling)
         if combined:
             record.check_no_window()
+            check_no_closure(losses)
         returned = cast(Losses, evaluate(losses)) if callable(losses) else losses
         if callable(features):
             features = features()
@@ -202,7 +205,7 @@ class Balancer:
             params = self.params
             if self._takes_rows(params) and self._find_node_hooks(params):
                 raise hooked_nodes("several ranks, which average gradients")
-        if not combined:
+        if not combined and not self.adds_up:
             record.warn_of_separate_losses(present)
         return Given(present, read, returned)
 
@@ -301,7 +304,9 @@ class Balancer:
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
-            return Staged(names, present, state, torch.zeros_like(statistics.losses), skip=True)
+            nothing = torch.zeros_like(statistics.losses)
+            metrics = StepMetrics(present, None, statistics.losses)
+            return Staged(names, present, state, nothing, metrics, skip=True)
         measured = statistics
         valid = flags.are_clear()
         if valid is not None:
@@ -329,7 +334,7 @@ class Balancer:
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
         bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.method, self.advice, scaled))
+        flags = Flags(losses=flag_losses(statistics, bounds, self.weighting, scaled))
         if linearization is None or not (self.uses_gramian and self.is_due):
             return statistics, flags
         gramian = linearization.gramian()
@@ -363,7 +368,7 @@ class Balancer:
         unbounded = [-math.inf] * len(statistics.names)
         try:
             scaled = batch.scaling is not None
-            flag_losses(statistics, unbounded, self.method, self.advice, scaled)
+            flag_losses(statistics, unbounded, self.weighting, scaled)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -403,7 +408,9 @@ class Balancer:
         linearization = self.engine.linearize(problem)
         staged = self._weigh(statistics, linearization, scaling is not None)
         combined = linearization.combined(staged.coefficients)
-        staged.combined = True
+        staged.combined, staged.differentiated = True, not combined.requires_grad
+        if combined.requires_grad:
+            combined.register_hook(staged.mark_differentiated)  # type: ignore[no-untyped-call]
         self.record.stage(staged)
         return combined
 

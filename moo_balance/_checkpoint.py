@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moo_balance._record import Record
 from moo_balance._torch_internals import as_plain
+from moo_balance._warnings import warn
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._identity import method_name, settings
 from moo_balance.weighting.base import State, Weighting
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from moo_balance._balancer import Balancer
 
 _FORMAT = 2
+_REMEDY = (
+    'Remove the entry (`state_dict.pop("balance")`) to continue with the state of the wrapped '
+    "optimizer only."
+)
 _REQUIRED = ("weighting", "names", "steps", "skipped", "awaiting", "state")
 
 
@@ -69,7 +73,7 @@ def validate_checkpoint(
     if names and record.names is not None and set(record.names) != set(names):
         raise BalanceValueError(
             f"Entry `balance` of the state dict should name the losses {list(record.names)}. "
-            f"Found {list(names)}. Give the losses the names of the run that was saved."
+            f"Found {list(names)}. Give the losses the names of the run that was saved. {_REMEDY}"
         )
     if steps and not names:
         raise _bad_entry("names", f"name the losses of {steps} steps", "none")
@@ -81,10 +85,9 @@ def validate_checkpoint(
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
     skipped = _read_count(entry, "skipped")
     if differing:
-        warnings.warn(
+        warn(
             f"{method_name(weighting)} continues with other arguments than the checkpoint was "
-            f"saved with: {', '.join(differing)}.",
-            stacklevel=4,  # the caller of `load_state_dict`
+            f"saved with: {', '.join(differing)}."
         )
     # A method without a second evaluation waits for nothing.
     awaiting = awaiting if weighting.observes_step else None
@@ -96,32 +99,33 @@ def _check_origin(saved: object, weighting: Weighting) -> Mapping[str, Any]:
     if not isinstance(saved, Mapping):
         raise BalanceValueError(
             "Entry `balance` of the state dict should be a mapping. Found "
-            f"{type(saved).__name__}. Remove the entry to continue with the wrapped optimizer's "
-            "state only."
+            f"{type(saved).__name__}. {_REMEDY}"
         )
-    missing = [key for key in _REQUIRED if key not in saved]
-    found = saved.get("format")
-    if missing or type(found) is not int or found != _FORMAT:
+    if "format" in saved and (type(saved["format"]) is not int or saved["format"] != _FORMAT):
         raise BalanceValueError(
             f"Entry `balance` of the state dict should have format {_FORMAT}. Found "
-            f"{found!r}{f' without `{missing[0]}`' if missing else ''}. It was written by another "
-            "version of moo_balance; remove the entry to start afresh."
+            f"{saved['format']!r}: it was written by another version of moo_balance, or is "
+            f"damaged. {_REMEDY}"
+        )
+    missing = [key for key in ("format", *_REQUIRED) if key not in saved]
+    if missing:
+        raise BalanceValueError(
+            "Entry `balance` of the state dict should be as `state_dict` gave it. Found it "
+            f"without `{missing[0]}`. {_REMEDY}"
         )
     method = method_name(weighting)
     # `!=` of a tensor or an array has no truth value.
     if not isinstance(saved["weighting"], str) or saved["weighting"] != method:
         raise BalanceValueError(
             f"Entry `balance` of the state dict should come from {method}. Found "
-            f'{saved["weighting"]}. Remove the entry (`state_dict.pop("balance")`) to continue '
-            "with the wrapped optimizer's state only."
+            f"{saved['weighting']}. {_REMEDY}"
         )
     return saved
 
 
 def _bad_entry(key: str, should: str, found: object) -> BalanceValueError:
     return BalanceValueError(
-        f"`{key}` in entry `balance` of the state dict should {should}. Found {found}. Load the "
-        "entry as `state_dict` gave it, or remove it to start afresh."
+        f"`{key}` in entry `balance` of the state dict should {should}. Found {found}. {_REMEDY}"
     )
 
 
@@ -158,10 +162,13 @@ def _read_state(
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in initial.items()}
     if shapes != expected:
-        text = f": {', '.join(differing)}" if differing else ""
+        wrong = [k for k in {**expected, **shapes} if shapes.get(k) != expected.get(k)]
+        should, found = ({k: each[k] for k in wrong if k in each} for each in (expected, shapes))
+        text = f" ({', '.join(differing)})" if differing else ""
         raise BalanceValueError(
-            f"Entry `balance` of the state dict should hold {expected} for {weighting}. "
-            f"Found {shapes}. It was saved with other settings{text}."
+            f"`state` in entry `balance` of the state dict should hold {should or 'nothing'} for "
+            f"{weighting}. Found {found or 'nothing'}: it was saved with other settings{text}, or "
+            f"is damaged. {_REMEDY}"
         )
     host = weighting.init(names, torch.device("cpu")) if names else {}
     for key, value in state.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from moo_balance._torch_internals import entries_of, find_nonfinite
 from moo_balance.errors import BalanceValueError, NonFiniteError
 from moo_balance.functional._checks import constant_vector
-from moo_balance.weighting.base import State, Statistics
+from moo_balance.weighting.base import State, Statistics, Weighting
 
 _ONE = torch.ones((), device="cpu")
 
@@ -51,7 +51,7 @@ def is_on_cpu(tensor: Tensor) -> bool:
 
 
 def flag_losses(
-    statistics: Statistics, bounds: Sequence[float], method: str, advice: str, scaled: bool
+    statistics: Statistics, bounds: Sequence[float], weighting: Weighting, scaled: bool
 ) -> Tensor | None:
     """Flags [K] of the losses that are not finite or not above their bound.
 
@@ -60,8 +60,7 @@ def flag_losses(
     Args:
         statistics: The losses.
         bounds: What each of them must stay above.
-        method: The name of the method that needs this.
-        advice: What to do about a loss that is not above its bound.
+        weighting: The method that needs this.
         scaled: A loss scaler is in use, which handles what is not finite.
 
     Raises:
@@ -84,8 +83,9 @@ def flag_losses(
             )
         if not value > bound:
             raise BalanceValueError(
-                f"Loss `{name}` should be above {bound:g}, because {method} works with its "
-                f"distance from there. Found {value:g}. {advice}"
+                f"Loss `{name}` should be above {bound:g}, because {type(weighting).__name__} "
+                f"{weighting.bound_reason}. Found {value:g}. If this batch has no such loss, leave "
+                f"it out of the dict. Otherwise: {weighting.bound_advice}"
             )
     return ~losses.isfinite() if overflowed else None
 

@@ -5,7 +5,6 @@ It calls no other part.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moo_balance._nonfinite import FaultCounts
+from moo_balance._warnings import warn
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import State
@@ -36,10 +36,11 @@ class Staged:
         present: Those of this batch.
         state: State of the method after the step, for all declared losses.
         coefficients: What multiplies the gradients, shape [K] for the losses of this batch.
-        metrics: What ``optimizer.metrics`` will show; None if the step must be skipped.
+        metrics: What ``optimizer.metrics`` will show; of a step that must be skipped, its losses.
         valid: Whether the values were finite, on the device; None where the host has checked.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
+        differentiated: Whether that backward pass has run.
         reevaluations: How to evaluate the batch again after the step.
         scaling: The loss scaler that the gradients were scaled with.
     """
@@ -48,16 +49,29 @@ class Staged:
     present: tuple[str, ...]
     state: State
     coefficients: Tensor
-    metrics: StepMetrics | None = None
+    metrics: StepMetrics = field(default_factory=StepMetrics)
     valid: Tensor | None = None
     skip: bool = False
     combined: bool = False
+    differentiated: bool = False
     reevaluations: Sequence[Reevaluation] = ()
     scaling: Scaling | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""
         return self.valid is not None and not bool(self.valid)
+
+    def mark_differentiated(self, _: Tensor) -> None:
+        """Take note of the backward pass of a combined loss, as a hook of it."""
+        self.differentiated = True
+
+    def explain_skip(self) -> str:
+        """Why the step must be skipped, for a message. Synchronizes."""
+        for name, loss in self.metrics.losses.items():
+            if not bool(loss.isfinite()):
+                return f"loss `{name}` was {float(loss):g}"
+        bound = "" if self.valid is None else ", or a loss not above its bound"
+        return f"a gradient was not finite{bound}"
 
 
 @dataclass(eq=False, repr=False)
@@ -109,7 +123,7 @@ class Record:
         if self.window is not None:
             self.drop_window()
         self.staged = staged
-        self.metrics = staged.metrics or self.metrics
+        self.metrics = staged.metrics
 
     def drop_window(self) -> None:
         """Give the open window up, if there is one, and leave no mark of it in ``.grad``."""
@@ -131,10 +145,11 @@ class Record:
         self.steps += 1
         self.skipped_in_a_row = 0
 
-    def skip(self, most: int | None) -> None:
+    def skip(self, staged: Staged, most: int | None) -> None:
         """Discard a staged step that must not be taken.
 
         Args:
+            staged: The step.
             most: How many may follow one another; None for any number.
 
         Raises:
@@ -144,18 +159,16 @@ class Record:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if most is not None and self.skipped_in_a_row > most:
-            raise NonFiniteError(
-                f"Steps should be skipped now and then only. Found {self.skipped_in_a_row} in a "
-                f"row, which is more than `max_skips={most}`. Look for a parameter that is not "
-                "finite, and resume from a checkpoint with a lower learning rate."
-            )
+            raise NonFiniteError(self._describe_skips(staged, f", more than `max_skips={most}`"))
         if self.skipped_in_a_row == _SKIPS_TO_WARN_OF:
-            warnings.warn(
-                f"Steps should be skipped now and then only. Found {_SKIPS_TO_WARN_OF} in a row "
-                "with a loss or a gradient that is not finite. Look for a parameter that is not "
-                "finite, which no further step can mend.",
-                stacklevel=4,
-            )
+            warn(self._describe_skips(staged))
+
+    def _describe_skips(self, staged: Staged, limit: str = "") -> str:
+        return (
+            f"{self.skipped_in_a_row} steps in a row were skipped{limit}, the last because "
+            f"{staged.explain_skip()}. If a parameter has become NaN, no further step can repair "
+            "it: resume from a checkpoint, perhaps with a lower learning rate."
+        )
 
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
@@ -202,12 +215,11 @@ class Record:
             return
         names = list(present)
         if set(names) != set(staged.present):
-            warnings.warn(
+            warn(
                 f"Losses that are to be balanced with each other should come in one `backward`. "
                 f"Found {names} after {list(staged.present)} without a step in between: gradients "
                 "of the two calls are added up. Pass all losses at once, call `backward` for parts "
-                "of them within `accumulate()`, or call `optimizer.zero_grad()` between steps.",
-                stacklevel=5,
+                "of them within `accumulate()`, or call `optimizer.zero_grad()` between steps."
             )
 
     def check_observed(self, method: str, lagged: str | None) -> None:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state
 from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
-from moo_balance._validation import Given, read_observed_losses
+from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import is_whole, local_part
-from moo_balance.errors import BalanceError, NonFiniteError
+from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.weighting.base import Statistics
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def take_step(
     result = None if closure is None else _run_closure(balancer, closure)
     record.check_window_closed()
     staged = record.staged
-    if staged is None:
+    if staged is None or (staged.combined and not (staged.differentiated or staged.skip)):
         return _step_without_backward(balancer, closure, result)
     try:
         if must_skip(balancer, staged, stepping):
-            record.skip(balancer.max_skips)
+            record.skip(staged, balancer.max_skips)
             return result
         output = balancer.optimizer.step() if take is None else take()
     except BaseException:
@@ -63,7 +63,9 @@ def take_step(
 
 def _run_closure(balancer: Balancer, closure: Callable[[], Any]) -> Any:
     """Evaluate a closure of `step`; if it returns losses, balance them."""
+    check_closure(closure)
     first, reevaluations = balancer.make_repeatable(closure)
+    before = balancer.record.staged
     try:
         result = evaluate(first)
     except BaseException as error:
@@ -76,7 +78,29 @@ def _run_closure(balancer: Balancer, closure: Callable[[], Any]) -> Any:
         _, batch = balancer.prepare(result, reevaluations=reevaluations)
         balancer.optimizer.zero_grad()
         balancer.balance(batch)
+    elif balancer.record.staged is not before:
+        _check_observable(balancer, balancer.record.staged)
     return result
+
+
+def _check_observable(balancer: Balancer, staged: Staged | None) -> None:
+    """Refuse what a closure has staged without a way to evaluate the losses after the step.
+
+    A trainer's own, which called `combined_loss`, may still be followed by `observe`.
+    """
+    if (
+        staged is None
+        or staged.combined
+        or staged.reevaluations
+        or not (balancer.observes_step and balancer.is_due)
+    ):
+        return
+    balancer.record.staged = None  # the closure will be evaluated again, on cleared gradients
+    raise BalanceError(
+        f"{balancer.method} needs the losses of the same batch after the step. Found a closure of "
+        "`step` that has called `backward` itself. Return the dict of losses from the closure, and "
+        "leave `backward` to `step`."
+    )
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -84,10 +108,22 @@ def _raise(error: BaseException) -> NoReturn:
 
 
 def _step_without_backward(balancer: Balancer, closure: object, result: object) -> Any:
-    """Handle a step with nothing staged: an error, except in two cases that change nothing."""
-    optimizer = balancer.optimizer
+    """Handle a step without gradients of ours: an error, except where nothing is to change."""
+    optimizer, is_combined = balancer.optimizer, balancer.record.staged is not None
     if closure is not None and result is None and all(p.grad is None for p in balancer.params):
+        balancer.record.staged = None
         return None  # a trainer skips this batch
+    if is_combined:
+        raise BalanceError(
+            "`step` should follow `combined_loss(losses).backward()`. Found a `combined_loss` "
+            "without its backward pass. Call `.backward()` of what it returns."
+        )
+    if closure is not None:
+        raise BalanceValueError(
+            "The closure given to `step` should return a dict of losses by name. Found "
+            f"{type(result).__name__}. A trainer's own closure may return anything once it has "
+            "called `combined_loss(losses).backward()`."
+        )
     if all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups):
         return optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
     raise BalanceError(

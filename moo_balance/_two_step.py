@@ -17,6 +17,8 @@ from moo_balance._grad_scaler import Scaling
 from moo_balance._record import Staged
 from moo_balance._stepping import must_skip, take_step
 from moo_balance.errors import BalanceError, BalanceValueError
+from moo_balance.weighting._identity import lagged_form
+from moo_balance.weighting.base import Weighting
 
 if TYPE_CHECKING:
     from moo_balance._balancer import Balancer
@@ -28,9 +30,11 @@ def has_two_steps(optimizer: Optimizer) -> bool:
     return all(map(callable, steps))
 
 
-def check_steps(optimizer: Optimizer, nonfinite: str) -> None:
-    """Refuse an optimizer whose step cannot be called, or cannot be skipped where it should be."""
+def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> None:
+    """Refuse an optimizer whose step cannot be called, skipped or observed where it should be."""
     if has_two_steps(optimizer):
+        if weighting.observes_step:
+            raise _not_observable(optimizer, weighting)
         if nonfinite == "skip":
             raise BalanceValueError(
                 f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "
@@ -49,6 +53,17 @@ def check_steps(optimizer: Optimizer, nonfinite: str) -> None:
             f"{type(optimizer).__name__}, whose `step` needs `{required[0]}`: a closure that it "
             "evaluates itself cannot be balanced. Use an optimizer that steps on `.grad`."
         )
+
+
+def _not_observable(optimizer: Optimizer, weighting: Weighting) -> BalanceValueError:
+    lagged = lagged_form(weighting)
+    instead = f"Choose {lagged}, which compares" if lagged else "Choose a method that compares"
+    return BalanceValueError(
+        "Parameter `weighting` should not need the losses after the step with "
+        f"{type(optimizer).__name__}, which takes its second gradient at other parameters than "
+        "those that the step starts from, so that losses before and after it do not compare. Found "
+        f"{type(weighting).__name__}. {instead} the losses of one batch with those of the next."
+    )
 
 
 def _is_required(argument: inspect.Parameter) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,18 @@ from moo_balance.weighting.base import Weighting
 
 def check_optimizer(optimizer: object) -> None:
     """Refuse what is no plain first-order optimizer."""
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+    if isinstance(optimizer, OptimizerWrapper):
+        raise BalanceValueError(
+            "Parameter `optimizer` should be a plain torch.optim.Optimizer. Found "
+            f"{type(optimizer).__name__}: it is already wrapped."
+        )
+    if isinstance(optimizer, type):
+        raise BalanceValueError(
+            "Parameter `optimizer` should be a plain torch.optim.Optimizer. Found the class "
+            f"{optimizer.__name__}. Pass an instance, such as "
+            f"`{optimizer.__name__}(model.parameters())`."
+        )
+    if not isinstance(optimizer, Optimizer):
         raise BalanceValueError(
             "Parameter `optimizer` should be a plain torch.optim.Optimizer. "
             f"Found {type(optimizer).__name__}."
@@ -103,7 +114,17 @@ def read_shared_params(
     """The parameters named by ``shared_params=``; an error if the optimizer does not train them."""
     if params is None:
         return None
-    shared = list(params.parameters() if isinstance(params, nn.Module) else params)
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    is_tensor = isinstance(params, Tensor)  # whose rows are no parameters
+    is_iterable = isinstance(params, Iterable) and not is_tensor
+    shared: list[Any] = list(params) if is_iterable else [params]
+    if is_tensor or not all(isinstance(param, Tensor) for param in shared):
+        kind = "a single tensor" if is_tensor else f"{params!r:.60}"
+        raise BalanceValueError(
+            "Parameter `shared_params` should be a module, or a list of parameters. Found "
+            f"{kind}. Pass for example `model.trunk` or `[model.weight]`."
+        )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     unknown = [p for p in shared if id(p) not in trained and p.requires_grad]
     if not shared or unknown:
@@ -137,13 +158,31 @@ def read_losses(losses: object, declared: Sequence[str] | None) -> dict[str, Ten
 
     Args:
         losses: What was passed to ``backward``.
-        declared: Names known from earlier calls; None in the first one.
+        declared: Names known from earlier steps; None before the first one.
     """
     scalars = _read_scalars(losses, declared)
     for name, loss in scalars.items():
         if not loss.requires_grad:
             raise _no_graph(name, loss)
     return scalars
+
+
+def check_no_closure(losses: object) -> None:
+    """Refuse a closure given to ``combined_loss``, which could not be evaluated again."""
+    if callable(losses):
+        raise BalanceValueError(
+            "Parameter `losses` of `combined_loss` should hold the losses themselves. Found "
+            "a closure. Call it: `combined_loss(closure())`."
+        )
+
+
+def check_closure(closure: object) -> None:
+    """Refuse what is given to ``step`` in place of a function."""
+    if not callable(closure):
+        raise BalanceValueError(
+            "`step` takes a function that computes the losses. Found "
+            f"{type(closure).__name__}. Call `backward(losses)`, then `step()`."
+        )
 
 
 def read_observed_losses(
@@ -186,9 +225,9 @@ def _check_declared(names: Iterable[str], declared: Sequence[str]) -> None:
     for name in names:
         if name not in declared:
             raise BalanceValueError(
-                f"Loss `{name}` was never declared. Found {_quote(declared)} so far. The first "
-                "call declares the names; give `loss_names=[…]` to BalancedOptimizer if some "
-                "losses come later."
+                f"Loss `{name}` is none of the declared ones, {_quote(declared)}. The first step "
+                "declares the names; give `loss_names=[…]` to BalancedOptimizer if some losses "
+                "come later."
             )
 
 

@@ -65,7 +65,15 @@ class OptimizerWrapper(Optimizer):
         # A copy is asked for names, such as `__setstate__`, before it has any attribute.
         if name.startswith("_") or "_wrapped" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._wrapped, name)
+        try:
+            return getattr(self._wrapped, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"neither {type(self).__name__} nor the wrapped {type(self._wrapped).__name__} has "
+                f"an attribute {name!r}",
+                name=name,
+                obj=self,
+            ) from error
 
     def __dir__(self) -> list[str]:
         public = (name for name in dir(self._wrapped) if not name.startswith("_"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -81,6 +81,16 @@ class StepMetrics:
         if values is None:
             return {}
         return dict(zip(self._keys(pairs), values.float().tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        """Synchronizes with the device."""
+        vectors = {kind: values.tolist() for kind, values in self._vectors().items()}
+        columns = [[f"{value:.4g}" for value in values] for values in vectors.values()]
+        each = [
+            f"{name}: {', '.join(map(' '.join, zip(vectors, row, strict=True)))}"
+            for name, *row in zip(self.names, *columns, strict=True)
+        ]
+        return f"{type(self).__name__}({'; '.join(each)})"
 
     def _by_name(self, values: Tensor | None) -> dict[str, Tensor]:
         return {} if values is None else dict(zip(self.names, values.unbind(), strict=True))
@@ -207,22 +217,37 @@ class History:
 
     def append(self, metrics: StepMetrics) -> None:
         """Add the metrics of one step."""
+        if not isinstance(metrics, StepMetrics):
+            raise BalanceValueError(
+                "Parameter `metrics` should be the `metrics` of a BalancedOptimizer. Found "
+                f"{type(metrics).__name__}. Call `history.append(optimizer.metrics)`."
+            )
         self._steps.append(metrics)
         self._appended += 1
 
     def __len__(self) -> int:
         return len(self._steps)
 
+    def __repr__(self) -> str:
+        count = len(self)
+        bound = "" if self._steps.maxlen is None else f", maxlen={self._steps.maxlen}"
+        return f"{type(self).__name__}({count} step{'s' * (count != 1)}{bound})"
+
     def keys(self, pairs: bool | None = None) -> list[str]:
         """All keys that a step has, in order of appearance; `pairs` as in ``log_dict``."""
         return list(dict.fromkeys(key for step in self._steps for key in step._keys(pairs)))
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps that have `key`, counted from 0, the first that was added, and its values."""
+        """Steps that have `key`, counted from 0, the first that was added, and its values.
+
+        Raises:
+            BalanceValueError: No step has it. An empty history returns empty lists.
+        """
         first = self._appended - len(self._steps)
         values = {index: step._value(key) for index, step in enumerate(self._steps, first)}
         present = {index: value for index, value in values.items() if value is not None}
         if not present:
+            self._check_empty("key", key, self.keys())
             return [], []
         device = next(iter(present.values())).device
         stacked = torch.stack([value.to(device, torch.float32) for value in present.values()])
@@ -232,16 +257,28 @@ class History:
         """Draw all series of a kind (``"loss"``, ``"weight"``, ``"coefficient"``, ``"cosine"``).
 
         Needs matplotlib, which is imported here and nowhere else. Returns the axes.
+
+        Raises:
+            BalanceValueError: No step has a series of that kind.
         """
+        keys = [key for key in self.keys() if key.startswith(f"{kind}/")]
+        if not keys:
+            self._check_empty("kind", kind, dict.fromkeys(k.partition("/")[0] for k in self.keys()))
         import matplotlib.pyplot as plt
 
         ax = plt.figure().add_subplot() if ax is None else ax
-        for key in self._keys_of(kind):
+        for key in keys:
             ax.plot(*self.series(key), label=key.removeprefix(f"{kind}/"))
         ax.set_xlabel("step")
         ax.set_ylabel(kind)
-        ax.legend()
+        if keys:
+            ax.legend()
         return ax
 
-    def _keys_of(self, kind: str) -> Iterator[str]:
-        return (key for key in self.keys() if key.startswith(f"{kind}/"))
+    def _check_empty(self, argument: str, value: str, known: Iterable[str]) -> None:
+        """Refuse a key or kind that no step has, unless there is no step yet."""
+        if self._steps:
+            raise BalanceValueError(
+                f"Parameter `{argument}` should be one of {', '.join(map(repr, known))}. "
+                f"Found {value!r}."
+            )

@@ -63,7 +63,8 @@ class BalancedOptimizer(OptimizerWrapper):
 
     An optimizer that takes two gradients for one step, such as SAM, has ``first_step`` and
     ``second_step`` in place of ``step``. ``backward`` comes before each, and the second is the one
-    that counts: the losses and weights of the first are not kept::
+    that counts: the losses and weights of the first are not kept. A method that needs the losses
+    after the step does not fit; its lagged form does::
 
         optimizer.backward(model(batch))
         optimizer.first_step(zero_grad=True)
@@ -129,7 +130,7 @@ class BalancedOptimizer(OptimizerWrapper):
         check_method(weighting, engine)
         check_loss_names(loss_names)
         check_options(nonfinite, max_skips, check_ranks_every, process_group)
-        check_steps(optimizer, nonfinite)
+        check_steps(optimizer, nonfinite, weighting)
         super().__init__(optimizer)
         self._balancer = Balancer(
             optimizer,
@@ -279,6 +280,8 @@ class BalancedOptimizer(OptimizerWrapper):
         Raises:
             BalanceError: Nothing was staged: ``backward`` or ``combined_loss`` comes first. Or
                 ranks have drifted apart.
+            BalanceValueError: The closure is no function, or returns no losses by name where none
+                were balanced before.
             NonFiniteError: A gradient is not finite, on any rank; checked on the CPU only. Or more
                 than ``max_skips`` steps were skipped in a row.
             Exception: Whatever the closure raises. If it does so in the second evaluation, the step
@@ -313,7 +316,8 @@ class BalancedOptimizer(OptimizerWrapper):
         """Pass the losses of the same batch after the step to a method that needs them.
 
         For loops that evaluate again themselves. Between two such steps (``every``), after a step
-        that was skipped, or for a method that does not need them, this does nothing.
+        that was skipped, when called twice, or for a method that does not need them, this does
+        nothing.
 
         Args:
             losses: The losses of the last ``backward``, all of them, evaluated again.

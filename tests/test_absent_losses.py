@@ -156,7 +156,7 @@ def test_names_can_be_declared_before_they_are_seen(method):
 def test_a_loss_that_was_never_declared_is_refused(method):
     model, optimizer = setup(method)
     train(model, optimizer, [0], ("a", "b"))
-    with pytest.raises(BalanceValueError, match=r"`c` was never declared. Found `a`, `b`"):
+    with pytest.raises(BalanceValueError, match=r"`c` is none of the declared ones, `a`, `b`\."):
         optimizer.backward(model.losses(1))
 
 

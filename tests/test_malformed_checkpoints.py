@@ -45,7 +45,7 @@ MALFORMED = [
     ("steps", True, "`steps`.*Found True"),
     ("steps", None, "`steps`.*Found None"),
     ("steps", torch.tensor([1, 2]), "`steps`.*Found tensor"),
-    ("steps", 0, r"should hold \{\}"),
+    ("steps", 0, "should hold nothing"),
     ("skipped", -3, "`skipped`.*Found -3"),
     ("skipped", None, "`skipped`.*Found None"),
     ("awaiting", "a", "`awaiting`.*Found 'a'"),
@@ -115,6 +115,34 @@ def test_a_malformed_state_is_refused_and_changes_nothing(method, value, message
     checkpoint["balance"]["state"]["logits"] = value
     train(model, optimizer, [2])
     assert_refused(model, optimizer, lambda: optimizer.load_state_dict(checkpoint), message)
+
+
+@pytest.mark.parametrize(
+    "key", ["format", "weighting", "names", "steps", "skipped", "awaiting", "state"]
+)
+@over_some("FAMO-adam")
+def test_a_missing_part_is_named_and_no_other_version_blamed(method, key):
+    _, optimizer = trained(method)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    del checkpoint["balance"][key]
+    with pytest.raises(BalanceValueError, match=f"without `{key}`. Remove the entry") as caught:
+        optimizer.load_state_dict(checkpoint)
+    assert "another version" not in str(caught.value)
+
+
+@over_some("FAMO-adam")
+def test_only_the_part_of_the_state_that_differs_is_named(method):
+    _, optimizer = trained(method)
+    for edit, message in (
+        (lambda state: state.update(logits=torch.ones(2)), r"{'logits': \(3,\)}.*{'logits': \(2,"),
+        (lambda state: state.pop("logits"), r"hold {'logits': \(3,\)} for .* Found nothing"),
+        (lambda state: state.update(more=torch.ones(2)), r"hold nothing for .*{'more': \(2,\)}"),
+    ):
+        checkpoint = copy.deepcopy(optimizer.state_dict())
+        edit(checkpoint["balance"]["state"])
+        with pytest.raises(BalanceValueError, match=f"{message}.*or is damaged") as caught:
+            optimizer.load_state_dict(checkpoint)
+        assert "exp_avg" not in str(caught.value)
 
 
 @pytest.mark.parametrize("balance", [None, 3, "text", [], ["format"]], ids=str)

@@ -229,10 +229,15 @@ def test_a_history_keeps_the_steps_at_which_a_figure_was_present(method):
     steps, values = history.series("loss/c")
     assert steps == [0, 2, 3]
     assert values[-1] == pytest.approx(optimizer.metrics.losses["c"].item(), rel=1e-6)
-    assert history.series("loss/d") == ([], [])
+    with pytest.raises(BalanceValueError, match=r"`key` should be one of 'loss/a', .*'loss/d'\.$"):
+        history.series("loss/d")
     assert history.keys()[:3] == ["loss/a", "loss/b", "loss/c"]
-    cosines = {"Sum": [], "MGDA-none": [0, 2, 3], "MGDA-every": [0, 3]}[method.id]
-    assert history.series("cosine/a,c")[0] == cosines
+    if method.id == "Sum":
+        with pytest.raises(BalanceValueError, match="Found 'cosine/a,c'"):
+            history.series("cosine/a,c")
+    else:
+        cosines = {"MGDA-none": [0, 2, 3], "MGDA-every": [0, 3]}[method.id]
+        assert history.series("cosine/a,c")[0] == cosines
 
 
 def test_a_history_is_not_changed_by_later_steps():
@@ -266,6 +271,33 @@ def test_a_bounded_history_keeps_the_last_steps_and_their_numbers():
 def test_a_bound_that_is_no_number_of_steps_is_refused(maxlen):
     with pytest.raises(BalanceValueError, match=f"`maxlen`.*Found {maxlen!r}"):
         History(maxlen)
+
+
+@pytest.mark.parametrize("metrics", [None, {"loss/a": 1.0}, Sum()], ids=["none", "dict", "other"])
+def test_a_history_takes_metrics_only(metrics):
+    history = History()
+    with pytest.raises(BalanceValueError, match=f"`metrics`.*Found {type(metrics).__name__}"):
+        history.append(metrics)
+    assert len(history) == 0
+
+
+def test_a_history_says_what_it_has():
+    history = History()
+    assert (repr(history), history.series("loss/a")) == ("History(0 steps)", ([], []))
+    history.append(random_metrics(3))
+    assert repr(history) == "History(1 step)"
+    assert repr(History(maxlen=5)) == "History(0 steps, maxlen=5)"
+    for kind in ("weigth", "los"):
+        with pytest.raises(BalanceValueError, match=f"`kind` .* 'loss', 'weight', .*'{kind}'"):
+            history.plot(kind)
+
+
+def test_metrics_are_shown_by_name_in_few_digits():
+    losses, weights = torch.tensor([1 / 3, 2e5]), torch.tensor([0.25, math.nan])
+    assert repr(StepMetrics()) == "StepMetrics()"
+    assert repr(StepMetrics(("a", "b"), None, losses, weights)) == (
+        "StepMetrics(a: loss 0.3333, weight 0.25; b: loss 2e+05, weight nan)"
+    )
 
 
 def test_a_history_keeps_no_more_than_the_metrics_of_each_step():

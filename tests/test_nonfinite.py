@@ -402,13 +402,40 @@ def test_the_tenth_skipped_step_in_a_row_warns_and_the_last_allowed_one_raises_n
     model, optimizer = spoiled_parameters(max_skips=12)
     for step in range(9):
         one_step(optimizer, model.losses(step))
-    with pytest.warns(UserWarning, match="Found 10 in a row"):
+    message = "10 steps in a row were skipped, the last because loss `a` was nan. If a parameter"
+    with pytest.warns(UserWarning, match=message):
         one_step(optimizer, model.losses(9))
     for step in (10, 11):
         one_step(optimizer, model.losses(step))
-    with pytest.raises(NonFiniteError, match="Found 13 in a row, which is more than `max_skips=12"):
+    message = "13 steps .* more than `max_skips=12`, the last because loss `a` was nan.*checkpoint"
+    with pytest.raises(NonFiniteError, match=message):
         one_step(optimizer, model.losses(12))
     assert optimizer.log_dict()["moo/skipped"] == 13
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(change_value, "loss `b` was inf"), (spoil_gradient, "a gradient was not finite")],
+)
+@over_some("Sum", "FAMO-lagged", "MGDA-none")
+def test_skips_are_explained_by_the_loss_or_the_gradient(method, spoil, reason):
+    model, optimizer = setup(method, nonfinite="skip", max_skips=0)
+    with pytest.raises(NonFiniteError, match=reason):
+        one_step(optimizer, spoil(model.losses(), math.inf))
+
+
+@over_kinds
+def test_metrics_of_a_skipped_step_are_its_own(method):
+    model, optimizer = setup(method, nonfinite="skip")
+    for _ in range(2):  # skipped as the first step, and after one that was taken
+        skipped = change_value(model.losses(1), math.nan)
+        one_step(optimizer, skipped)
+        figures = optimizer.log_dict(prefix="")
+        assert set(figures) == {"loss/a", "loss/b", "loss/c", "skipped"}
+        assert figures["loss/a"] == pytest.approx(skipped["a"].item())
+        assert math.isnan(figures["loss/b"])
+        train(model, optimizer, [0])
+        assert math.isfinite(optimizer.log_dict(prefix="")["loss/b"])
 
 
 @pytest.mark.parametrize("spoil", [change_value, spoil_gradient])
@@ -425,7 +452,7 @@ def test_any_number_of_steps_may_be_skipped_on_request():
     model, optimizer = spoiled_parameters(max_skips=None)
     for step in range(9):
         one_step(optimizer, model.losses(step))
-    with pytest.warns(UserWarning, match="Found 10 in a row"):
+    with pytest.warns(UserWarning, match="10 steps in a row"):
         one_step(optimizer, model.losses())
     for step in range(10, 120):
         one_step(optimizer, model.losses(step))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from torch import nn
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, FixedWeights, Sum
 from moo_balance.engine import PerLoss
+from moo_balance.integrations.accelerate import backward as accelerate_backward
 from tests.support.problems import (
     SmallModel,
     adam,
     as_vector,
     flat_gradient,
+    gradients,
     grouped,
     jacobian,
     setup,
@@ -24,7 +28,7 @@ from tests.support.problems import (
     train,
     train_plainly,
 )
-from tests.support.registry import NAMES, over_kinds, over_some
+from tests.support.registry import NAMES, over, over_kinds, over_some
 
 # ---------------------------------------------------------------------- parameter groups
 
@@ -287,13 +291,41 @@ def test_the_weighting_is_an_attribute():
 # ---------------------------------------------------------------------- losses in separate calls
 
 
-@over_kinds
+@over(lambda method: type(method.make(NAMES)) not in (Sum, FixedWeights))
 def test_losses_that_come_in_separate_calls_are_warned_of(method):
     """Their gradients are added up, each balanced by itself: a plain sum."""
     model, optimizer = setup(method, loss_names=NAMES)
     optimizer.backward(model.losses(0, ["a"]))
-    with pytest.warns(UserWarning, match=r"Found \['b', 'c'\] after \['a'\] without a step"):
+    with pytest.warns(UserWarning, match=r"Found \['b', 'c'\] after \['a'\]") as caught:
         optimizer.backward(model.losses(0, ["b", "c"]))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@over_some("Sum", "FixedWeights")
+def test_losses_may_come_in_separate_calls_where_each_has_a_coefficient_of_its_own(method):
+    model, optimizer = setup(method, loss_names=NAMES)
+    optimizer.backward(model.losses())
+    expected = [grad.clone() for grad in gradients(model)]
+    optimizer.zero_grad()
+    optimizer.backward(model.losses(0, ["a"]))
+    optimizer.backward(model.losses(0, ["b", "c"]))
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_a_warning_points_to_the_line_of_the_loop():
+    """Through a closure, a scheduler's wrapper of `step`, and Accelerate's backward."""
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), MGDA(), nonfinite="skip")
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for _ in range(9):
+        optimizer.step(lambda: {"a": model.losses()["a"] * math.nan})
+    with pytest.warns(UserWarning, match="10 steps in a row") as caught:
+        optimizer.step(lambda: {"a": model.losses()["a"] * math.nan})
+    accelerator = SimpleNamespace(gradient_accumulation_steps=1, sync_gradients=True, scaler=None)
+    optimizer.backward(lambda: model.losses(0, ["a"]))
+    with pytest.warns(UserWarning, match="should come in one `backward`") as more:
+        accelerate_backward(accelerator, optimizer, lambda: model.losses(0, ["b"]))
+    assert [warning.filename for warning in (*caught, *more)] == [__file__] * 2
 
 
 @over_kinds

@@ -70,6 +70,7 @@ def test_a_commit_applies_what_was_staged_and_nothing_before() -> None:
 
 def test_a_skipped_step_is_counted_and_leaves_the_state() -> None:
     record = Record()
-    record.stage(Staged(NAMES, NAMES, full_state(), torch.ones(4), skip=True))
-    record.skip(most=None)
+    staged = Staged(NAMES, NAMES, full_state(), torch.ones(4), skip=True)
+    record.stage(staged)
+    record.skip(staged, most=None)
     assert (record.steps, record.skipped, record.state, record.staged) == (0, 1, None, None)

@@ -784,7 +784,7 @@ def test_what_is_given_to_observe_may_be_corrected():
     optimizer.backward(model.losses())
     optimizer.step()
     before = snapshot(optimizer.state_dict()["balance"]["state"])
-    with pytest.raises(BalanceValueError, match="never declared"):
+    with pytest.raises(BalanceValueError, match="none of the declared ones"):
         optimizer.observe(another(model.losses()))
     with pytest.raises(BalanceError, match="needs the losses"):
         optimizer.backward(model.losses())

@@ -126,14 +126,30 @@ def test_a_loss_at_its_bound_is_refused_by_name_value_and_method(method):
     for name, bound in bounds.items():
         for value in (bound, bound - 1.5):
             at_fault = replace(name, lambda loss, value=value: loss - loss.detach() + value)
-            message = (
-                rf"`{name}` should be above {bound:g}, because {type(optimizer.weighting).__name__}"
-            )
+            named = type(optimizer.weighting).__name__
+            message = f"`{name}` should be above {bound:g}, because {named} takes the logarithm of"
             with pytest.raises(BalanceValueError, match=message) as caught:
                 optimizer.backward(at_fault(model.losses(2)))
-            assert f"Found {value:g}." in str(caught.value)
+            assert f"Found {value:g}. If this batch has no such loss" in str(caught.value)
     assert whole_state(model, optimizer) == before
     assert snapshot(gradients(model)) == grads
+
+
+@pytest.mark.parametrize(
+    ("weighting", "reason"),
+    [
+        (MGDA("loss"), "MGDA divides by it."),
+        (MGDA("log"), "MGDA takes the logarithm of"),
+        (MovingAverage(MGDA("loss+")), "MovingAverage divides by it."),
+        (SmoothTchebycheff(log=True), "SmoothTchebycheff takes the logarithm of"),
+    ],
+    ids=repr,
+)
+def test_the_reason_for_a_bound_is_what_the_method_does(weighting, reason):
+    model = SmallModel()
+    at_fault = replace("a", lambda loss: loss - loss.detach())
+    with pytest.raises(BalanceValueError, match=f"above 0, because {reason}"):
+        BalancedOptimizer(sgd(model), weighting).backward(at_fault(model.losses()))
 
 
 @over(lambda method: min(method.bounds(NAMES)) == -math.inf)
@@ -143,6 +159,17 @@ def test_a_negative_loss_is_accepted_where_no_logarithm_is_taken(method):
         optimizer.zero_grad()
         optimizer.backward({name: -loss for name, loss in model.losses().items()})
         optimizer.step()
+
+
+@over_kinds
+def test_the_first_step_declares_the_names(method):
+    model, optimizer = setup(method)
+    optimizer.backward(model.losses(0, ["c"]) if method.kind != "known" else model.losses())
+    optimizer.zero_grad()
+    train(model, optimizer, [0], ["a", "b"] if method.kind != "known" else NAMES)
+    name = "c" if method.kind != "known" else "d"
+    with pytest.raises(BalanceValueError, match=f"`{name}` is none of.*first step declares"):
+        optimizer.backward({**model.losses(1), name: model.losses(1)["c"]})
 
 
 @over_kinds
@@ -205,7 +232,7 @@ def test_observing_other_losses_is_refused_and_can_be_repeated(method):
     after = model.losses()
     faults = {
         r"`losses`.*Found `a`, `b`": {name: after[name] for name in "ab"},
-        r"`d`.*never declared": {**after, "d": after["a"]},
+        r"`d`.*none of the declared ones": {**after, "d": after["a"]},
         r"`b`.*Found float": {**after, "b": 1.0},
         r"`b`.*shape \(2,\)": {**after, "b": torch.ones(2)},
         r"`losses`.*Found list": list(after.values()),
@@ -259,14 +286,70 @@ def test_a_closure_that_has_called_backward_itself_is_refused(method):
 
 
 @over_kinds
+def test_a_closure_that_has_called_backward_and_returns_a_scalar(method):
+    """As that of a plain optimizer. Nothing can be evaluated again after its step."""
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        return sum(optimizer.backward(model.losses(1)).values())
+
+    if method.kind == "observing":
+        for _ in range(2):
+            with pytest.raises(BalanceError, match=r"Found a closure of `step` that has called"):
+                optimizer.step(closure)
+        assert whole_state(model, optimizer) == before
+        optimizer.step(lambda: model.losses(1))
+    else:
+        assert optimizer.step(closure).requires_grad
+    assert optimizer.state_dict()["balance"]["steps"] == 2
+
+
+@over_kinds
 def test_a_closure_that_returns_no_losses_changes_nothing(method):
     model, optimizer = setup(method)
     train(model, optimizer, [0])
     before = whole_state(model, optimizer)
-    for result in (None, 1.0, model.losses()["a"]):
-        with pytest.raises(BalanceError):
+    losses = model.losses()
+    for result in (None, 1.0, losses["a"], list(losses.values())):
+        message = rf"closure given to `step` should return a dict.*Found {type(result).__name__}\."
+        with pytest.raises(BalanceValueError, match=message):
             optimizer.step(lambda result=result: result)
     assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_losses_where_a_function_belongs_or_the_other_way_round_are_refused(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = whole_state(model, optimizer)
+    for losses in (model.losses(), list(model.losses().values())):
+        message = rf"takes a function.*Found {type(losses).__name__}. Call `backward\(losses\)`"
+        with pytest.raises(BalanceValueError, match=message):
+            optimizer.step(losses)
+    with pytest.raises(BalanceValueError, match=r"Found a closure. Call it: `combined_loss\("):
+        optimizer.combined_loss(model.losses)
+    assert whole_state(model, optimizer) == before
+
+
+@over_kinds
+def test_a_combined_loss_without_its_backward_is_no_step(method):
+    model, optimizer = setup(method)
+    train(model, optimizer, [0])
+    before = snapshot(model.state_dict())
+    for clears in (False, True):  # gradients of the step before are no substitute
+        if clears:
+            optimizer.zero_grad()
+        combined = optimizer.combined_loss(model.losses(1))
+        with pytest.raises(BalanceError, match=r"`combined_loss\(losses\).backward\(\)`"):
+            optimizer.step()
+        assert snapshot(model.state_dict()) == before
+        assert optimizer.state_dict()["balance"]["steps"] == 1
+    combined.backward()
+    optimizer.step()
+    assert optimizer.state_dict()["balance"]["steps"] == 2
 
 
 @over_kinds
@@ -312,7 +395,9 @@ def arguments_at_fault():
     yield "optimizer", (None, Sum()), {}, "NoneType"
     yield "optimizer", (model, Sum()), {}, "SmallModel"
     yield "optimizer", (line_search, Sum()), {}, "line search"
-    yield "optimizer", (BalancedOptimizer(inner, Sum()), Sum()), {}, "BalancedOptimizer"
+    wrapped = BalancedOptimizer(inner, Sum())
+    yield "optimizer", (wrapped, Sum()), {}, "BalancedOptimizer: it is already wrapped"
+    yield "optimizer", (torch.optim.SGD, Sum()), {}, "Found the class SGD. Pass an instance"
     yield "weighting", (inner, FAMO), {}, "FAMO"
     yield "weighting", (inner, "famo"), {}, "'famo'"
     yield "engine", (inner, Sum()), {"engine": "rows"}, "'rows'"
@@ -325,6 +410,9 @@ def arguments_at_fault():
     yield "shared_params", (inner, MGDA()), {"shared_params": []}, "none"
     yield "shared_params", (inner, MGDA()), {"shared_params": [stranger]}, r"shape \(2,\)"
     yield "shared_params", (inner, MGDA()), {"shared_params": nn.Linear(2, 3)}, r"shape \(3, 2\)"
+    yield "shared_params", (inner, MGDA()), {"shared_params": "trunk"}, "module.*Found 'trunk'"
+    yield "shared_params", (inner, MGDA()), {"shared_params": stranger}, "Found a single tensor"
+    yield "shared_params", (inner, MGDA()), {"shared_params": 3}, "Found 3"
     yield "check_ranks_every", (inner, Sum()), {"check_ranks_every": -1}, "-1"
     yield "process_group", (inner, Sum()), {"process_group": "gloo"}, "'gloo'"
     yield "bounds", (inner, FAMO(bounds={"d": 1.0})), {"loss_names": ["a"]}, "`d`"
@@ -379,7 +467,7 @@ def test_a_loss_at_its_bound_leads_to_arguments_that_the_method_has(method):
     at_fault = replace("a", lambda loss: loss - loss.detach() - 5.0)
     with pytest.raises(BalanceValueError, match="should be above") as caught:
         optimizer.backward(at_fault(model.losses()))
-    advice = str(caught.value).partition("Found -5. ")[2]
+    advice = str(caught.value).partition("Otherwise: ")[2]
     name, arguments = re.match(r"Give (\w+) (.*), or a loss that stays above", advice).groups()
     cls = getattr(moo_balance, name)
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ def log_coefficients(weights: Tensor, distances: Tensor, renormalize: bool = Tru
 _SAFE = 1e-30  # neither this nor its inverse is near an end of float32's range
 
 
+TAKES_LOG = "takes the logarithm of its distance to that bound"
+"""The ``bound_reason`` of most methods that have one."""
+
+
 def advise(weighting: Weighting, arguments: str) -> str:
     """The ``bound_advice`` of a method that some arguments of its own can help."""
     return f"Give {type(weighting).__name__} {arguments}, or a loss that stays above."
@@ -133,27 +137,54 @@ def check_range(
     weighting: Weighting,
     argument: str,
     low: float = -math.inf,
-    high: float = math.inf,
+    below: float = math.inf,
     open: bool = False,
+    text: str = "",
 ) -> None:
-    """Refuse a hyper-parameter, or an entry of a named one, outside [low, high] or (low, high)."""
+    """Refuse a hyper-parameter, or an entry of a named one, outside [low, below).
+
+    Args:
+        weighting: The method.
+        argument: The hyper-parameter.
+        low: The least number; with `open`, the number that it should be above.
+        below: The number that it should be below.
+        open: Exclude `low`.
+        text: A text that stands for another choice, and is checked elsewhere.
+    """
     value = getattr(weighting, argument)
     entries = value.items() if isinstance(value, Mapping) else [("", value)]
     for name, number in entries:
         valid = isinstance(number, (int, float)) and math.isfinite(number)
-        if not valid or not (low < number < high if open else low <= number <= high):
-            span = f"{'(' if open else '['}{low:g}, {high:g}{')' if open else ']'}"
+        if not valid or not (low < number if open else low <= number) or not number < below:
             where = f"`{argument}[{name!r}]`" if name else f"`{argument}`"
             raise BalanceValueError(
-                f"Parameter {where} of {type(weighting).__name__} should be a finite number in "
-                f"{span}. Found {number!r}."
+                f"Parameter {where} of {type(weighting).__name__} should be a finite number"
+                f"{_describe_range(low, below, open)}{f', or {text!r}' if text else ''}. "
+                f"Found {number!r}."
             )
+
+
+def _describe_range(low: float, below: float, open: bool) -> str:
+    least = f"{'above' if open else 'at least'} {low:g}" if low > -math.inf else ""
+    limits = [limit for limit in (least, f"below {below:g}" if below < math.inf else "") if limit]
+    return f", {' and '.join(limits)}" if limits else ""
+
+
+def check_mapping(weighting: Weighting, argument: str, **limits: Any) -> None:
+    """Refuse what maps no names to numbers, or a number outside of :func:`check_range`."""
+    value = getattr(weighting, argument)
+    if not isinstance(value, Mapping):
+        raise BalanceValueError(
+            f"Parameter `{argument}` of {type(weighting).__name__} should map each loss's name to "
+            f"a finite number. Found {value!r}."
+        )
+    check_range(weighting, argument, **limits)
 
 
 def check_preference(weighting: Weighting) -> None:
     """Refuse a ``preference`` with an entry that is not positive."""
     if getattr(weighting, "preference", None) is not None:
-        check_range(weighting, "preference", 0.0, open=True)
+        check_mapping(weighting, "preference", low=0.0, open=True)
 
 
 def check_choice(weighting: Weighting, argument: str, choices: Sequence[object]) -> None:

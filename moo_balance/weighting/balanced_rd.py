@@ -15,6 +15,7 @@ from moo_balance.functional import (
     project_simplex,
 )
 from moo_balance.weighting._arguments import (
+    TAKES_LOG,
     advise,
     check_choice,
     check_range,
@@ -143,6 +144,8 @@ class AnalyticQP(GramianWeighting):
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_whole(self, "every", 1)
+
+    bound_reason = TAKES_LOG
 
     @property
     def bound_advice(self) -> str:

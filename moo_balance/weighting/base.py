@@ -94,6 +94,11 @@ class Weighting(ABC):
         return [-torch.inf] * len(names)
 
     @property
+    def bound_reason(self) -> str:
+        """What the method does that needs the bound, as the error message says after its name."""
+        return "works with its distance to that bound"
+
+    @property
     def bound_advice(self) -> str:
         """What to do about a loss that is not above its bound, as the error message ends."""
         return "Give a loss that stays above."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moo_balance.weighting._adam import adam, init_adam
 from moo_balance.weighting._arguments import (
+    TAKES_LOG,
     FloatOrByName,
     advise,
     check_choice,
@@ -52,6 +53,8 @@ class LogitWeighting(Weighting):
     @property
     def observes_step(self) -> bool:
         return not self.lagged
+
+    bound_reason = TAKES_LOG
 
     @property
     def bound_advice(self) -> str:

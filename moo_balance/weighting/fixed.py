@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from moo_balance.weighting._arguments import (
+    TAKES_LOG,
     FloatOrByName,
     advise,
+    check_mapping,
     check_names,
     check_range,
     constants_like,
@@ -74,7 +76,7 @@ class FixedWeights(Weighting):
 
     def __post_init__(self) -> None:
         copy_mappings(self)
-        check_range(self, "values")
+        check_mapping(self, "values")
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("values", self.values, names, complete=True)
@@ -130,6 +132,8 @@ class SumLog(Weighting):
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
         return {}
+
+    bound_reason = TAKES_LOG
 
     @property
     def bound_advice(self) -> str:

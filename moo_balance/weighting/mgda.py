@@ -11,6 +11,7 @@ from torch import Tensor
 from moo_balance.functional import gradient_scales, min_norm_weights
 from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
+    TAKES_LOG,
     advise,
     check_choice,
     check_whole,
@@ -67,6 +68,10 @@ class MGDA(GramianWeighting):
     def __post_init__(self) -> None:
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
         check_whole(self, "every", 1)
+
+    @property
+    def bound_reason(self) -> str:
+        return TAKES_LOG if self.normalize == "log" else "divides by it"
 
     @property
     def bound_advice(self) -> str:

@@ -75,7 +75,7 @@ class MovingAverage(Weighting):
                 f"`MGDA()`. Found {self.weighting!r}."
             )
         if self.beta != "adaptive":
-            check_range(self, "beta", 0.0, math.nextafter(1.0, 0.0))
+            check_range(self, "beta", 0.0, below=1.0, text="adaptive")
 
     @property
     def uses_gramian(self) -> bool:
@@ -92,6 +92,10 @@ class MovingAverage(Weighting):
     @property
     def observes_step(self) -> bool:
         return self.weighting.observes_step
+
+    @property
+    def bound_reason(self) -> str:
+        return self.weighting.bound_reason
 
     @property
     def bound_advice(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional import smooth_tchebycheff, smooth_tchebycheff_log, tchebycheff
 from moo_balance.weighting._arguments import (
+    TAKES_LOG,
     FloatOrByName,
     advise,
     broadcastable,
@@ -70,7 +71,7 @@ class Tchebycheff(Weighting):
         copy_mappings(self)
         check_preference(self)
         if self.ideal != "running":
-            check_range(self, "ideal")
+            check_range(self, "ideal", text="running")
         check_range(self, "augment", 0.0)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
@@ -160,6 +161,8 @@ class SmoothTchebycheff(Weighting):
                 "Parameters `nadir` and `warmup_steps` of SmoothTchebycheff should not both be "
                 "given: the warm-up measures the nadir. Leave one out."
             )
+
+    bound_reason = TAKES_LOG
 
     @property
     def bound_advice(self) -> str:

@@ -91,7 +91,9 @@ def test_other_loss_names_in_a_later_step_are_refused():
     losses = losses_of(model, share(2))
     losses[on_rank_1("d", "c")] = losses.pop("c")
     with refused(
-        model, optimizer, on_rank_1("Loss `d` was never declared", "1 of 2 ranks could not compute")
+        model,
+        optimizer,
+        on_rank_1("Loss `d` is none of the declared ones", "1 of 2 ranks could not compute"),
     ):
         optimizer.backward(losses)
 

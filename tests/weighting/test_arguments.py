@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from moo_balance import BalanceValueError, FixedWeights, RandomWeights, SumLog, Tchebycheff
-from moo_balance.weighting import Statistics
+from moo_balance import (
+    FAMO,
+    BalanceValueError,
+    FixedWeights,
+    MovingAverage,
+    RandomWeights,
+    SumLog,
+    Tchebycheff,
+)
+from moo_balance.weighting import Statistics, Weighting
 from moo_balance.weighting._arguments import (
     broadcastable,
     check_choice,
@@ -89,9 +99,31 @@ def test_the_entry_out_of_range_is_named() -> None:
     weighting = FixedWeights({"a": 1.0, "b": 7.0})
     with pytest.raises(BalanceValueError, match=r"`values\['b'\]` of FixedWeights.*Found 7"):
         check_range(weighting, "values", 0.0, 5.0)
-    check_range(weighting, "values", 0.0, 7.0)
-    with pytest.raises(BalanceValueError, match=r"\(0, 7\)"):
-        check_range(weighting, "values", 0.0, 7.0, open=True)
+    check_range(weighting, "values", 1.0, 7.5)
+    with pytest.raises(BalanceValueError, match=r"finite number, above 1\. Found 1"):
+        check_range(weighting, "values", 1.0, open=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedWeights({"a": math.inf}), "should be a finite number. Found inf"),
+        (lambda: FAMO(decay=-1.0), "should be a finite number, at least 0. Found -1"),
+        (lambda: FAMO(lr=0.0), "should be a finite number, above 0. Found 0"),
+        (lambda: MovingAverage(FAMO(), beta=2), ", at least 0 and below 1, or 'adaptive'. Found 2"),
+        (lambda: MovingAverage(FAMO(), beta="no"), "below 1, or 'adaptive'. Found 'no'"),
+        (lambda: Tchebycheff(ideal="worst"), "finite number, or 'running'. Found 'worst'"),
+        (lambda: FixedWeights([1.0, 2.0]), r"map each loss's name to a finite.* Found \[1.0, 2.0"),
+        (lambda: FixedWeights(1.0), "map each loss's name to a finite number. Found 1.0"),
+        (lambda: Tchebycheff([1.0]), "`preference` of Tchebycheff should map each loss's name"),
+    ],
+)
+def test_the_range_is_said_in_words(make: Callable[[], Weighting], message: str) -> None:
+    with pytest.raises(BalanceValueError, match=message):
+        make()
+    MovingAverage(FAMO(), beta=math.nextafter(1.0, 0.0))
+    with pytest.raises(BalanceValueError, match="below 1"):
+        MovingAverage(FAMO(), beta=1.0)
 
 
 def test_a_choice_that_is_not_offered_is_refused() -> None:
@@ -114,5 +146,5 @@ def test_a_number_that_is_not_whole_or_too_small_is_refused(value: object) -> No
 def test_a_preference_is_positive_or_left_out() -> None:
     check_preference(Tchebycheff())
     check_preference(SumLog())
-    with pytest.raises(BalanceValueError, match=r"`preference\['a'\]`.*\(0, inf\). Found 0"):
+    with pytest.raises(BalanceValueError, match=r"`preference\['a'\]`.*number, above 0. Found 0"):
         Tchebycheff(preference={"a": 0.0})
