@@ -82,7 +82,7 @@ class BalancedOptimizer(OptimizerWrapper):
             for example those that all losses share. Every parameter of the optimizer receives its
             gradient in any case. Default: all of them.
         engine: How gradients are taken. Default: ``PerLoss()``.
-        loss_names: Names of all losses, if the first call will not have them all.
+        loss_names: Names of all losses, if the first step will not have them all.
         nonfinite: What to do about a loss or gradient that is not finite: ``"raise"`` (default) or
             ``"skip"``, which takes no step and counts it. On an accelerator the check does not
             synchronize: the balance keeps its state, and ``log_dict`` reports. With a
@@ -157,11 +157,13 @@ class BalancedOptimizer(OptimizerWrapper):
     ) -> Losses:
         """Add the balanced gradient to ``.grad``, in place of ``sum(losses.values()).backward()``.
 
-        Hooks of parameters see the balanced gradient, once. Hooks on AccumulateGrad nodes do so in
-        one process; they should be registered before the first call, in which they are looked for.
+        Hooks of parameters see the balanced gradient, once. Hooks on their AccumulateGrad nodes do
+        so, too, if they are registered before the first call that takes gradients of single losses
+        (for a Gramian, or in a window), which looks for them; later ones do not run in such calls.
+        With several ranks, sharded parameters or a reentrant checkpoint such a call refuses them.
 
         Args:
-            losses: Scalar tensors by name. The first call declares the names; later a loss may be
+            losses: Scalar tensors by name. The first step declares the names; later a loss may be
                 absent, and the others are balanced among themselves. Or a closure that computes
                 them: then ``step`` can evaluate it again for a method that needs the losses after
                 the step (see :meth:`step`).
@@ -209,9 +211,8 @@ class BalancedOptimizer(OptimizerWrapper):
         plain loop does, unless parameters have hooks, which see the sum over the window.
 
         Which parameters train may change within a window: a gradient stays with its parameter, also
-        if that is frozen later. Clearing gradients, here or by ``model.zero_grad()``, gives the
-        window up. To notice that, one parameter without a gradient has one of almost zero
-        meanwhile.
+        if that is frozen later. Clearing gradients, here or by ``model.zero_grad()``, discards the
+        window. To notice that, one parameter without a gradient has one of almost zero meanwhile.
         """
         record = self._balancer.record
         outer, record.accumulating = record.accumulating, True
@@ -232,7 +233,8 @@ class BalancedOptimizer(OptimizerWrapper):
         For trainers that call ``backward`` themselves. A method with a Gramian differentiates each
         loss here; ``backward`` of the scalar then only writes the result. Each call balances one
         batch; under a trainer's own gradient accumulation the last one is committed. Arguments and
-        errors as for :meth:`backward`; the scalar itself is not scaled.
+        errors as for :meth:`backward`. With `grad_scaler`, the scalar itself is not scaled: call
+        ``scaler.scale(optimizer.combined_loss(losses, grad_scaler=scaler)).backward()``.
 
         With a Gramian, the scalar can be differentiated once: ``create_graph=True`` is refused. On
         several ranks its ``backward`` writes the average to ``.grad``, and nothing flows through
@@ -334,7 +336,8 @@ class BalancedOptimizer(OptimizerWrapper):
         """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
         Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` after
-        the prefix. Synchronizes with the device, once.
+        the prefix. The last is the number of steps that ``nonfinite="skip"`` has skipped since the
+        start, without those that a GradScaler has skipped. Synchronizes with the device, once.
 
         Args:
             prefix: Prefix of the keys.

@@ -469,6 +469,18 @@ class Inference(nn.Module):
         return self.linear(inputs) * self.scale.clone() + float(self.count)
 
 
+class ReadStatistics(nn.Module):
+    """Running statistics that training mode reads, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, inputs):
+        outputs = self.linear(inputs) + self.norm.running_mean.sin()
+        return self.norm(outputs) * self.norm.running_var.mean()
+
+
 class Resized(nn.Module):
     """A cache that grows, and one that is exchanged."""
 
@@ -501,6 +513,7 @@ MODELS = {
     "batch norm": lambda: Model(linear_with(nn.BatchNorm1d(4))),
     "cumulative batch norm": lambda: Model(linear_with(nn.BatchNorm1d(4, momentum=None))),
     "batch norm in evaluation": lambda: Model(linear_with(nn.BatchNorm1d(4)).eval()),
+    "batch norm whose statistics are read": lambda: Model(ReadStatistics()),
     "dropout": lambda: Model(linear_with(nn.Dropout(0.5))),
     "transformer": lambda: Model(transformer(True)),
     "transformer in evaluation": lambda: Model(transformer(False)),

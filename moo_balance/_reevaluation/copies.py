@@ -32,7 +32,6 @@ class Copies:
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.others: dict[int, tuple[Tensor, Tensor]] = {}
         self.shapes: list[tuple[Tensor, Tensor]] = []
-        self.read: set[int] = set()
 
     def add(self, tensor: Tensor, effect: Effect = WRITES) -> None:
         """Copy a tensor, unless there is a copy already.
@@ -48,8 +47,6 @@ class Copies:
             return
         if effect.reshapes:
             self.shapes.append((tensor, tensor.data))
-        if not effect.is_blind:
-            self.read.add(address)
         if address not in self.storages:
             self.add_storage(tensor.untyped_storage())
 
@@ -98,7 +95,6 @@ class KnownWrites:
 
     def __init__(self) -> None:
         self._storages: dict[int, Callable[[], torch.UntypedStorage | None]] = {}
-        self._unread: set[int] = set()
         self._modes: set[int] = set()
         self._count = 0
         self._quiet = 0
@@ -108,19 +104,13 @@ class KnownWrites:
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
         return KnownWrites, ()  # a copy of a model has other tensors
 
-    def add_to(self, copies: Copies, only_read: bool = False) -> None:
-        """Copy all that is known and still in use.
-
-        Args:
-            copies: Where to add the copies.
-            only_read: Leave out what the results do not depend on.
-        """
+    def add_to(self, copies: Copies) -> None:
+        """Copy all that is known and still in use."""
         for address, reference in list(self._storages.items()):
             storage = reference()
             if storage is None or storage.data_ptr() != address:
                 del self._storages[address]
-                self._unread.discard(address)
-            elif not (only_read and address in self._unread):
+            else:
                 copies.add_storage(storage)
 
     def watch_first(
@@ -159,7 +149,6 @@ class KnownWrites:
         new = copies.storages.keys() - self._storages.keys()
         for address in new:
             self._storages[address] = weak_reference(copies.storages[address][0])
-        self._unread = (self._unread | new) - copies.read
         is_quiet = not (new or copies.others or copies.shapes)
         self._quiet = self._quiet + 1 if is_quiet else 0
 

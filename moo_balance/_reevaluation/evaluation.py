@@ -52,7 +52,7 @@ class Reevaluation:
             self._modules, [*self._params, *self._tensors], only_versions=not self._known.assigns
         )
         self._before = Copies()
-        self._known.add_to(self._before, only_read=True)
+        self._known.add_to(self._before)
         with self._known.watch_first(self._before, self._modules):
             result = evaluate(self._closure)
         self._known.draws_from_numpy = self._numpy.has_changed()

@@ -1,6 +1,6 @@
 """Attributes of modules, and what tensors refer to: keeps both, and assigns them again.
 
-A write in place changes neither, and is found elsewhere (``_written.py``).
+A write in place changes neither, and is found elsewhere (``copies.py``).
 """
 
 from __future__ import annotations

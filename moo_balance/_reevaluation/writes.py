@@ -30,7 +30,6 @@ class Effect(NamedTuple):
     Args:
         writes: Position and name of each argument that it writes.
         training: Position and name of the argument without which it does not write.
-        is_blind: Whether its results do not depend on what it overwrites.
         reshapes: Whether it changes sizes or memory of the tensor, not only values.
         returns_new: Whether it returns tensors in new memory.
         fills_out: Whether it writes an argument called ``out``.
@@ -38,7 +37,6 @@ class Effect(NamedTuple):
 
     writes: tuple[tuple[int, str], ...] = ()
     training: tuple[int, str] | None = None
-    is_blind: bool = False
     reshapes: bool = False
     returns_new: bool = False
     fills_out: bool = False
@@ -67,18 +65,16 @@ def _read_schema(function: Any, schema: Any) -> Effect:
         for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    training, is_blind = None, False
+    training = None
     if not writes:
         # The schemas of batch norm and of collectives do not say that they write.
         writes = [each for each in ("running_mean", "running_var") if each in places]
         training = next((each for each in ("training", "train") if each in places), None)
-        is_blind = bool(writes)
         if namespace == "c10d" and name in ("allreduce_", "broadcast_"):
             writes = [schema.arguments[0].name]
     return Effect(
         writes=tuple((places[each], each) for each in writes),
         training=None if training is None else (places[training], training),
-        is_blind=is_blind,
         reshapes=torch.Tag.inplace_view in function.tags,
         # `_unsafe_view` conceals that it returns a view, and so may operators of others.
         returns_new=namespace == "aten"
