@@ -243,7 +243,7 @@ class Sides:
             self.optimizer._balancer.record.drop_window()
             self.optimizer = self._wrap(0.5)
             self.twin.names = self.arguments["loss_names"]
-        self.optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(deepcopy(saved))  # PyTorch goes on in its tensors
         for name, value in deepcopy(memory).items():
             if name != "names" or value is not None:  # names that are known stay known
                 setattr(self.twin, name, value)
