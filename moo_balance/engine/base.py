@@ -276,10 +276,10 @@ def precomputed_gradient(value: Tensor, gradients: Row, problem: Problem) -> Ten
     On several ranks, which have averaged the gradients, they are written to ``.grad`` directly:
     returned to the parameters, they would start the averaging of a data-parallel model.
     """
-    if problem.averager is not None:
+    reached = [(g, p) for g, p in zip(gradients, problem.params, strict=True) if g is not None]
+    if problem.averager is not None or not reached:  # it has a backward pass in any case
         start = torch.zeros((), device=value.device, requires_grad=True)
         return _Precomputed.apply(value, gradients, problem, start)  # type: ignore[no-any-return, no-untyped-call]
-    reached = [(g, p) for g, p in zip(gradients, problem.params, strict=True) if g is not None]
     params = [p for _, p in reached]
     return _Precomputed.apply(value, [g for g, _ in reached], None, *params)  # type: ignore[no-any-return, no-untyped-call]
 
