@@ -134,7 +134,7 @@ class Twin:
                 rows = batch.rows  # those of earlier micro-batches are in `.grad` already
                 self._check_known(sums, coefficients)
             self.deliver(combine(rows, coefficients), scale or 1.0)
-            self.coefficients = coefficients
+        self.coefficients = coefficients or {}
         self.staged, self.window = staged, None
 
     def keeps_rows(self, window: Sums) -> bool:
@@ -172,7 +172,9 @@ class Twin:
     def _check_known(self, sums: Sums, coefficients: dict[str, float]) -> None:
         """Coefficients that earlier micro-batches were given must still hold."""
         before = (self.window or sums).coefficients or {}
-        if any(coefficients[name] != value for name, value in before.items()):
+        # Those of a step that a scaler will skip are NaN.
+        changed = [name for name in before if coefficients[name] != before[name]]
+        if any(math.isfinite(coefficients[name]) for name in changed):
             raise Refused("a loss joins the window")
 
     def weigh(self, sums: Sums) -> tuple[Stage, dict[str, float] | None]:
@@ -225,7 +227,7 @@ class Twin:
         staged.combined, staged.repeats, staged.scaled = True, [], False
         if coefficients is not None:
             self.deliver(combine(batch.rows, coefficients), factor)
-            self.coefficients = coefficients
+        self.coefficients = coefficients or {}
         self.staged = staged
 
     def deliver(self, total: Row, factor: float) -> None:
