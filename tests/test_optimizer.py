@@ -343,3 +343,13 @@ def test_the_same_losses_twice_or_in_a_window_or_after_a_step_are_not_warned_of(
         optimizer.zero_grad()
     optimizer.combined_loss(model.losses(0, ["a"])).backward()
     optimizer.backward(model.losses(0, ["b"]))
+
+
+@over_kinds
+def test_losses_that_reach_no_parameter_of_the_optimizer_combine_to_a_scalar_with_a_graph(method):
+    """As a plain sum does, whose backward pass then reaches other leaves."""
+    optimizer = BalancedOptimizer(sgd(SmallModel()), method.make(NAMES))
+    theirs = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    losses = {name: 1.0 + (theirs * (k + 1)).square().sum() for k, name in enumerate(NAMES)}
+    optimizer.combined_loss(losses).backward()
+    optimizer.step()
