@@ -58,7 +58,7 @@ class ClearMark:
 
 
 def _reluctance(param: Tensor) -> tuple[bool, bool, int]:
-    """How unsuitable a parameter is."""
+    """Sort key: first one that has a gradient, then a whole one, then the smallest."""
     return param.grad is None, not (param.numel() and is_whole(param)), param.numel()
 
 

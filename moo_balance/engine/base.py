@@ -241,7 +241,7 @@ def deliver(total: Row, problem: Problem) -> None:
             _accumulate(param, gradient)
 
 
-def hooked_nodes(obstacle: str) -> BalanceError:
+def node_hooks_error(obstacle: str) -> BalanceError:
     """The error where hooks of graph nodes cannot be run once, on the balanced gradient."""
     return BalanceError(
         "Hooks should be registered on the parameters themselves here. Found some on their "
