@@ -279,6 +279,6 @@ def check_static_graph(losses: Sequence[Tensor], method: str) -> None:
     if in_static_graph(losses):
         raise BalanceError(
             f"DistributedDataParallel should not have `static_graph=True` together with "
-            f"`accumulate` and {method}: it records its hooks in the first step, where one gradient "
-            "per loss bypasses them. Found it. Use `find_unused_parameters` instead."
+            f"`accumulate` and {method}: it records its hooks in the first step, where gradients "
+            "of single losses bypass them. Found it. Use `find_unused_parameters` instead."
         )

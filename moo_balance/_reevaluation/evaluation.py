@@ -21,7 +21,7 @@ from moo_balance._torch_internals import (
     request_buffer_broadcast,
 )
 from moo_balance.engine.base import is_distributed
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, BalanceValueError
 
 
 class Reevaluation:
@@ -171,9 +171,9 @@ def repeat_all(
         try:
             results.append(reevaluation.repeat())
             if not (is_last or isinstance(results[-1], Mapping)):
-                raise BalanceError(
-                    "A closure should return the same losses when it is evaluated again. Found "
-                    f"{type(results[-1]).__name__}."
+                raise BalanceValueError(
+                    "A closure should return a mapping of losses also when it is evaluated again. "
+                    f"Found {type(results[-1]).__name__}. Return the same losses as at first."
                 )
         except BaseException:
             if agree is not None and not is_last:
