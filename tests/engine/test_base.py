@@ -128,6 +128,14 @@ def test_a_precomputed_gradient_is_scaled_and_added_as_any_other() -> None:
     assert idle.grad is None
 
 
+def test_a_precomputed_gradient_of_no_parameter_has_a_backward_pass_all_the_same() -> None:
+    mine, theirs = parameter(2), parameter(2, seed=1)
+    built = Problem(names=["a"], losses=[theirs.sum()], params=[mine])
+    precomputed_gradient(torch.tensor(3.0), [None], built).backward()
+    assert mine.grad is None
+    assert theirs.grad is None
+
+
 @pytest.mark.parametrize("take", [gradients_of, gradients_through_hooks])
 def test_rows_are_taken_without_touching_grad(take: Any) -> None:
     built = shared()

@@ -18,7 +18,7 @@ from tests.fuzz.models import FuzzModel, next_numbers, random_states, set_random
 from tests.fuzz.twin import MOMENTUM, Failed, Refused, Twin
 from tests.support.problems import snapshot, sum_losses
 
-TINY = 1e-300
+TINY = 1e-290
 INIT_SCALE, GROWTH_INTERVAL = 1024.0, 3
 
 

@@ -288,7 +288,8 @@ class Twin:
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Give the method the losses after the step."""
         if self.awaiting is None:
-            if self.staged is not None and not self.staged.scaled:
+            staged = self.staged
+            if staged is not None and not (staged.scaled or staged.combined):
                 raise Refused("no step was taken")
             return
         if set(losses) != set(self.awaiting):
