@@ -39,10 +39,10 @@ class ClearMark:
             return True
         if self.grad.is_sparse or not is_whole(self.grad):
             return False
-        if self.grad._version == self.version:
-            # A write by way of `.data` is not counted. Reading a value of the CPU costs nothing.
-            if not (self.is_own and self.grad.is_cpu and self.grad.numel()):
-                return False
+        # A write by way of `.data` is not counted. Reading a value on the CPU costs nothing.
+        is_readable = self.is_own and self.grad.is_cpu and self.grad.numel()
+        if self.grad._version == self.version and not is_readable:
+            return False
         return not bool(self.grad.any())
 
     def remove(self) -> None:
@@ -58,7 +58,7 @@ class ClearMark:
 
 
 def _reluctance(param: Tensor) -> tuple[bool, bool, int]:
-    """How unsuitable a parameter is."""
+    """Sort key: first one that has a gradient, then a whole one, then the smallest."""
     return param.grad is None, not (param.numel() and is_whole(param)), param.numel()
 
 

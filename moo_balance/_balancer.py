@@ -25,6 +25,7 @@ from moo_balance._nonfinite import (
     Flags,
     flag_gradients,
     flag_losses,
+    is_on_cpu,
     replace_nonfinite,
     select_state,
 )
@@ -35,7 +36,7 @@ from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import Given, check_no_closure, read_features, read_losses
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
-from moo_balance.engine.base import hooked_nodes, is_distributed, stack_losses
+from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses
 from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
@@ -77,7 +78,6 @@ class Balancer:
     inspected: dict[Tensor, bool] = field(default_factory=dict, init=False)
     last_params: Sequence[Tensor] = field(default=(), init=False)
     node_hooks: Sequence[int] = field(default=(), init=False)
-    closures_return_losses: bool = field(default=False, init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,8 @@ class Balancer:
         self.adds_up = type(self.weighting) in (FixedWeights, Sum)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Process groups can be neither copied nor pickled; graphs and their hooks are not.
+        # Process groups can be neither copied nor pickled; the others concern the parameters of
+        # this object, not those of a copy.
         return {**self.__dict__, "ranks": None, "inspected": {}, "last_params": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancer:
@@ -204,7 +205,7 @@ class Balancer:
         if self.ranks is not None:
             params = self.params
             if self._takes_rows(params) and self._find_node_hooks(params):
-                raise hooked_nodes("several ranks, which average gradients")
+                raise node_hooks_error("several ranks, which average gradients")
         if not combined and not self.adds_up:
             record.warn_of_separate_losses(present)
         return Given(present, read, returned)
@@ -226,7 +227,10 @@ class Balancer:
             return True
         if window is not None and window.coefficients is not None:
             return False  # it has begun with ordinary passes
-        return bool(hooked_positions(params) or self._find_node_hooks(params))
+        # Ranks must decide alike, and may have other hooks.
+        return self.ranks is None and bool(
+            hooked_positions(params) or self._find_node_hooks(params)
+        )
 
     def _find_node_hooks(self, params: Sequence[Tensor]) -> Sequence[int]:
         """Positions of parameters whose graph nodes have hooks.
@@ -364,11 +368,11 @@ class Balancer:
         """Add a micro-batch to the window; open one if there is none."""
         window = self.record.window or Accumulation(scaling=batch.scaling)
         statistics = window.sum_losses(batch.statistics)
-        # Only finite values are needed here: bounds hold for the window as a whole.
-        unbounded = [-math.inf] * len(statistics.names)
         try:
-            scaled = batch.scaling is not None
-            flag_losses(statistics, unbounded, self.weighting, scaled)
+            if is_on_cpu(statistics.losses):
+                # Only finite values are needed here: bounds hold for the window as a whole.
+                unbounded = [-math.inf] * len(statistics.names)
+                flag_losses(statistics, unbounded, self.weighting, batch.scaling is not None)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -382,7 +386,7 @@ class Balancer:
         problem = batch.problem
         if self._takes_rows(problem.params):
             if not self.uses_gramian:
-                self._check_static_graph(problem, "accumulate")
+                self._check_static_graph(problem)
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
             window.gradients = gradients
@@ -435,9 +439,9 @@ class Balancer:
         given = self.process_group is not None and self.process_group != "auto"
         return given or self.ranks is not None or is_distributed()
 
-    def _check_static_graph(self, problem: Problem, what: str) -> None:
+    def _check_static_graph(self, problem: Problem) -> None:
         if problem.averager is not None and self.record.steps == 0:
-            check_static_graph(problem.losses, what, self.method)
+            check_static_graph(problem.losses, self.method)
 
     def check_ranks(self, ranks: Ranks) -> None:
         """Compare the ranks after each of the first three steps and every so many."""

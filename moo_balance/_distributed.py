@@ -73,7 +73,8 @@ def find_ranks(group: Any, known: Ranks | None) -> Ranks | None:
 class Ranks:
     """A process group whose ranks see different data and take the same steps.
 
-    Every method is a collective: all ranks call it, and either all return or all raise.
+    Every method but `digest_trainable` is a collective: all ranks call it, and either all return or
+    all raise.
 
     Args:
         group: The process group.
@@ -273,17 +274,11 @@ def _checksum(tensor: Tensor) -> Tensor:
     return torch.stack([values.sum(), values.dot(values)])
 
 
-def check_static_graph(losses: Sequence[Tensor], what: str, method: str) -> None:
-    """Refuse what the static graph of DistributedDataParallel cannot take in its first step.
-
-    Args:
-        losses: The losses of the first step.
-        what: The call or argument that does not fit.
-        method: Name of the weighting.
-    """
+def check_static_graph(losses: Sequence[Tensor], method: str) -> None:
+    """Refuse a window in the first step of DistributedDataParallel with a static graph."""
     if in_static_graph(losses):
         raise BalanceError(
-            f"DistributedDataParallel should not have `static_graph=True` together with `{what}` "
-            f"and {method}: it records its hooks in the first step, where one gradient per loss "
-            "bypasses them. Found it. Use `find_unused_parameters` instead."
+            f"DistributedDataParallel should not have `static_graph=True` together with "
+            f"`accumulate` and {method}: it records its hooks in the first step, where gradients "
+            "of single losses bypass them. Found it. Use `find_unused_parameters` instead."
         )

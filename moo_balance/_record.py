@@ -1,6 +1,6 @@
 """All that a BalancedOptimizer remembers between calls, except about process groups.
 
-It calls no other part.
+It calls no other part but for warnings, and the mark of a window.
 """
 
 from __future__ import annotations
@@ -173,8 +173,9 @@ class Record:
     def discard_gradients(self) -> None:
         """Gradients were cleared, and with them what was staged on them."""
         self.drop_window()
-        # Trainers clear gradients between `combined_loss` and `backward`, too.
-        if self.staged is not None and not self.staged.combined:
+        staged = self.staged
+        # Trainers clear gradients between `combined_loss` and its backward pass, too.
+        if staged is not None and (staged.differentiated or not staged.combined):
             self.staged = None
 
     def drop_step(self) -> None:

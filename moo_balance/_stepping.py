@@ -69,10 +69,9 @@ def _run_closure(balancer: Balancer, closure: Callable[[], Any]) -> Any:
     try:
         result = evaluate(first)
     except BaseException as error:
-        if balancer.closures_return_losses:  # for which the other ranks are waiting
+        if balancer.record.staged is before:  # the other ranks wait for the losses of this one
             balancer.read(partial(_raise, error), "backward")
         raise
-    balancer.closures_return_losses = isinstance(result, Mapping)
     if isinstance(result, Mapping):
         balancer.record.check_nothing_staged()
         _, batch = balancer.prepare(result, reevaluations=reevaluations)
@@ -159,6 +158,8 @@ def _all_grads_are_finite(balancer: Balancer, staged: Staged) -> bool:
     params, ranks = balancer.params, balancer.ranks
     if not is_distributed():
         return grads_are_finite([p.grad for p in params if p.grad is not None])
+    if not any(param.is_cpu for param in params):  # the same on all ranks
+        return True
     whole = all(map(is_whole, params))
     if not whole and ranks is None:  # ranks that know nothing of each other may disagree
         params = [param for param in params if is_whole(param)]
@@ -218,12 +219,13 @@ def _observe(balancer: Balancer, read: Callable[[], Given]) -> None:
     """
     given, _, values = balancer.read(read, "observe")
     record = balancer.record
-    record.awaiting = None
     try:
         _update(balancer, Statistics(tuple(given.losses), values, step=record.steps))
     except NonFiniteError:
+        record.awaiting = None  # no other values will come of this step
         if balancer.nonfinite == "raise":
             raise
+    record.awaiting = None
 
 
 def _update(balancer: Balancer, statistics: Statistics) -> None:

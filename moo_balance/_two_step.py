@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from moo_balance._grad_scaler import Scaling
 from moo_balance._record import Staged
+from moo_balance._reevaluation import add_note
 from moo_balance._stepping import must_skip, take_step
-from moo_balance.errors import BalanceError, BalanceValueError
+from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.weighting._identity import lagged_form
 from moo_balance.weighting.base import Weighting
 
@@ -100,7 +101,15 @@ def take_second_step(balancer: Balancer, stepping: Optimizer, take: Callable[[],
             "`backward`, `first_step`, `backward` and `second_step`, in this order."
         )
     _read_staged(balancer, "second_step")
-    return take_step(balancer, stepping, take=take)
+    try:
+        return take_step(balancer, stepping, take=take)
+    except NonFiniteError as error:
+        add_note(
+            error,
+            "The parameters are still where `first_step` has moved them. Call `backward` with "
+            "finite losses and `second_step`, which puts them back.",
+        )
+        raise
 
 
 def _read_staged(balancer: Balancer, call: str) -> Staged:
@@ -114,7 +123,7 @@ def _read_staged(balancer: Balancer, call: str) -> Staged:
     return staged
 
 
-def refuse_single_step(optimizer: Optimizer) -> BalanceError:
+def single_step_error(optimizer: Optimizer) -> BalanceError:
     """The error of ``step`` on an optimizer with two steps."""
     return BalanceError(
         f"{type(optimizer).__name__} takes two gradients for one step. Found a call of `step`. "

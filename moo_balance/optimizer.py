@@ -20,7 +20,7 @@ from moo_balance._stepping import observe, take_step
 from moo_balance._torch_internals import hooks_of, mark_as_hooked
 from moo_balance._two_step import (
     check_steps,
-    refuse_single_step,
+    single_step_error,
     take_first_step,
     take_second_step,
 )
@@ -209,7 +209,7 @@ class BalancedOptimizer(OptimizerWrapper):
         Memory: the window keeps K gradients, K·P elements, until it is closed, because weights
         that depend on losses or gradients are known only then. ``Sum``, ``FixedWeights``,
         ``RandomWeights`` and ``OnlineTchebycheff`` know theirs beforehand and need no more than a
-        plain loop does, unless parameters have hooks, which see the sum over the window.
+        plain loop does, unless, in a single process, parameters have hooks, which see the sum.
 
         Which parameters train may change within a window: a gradient stays with its parameter, also
         if that is frozen later. Clearing gradients, here or by ``model.zero_grad()``, discards the
@@ -288,7 +288,7 @@ class BalancedOptimizer(OptimizerWrapper):
                 is taken; a note says so, and the method goes on without these losses.
         """
         if self._balancer.two_steps:
-            raise refuse_single_step(self._wrapped)
+            raise single_step_error(self._wrapped)
         if any(self._step_hooks):
             arguments = {} if closure is None else {"closure": closure}
             return self._step_with_hooks(partial(take_step, self._balancer, self), **arguments)

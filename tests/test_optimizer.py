@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from moo_balance import FAMO, MGDA, BalancedOptimizer, FixedWeights, Sum
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceError, FixedWeights, Sum
 from moo_balance.engine import PerLoss
 from moo_balance.integrations.accelerate import backward as accelerate_backward
 from tests.support.problems import (
@@ -343,3 +343,23 @@ def test_the_same_losses_twice_or_in_a_window_or_after_a_step_are_not_warned_of(
         optimizer.zero_grad()
     optimizer.combined_loss(model.losses(0, ["a"])).backward()
     optimizer.backward(model.losses(0, ["b"]))
+
+
+@over_kinds
+def test_losses_that_reach_no_parameter_of_the_optimizer_combine_to_a_scalar_with_a_graph(method):
+    """As a plain sum does, whose backward pass then reaches other leaves."""
+    optimizer = BalancedOptimizer(sgd(SmallModel()), method.make(NAMES))
+    theirs = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    losses = {name: 1.0 + (theirs * (k + 1)).square().sum() for k, name in enumerate(NAMES)}
+    optimizer.combined_loss(losses).backward()
+    optimizer.step()
+
+
+@over_kinds
+def test_a_combined_loss_whose_gradients_were_cleared_is_no_step(method):
+    model, optimizer = setup(method)
+    optimizer.combined_loss(model.losses()).backward()
+    optimizer.zero_grad()
+    with pytest.raises(BalanceError, match="should follow `backward`"):
+        optimizer.step()
+    assert optimizer.state_dict()["balance"]["steps"] == 0

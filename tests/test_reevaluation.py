@@ -854,6 +854,19 @@ def test_a_checkpoint_that_waits_does_not_block_a_method_that_observes_nothing()
     other.backward(model.losses())
 
 
+def test_observe_may_be_repeated_after_a_loss_below_its_bound():
+    model, optimizer = noisy(FAMO())
+    losses = model.losses()
+    optimizer.backward(losses)
+    optimizer.step()
+    with pytest.raises(BalanceError, match="should be above 0"):
+        optimizer.observe({name: -1 - loss.detach() for name, loss in losses.items()})
+    with pytest.raises(BalanceError, match="needs the losses"):
+        optimizer.backward(model.losses())
+    optimizer.observe(losses)
+    optimizer.backward(model.losses())
+
+
 # ---------------------------------------------------------------------- threads
 
 

@@ -58,11 +58,11 @@ class Copies:
         if address and address not in self.storages:
             self.storages[address] = (storage, storage.clone())  # type: ignore[no-untyped-call]
 
-    def put_back(self, but: Iterable[int | None] = ()) -> None:
+    def put_back(self, except_at: Iterable[int | None] = ()) -> None:
         """Write all copies back, except for the storages at some addresses."""
         for tensor, data in reversed(self.shapes):
             tensor.data = data
-        left_out = set(but)
+        left_out = set(except_at)
         for address, (storage, values) in reversed(self.storages.items()):
             if address not in left_out:
                 if storage.nbytes() != values.nbytes():
@@ -139,7 +139,8 @@ class KnownWrites:
             written: What the first evaluation has written in them.
         """
         modes = hash(tuple((id(module), module.training) for module in modules))
-        unknown = any(memory_address(tensor) not in self._storages for tensor in written)
+        addresses = map(memory_address, written)
+        unknown = any(address and address not in self._storages for address in addresses)
         if unknown or modes not in self._modes:
             self._quiet = 0
             self._modes = {modes, *list(self._modes)[:INTERVAL]}
@@ -166,7 +167,7 @@ class KnownWrites:
 def _add_buffers(copies: Copies, modules: Sequence[nn.Module]) -> None:
     """Copy the buffers of modules in training mode, which NumPy or a compiled function may write.
 
-    Where PyTorch tells of no writes at all, those of the other modules, too.
+    Of all modules if writes cannot be watched, or one is compiled.
     """
     all_of_them = not can_watch_writes() or any(map(is_compiled, modules))
     for module in modules:

@@ -21,7 +21,7 @@ from moo_balance._torch_internals import (
     request_buffer_broadcast,
 )
 from moo_balance.engine.base import is_distributed
-from moo_balance.errors import BalanceError
+from moo_balance.errors import BalanceError, BalanceValueError
 
 
 class Reevaluation:
@@ -131,7 +131,7 @@ class AutocastState:
 
     @contextmanager
     def restore(self) -> Iterator[None]:
-        """Have it so inside."""
+        """Restore it within the context."""
         with ExitStack() as stack:
             for kind, (enabled, dtype) in self._types.items():
                 if torch.is_autocast_enabled(kind) != enabled or enabled:
@@ -170,6 +170,11 @@ def repeat_all(
         is_last = number == len(reevaluations)
         try:
             results.append(reevaluation.repeat())
+            if not (is_last or isinstance(results[-1], Mapping)):
+                raise BalanceValueError(
+                    "A closure should return a mapping of losses also when it is evaluated again. "
+                    f"Found {type(results[-1]).__name__}. Return the same losses as at first."
+                )
         except BaseException:
             if agree is not None and not is_last:
                 agree(False)
@@ -179,9 +184,9 @@ def repeat_all(
                 "All ranks should evaluate their micro-batches again after the step. Found one "
                 "that could not. Its own message says why."
             )
-        if not isinstance(results[-1], Mapping):
-            return results[-1]  # will be refused as a result of the closure
-    return results[0] if len(results) == 1 else add_losses(results)
+    if len(results) == 1 or not isinstance(results[-1], Mapping):
+        return results[-1]  # what is no mapping will be refused as a result of the closure
+    return add_losses(results)
 
 
 def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,10 +12,7 @@ import torch
 
 
 class RandomState:
-    """The state of the random generators of torch and Python.
-
-    Of torch those of the CPU and of the devices in use.
-    """
+    """The state of torch's generators of the CPU and of the devices in use, and of Python's."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()

@@ -241,7 +241,7 @@ def deliver(total: Row, problem: Problem) -> None:
             _accumulate(param, gradient)
 
 
-def hooked_nodes(obstacle: str) -> BalanceError:
+def node_hooks_error(obstacle: str) -> BalanceError:
     """The error where hooks of graph nodes cannot be run once, on the balanced gradient."""
     return BalanceError(
         "Hooks should be registered on the parameters themselves here. Found some on their "
@@ -276,12 +276,13 @@ def precomputed_gradient(value: Tensor, gradients: Row, problem: Problem) -> Ten
     On several ranks, which have averaged the gradients, they are written to ``.grad`` directly:
     returned to the parameters, they would start the averaging of a data-parallel model.
     """
-    reached = [(g, p) for g, p in zip(gradients, problem.params, strict=True) if g is not None]
-    if problem.averager is not None or not reached:  # it has a backward pass in any case
-        start = torch.zeros((), device=value.device, requires_grad=True)
+    # An input that requires a gradient in any case: the losses may reach no parameter.
+    start = torch.zeros((), device=value.device, requires_grad=True)
+    if problem.averager is not None:
         return _Precomputed.apply(value, gradients, problem, start)  # type: ignore[no-any-return, no-untyped-call]
+    reached = [(g, p) for g, p in zip(gradients, problem.params, strict=True) if g is not None]
     params = [p for _, p in reached]
-    return _Precomputed.apply(value, [g for g, _ in reached], None, *params)  # type: ignore[no-any-return, no-untyped-call]
+    return _Precomputed.apply(value, [g for g, _ in reached], None, start, *params)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Precomputed(torch.autograd.Function):
@@ -307,6 +308,6 @@ class _Precomputed(torch.autograd.Function):
             for gradient in ctx.gradients
         ]
         if ctx.problem is None:
-            return None, None, None, *scaled
+            return None, None, None, None, *scaled
         deliver(scaled, ctx.problem)
         return None, None, None, None

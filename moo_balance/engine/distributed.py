@@ -92,22 +92,27 @@ class RowAverager:
 
     def _reduce_reach(self, rows: Sequence[Row], params: Sequence[Tensor]) -> list[frozenset[int]]:
         """For each row the parameters that it reaches on any rank, in this very step."""
-        mask = [[float(gradient is not None) for gradient in row] for row in rows]
+        mask = [
+            [0.0 if gradient is None else 2.0 if gradient.is_sparse else 1.0 for gradient in row]
+            for row in rows
+        ]
         reached = torch.tensor(mask, device=params[0].device)
         dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=self.group)
-        return [frozenset(k for k, there in enumerate(row) if there) for row in reached.tolist()]
+        kinds = reached.tolist()
+        for row in kinds:
+            if 2.0 in row:
+                shape = tuple(params[row.index(2.0)].shape)
+                raise BalanceError(
+                    "Sparse gradients cannot be averaged over ranks row by row. Found one for a "
+                    f"parameter of shape {shape}. Use `sparse=False`, or a method without a "
+                    "Gramian."
+                )
+        return [frozenset(k for k, there in enumerate(row) if there) for row in kinds]
 
     def _send(self, row: Row, indices: Sequence[int], params: Sequence[Tensor]) -> list[Bucket]:
         """Flatten by dtype and device, and begin to reduce."""
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for k in indices:
-            gradient = row[k]
-            if gradient is not None and gradient.is_sparse:
-                raise BalanceError(
-                    "Sparse gradients cannot be averaged over ranks row by row. Found one for a "
-                    f"parameter of shape {tuple(gradient.shape)}. Use `sparse=False`, or a method "
-                    "without a Gramian."
-                )
             kinds.setdefault((params[k].dtype, params[k].device), []).append(k)
         buckets = []
         for (dtype, device), members in kinds.items():

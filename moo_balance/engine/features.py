@@ -39,7 +39,7 @@ from moo_balance.engine.base import (
     deliver,
     gradients_of,
     gradients_through_hooks,
-    hooked_nodes,
+    node_hooks_error,
     precomputed_gradient,
     remove_loss_scale,
     weighted_backward,
@@ -69,7 +69,7 @@ class FeatureGramian(Linearization):
         cotangents, rows = differentiate_heads(self.problem)
         self.at_features = Jacobian(cotangents)
         self.of_heads = Jacobian(rows, ())
-        # Whether a gradient is zero is another question on each rank.
+        # A gradient may be zero on one rank only, and ranks must decide alike.
         is_zero = self.at_features.is_zero if self.problem.averager is None else None
         return products_in_range(partial(self._products, self.at_features), self.dtype, is_zero)
 
@@ -230,4 +230,4 @@ def _check_surroundings(problem: Problem, in_heads: bool, in_trunk: bool) -> Non
     if obstacle is not None:
         raise BalanceError(f"Parameter `features` should be left out here. Found {obstacle}.")
     if in_trunk and problem.node_hooks:
-        raise hooked_nodes("a reentrant checkpoint")
+        raise node_hooks_error("a reentrant checkpoint")

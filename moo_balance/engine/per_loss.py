@@ -28,8 +28,8 @@ from moo_balance.engine.base import (
     deliver,
     gradients_of,
     gradients_through_hooks,
-    hooked_nodes,
     is_distributed,
+    node_hooks_error,
     precomputed_gradient,
     remove_loss_scale,
     weighted_backward,
@@ -241,7 +241,7 @@ def differentiate(
     nodes = nodes_above(problem.losses)
     reentrant = has_reentrant_checkpoint(nodes)
     if (sharded or reentrant) and problem.node_hooks:
-        raise hooked_nodes("sharded parameters" if sharded else "a reentrant checkpoint")
+        raise node_hooks_error("sharded parameters" if sharded else "a reentrant checkpoint")
     if reentrant and problem.averager is not None and not sharded:
         raise _reentrant_on_ranks()
     inputs = None

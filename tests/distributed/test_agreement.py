@@ -319,7 +319,9 @@ def test_steps_that_differ_by_a_power_of_two_are_refused():
         optimizer.backward(losses)
 
 
-@pytest.mark.parametrize(("steps", "call"), [(0, "backward"), (2, "backward"), (2, "step")])
+@pytest.mark.parametrize(
+    ("steps", "call"), [(0, "backward"), (2, "backward"), (0, "step"), (2, "step")]
+)
 def test_an_error_in_the_closure_of_one_rank_ends_the_call_on_all(steps, call):
     model, optimizer = started(steps=0)
     train(model, optimizer, range(steps), by_closure)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from moo_balance import MGDA, BalancedOptimizer, BalanceError
-from tests.support.distributed import Net, adam, losses_of, parameters, share
+from moo_balance import MGDA, BalancedOptimizer, BalanceError, Sum
+from tests.support.distributed import (
+    Net,
+    adam,
+    assert_same_on_all_ranks,
+    losses_of,
+    parameters,
+    share,
+)
 from tests.support.engines import CutAt, everywhere
 
 
@@ -92,3 +100,17 @@ def test_hooks_of_nodes_are_refused_on_all_ranks(rank):
     with pytest.raises(BalanceError, match=r"AccumulateGrad nodes|1 of 2|Rank 1 refused"):
         train(net, FORMS["backward"], steps=1)
     assert all(param.grad is None for param in net.parameters())
+
+
+def test_a_hook_on_one_rank_only_does_not_separate_the_ranks():
+    """A window of a method that knows its coefficients keeps no rows there."""
+    model = DDP(Net())
+    if dist.get_rank() == 1:
+        model.module.trunk[0].weight.register_post_accumulate_grad_hook(lambda param: None)
+    optimizer = BalancedOptimizer(adam(model), Sum())
+    for step in range(2):
+        batch = share(step)
+        optimizer.zero_grad()
+        by_window(optimizer, lambda: losses_of(model, batch))  # noqa: B023
+        optimizer.step()
+    assert_same_on_all_ranks(parameters(model))

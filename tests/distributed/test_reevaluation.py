@@ -103,3 +103,25 @@ def test_buffers_are_broadcast_once_a_step_where_the_model_is_hidden():
         return snapshot(model.state_dict())
 
     assert counts(Hidden) == counts(lambda closure: closure)
+
+
+def test_an_error_in_the_second_evaluation_of_a_window_ends_it_on_all_ranks():
+    model = DDP(Normalized())  # broadcasts buffers in each forward pass
+    optimizer = BalancedOptimizer(adam(model), FAMO())
+    calls = []
+
+    def part(number):
+        calls.append(number)
+        losses = losses_of(model, share(number))
+        if len(calls) == 3 and dist.get_rank() == 1:  # the first of the second evaluations
+            raise RuntimeError("out of memory")
+        return losses
+
+    with optimizer.accumulate():
+        optimizer.backward(lambda: part(0))
+    optimizer.backward(lambda: part(1))
+    expected = RuntimeError if dist.get_rank() == 1 else BalanceError
+    with pytest.raises(expected, match=r"out of memory|evaluate their micro-batches again"):
+        optimizer.step()
+    train(model, optimizer, range(2, 4))
+    assert_same_on_all_ranks(snapshot(list(model.parameters())))

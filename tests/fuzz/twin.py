@@ -306,5 +306,4 @@ class Twin:
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.model.zero_grad(set_to_none)
         self.window = None
-        if self.staged is not None and not self.staged.combined:
-            self.staged = None
+        self.staged = None  # the backward pass of a combined loss has run
