@@ -29,7 +29,11 @@ def directions(gramian: Tensor, scales: Tensor | None = None) -> Directions:
     With `scales`, norms are those of the gradients divided by them, up to a common factor.
     As in :func:`~moo_balance.functional.cosine_similarity`, a zero gradient has cosine 0.
     """
-    host: Array = gramian.detach().to("cpu", torch.float64).numpy()
+    gramian = gramian.detach()
+    if scales is not None and not gramian.is_cpu:  # both in one copy
+        both = torch.cat([gramian, scales.detach()[None]]).to("cpu", torch.float64)
+        gramian, scales = both[:-1], both[-1]
+    host: Array = gramian.to("cpu", torch.float64).numpy()
     if not np.isfinite(host).all():
         refuse_nonfinite(host.tolist())
     squares = host.diagonal()
