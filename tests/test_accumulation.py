@@ -186,6 +186,7 @@ def test_gradients_are_written_at_once_only_if_coefficients_are_known(method):
 
 def live_elements():
     """Elements of all tensors that are alive, each piece of memory counted once."""
+    gc.collect()  # what earlier tests have left
     tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor]
     tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
