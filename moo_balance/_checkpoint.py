@@ -170,9 +170,8 @@ def _read_state(
             f"{weighting}. Found {found or 'nothing'}: it was saved with other settings{text}, or "
             f"is damaged. {_REMEDY}"
         )
-    host = weighting.init(names, torch.device("cpu")) if names else {}
     for key, value in state.items():
-        _check_values(key, value, host[key])
+        _check_values(key, value, initial[key].cpu())
     return {key: _convert(saved[key], value) for key, value in initial.items()}
 
 
@@ -182,11 +181,8 @@ def _read_tensor(key: str, value: object) -> Tensor:
         try:
             numbers = torch.tensor(value, device="cpu")
             # Inferred in the default dtype, which may be narrower.
-            return (
-                torch.tensor(value, dtype=torch.float64, device="cpu")
-                if (numbers.is_floating_point())
-                else numbers
-            )
+            dtype = torch.float64 if numbers.is_floating_point() else numbers.dtype
+            return torch.tensor(value, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise _bad_entry(f"state[{key!r}]", "hold numbers", "something else") from None
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:

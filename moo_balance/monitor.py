@@ -106,18 +106,21 @@ class StepMetrics:
 
     def _keys(self, pairs: bool | None) -> tuple[str, ...]:
         """The keys of :meth:`as_dict`."""
-        if pairs is None:
-            pairs = len(self.names) <= _FEW_LOSSES
-        return _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, pairs)
+        listed = self._lists_pairs(pairs)
+        return _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+
+    def _lists_pairs(self, pairs: bool | None) -> bool:
+        """Whether each pair has a key, given the argument of :meth:`as_dict`."""
+        return len(self.names) <= _FEW_LOSSES if pairs is None else pairs
 
     def _flatten(self, pairs: bool | None) -> Tensor | None:
         """The values of :meth:`as_dict` as one vector; None if there are none."""
         parts = list(self._vectors().values())
         if self.gramian is not None and len(self.names) > 1:
             cosines = self._all_cosines(self.gramian)
-            if pairs is None:
-                pairs = len(self.names) <= _FEW_LOSSES
-            parts.append(cosines if pairs else torch.stack([cosines.amin(), cosines.mean()]))
+            if not self._lists_pairs(pairs):
+                cosines = torch.stack([cosines.amin(), cosines.mean()])
+            parts.append(cosines)
         if not parts:
             return None
         return torch.cat([part.to(parts[0].device) for part in parts])

@@ -91,7 +91,6 @@ class KnownWrites:
     count it (``tensor.data``), or if the closure does not refer to the tensor.
 
     Attributes:
-        draws_from_numpy: Whether an evaluation may draw from NumPy's global generator.
         assigns: Whether the last evaluations assigned attributes of modules.
     """
 
@@ -100,8 +99,7 @@ class KnownWrites:
         self._modes: set[int] = set()
         self._count = 0
         self._quiet = 0
-        self.draws_from_numpy = True
-        self._has_drawn = False
+        self._has_drawn: bool | None = None  # unknown before the first evaluation
         self.assigns = True
 
     def __reduce__(self) -> tuple[type[KnownWrites], tuple[()]]:
@@ -150,10 +148,14 @@ class KnownWrites:
             return nullcontext()
         return watch_writes(copies.add)
 
+    @property
+    def draws_from_numpy(self) -> bool:
+        """Whether an evaluation may draw from NumPy's global generator."""
+        return self._has_drawn is not False
+
     def note_draws(self, has_drawn: bool) -> None:
         """Say whether an evaluation drew from NumPy: once one has, any later one may."""
-        self._has_drawn = self._has_drawn or has_drawn
-        self.draws_from_numpy = self._has_drawn
+        self._has_drawn = bool(self._has_drawn) or has_drawn
 
     def learn(self, copies: Copies) -> None:
         """Remember what a second evaluation has written."""

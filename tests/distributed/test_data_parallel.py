@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from moo_balance import BalancedOptimizer, BalanceError
 from tests.support.distributed import (
     Net,
+    Normalized,
     adam,
     assert_equals_reference,
     by_backward,
@@ -90,16 +90,6 @@ def test_activation_checkpointing(method, reentrant):
     else:
         train(model, optimizer)
         assert_equals_reference(model, optimizer, method, torch.float64)
-
-
-class Normalized(Net):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
-
-    def forward(self, batch):
-        features = self.norm(self.trunk(batch[:, :5]))
-        return [head(features) for head in self.heads]
 
 
 @over_some("FAMO-adam")

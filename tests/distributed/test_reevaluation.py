@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, BalancedOptimizer, BalanceError
-from tests.support.distributed import Net, adam, assert_same_on_all_ranks, losses_of, share, train
+from tests.support.distributed import (
+    Net,
+    Normalized,
+    adam,
+    assert_same_on_all_ranks,
+    losses_of,
+    share,
+    train,
+)
 from tests.support.problems import snapshot
 
 WRAPPERS = {
@@ -80,16 +87,6 @@ def test_an_error_on_one_rank_is_raised_on_all_and_blocks_none():
     assert caught.value.__notes__[0].startswith("The step was taken.")
     train(model, optimizer, range(1, 3))
     assert_same_on_all_ranks(snapshot(model.state_dict()), snapshot(optimizer.state_dict()))
-
-
-class Normalized(Net):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
-
-    def forward(self, batch):
-        features = self.norm(self.trunk(batch[:, :5]))
-        return [head(features) for head in self.heads]
 
 
 def test_buffers_are_broadcast_once_a_step_where_the_model_is_hidden():

@@ -41,6 +41,18 @@ class Net(nn.Module):
         return [head(features) for head in self.heads]
 
 
+class Normalized(Net):
+    """The same with buffers, which DistributedDataParallel broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(7, dtype=torch.float64)
+
+    def forward(self, batch: Tensor) -> list[Tensor]:
+        features = self.norm(self.trunk(batch[:, :5]))
+        return [head(features) for head in self.heads]
+
+
 def share(step: int, dtype: torch.dtype = torch.float64, alone: bool = False) -> Tensor:
     """The batch of a step, or the part of it that this rank trains on."""
     generator = torch.Generator().manual_seed(step)
