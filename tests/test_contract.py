@@ -185,6 +185,15 @@ def test_permuting_the_losses_permutes_the_weights(method, seed, order):
         close(other.coefficients, one.coefficients[list(order)], rtol=1e-7)
 
 
+@over(lambda method: method.never_rises)
+@given(seed=st.integers(0, 10_000))
+def test_the_direction_conflicts_with_no_gradient(method, seed):
+    scene = Scene.random(seed=seed)
+    for rows, answer in zip(scene.jacobians, play(method.make(NAMES), scene), strict=True):
+        slopes = rows @ (answer.coefficients @ rows)
+        assert bool((slopes >= -1e-9 * slopes.abs().max()).all())
+
+
 @over(lambda method: method.scaling is not None)
 @given(seed=st.integers(0, 10_000), which=st.integers(0, 2), decades=st.floats(-6, 6))
 def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):

@@ -1,0 +1,31 @@
+"""The rows of the registry, one module for each family of methods."""
+
+from tests.support.rows import (
+    bargaining,
+    baselines,
+    coordinates,
+    gradient_norms,
+    log_losses,
+    losses,
+    min_norm,
+    stochastic,
+    surgery,
+    targets,
+    tchebycheff,
+    wrappers,
+)
+
+FAMILIES = (
+    bargaining,
+    baselines,
+    coordinates,
+    gradient_norms,
+    log_losses,
+    losses,
+    min_norm,
+    stochastic,
+    surgery,
+    targets,
+    tchebycheff,
+    wrappers,
+)
