@@ -100,7 +100,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the table of methods in the manual says of a class, beside what its rows promise.
+    """What the table of methods in the manual says of a class, apart from what its rows promise.
 
     Args:
         equalizes: What the method makes equal, or minimizes.
