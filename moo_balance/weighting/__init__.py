@@ -13,9 +13,11 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
+from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
+from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
@@ -25,9 +27,11 @@ __all__ = [
     "AnalyticQP",
     "BalancedTrajectory",
     "FixedWeights",
+    "GradVac",
     "GramianWeighting",
     "MovingAverage",
     "OnlineTchebycheff",
+    "PCGrad",
     "RandomWeights",
     "SmoothTchebycheff",
     "State",
