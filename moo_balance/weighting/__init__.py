@@ -3,6 +3,7 @@
 # For methods that are not in the package.
 from moo_balance.weighting._adam import adam as adam, init_adam as init_adam
 from moo_balance.weighting._random import step_generator as step_generator
+from moo_balance.weighting.aligned_mtl import AlignedMTL
 from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
 from moo_balance.weighting.base import (
     GramianWeighting,
@@ -24,6 +25,7 @@ from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 __all__ = [
     "FAMO",
     "MGDA",
+    "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
     "FixedWeights",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moo_balance import GradVac, PCGrad
+from moo_balance import AlignedMTL, GradVac, PCGrad
 from tests.support.method import NAN, Facts, Method, preference, refused, unfit
 
 METHODS = [
@@ -34,6 +34,14 @@ METHODS = [
         total=None,
         equivariant=False,
     ),
+    Method("AlignedMTL", lambda names: AlignedMTL(), kind="gramian", total=None, negative=True),
+    Method(
+        "AlignedMTL-median",
+        lambda names: AlignedMTL("median", "mean", preference(names)),
+        kind="gramian",
+        total=None,
+        negative=True,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -50,6 +58,11 @@ REFUSALS = [
     refused(GradVac, seed=0.5),
     refused(GradVac, every=1.5),
     unfit(GradVac, preference={"a": 1.0, "b": 1.0, "d": 1.0}),
+    refused(AlignedMTL, scale="max"),
+    refused(AlignedMTL, reduction="none"),
+    refused(AlignedMTL, preference={"a": -1.0}),
+    refused(AlignedMTL, every=0),
+    unfit(AlignedMTL, preference={"d": 1.0}),
 ]
 
 FACTS: dict[str, Facts] = {
@@ -60,5 +73,9 @@ FACTS: dict[str, Facts] = {
     "GradVac": Facts(
         equalizes="cosines of gradients, raised to their moving averages",
         relation="PCGrad where the targets are 0",
+    ),
+    "AlignedMTL": Facts(
+        equalizes="lengths of the principal components of the gradients",
+        relation="a plain sum where gradients are orthogonal and equally long",
     ),
 }
