@@ -7,6 +7,7 @@ from moo_balance.weighting.aligned_mtl import AlignedMTL
 from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
 from moo_balance.weighting.base import (
     GramianWeighting,
+    Needs,
     State,
     Statistics,
     Weighting,
@@ -20,6 +21,8 @@ from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
+from moo_balance.weighting.rescaled import Rescaled
+from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
 __all__ = [
@@ -32,9 +35,12 @@ __all__ = [
     "GradVac",
     "GramianWeighting",
     "MovingAverage",
+    "Needs",
     "OnlineTchebycheff",
     "PCGrad",
     "RandomWeights",
+    "Rescaled",
+    "Sequential",
     "SmoothTchebycheff",
     "State",
     "Statistics",
