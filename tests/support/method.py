@@ -69,8 +69,8 @@ class Method:
         never_rises: Whether the direction conflicts with no gradient.
         equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
-            "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
-            divided by their sum. None if unstated.
+            "unchanged"; "inverse", that loss's is divided by s; "shares", that, but for a factor
+            that all have in common. None if unstated.
     """
 
     id: str
