@@ -224,28 +224,31 @@ class GradientNorms(GramianWeighting):
         return state
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        norms = gramian.diagonal().to(state["average"]).clamp(min=0.0).sqrt()
-        measured = norms > 0
-        values = norms
+        norms = gramian.diagonal().to(state["average"].dtype).clamp(min=0.0).sqrt()
+        measured = (norms > 0).to(norms.dtype)
+        values, counted = norms, measured
         if self.smooth == "weights":
             length = self._reference_length(norms, measured, statistics, state)
             values = self._ratios(norms, length)
-        # A value that is not known, as the reference has not been met yet, is left out.
-        rate = (measured & values.isfinite()).to(norms.dtype) * (1.0 - self.beta)
+            # Not measured either: what refers to a loss that has not been met yet.
+            counted = measured * (values < math.inf)
+            values = values.nan_to_num()
+        rate = counted * (1.0 - self.beta)
         state = {
             **state,
-            "average": state["average"].lerp(values.nan_to_num(), rate),
-            "average_weight": state["average_weight"].lerp(torch.ones_like(rate), rate),
+            "average": state["average"].lerp(values, rate),
+            "average_weight": state["average_weight"].lerp(counted, rate),
         }
         if self.smooth == "norms":
-            averages = _debias(state)
-            length = self._reference_length(averages, measured, statistics, state)
+            length = self._reference_length(_debias(state), measured, statistics, state)
         if self._reference_loss is not None:
             state["reference"] = length
-        return {**state, "weights": self._weights(statistics, state, measured)}
+        weights = self._weights(statistics, state, measured)
+        return {**state, "weights": weights * measured.to(weights.dtype)}
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return {"weights": self._weights(statistics, state, state["average_weight"] >= 0)}
+        met = (state["average_weight"] > 0).to(state["average"].dtype)
+        return {"weights": self._weights(statistics, state, met)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"]
@@ -259,40 +262,44 @@ class GradientNorms(GramianWeighting):
     def _reference_length(
         self, norms: Tensor, counted: Tensor, statistics: Statistics, state: State
     ) -> Tensor:
-        """The length that shares refer to, from norms [K]; NaN if it is not known."""
+        """The length that shares refer to, from norms [K]; NaN if it is not known.
+
+        `counted` is 1 for the losses that count, and 0 for others.
+        """
         if not isinstance(self.reference, str):
             return norms.new_full((), self.reference)
         if self._reference_loss is not None:
             if self._reference_loss not in statistics.names:
                 return state["reference"]
             position = statistics.names.index(self._reference_loss)
-            return torch.where(counted[position], norms[position], state["reference"])
-        total = torch.where(counted, norms, 0.0).sum()
+            return torch.where(counted[position] > 0, norms[position], state["reference"])
+        total = norms.dot(counted)
         return total if self.reference == "total" else total / counted.sum()
 
     def _ratios(self, norms: Tensor, length: Tensor) -> Tensor:
-        ratios = length / (norms + self.eps + self.relative_eps * length)
-        return ratios.clamp(max=self.max_weight) if self.max_weight is not None else ratios
+        if self.eps or self.relative_eps:
+            norms = norms + (self.eps + self.relative_eps * length)
+        ratios = length / norms
+        return ratios if self.max_weight is None else ratios.clamp(max=self.max_weight)
 
     def _weights(self, statistics: Statistics, state: State, counted: Tensor) -> Tensor:
-        """The weights of the present losses; 0 for those that do not count in this step."""
         ratios = _debias(state)
         if self.smooth == "norms":
-            known = counted & (state["average_weight"] > 0)
-            length = self._reference_length(ratios, known, statistics, state)
+            length = self._reference_length(ratios, counted, statistics, state)
             ratios = self._ratios(ratios, length)
-        ratios = torch.where(ratios.isnan(), 1.0, ratios)
-        weights = torch.where(counted, ratios * constants_like(self._shares(statistics), ratios), 0)
+        # What has not been met, or refers to what has not been.
+        ratios = ratios.masked_fill(state["average_weight"] == 0, 1.0).nan_to_num_(nan=1.0)
+        if self.preference is not None or not isinstance(self.reference, str):
+            ratios = ratios * constants_like(self._shares(statistics), ratios)
         if self._reference_loss in statistics.names:
-            weights[statistics.names.index(self._reference_loss)] = 1.0
+            ratios[statistics.names.index(self._reference_loss)] = 1.0
         dtype = statistics.losses.dtype
-        return weights.clamp(max=torch.finfo(dtype).max).to(dtype)
+        return ratios.clamp_(max=torch.finfo(dtype).max).to(dtype)
 
     def _shares(self, statistics: Statistics) -> list[float]:
         count = len(statistics.names)
         if self.preference is None:
-            is_number = not isinstance(self.reference, str)
-            return [1.0 / count if is_number else 1.0] * count
+            return [1.0 / count] * count
         values = values_by_name(self.preference, statistics.names)
         if self._reference_loss is not None:
             whole = self.preference[self._reference_loss]
@@ -302,5 +309,5 @@ class GradientNorms(GramianWeighting):
 
 
 def _debias(state: State) -> Tensor:
-    """The moving averages [K]; NaN for a loss that no measurement has met yet."""
-    return state["average"] / state["average_weight"]
+    """The moving averages [K]; 0 for a loss that no measurement has met yet."""
+    return (state["average"] / state["average_weight"]).nan_to_num_()
