@@ -386,6 +386,20 @@ def test_all_forms_of_a_step_are_the_same_step(method):
 
 
 @over_methods
+def test_every_parameter_that_a_loss_reaches_moves(method):
+    """The trunk, which all losses reach, and the head of each loss with a coefficient."""
+    model, optimizer = setup(method, optimizer=sgd)
+    before = snapshot(model.state_dict())
+    train(model, optimizer, [0])
+    moved = {key for key, value in snapshot(model.state_dict()).items() if value != before[key]}
+    coefficients = optimizer.metrics.coefficients.values()
+    weighted = [k for k, c in enumerate(coefficients) if abs(c) > 1e-12]  # larger than rounding
+    expected = {f"heads.{k}.{name}" for k in weighted for name in ("weight", "bias")}
+    assert moved >= expected | {"trunk.weight", "trunk.bias"}
+    assert weighted
+
+
+@over_methods
 def test_backward_changes_no_state_and_step_commits_it(method):
     model, optimizer = setup(method)
     train(model, optimizer, range(3))
