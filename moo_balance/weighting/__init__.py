@@ -15,8 +15,8 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
-from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.gradient_norms import GradientNorms
+from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
