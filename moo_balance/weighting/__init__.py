@@ -13,6 +13,7 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
+from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
@@ -26,6 +27,7 @@ __all__ = [
     "AnalyticQP",
     "BalancedTrajectory",
     "FixedWeights",
+    "GradNorm",
     "GradientNorms",
     "GramianWeighting",
     "MovingAverage",
