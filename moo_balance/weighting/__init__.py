@@ -15,6 +15,7 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
+from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
@@ -34,6 +35,7 @@ __all__ = [
     "BalancedTrajectory",
     "FixedWeights",
     "GradVac",
+    "GradNorm",
     "GradientNorms",
     "GramianWeighting",
     "MovingAverage",
