@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from moo_balance._torch_internals import as_plain
 from moo_balance._wrapper import OptimizerWrapper
-from moo_balance.engine import Engine
+from moo_balance.engine import Engine, PerLoss
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting.base import Weighting
 
@@ -60,6 +60,13 @@ def check_method(weighting: object, engine: object) -> None:
     if engine is not None and not isinstance(engine, Engine):
         raise BalanceValueError(
             f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
+        )
+    method = weighting.row_method
+    if method is not None and engine is not None and not isinstance(engine, PerLoss):
+        raise BalanceValueError(
+            f"Parameter `engine` should be PerLoss(), which keeps whole gradients, with "
+            f"{type(method).__name__}, which looks at their single coordinates. Found {engine!r}. "
+            "Leave it out."
         )
 
 
@@ -289,6 +296,17 @@ def _bad_loss(name: str, loss: object) -> BalanceValueError:
 
 
 # ------------------------------------------------------------ features
+
+
+def check_no_features_of_rows(weighting: Weighting) -> None:
+    """Refuse features for a method that looks at single coordinates of whole gradients."""
+    method = weighting.row_method
+    if method is not None:
+        raise BalanceValueError(
+            f"Parameter `features` should be left out with {type(method).__name__}, which looks at "
+            "single coordinates of the parameters' gradients. Found it. Name the shared part by "
+            "`shared_params=` of BalancedOptimizer."
+        )
 
 
 def read_features(

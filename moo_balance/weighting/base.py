@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import widest_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
 state_dtype = widest_dtype
 """The dtype of state tensors on a device: float64 where the device has it."""
@@ -33,12 +36,15 @@ class Statistics(NamedTuple):
         gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
             for a method that does not use it, or in a step between two refreshes (``every``).
         step: Number of steps that have been committed so far.
+        rows: What a method that looks at single coordinates of gradients asks for, in a step with a
+            Gramian; None for any other.
     """
 
     names: tuple[str, ...]
     losses: Tensor
     gramian: Tensor | None = None
     step: int = 0
+    rows: RowStatistics | None = None
 
 
 class WeightingOutput(NamedTuple):
@@ -88,6 +94,11 @@ class Weighting(ABC):
     def every(self) -> int:
         """Recompute the Gramian, or re-evaluate the losses, only every n-th step."""
         return 1
+
+    @property
+    def row_method(self) -> RowWeighting | None:
+        """The method that looks at single coordinates: itself, one inside it, or None."""
+        return None
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         """What each loss must stay above; minus infinity where any finite value is allowed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import check_range, constant_state
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.rows import RowWeighting
 
 _INNER = "inner/"
 
@@ -84,6 +87,10 @@ class MovingAverage(Weighting):
     @property
     def uses_losses(self) -> bool:
         return self.weighting.uses_losses
+
+    @property
+    def row_method(self) -> RowWeighting | None:
+        return self.weighting.row_method
 
     @property
     def every(self) -> int:
