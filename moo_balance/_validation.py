@@ -61,13 +61,24 @@ def check_method(weighting: object, engine: object) -> None:
         raise BalanceValueError(
             f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
         )
-    method = weighting.row_method
-    if method is not None and engine is not None and not isinstance(engine, PerLoss):
+    if engine is not None:
+        check_whole_rows(weighting.needs(0).rows, engine)
+
+
+def check_whole_rows(method: Weighting | None, engine: Engine, features: bool = False) -> None:
+    """Refuse what keeps no whole gradients, for a method that looks at single coordinates."""
+    if method is None or (isinstance(engine, PerLoss) and not features):
+        return
+    name, where = type(method).__name__, "which looks at single coordinates of gradients"
+    if features:
         raise BalanceValueError(
-            f"Parameter `engine` should be PerLoss(), which keeps whole gradients, with "
-            f"{type(method).__name__}, which looks at their single coordinates. Found {engine!r}. "
-            "Leave it out."
+            f"Parameter `features` should be left out with {name}, {where} of parameters. Found "
+            "it. Name the shared part by `shared_params=` of BalancedOptimizer."
         )
+    raise BalanceValueError(
+        f"Parameter `engine` should be PerLoss(), which keeps whole gradients, with {name}, "
+        f"{where}. Found {engine!r}. Leave it out."
+    )
 
 
 def check_loss_names(names: Sequence[str] | None) -> None:
@@ -296,17 +307,6 @@ def _bad_loss(name: str, loss: object) -> BalanceValueError:
 
 
 # ------------------------------------------------------------ features
-
-
-def check_no_features_of_rows(weighting: Weighting) -> None:
-    """Refuse features for a method that looks at single coordinates of whole gradients."""
-    method = weighting.row_method
-    if method is not None:
-        raise BalanceValueError(
-            f"Parameter `features` should be left out with {type(method).__name__}, which looks at "
-            "single coordinates of the parameters' gradients. Found it. Name the shared part by "
-            "`shared_params=` of BalancedOptimizer."
-        )
 
 
 def read_features(

@@ -6,6 +6,7 @@ from moo_balance.weighting._random import step_generator as step_generator
 from moo_balance.weighting.balanced_rd import AnalyticQP, BalancedTrajectory
 from moo_balance.weighting.base import (
     GramianWeighting,
+    Needs,
     State,
     Statistics,
     Weighting,
@@ -17,6 +18,8 @@ from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.random_weights import RandomWeights
+from moo_balance.weighting.rescaled import Rescaled
+from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
 __all__ = [
@@ -27,8 +30,11 @@ __all__ = [
     "FixedWeights",
     "GramianWeighting",
     "MovingAverage",
+    "Needs",
     "OnlineTchebycheff",
     "RandomWeights",
+    "Rescaled",
+    "Sequential",
     "SmoothTchebycheff",
     "State",
     "Statistics",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceError
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting.base import GramianWeighting, Needs, State, Statistics
 
 
 class RowStatistics(NamedTuple):
@@ -65,9 +65,9 @@ class RowWeighting(GramianWeighting):
     uses_total: bool = False
     combines: Literal["gradients", "kept", "coordinates"] = "gradients"
 
-    @property
-    def row_method(self) -> RowWeighting:
-        return self
+    def needs(self, step: int) -> Needs:
+        needs = super().needs(step)
+        return needs._replace(rows=self) if needs.gramian else needs
 
     def row_factors(self, statistics: Statistics) -> Tensor | None:
         """What each gradient is multiplied by before :meth:`track`, shape [K]; None for 1."""
@@ -99,6 +99,6 @@ def rows_of(statistics: Statistics, method: RowWeighting) -> RowStatistics:
     if statistics.rows is None:
         raise BalanceError(
             f"{type(method).__name__} looks at single coordinates of gradients. Found statistics "
-            "without `rows`. A method around it should forward its `row_method`."
+            "without `rows`. A method around it should forward its `needs`."
         )
     return statistics.rows

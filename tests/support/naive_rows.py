@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moo_balance.weighting import Statistics, Weighting
-from moo_balance.weighting.rows import RowStatistics
+from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
 
 class NaiveRows:
@@ -19,12 +19,13 @@ class NaiveRows:
     """
 
     def __init__(self, weighting: Weighting) -> None:
-        self.method = weighting.row_method
+        self.weighting = weighting
+        self.method: RowWeighting | None = None
         self.kept: dict[str, Tensor] = {}
 
     def tell(self, statistics: Statistics, rows: Tensor) -> Statistics:
         """The statistics of a step with those of its rows, which are tracked."""
-        method = self.method
+        method = self.method = self.weighting.needs(statistics.step).rows
         if method is None or statistics.gramian is None:
             return statistics
         told = RowStatistics()

@@ -212,12 +212,11 @@ def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
     for step, (losses, after, rows) in enumerate(
         zip(scene.losses, scene.after, scene.jacobians, strict=True)
     ):
-        due = step % weighting.every == 0
-        gramian = rows @ rows.T if weighting.uses_gramian and due else None
+        gramian = rows @ rows.T if weighting.needs(step).gramian else None
         statistics = naive.tell(Statistics(scene.names, losses, gramian, step), rows)
         answer = weighting.weights(statistics, state)
         state = answer.state
-        if weighting.observes_step and due:
+        if weighting.needs(step).observes:
             state = weighting.observe(Statistics(scene.names, after, step=step + 1), state)
         answers.append(answer._replace(state=state))
     return answers
