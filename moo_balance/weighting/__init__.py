@@ -24,6 +24,7 @@ from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.rescaled import Rescaled
+from moo_balance.weighting.rows import RowStatistics, RowWeighting
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
@@ -44,6 +45,8 @@ __all__ = [
     "PCGrad",
     "RandomWeights",
     "Rescaled",
+    "RowStatistics",
+    "RowWeighting",
     "Sequential",
     "SmoothTchebycheff",
     "State",
