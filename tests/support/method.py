@@ -70,7 +70,8 @@ class Method:
         equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
-            divided by their sum. None if unstated.
+            divided by their sum; "direction", that, and then all are multiplied by some number.
+            None if unstated.
     """
 
     id: str
@@ -82,7 +83,7 @@ class Method:
     negative: bool = False
     never_rises: bool = False
     equivariant: bool = True
-    scaling: Literal["unchanged", "inverse", "shares"] | None = None
+    scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
 
     def __repr__(self) -> str:
         return self.id
