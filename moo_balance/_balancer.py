@@ -33,9 +33,16 @@ from moo_balance._nonfinite import (
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
+from moo_balance._rows import look_at_rows
 from moo_balance._satisfied import among_declared, among_present, weigh_others
 from moo_balance._two_step import check_no_scaling, has_two_steps
-from moo_balance._validation import Given, check_no_closure, read_features, read_losses
+from moo_balance._validation import (
+    Given,
+    check_no_closure,
+    check_whole_rows,
+    read_features,
+    read_losses,
+)
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses
@@ -176,6 +183,7 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
+            whole_rows=self.needs.rows is not None,
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -200,6 +208,8 @@ class Balancer:
         if callable(features):
             features = features()
         read: tuple[Tensor, ...] = ()
+        if self.needs.rows is not None:
+            check_whole_rows(self.needs.rows, self.engine, features is not None)
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)
@@ -317,6 +327,11 @@ class Balancer:
         valid = flags.are_clear()
         if valid is not None:
             statistics = self.mask(statistics, flags, valid, scaled, needs)
+        rows = None
+        if needs.rows is not None:
+            statistics, rows = look_at_rows(
+                needs.rows, linearization, statistics, record.rows, valid
+            )
         satisfied = flags.satisfied
         if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
             # What is kept of the last solution knows nothing of them.
@@ -341,8 +356,17 @@ class Balancer:
         )
         if satisfied is not None or record.satisfied is not None:
             satisfied = among_declared(satisfied, record.satisfied, names, present)
-        observes = needs.observes
-        return Staged(names, present, following, coefficients, metrics, valid, observes, satisfied)
+        return Staged(
+            names,
+            present,
+            following,
+            coefficients,
+            metrics,
+            valid,
+            needs.observes,
+            satisfied,
+            rows=rows,
+        )
 
     def measure(
         self,

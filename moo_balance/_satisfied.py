@@ -139,10 +139,19 @@ def _select(statistics: Statistics, others: Sequence[int]) -> Statistics:
     if len(others) == len(statistics.names):
         return statistics
     names = tuple(statistics.names[position] for position in others)
-    losses, gramian = statistics.losses[others], statistics.gramian
-    if gramian is not None:
-        gramian = gramian[others][:, others]
-    return statistics._replace(names=names, losses=losses, gramian=gramian)
+    rows, gramian = statistics.rows, _select_entries(statistics.gramian, others)
+    if rows is not None:
+        rows = type(rows)(*(_select_entries(entry, others) for entry in rows))
+    return statistics._replace(
+        names=names, losses=statistics.losses[others], gramian=gramian, rows=rows
+    )
+
+
+def _select_entries(values: Tensor | None, others: Sequence[int]) -> Tensor | None:
+    """The entries of some losses in a vector or a matrix."""
+    if values is None:
+        return None
+    return values[others] if values.ndim == 1 else values[others][:, others]
 
 
 # ------------------------------------------------------------ on the device

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import widest_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
 state_dtype = widest_dtype
 """The dtype of state tensors on a device: float64 where the device has it."""
@@ -34,6 +37,8 @@ class Statistics(NamedTuple):
             for a method that does not use it, or in a step between two refreshes (``every``).
         step: Number of steps that have been committed so far; in ``observe``, with the one that is
             observed.
+        rows: What a method that looks at single coordinates of gradients asks for, in a step with a
+            Gramian; None for any other.
         satisfied: Which losses to leave out, as booleans [K], on an accelerator and for a method
             with ``leaves_out_satisfied``; their values are harmless, and their rows of `gramian`
             zero. None elsewhere, where they have been left out before.
@@ -43,6 +48,7 @@ class Statistics(NamedTuple):
     losses: Tensor
     gramian: Tensor | None = None
     step: int = 0
+    rows: RowStatistics | None = None
     satisfied: Tensor | None = None
 
 
@@ -68,6 +74,7 @@ class Needs(NamedTuple):
         gramian: Whether it gets a Gramian in this step.
         losses: Whether its coefficients depend on the losses of this step.
         observes: Whether it needs the losses on the same batch after this step.
+        rows: What looks at single coordinates of the gradients in this step; None for nothing.
     """
 
     method: Weighting
@@ -75,6 +82,7 @@ class Needs(NamedTuple):
     gramian: bool
     losses: bool
     observes: bool
+    rows: RowWeighting | None = None
 
 
 class Weighting(ABC):
