@@ -13,6 +13,7 @@ from moo_balance.weighting.base import (
     Weighting,
     WeightingOutput,
 )
+from moo_balance.weighting.cagrad import CAGrad
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.gradvac import GradVac
@@ -31,6 +32,7 @@ __all__ = [
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
+    "CAGrad",
     "FixedWeights",
     "GradVac",
     "GramianWeighting",
