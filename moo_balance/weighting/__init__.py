@@ -15,6 +15,7 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.cosmos import COSMOS
 from moo_balance.weighting.dwa import DWA
+from moo_balance.weighting.cagrad import CAGrad
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.grad_norm import GradNorm
@@ -49,6 +50,7 @@ __all__ = [
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
+    "CAGrad",
     "FixedWeights",
     "GradNorm",
     "GradVac",
