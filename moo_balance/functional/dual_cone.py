@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import check_square, precision, refuse_nonfinite
+from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._two import two_directions
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -90,13 +91,10 @@ def _project_one_of_two(gramian: list[list[float]], start: Sequence[float]) -> l
     is the solution y of :math:`\min_{y \ge 0} \lVert (\ell_1 + y_1) e_1 + (\ell_2 + y_2) e_2
     \rVert`: zero, or positive for one gradient, or such that nothing is left.
     """
-    (first, cross), (mirrored, second) = gramian
-    if not math.isfinite(first / 4 + cross / 4 + mirrored / 4 + second / 4):
-        refuse_nonfinite(gramian)
-    norms = math.sqrt(max(first, 0.0)), math.sqrt(max(second, 0.0))
-    if 0.0 in norms:
-        return [max(u, 0.0) if norm else u for u, norm in zip(start, norms, strict=True)]
-    cosine = min(max((cross / 2 + mirrored / 2) / norms[0] / norms[1], -1.0), 1.0)
+    pair = two_directions(gramian)
+    if pair is None:
+        return [max(u, 0.0) if gramian[k][k] > 0.0 else u for k, u in enumerate(start)]
+    norms, cosine = pair
     one, other = start[0] * norms[0], start[1] * norms[1]
     # How far the direction is against each gradient.
     against, against_other = -(one + cosine * other), -(other + cosine * one)

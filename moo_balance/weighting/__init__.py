@@ -11,6 +11,9 @@ from moo_balance.weighting.base import (
     Weighting,
     WeightingOutput,
 )
+from moo_balance.weighting.dual_cone import DualProj, UPGrad
+from moo_balance.weighting.equal_projections import IMTLG, ConFIG
+from moo_balance.weighting.fair import FairGrad, NashMTL
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.mgda import MGDA
@@ -21,12 +24,17 @@ from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
 __all__ = [
     "FAMO",
+    "IMTLG",
     "MGDA",
     "AnalyticQP",
     "BalancedTrajectory",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
     "FixedWeights",
     "GramianWeighting",
     "MovingAverage",
+    "NashMTL",
     "OnlineTchebycheff",
     "RandomWeights",
     "SmoothTchebycheff",
@@ -35,6 +43,7 @@ __all__ = [
     "Sum",
     "SumLog",
     "Tchebycheff",
+    "UPGrad",
     "Weighting",
     "WeightingOutput",
 ]

@@ -64,13 +64,15 @@ class Method:
         kind: What a step of it asks for.
         bounds: What each loss must stay above.
         total: What the coefficients sum to, from names and losses; None if unstated.
-        alone: The coefficient of a loss that is the only one, from its value.
+        alone: The coefficient of a loss that is the only one, from its value; None if it depends on
+            something else.
         negative: Whether a coefficient may be negative.
         never_rises: Whether the direction conflicts with no gradient.
         equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
-            divided by their sum. None if unstated.
+            divided by their sum; "direction", that, and then all are multiplied by a common factor.
+            None if unstated.
     """
 
     id: str
@@ -78,11 +80,11 @@ class Method:
     kind: Kind = "losses"
     bounds: Callable[[Names], list[float]] = unbounded
     total: Callable[[Names, Tensor], float] | None = one
-    alone: Callable[[float], float] = lambda loss: 1.0
+    alone: Callable[[float], float] | None = lambda loss: 1.0
     negative: bool = False
     never_rises: bool = False
     equivariant: bool = True
-    scaling: Literal["unchanged", "inverse", "shares"] | None = None
+    scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
 
     def __repr__(self) -> str:
         return self.id
