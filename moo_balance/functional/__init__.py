@@ -8,6 +8,7 @@ from moo_balance.functional.dual_cone import project_dual_cone
 from moo_balance.functional.equal_projections import equal_projections
 from moo_balance.functional.fair import fair_weights
 from moo_balance.functional.gramian import cosine_similarity, regularize
+from moo_balance.functional.lengths import rescale
 from moo_balance.functional.min_norm import kkt_residual, min_norm_weights
 from moo_balance.functional.scaling import gradient_scales, scale_gramian
 from moo_balance.functional.set_tchebycheff import set_tchebycheff, set_tchebycheff_value
@@ -32,6 +33,7 @@ __all__ = [
     "project_dual_cone",
     "project_simplex",
     "regularize",
+    "rescale",
     "scale_gramian",
     "set_tchebycheff",
     "set_tchebycheff_value",

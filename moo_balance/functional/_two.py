@@ -1,4 +1,4 @@
-"""Closed forms for two gradients."""
+"""The closed form for two gradients."""
 
 from __future__ import annotations
 
@@ -65,15 +65,3 @@ def _shares(
     one, other = second - cross, first - mirrored
     total = one + other
     return one, other, total, total <= 4 * precision * (first + second)
-
-
-def two_directions(gramian: list[list[float]]) -> tuple[tuple[float, float], float] | None:
-    """The norms of two gradients and their cosine; None where one of them is zero."""
-    (first, cross), (mirrored, second) = gramian
-    if not math.isfinite(first / 4 + cross / 4 + mirrored / 4 + second / 4):
-        refuse_nonfinite(gramian)
-    if first <= 0.0 or second <= 0.0:
-        return None
-    norms = math.sqrt(first), math.sqrt(second)
-    cosine = (cross / 2 + mirrored / 2) / norms[0] / norms[1]
-    return norms, min(max(cosine, -1.0), 1.0)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import check_gramian, precision
+from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.functional._preferences import relative_preference
-from moo_balance.functional._two import two_directions
 
 _LENGTHS = ("config", "imtl_g")
 
@@ -90,7 +90,7 @@ def equal_projections(
     result = torch.promote_types(gramian.dtype, torch.float32)
     to_sum = length == "imtl_g"
     if gramian.shape[0] == 2:
-        both = _of_two(gramian.tolist(), targets or [1.0, 1.0], precision(gramian), to_sum)
+        both = _of_two(read_pair(gramian), targets or [1.0, 1.0], precision(gramian), to_sum)
         return torch.tensor(both, dtype=result, device=gramian.device)
     from moo_balance.functional._projections import coefficients_of_projections  # loads NumPy
 
@@ -98,14 +98,11 @@ def equal_projections(
     return found.to(result).to(gramian.device)
 
 
-def _of_two(
-    gramian: list[list[float]], targets: list[float], eps: float, to_sum: bool
-) -> list[float]:
+def _of_two(pair: Pair, targets: list[float], eps: float, to_sum: bool) -> list[float]:
     """Two gradients: the eigenvectors of the cosines are their sum and their difference."""
-    pair = two_directions(gramian)
-    if pair is None:
-        return [float(gramian[k][k] > 0.0) for k in (0, 1)]
-    norms, cosine = pair
+    first, second, cosine = pair
+    if first == 0.0 or second == 0.0:
+        return [float(first > 0.0), float(second > 0.0)]
     half, rest = (targets[0] + targets[1]) / 2, (targets[0] - targets[1]) / 2
     along, across = 1.0 + cosine, 1.0 - cosine
     least = RANK * 2 * eps * max(along, across)
@@ -119,10 +116,10 @@ def _of_two(
     square = 2 * (y_half * reach_half + y_rest * reach_rest)
     one, other = y_half + y_rest, y_half - y_rest
     if to_sum:
-        least, most = min(norms), max(norms)
-        one, other = one * (least / norms[0]), other * (least / norms[1])
+        least, most = min(first, second), max(first, second)
+        one, other = one * (least / first), other * (least / second)
         total = max(one + other, math.sqrt(square) * (least / most))
         return [one / total, other / total]
-    size = norms[0] * (reach_half + reach_rest) + norms[1] * (reach_half - reach_rest)
+    size = first * (reach_half + reach_rest) + second * (reach_half - reach_rest)
     size /= square
-    return [one * (size / norms[0]), other * (size / norms[1])]
+    return [one * (size / first), other * (size / second)]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import check_gramian, check_positive, precision
+from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.functional._preferences import relative_preference
-from moo_balance.functional._two import two_directions
 
 SHORTEST = 1e-4
 """Where unit gradients have a shorter convex combination, the direction fades out."""
@@ -76,7 +76,7 @@ def fair_weights(gramian: Tensor, alpha: float = 1.0, preference: Tensor | None 
     values = relative_preference(preference, gramian)
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 2:
-        both = _of_two(gramian.tolist(), 1 / alpha, values or [1.0, 1.0])
+        both = _of_two(read_pair(gramian), 1 / alpha, values or [1.0, 1.0])
         weights = torch.tensor(both, dtype=torch.float64, device="cpu")
     else:
         from moo_balance.functional._fair import solve_fair  # loads NumPy
@@ -86,16 +86,15 @@ def fair_weights(gramian: Tensor, alpha: float = 1.0, preference: Tensor | None 
     return weights.clamp(max=torch.finfo(result).max).to(result).to(gramian.device)
 
 
-def _of_two(gramian: list[list[float]], power: float, preference: list[float]) -> list[float]:
+def _of_two(pair: Pair, power: float, preference: list[float]) -> list[float]:
     r"""Two gradients: the ratio of the two lengths, then their size.
 
     With :math:`s_i = w_i \lVert g_i \rVert`, the cosine c and :math:`\gamma = 1 / \alpha`, the
     equation is :math:`s_i^\gamma (s_i + c s_j) = q_i`, of which the ratio has no common factor.
     """
-    pair = two_directions(gramian)
-    if pair is None:
-        return [_alone(row[k], power, preference[k]) for k, row in enumerate(gramian)]
-    norms, cosine = pair
+    *norms, cosine = pair
+    if 0.0 in norms:
+        return [_alone(norm, power) for norm in norms]
     # The ridge on the cosines, as a factor of the diagonal that is moved to the right-hand side.
     diagonal = 1 + max(SHORTEST**2 - (1 + cosine) / 2, 0.0)
     cosine /= diagonal
@@ -112,11 +111,9 @@ def _of_two(gramian: list[list[float]], power: float, preference: list[float]) -
     return [_exp(size - log) for size, log in zip(sizes, logs, strict=True)]
 
 
-def _alone(square: float, power: float, preference: float) -> float:
-    """The weight of a gradient that is the only one, from its squared norm."""
-    if square <= 0.0:
-        return 0.0
-    return _exp(-math.log(square) / (1 + power))
+def _alone(norm: float, power: float) -> float:
+    """The weight of a gradient that is the only one."""
+    return _exp(-2 * math.log(norm) / (1 + power)) if norm else 0.0
 
 
 def _exp(exponent: float) -> float:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional import project_dual_cone
-from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
-    check_choice,
     check_names,
     check_preference,
     check_whole,
     copy_mappings,
-    normalize_preference,
 )
+from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 
 
@@ -26,11 +23,11 @@ class ConeWeighting(GramianWeighting):
     """What :class:`UPGrad` and :class:`DualProj` share: their arguments."""
 
     preference: Mapping[str, float] | None
-    reduction: Literal["mean", "sum"]
+    reduction: Reduction
 
     def __post_init__(self) -> None:
         copy_mappings(self)
-        check_choice(self, "reduction", ("mean", "sum"))
+        check_reduction(self)
         check_preference(self)
         check_whole(self, "every", 1)
 
@@ -43,8 +40,8 @@ class ConeWeighting(GramianWeighting):
 
     def _combination(self, statistics: Statistics) -> Tensor:
         """Weights of the gradients in their plain combination, shape [K]."""
-        shares = widest(normalize_preference(self.preference, statistics))
-        return shares * len(shares) if self.reduction == "sum" else shares
+        shares = reduction_shares(self.reduction, self.preference, statistics)
+        return torch.tensor(shares, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class UPGrad(ConeWeighting):
         tensor([1.0000, 0.7500])
     """
 
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
     preference: Mapping[str, float] | None = None
     every: int = 1
 
@@ -142,7 +139,7 @@ class DualProj(ConeWeighting):
         tensor([1.0000, 0.5000])
     """
 
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
     preference: Mapping[str, float] | None = None
     every: int = 1
 

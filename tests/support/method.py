@@ -71,7 +71,7 @@ class Method:
         equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
-            divided by their sum; "direction", that, and then all are multiplied by a common factor.
+            divided by their sum; "direction", that, and then all are multiplied by some number.
             None if unstated.
     """
 
@@ -107,10 +107,14 @@ class Facts:
     Args:
         equalizes: What the method makes equal, or minimizes.
         relation: Its relation to other methods; empty if there is none to tell.
+        total: What the coefficients sum to, where the row cannot say it.
+        cost: What it costs beyond a plain step, where the kind of the row cannot say it.
     """
 
     equalizes: str
     relation: str = ""
+    total: str | None = None
+    cost: str | None = None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def largest_deviation(
     seeds: int = SEEDS,
     decades: float = 0.0,
 ) -> float:
-    """Largest :func:`deviation` of a method's first step from what the oracle makes of a Gramian."""
+    """Largest :func:`deviation` of a method's first step from the oracle's answer."""
     return max(
         deviation(rows, coefficients_of(weighting, gramian_of(rows)), oracle(gramian_of(rows)))
         for rows in random_jacobians(seeds, decades)

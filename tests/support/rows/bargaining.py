@@ -74,20 +74,25 @@ FACTS = {
     "ConFIG": Facts(
         "projections of the direction on unit gradients",
         "the direction of `IMTLG`; for two losses that of `NashMTL`",
+        total="1 or more where none is negative",
     ),
     "IMTLG": Facts(
-        "projections of the direction on unit gradients", "the direction of `ConFIG`, shorter"
+        "projections of the direction on unit gradients",
+        "the direction of `ConFIG`, shorter",
+        total="1, or less",
     ),
     "UPGrad": Facts(
         "minimizes the change of each gradient that takes it out of conflict",
         "the mean where there is no conflict; for two losses the direction of `PCGrad`",
+        total="1 or more",
     ),
     "DualProj": Facts(
         "minimizes the change of the mean that takes it out of conflict",
         "the mean where there is no conflict",
+        total="1 or more",
     ),
     "NashMTL": Facts(
-        "each loss's part of the squared length of the direction",
+        "each loss's part of the squared length of the direction, which is K",
         "`FairGrad(alpha=1)`; for two losses the direction of `ConFIG`",
     ),
     "FairGrad": Facts(
