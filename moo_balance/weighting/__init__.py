@@ -19,6 +19,11 @@ from moo_balance.weighting.cagrad import CAGrad
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.grad_norm import GradNorm
+from moo_balance.weighting.dual_cone import DualProj, UPGrad
+from moo_balance.weighting.equal_projections import IMTLG, ConFIG
+from moo_balance.weighting.fair import FairGrad, NashMTL
+from moo_balance.weighting.famo import FAMO
+from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
@@ -46,11 +51,15 @@ __all__ = [
     "DWA",
     "FAMO",
     "IMTLL",
+    "IMTLG",
     "MGDA",
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
     "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
     "FixedWeights",
     "GradNorm",
     "GradVac",
@@ -62,6 +71,7 @@ __all__ = [
     "GeometricMean",
     "GramianWeighting",
     "MovingAverage",
+    "NashMTL",
     "Needs",
     "OnlineTchebycheff",
     "PCGrad",
@@ -79,6 +89,7 @@ __all__ = [
     "SumLog",
     "Tchebycheff",
     "UncertaintyWeighting",
+    "UPGrad",
     "Weighting",
     "WeightingOutput",
 ]
