@@ -20,6 +20,7 @@ from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
+from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.rescaled import Rescaled
@@ -29,6 +30,7 @@ from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 __all__ = [
     "FAMO",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
