@@ -16,6 +16,7 @@ import moo_balance
 from examples import own_methods
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
+from tests.support.naive_rows import NaiveRows
 from tests.support.problems import (
     Scene,
     SmallModel,
@@ -132,6 +133,7 @@ def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
 def test_float32_statistics_are_taken_in_every_step(method):
     """As in a method with a Gramian that contains another one, some in float64 in between."""
     weighting, scene = method.make(NAMES), Scene.random()
+    naive = NaiveRows(weighting)
     state = weighting.init(NAMES, torch.device("cpu"))
     for step, losses in enumerate(scene.losses):
         dtype = torch.float64 if step == 2 else torch.float32
@@ -139,6 +141,7 @@ def test_float32_statistics_are_taken_in_every_step(method):
         if weighting.needs(step).gramian:
             gramian = (scene.jacobians[step] @ scene.jacobians[step].T).to(dtype)
         statistics = Statistics(NAMES, losses.to(dtype), gramian, step)
+        statistics = naive.tell(statistics, scene.jacobians[step])
         _, coefficients, state = weighting.weights(statistics, state)
         state = weighting.observe(Statistics(NAMES, scene.after[step].to(dtype)), state)
         assert bool(coefficients.isfinite().all())
@@ -152,7 +155,8 @@ def test_a_state_that_was_passed_in_stays_as_it_was(method):
     before = snapshot(state)
     rows = scene.jacobians[0]
     gramian = rows @ rows.T if weighting.needs(1).gramian else None
-    weighting.weights(Statistics(NAMES, scene.losses[1], gramian, step=1), state)
+    statistics = Statistics(NAMES, scene.losses[1], gramian, step=1)
+    weighting.weights(NaiveRows(weighting).tell(statistics, rows), state)
     weighting.observe(Statistics(NAMES, scene.after[1], step=2), state)
     assert snapshot(state) == before
 
@@ -218,7 +222,7 @@ def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
 
 @over(lambda method: method.scaling is None)
 def test_the_stated_effect_of_scaling_is_not_a_coincidence(method):
-    """The scaling of a row is None only where none of the three effects holds."""
+    """The scaling of a row is None only where none of the stated effects holds."""
     factors = torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
     scene = Scene.random(seed=1)
     plain = play(method.make(NAMES), scene)
@@ -237,8 +241,9 @@ def test_a_single_loss_has_the_stated_coefficient(method):
     (loss,) = model.losses(0, names).values()
     (plain,) = jacobian({"a": loss}, list(model.parameters()))
     optimizer.backward({"a": loss})
-    expected = method.alone(loss.item())
-    assert optimizer.metrics.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
+    coefficient = optimizer.metrics.coefficients["a"].item()
+    expected = coefficient if method.alone is None else method.alone(loss.item())
+    assert coefficient == pytest.approx(expected, rel=1e-12)
     close(flat_gradient(model), expected * plain, rtol=1e-12)
 
 
@@ -296,6 +301,7 @@ def test_the_gradient_is_the_combination_of_the_naive_jacobian(method):
     """Against a dense Jacobian, the formula and a matrix product, step by step."""
     model, optimizer = setup(method)
     weighting = method.make(NAMES)
+    naive = NaiveRows(weighting)
     state = weighting.init(NAMES, torch.device("cpu"))
     for step in range(5):
         losses = model.losses(step)
@@ -303,17 +309,16 @@ def test_the_gradient_is_the_combination_of_the_naive_jacobian(method):
         needs = weighting.needs(step)
         gramian = rows @ rows.T if needs.gramian else None
         values = torch.stack([*losses.values()]).detach()
-        answer = weighting.weights(Statistics(NAMES, values, gramian, step), state)
+        statistics = naive.tell(Statistics(NAMES, values, gramian, step), rows)
+        answer = weighting.weights(statistics, state)
         optimizer.zero_grad()
         optimizer.backward(lambda: model.losses(step))  # noqa: B023
         coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
         close(coefficients, answer.coefficients, rtol=1e-8)
-        close(
-            flat_gradient(model),
-            coefficients @ rows,
-            rtol=1e-10,
-            atol=1e-12 * float(rows.abs().max()),
-        )
+        expected = naive.combine(coefficients, NAMES, rows)
+        if expected is not None:
+            atol = 1e-12 * float(rows.abs().max())
+            close(flat_gradient(model), expected, rtol=1e-10, atol=atol)
         optimizer.step()
         state = answer.state
         if needs.observes:
@@ -383,6 +388,20 @@ def test_all_forms_of_a_step_are_the_same_step(method):
         ends.append(whole_state(model, optimizer))
     assert ends[0] == ends[1]
     assert ends[0] == ends[2]
+
+
+@over_methods
+def test_every_parameter_that_a_loss_reaches_moves(method):
+    """The trunk, which all losses reach, and the head of each loss with a coefficient."""
+    model, optimizer = setup(method, optimizer=sgd)
+    before = snapshot(model.state_dict())
+    train(model, optimizer, [0])
+    moved = {key for key, value in snapshot(model.state_dict()).items() if value != before[key]}
+    coefficients = optimizer.metrics.coefficients.values()
+    weighted = [k for k, c in enumerate(coefficients) if abs(c) > 1e-12]  # larger than rounding
+    expected = {f"heads.{k}.{name}" for k in weighted for name in ("weight", "bias")}
+    assert moved >= expected | {"trunk.weight", "trunk.bias"}
+    assert weighted
 
 
 @over_methods

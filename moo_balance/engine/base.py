@@ -45,6 +45,7 @@ class Problem(NamedTuple):
             when they are needed.
         node_hooks: Positions of the parameters at whose graph nodes hooks are registered. Other
             hooks are found without it.
+        whole_rows: The method looks at single coordinates of the gradients, which are kept whole.
     """
 
     names: Sequence[str]
@@ -57,6 +58,7 @@ class Problem(NamedTuple):
     features: Sequence[Tensor] = ()
     stacked: Tensor | None = None
     node_hooks: Collection[int] = ()
+    whole_rows: bool = False
 
     def grad_outputs(self) -> list[Tensor]:
         """What the backward pass of each single loss starts from: the scale.

@@ -52,6 +52,7 @@ from moo_balance.engine.linear import (
     gramian_in_range,
 )
 from moo_balance.engine.products import products_in_range
+from moo_balance.engine.rows import WholeRows
 from moo_balance.errors import BalanceError
 
 
@@ -93,7 +94,8 @@ class PerLoss(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
             return FeatureGramian(problem, self.dtype)
-        return PerLossLinearization(problem, self.dtype)
+        linearization = PerLossLinearization(problem, self.dtype)
+        return WholeRows(linearization) if problem.whole_rows else linearization
 
     def window(self) -> Window:
         return PerLossWindow(self.dtype)
@@ -143,9 +145,14 @@ class PerLossLinearization(Linearization):
         value = weighted_sum(problem, coefficients).detach()
         return precomputed_gradient(value, gradients, problem)
 
+    def take_rows(self) -> list[list[Tensor | None]]:
+        """The K rows themselves, in place of the Gramian."""
+        return self._rows(_has_shards(self.problem))
+
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
-        rows = differentiate(self.problem, sharded, self.layers)
+        layers = None if self.problem.whole_rows else self.layers
+        rows = differentiate(self.problem, sharded, layers)
         return _average(zip(self.problem.names, rows, strict=True), self.problem, sharded)
 
     def _combine(self, jacobian: Jacobian, coefficients: Tensor) -> Row:
@@ -179,7 +186,8 @@ class PerLossWindow(Window):
         self.compared.update(id(problem.params[k]) for k in problem.compared or ())
 
     def close(self, problem: Problem) -> Linearization:
-        return _ClosedWindow(self, problem)
+        closed = _ClosedWindow(self, problem)
+        return WholeRows(closed) if problem.whole_rows else closed
 
     def params_with(self, problem: Problem) -> Sequence[Tensor]:
         """The parameters of one more micro-batch, then those that no longer train."""

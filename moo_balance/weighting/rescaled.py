@@ -45,9 +45,9 @@ class Rescaled(WrappingWeighting):
     `every`-th step and used until the next, with the coefficients of each step: their directions
     are of each step, only the inner products are older.
 
-    SGD, with or without momentum and clipping, needs ``"sum"`` or ``"mean"`` where scales differ.
-    Adam divides by the size of recent gradients, so a constant factor changes nothing but what its
-    epsilon, weight decay in the gradient, and clipping do; leave the method as it is there.
+    Where losses differ in scale, ``"sum"`` and ``"mean"`` helped SGD, SGD with clipping, and Adam,
+    too, whose averages of squared gradients lag behind a length that follows the smallest loss
+    (``python -m benchmarks.step_length``); where they do not, all lengths did about as well.
     ``"sum"`` and ``"mean"`` undo the shrinking of a direction where gradients cancel, which is how
     :class:`MGDA` comes to a stop; the factor is bounded (:func:`~moo_balance.functional.rescale`),
     but prefer a decreasing learning rate with them. Whether a loss may rise: as the method.
