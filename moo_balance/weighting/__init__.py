@@ -29,6 +29,7 @@ from moo_balance.weighting.imtl_l import IMTLL
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
+from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pbi import PBI
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
@@ -47,6 +48,7 @@ __all__ = [
     "IMTLG",
     "IMTLL",
     "MGDA",
+    "PCD",
     "PBI",
     "AlignedMTL",
     "AnalyticQP",
