@@ -43,8 +43,9 @@ class LearningRateAnnealing(RowWeighting):
     of the paper's ratio: ``form="code"``. Where the ratio is 100, weights settle at 100 with one
     and at 10 with the other; published results are the code's.
 
-    The mean is over the elements that the loss reaches. The official code takes the mean of the
-    means over the weight matrices, without biases: ``shared_params=`` excludes these.
+    Maximum and mean are over all compared parameters, which all losses should reach; name those by
+    ``shared_params=`` where heads belong to single losses. The official code compares the weight
+    matrices without the biases, and takes the mean of their means.
 
     Coefficients: 1 for the reference; the sum is not fixed. A loss with a zero gradient has the
     coefficient 0 and keeps its :math:`\lambda_i`, as all do where the reference is absent. A loss

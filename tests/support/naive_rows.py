@@ -30,8 +30,7 @@ class NaiveRows:
             return statistics
         told = RowStatistics()
         if method.uses_magnitudes:
-            reached = (rows != 0).sum(1).clamp(min=1)
-            told = RowStatistics(rows.abs().amax(1), rows.abs().sum(1) / reached)
+            told = RowStatistics(rows.abs().amax(1), rows.abs().mean(1))
         if method.keeps:
             kept = self._track(statistics, rows)
             told = told._replace(gramian=kept @ kept.T)

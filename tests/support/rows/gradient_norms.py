@@ -45,13 +45,15 @@ METHODS = [
     ),
     Method(
         "LearningRateAnnealing",
-        lambda names: LearningRateAnnealing("a", every=3),
+        lambda names: LearningRateAnnealing("a", beta=0.5, initial=0.01, every=3),
         kind="gramian-every",
         total=None,
     ),
     Method(
         "LearningRateAnnealing-code",
-        lambda names: LearningRateAnnealing("a", "code", preference=preference(names), every=1),
+        lambda names: LearningRateAnnealing(
+            "a", "code", initial=0.01, preference=preference(names), every=1
+        ),
         kind="gramian",
         total=None,
     ),
