@@ -26,6 +26,7 @@ from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
@@ -63,6 +64,7 @@ __all__ = [
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "LearningRateAnnealing",
     "MovingAverage",
     "NashMTL",
     "Needs",
