@@ -87,6 +87,7 @@ class Balancer:
         self.lagged = lagged_form(self.weighting)
         self.uses_gramian = self.weighting.uses_gramian
         self.uses_losses = self.weighting.uses_losses
+        self.independent = self.method if self.weighting.uses_independent_batches else ""
         self.observes_step = self.weighting.observes_step
         self.every = self.weighting.every
         self.two_steps = has_two_steps(self.optimizer)
@@ -175,6 +176,8 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
+            measured=self.uses_gramian and self.is_due,
+            independent=self.independent,
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -325,7 +328,10 @@ class Balancer:
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
-        metrics = StepMetrics(present, measured.gramian, measured.losses, weights, coefficients)
+        projected = None if linearization is None else linearization.projected
+        metrics = StepMetrics(
+            present, measured.gramian, measured.losses, weights, coefficients, projected
+        )
         return Staged(names, present, following, coefficients, metrics, valid)
 
     def measure(

@@ -19,6 +19,8 @@ from moo_balance.functional._checks import at_least_float32
 _FEW_LOSSES = 8
 """Up to so many losses the cosine of each pair is listed, 28 of them, by default."""
 
+_PROJECTED = "gramian/projected"
+
 
 @dataclass(frozen=True, eq=False)
 class StepMetrics:
@@ -30,6 +32,8 @@ class StepMetrics:
         names: The losses that were present.
         gramian: Inner products of their gradients, shape [K, K] in the order of ``names``; None
             for a method that takes none, or in a step between two refreshes (``every``).
+        projected: How much of the Gramian of expected gradients was removed to make it positive
+            semidefinite, from 0 to 1 (see ``PerLoss(unbiased=True)``); None for any other Gramian.
     """
 
     names: tuple[str, ...] = ()
@@ -37,6 +41,7 @@ class StepMetrics:
     _losses: Tensor | None = None
     _weights: Tensor | None = None
     _coefficients: Tensor | None = None
+    projected: Tensor | None = None
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -66,6 +71,8 @@ class StepMetrics:
 
     def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
         r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
+
+        And ``gramian/projected`` for :attr:`projected`.
 
         Args:
             pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
@@ -107,7 +114,9 @@ class StepMetrics:
     def _keys(self, pairs: bool | None) -> tuple[str, ...]:
         """The keys of :meth:`as_dict`."""
         listed = self._lists_pairs(pairs)
-        return _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+        has_cosines, has_projection = self.gramian is not None, self.projected is not None
+        kinds = tuple(self._vectors())
+        return _list_keys(self.names, kinds, has_cosines, listed, has_projection)
 
     def _lists_pairs(self, pairs: bool | None) -> bool:
         """Whether each pair has a key, given the argument of :meth:`as_dict`."""
@@ -121,6 +130,8 @@ class StepMetrics:
             if not self._lists_pairs(pairs):
                 cosines = torch.stack([cosines.amin(), cosines.mean()])
             parts.append(cosines)
+        if self.projected is not None:
+            parts.append(self.projected.reshape(1))
         if not parts:
             return None
         return torch.cat([part.to(parts[0].device) for part in parts])
@@ -137,6 +148,8 @@ class StepMetrics:
         vector = self._vectors().get(kind)
         if vector is not None:
             return vector[self.names.index(name)] if name in self.names else None
+        if key == _PROJECTED:
+            return self.projected
         if kind != "cosine" or self.gramian is None or len(self.names) == 1:
             return None
         if name == "min":
@@ -164,12 +177,14 @@ def _cosines(gramian: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tens
 
 @lru_cache(maxsize=8)
 def _list_keys(
-    names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool
+    names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool, projected: bool
 ) -> tuple[str, ...]:
     keys = [f"{kind}/{name}" for kind in kinds for name in names]
     if cosines and len(names) > 1:
         labels = _positions_of_pairs(names) if pairs else ("min", "mean")
         keys += [f"cosine/{label}" for label in labels]
+    if projected:
+        keys.append(_PROJECTED)
     return tuple(keys)
 
 

@@ -61,7 +61,7 @@ class Weighting(ABC):
     never see a parameter. A new one gives :meth:`weights`, and :meth:`init` if it has a state;
     ``BalancedOptimizer`` then saves, resumes, slices and distributes it like any other.
 
-    Four properties say what the method needs. A subclass overrides them by a class attribute
+    Five properties say what the method needs. A subclass overrides them by a class attribute
     (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. They are
     constant for an instance: an optimizer reads them once.
     """
@@ -82,6 +82,16 @@ class Weighting(ABC):
     @property
     def observes_step(self) -> bool:
         """Whether :meth:`observe` needs the losses on the same batch after the step."""
+        return False
+
+    @property
+    def uses_independent_batches(self) -> bool:
+        """Whether the Gramian should hold products of gradients of different batches only.
+
+        It is then an unbiased estimate of the Gramian of the expected gradients, symmetric but
+        perhaps not positive semidefinite. The batches are the micro-batches of a window, or the
+        ranks of a data-parallel run; a step with one batch is refused.
+        """
         return False
 
     @property

@@ -86,6 +86,10 @@ class MovingAverage(Weighting):
         return self.weighting.uses_losses
 
     @property
+    def uses_independent_batches(self) -> bool:
+        return self.weighting.uses_independent_batches
+
+    @property
     def every(self) -> int:
         return self.weighting.every
 
