@@ -40,7 +40,7 @@ from moo_balance.engine.base import is_distributed, node_hooks_error, stack_loss
 from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
-from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.weighting.base import Needs, Statistics, Weighting, state_dtype
 from moo_balance.weighting.fixed import FixedWeights, Sum
 
 Losses: TypeAlias = Mapping[str, Tensor]
@@ -81,15 +81,10 @@ class Balancer:
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
-        # The needs of a weighting are constant, and read in every step.
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
         self.lagged = lagged_form(self.weighting)
-        self.uses_gramian = self.weighting.uses_gramian
-        self.uses_losses = self.weighting.uses_losses
-        self.independent = self.method if self.weighting.uses_independent_batches else ""
-        self.observes_step = self.weighting.observes_step
-        self.every = self.weighting.every
+        self._needs = 0, self.weighting.needs(0)
         self.two_steps = has_two_steps(self.optimizer)
         # Whether several calls of `backward` give the same as one with all of their losses.
         self.adds_up = type(self.weighting) in (FixedWeights, Sum)
@@ -119,9 +114,12 @@ class Balancer:
         return next((param.device for param in self.params), torch.device("cpu"))
 
     @property
-    def is_due(self) -> bool:
-        """Whether this step recomputes the Gramian, or needs its losses evaluated again."""
-        return self.record.steps % self.every == 0
+    def needs(self) -> Needs:
+        """What the method needs in the step that comes next, or is being taken."""
+        steps = self.record.steps
+        if self._needs[0] != steps:
+            self._needs = steps, self.weighting.needs(steps)
+        return self._needs[1]
 
     # ------------------------------------------------------------ backward
 
@@ -155,7 +153,7 @@ class Balancer:
         combined: bool = False,
     ) -> tuple[Losses, Batch]:
         """The losses as given, and the batch; nothing is differentiated yet."""
-        record = self.record
+        record, needs = self.record, self.needs
         read = partial(self._read_batch, losses, scaling, features, combined)
         call = "accumulate" if record.accumulating else "backward"
         given, stacked, values = self.read(read, call)
@@ -176,8 +174,8 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
-            measured=self.uses_gramian and self.is_due,
-            independent=self.independent,
+            measured=needs.gramian,
+            independent=type(needs.method).__name__ if needs.independent else "",
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -219,12 +217,12 @@ class Balancer:
         They are for a Gramian, and in most windows: one whose coefficients are known beforehand
         keeps them only for hooks of parameters, which get the sum of its gradients.
         """
-        window = self.record.window
-        if self.uses_gramian:
+        window, needs = self.record.window, self.needs
+        if needs.compares:
             return True
         if not self.record.in_window:
             return False
-        if self.uses_losses:
+        if needs.losses:
             return True
         if window is not None and window.gradients is not None:
             return True
@@ -304,10 +302,11 @@ class Balancer:
             scaled: Whether the gradients carry a loss scale.
         """
         record, weighting, present = self.record, self.weighting, statistics.names
+        needs = self.needs
         names, device = record.names or present, statistics.losses.device
         state = weighting.init(names, device) if record.state is None else record.state
         try:
-            statistics, flags = self.measure(statistics, linearization, scaled)
+            statistics, flags = self.measure(statistics, linearization, scaled, needs)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -317,7 +316,7 @@ class Balancer:
         measured = statistics
         valid = flags.are_clear()
         if valid is not None:
-            statistics = self.mask(statistics, flags, valid, scaled)
+            statistics = self.mask(statistics, flags, valid, scaled, needs)
         positions = loss_positions(names, present, device)
         weights, coefficients, following = weighting.weights(
             statistics, select_losses(state, positions)
@@ -332,10 +331,14 @@ class Balancer:
         metrics = StepMetrics(
             present, measured.gramian, measured.losses, weights, coefficients, projected
         )
-        return Staged(names, present, following, coefficients, metrics, valid)
+        return Staged(names, present, following, coefficients, metrics, valid, needs.observes)
 
     def measure(
-        self, statistics: Statistics, linearization: Linearization | None, scaled: bool
+        self,
+        statistics: Statistics,
+        linearization: Linearization | None,
+        scaled: bool,
+        needs: Needs,
     ) -> tuple[Statistics, Flags]:
         """Check the losses, and compute the Gramian if it is due.
 
@@ -343,9 +346,9 @@ class Balancer:
             NonFiniteError: On the CPU without a scaler: a loss or a gradient is not finite.
             BalanceValueError: On the CPU: a loss is not above its bound.
         """
-        bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.weighting, scaled))
-        if linearization is None or not (self.uses_gramian and self.is_due):
+        bounds = needs.method.lower_bounds(statistics.names)
+        flags = Flags(losses=flag_losses(statistics, bounds, needs.method, scaled))
+        if linearization is None or not needs.gramian:
             return statistics, flags
         gramian = linearization.gramian()
         nonfinite = flag_gradients(statistics.names, gramian, scaled)
@@ -353,7 +356,9 @@ class Balancer:
         statistics = statistics._replace(losses=losses, gramian=gramian)
         return statistics, flags._replace(gradients=nonfinite)
 
-    def mask(self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool) -> Statistics:
+    def mask(
+        self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool, needs: Needs
+    ) -> Statistics:
         """Count what is flagged for a later report, and make the statistics safe to compute with.
 
         What overflows under a loss scaler is not reported: the scaler handles it.
@@ -365,7 +370,7 @@ class Balancer:
                 reportable = reportable & statistics.losses.isfinite()
         if reportable is not None:
             self.record.faults.add(statistics.names, reportable)
-        bounds = self.weighting.lower_bounds(statistics.names)
+        bounds = needs.method.lower_bounds(statistics.names)
         return replace_nonfinite(statistics, bounds, valid)
 
     # ------------------------------------------------------------ accumulation
@@ -378,7 +383,7 @@ class Balancer:
             if is_on_cpu(statistics.losses):
                 # Only finite values are needed here: bounds hold for the window as a whole.
                 unbounded = [-math.inf] * len(statistics.names)
-                flag_losses(statistics, unbounded, self.weighting, batch.scaling is not None)
+                flag_losses(statistics, unbounded, self.needs.method, batch.scaling is not None)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -391,7 +396,7 @@ class Balancer:
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
         if self._takes_rows(problem.params):
-            if not self.uses_gramian:
+            if not self.needs.compares:
                 self._check_static_graph(problem)
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
@@ -430,7 +435,7 @@ class Balancer:
         self, closure: Callable[[], Any]
     ) -> tuple[Callable[[], Any], list[Reevaluation]]:
         """A closure to evaluate, and how to evaluate it again if the method observes the step."""
-        if not (self.observes_step and self.is_due):
+        if not self.needs.observes:
             return closure, []
         reevaluation = Reevaluation(closure, self.params, self.known_writes)
         return reevaluation.first, [reevaluation]

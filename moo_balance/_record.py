@@ -38,6 +38,7 @@ class Staged:
         coefficients: What multiplies the gradients, shape [K] for the losses of this batch.
         metrics: What ``optimizer.metrics`` will show; of a step that must be skipped, its losses.
         valid: Whether the values were finite, on the device; None where the host has checked.
+        observes: Whether the method needs the losses after the step.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
         differentiated: Whether that backward pass has run.
@@ -51,6 +52,7 @@ class Staged:
     coefficients: Tensor
     metrics: StepMetrics = field(default_factory=StepMetrics)
     valid: Tensor | None = None
+    observes: bool = False
     skip: bool = False
     combined: bool = False
     differentiated: bool = False
@@ -131,14 +133,9 @@ class Record:
             self.window.remove_mark()
             self.window = None
 
-    def commit(self, staged: Staged, observes: bool) -> None:
-        """Apply a staged step once the wrapped optimizer has taken it.
-
-        Args:
-            staged: The step.
-            observes: Whether the method needs the losses after this step.
-        """
-        if observes:
+    def commit(self, staged: Staged) -> None:
+        """Apply a staged step once the wrapped optimizer has taken it."""
+        if staged.observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.moved = False

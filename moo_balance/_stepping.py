@@ -40,7 +40,8 @@ def take_step(
     if record.window is not None:
         balancer.drop_cleared_window(record.window)
     result = None if closure is None else _run_closure(balancer, closure)
-    record.check_window_closed()
+    if record.window is not None:
+        record.check_window_closed()
     staged = record.staged
     if staged is None or (staged.combined and not (staged.differentiated or staged.skip)):
         return _step_without_backward(balancer, closure, result)
@@ -53,7 +54,7 @@ def take_step(
         if closure is not None:  # it will be evaluated again, on gradients that are cleared
             record.staged = None
         raise
-    record.commit(staged, balancer.observes_step and balancer.is_due)
+    record.commit(staged)
     if staged.reevaluations and record.awaiting is not None:
         _reevaluate(balancer, staged.reevaluations)
     if balancer.ranks is not None:
@@ -87,12 +88,7 @@ def _check_observable(balancer: Balancer, staged: Staged | None) -> None:
 
     A trainer's own, which called `combined_loss`, may still be followed by `observe`.
     """
-    if (
-        staged is None
-        or staged.combined
-        or staged.reevaluations
-        or not (balancer.observes_step and balancer.is_due)
-    ):
+    if staged is None or staged.combined or staged.reevaluations or not staged.observes:
         return
     balancer.record.staged = None  # the closure will be evaluated again, on cleared gradients
     raise BalanceError(
@@ -233,10 +229,11 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     record = balancer.record
     names, state = record.names, record.state
     assert names is not None and state is not None
-    statistics, flags = balancer.measure(statistics, None, scaled=False)
+    needs = balancer.weighting.needs(record.steps - 1)
+    statistics, flags = balancer.measure(statistics, None, scaled=False, needs=needs)
     valid = flags.are_clear()
     if valid is not None:
-        statistics = balancer.mask(statistics, flags, valid, scaled=False)
+        statistics = balancer.mask(statistics, flags, valid, scaled=False, needs=needs)
     positions = loss_positions(names, statistics.names, statistics.losses.device)
     part = balancer.weighting.observe(statistics, select_losses(state, positions))
     record.state = select_state(valid, merge_losses(state, part, positions), state)

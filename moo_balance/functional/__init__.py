@@ -6,6 +6,7 @@ Every function takes any floating dtype, computes in float32 at least, and retur
 from moo_balance.functional.analytic_qp import analytic_qp_weights
 from moo_balance.functional.dual_cone import project_dual_cone
 from moo_balance.functional.gramian import cosine_similarity, regularize
+from moo_balance.functional.lengths import rescale
 from moo_balance.functional.min_norm import kkt_residual, min_norm_weights
 from moo_balance.functional.scaling import gradient_scales, scale_gramian
 from moo_balance.functional.set_tchebycheff import set_tchebycheff, set_tchebycheff_value
@@ -28,6 +29,7 @@ __all__ = [
     "project_dual_cone",
     "project_simplex",
     "regularize",
+    "rescale",
     "scale_gramian",
     "set_tchebycheff",
     "set_tchebycheff_value",

@@ -32,7 +32,8 @@ class Statistics(NamedTuple):
             a step that has one, else float64 (float32 on Apple's "mps").
         gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
             for a method that does not use it, or in a step between two refreshes (``every``).
-        step: Number of steps that have been committed so far.
+        step: Number of steps that have been committed so far; in ``observe``, with the one that is
+            observed.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,27 @@ class WeightingOutput(NamedTuple):
     state: State
 
 
+class Needs(NamedTuple):
+    """What a method needs in one step.
+
+    Args:
+        method: Whose lower bounds hold.
+        compares: Whether the method compares gradients, in this step or between two refreshes.
+        gramian: Whether it gets a Gramian in this step.
+        losses: Whether its coefficients depend on the losses of this step.
+        observes: Whether it needs the losses on the same batch after this step.
+        independent: Whether its Gramian should hold products of gradients of different batches
+            only.
+    """
+
+    method: Weighting
+    compares: bool
+    gramian: bool
+    losses: bool
+    observes: bool
+    independent: bool = False
+
+
 class Weighting(ABC):
     """Turns losses, and a Gramian where the method uses one, into K coefficients.
 
@@ -62,8 +84,8 @@ class Weighting(ABC):
     ``BalancedOptimizer`` then saves, resumes, slices and distributes it like any other.
 
     Five properties say what the method needs. A subclass overrides them by a class attribute
-    (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. They are
-    constant for an instance: an optimizer reads them once.
+    (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. A method
+    whose needs change from step to step overrides :meth:`needs` instead.
     """
 
     @property
@@ -98,6 +120,12 @@ class Weighting(ABC):
     def every(self) -> int:
         """Recompute the Gramian, or re-evaluate the losses, only every n-th step."""
         return 1
+
+    def needs(self, step: int) -> Needs:
+        """What the method needs in the step that follows `step` committed ones."""
+        due, compares = step % self.every == 0, self.uses_gramian
+        observes, independent = self.observes_step and due, self.uses_independent_batches
+        return Needs(self, compares, compares and due, self.uses_losses, observes, independent)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         """What each loss must stay above; minus infinity where any finite value is allowed."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import BalanceError
-from moo_balance.weighting import State, Statistics, Weighting
+from moo_balance.weighting import Needs, State, Statistics, Weighting
 from tests.fuzz.mathematics import (
     Repeat,
     Row,
@@ -83,8 +83,8 @@ class Twin:
         return list(self.model.parameters())
 
     @property
-    def is_due(self) -> bool:
-        return self.steps % self.weighting.every == 0
+    def needs(self) -> Needs:
+        return self.weighting.needs(self.steps)
 
     # ------------------------------------------------------------ backward
 
@@ -142,7 +142,7 @@ class Twin:
 
         Where coefficients are known beforehand that is for the sake of hooks, which see one sum.
         """
-        if self.weighting.uses_gramian or self.weighting.uses_losses or window.is_kept:
+        if self.needs.compares or self.needs.losses or window.is_kept:
             return True
         hooked = {*self.hooks, *self.observed}
         trained = {k for k, param in enumerate(self.params) if param.requires_grad}
@@ -186,10 +186,10 @@ class Twin:
         if not sums.is_finite():
             return self._skip(skipped)
         values = torch.stack(list(sums.losses.values()))
-        if bool((values <= torch.tensor(self.weighting.lower_bounds(present))).any()):
+        if bool((values <= torch.tensor(self.needs.method.lower_bounds(present))).any()):
             raise Refused("not above its bound")
         gramian = None
-        if self.weighting.uses_gramian and self.is_due:
+        if self.needs.gramian:
             compared = set(range(len(self.params))) if self.shared is None else self.shared
             gramian = gramian_of(sums.at_features or sums.rows, present, compared)
             if not bool(gramian.diagonal().isfinite().all()):
@@ -267,7 +267,7 @@ class Twin:
             self.staged, self.skipped = None, self.skipped + 1
             return False
         self.descend()
-        observes = self.weighting.observes_step and self.is_due
+        observes = self.needs.observes
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.steps += 1
         if observes:

@@ -70,7 +70,8 @@ class Method:
         equivariant: Whether permuting the losses permutes the weights.
         scaling: What happens to the coefficients when one loss is multiplied by s, in every step:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
-            divided by their sum. None if unstated.
+            divided by their sum; "direction", that, and then all are multiplied by some number.
+            None if unstated.
     """
 
     id: str
@@ -82,7 +83,7 @@ class Method:
     negative: bool = False
     never_rises: bool = False
     equivariant: bool = True
-    scaling: Literal["unchanged", "inverse", "shares"] | None = None
+    scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
 
     def __repr__(self) -> str:
         return self.id
@@ -105,10 +106,14 @@ class Facts:
     Args:
         equalizes: What the method makes equal, or minimizes.
         relation: Its relation to other methods; empty if there is none to tell.
+        total: What the coefficients sum to, where the row cannot say it.
+        cost: What it costs beyond a plain step, where the kind of the row cannot say it.
     """
 
     equalizes: str
     relation: str = ""
+    total: str | None = None
+    cost: str | None = None
 
 
 @dataclass(frozen=True)

@@ -211,11 +211,11 @@ def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
     for step, (losses, after, rows) in enumerate(
         zip(scene.losses, scene.after, scene.jacobians, strict=True)
     ):
-        due = step % weighting.every == 0
-        gramian = rows @ rows.T if weighting.uses_gramian and due else None
+        needs = weighting.needs(step)
+        gramian = rows @ rows.T if needs.gramian else None
         answer = weighting.weights(Statistics(scene.names, losses, gramian, step), state)
         state = answer.state
-        if weighting.observes_step and due:
+        if needs.observes:
             state = weighting.observe(Statistics(scene.names, after, step=step + 1), state)
         answers.append(answer._replace(state=state))
     return answers

@@ -19,6 +19,7 @@ from tests.support.rows import FAMILIES
 
 METHODS = [row for family in FAMILIES for row in family.METHODS]
 REFUSALS = [refusal for family in FAMILIES for refusal in family.REFUSALS]
+FACTS = {name: facts for family in FAMILIES for name, facts in family.FACTS.items()}
 
 OWN_METHODS = [
     Method(

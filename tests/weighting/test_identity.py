@@ -53,10 +53,9 @@ def half(step: int, power: float = 1.0) -> float:
 def test_a_method_is_named_by_its_class(method: Any) -> None:
     weighting = method.make(NAMES)
     name = method_name(weighting)
-    if isinstance(weighting, MovingAverage):
-        assert name == f"MovingAverage({type(weighting.weighting).__name__})"
-    else:
-        assert name == type(weighting).__name__
+    inner = getattr(weighting, "weightings", [getattr(weighting, "weighting", None)])
+    names = ", ".join(type(each).__name__ for each in inner if each is not None)
+    assert name == type(weighting).__name__ + (f"({names})" if names else "")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
-from tests.support.method import Facts, Method, Refusal
+from moo_balance import GradientNorms
+from tests.support.method import INF, NAN, Facts, Method, preference, refused, unfit
 
-METHODS: list[Method] = []
+METHODS = [
+    Method(
+        "GradientNorms",
+        lambda names: GradientNorms(),
+        kind="gramian",
+        total=None,
+        scaling="direction",
+    ),
+    Method(
+        "GradientNorms-reference",
+        lambda names: GradientNorms("a", 0.5, max_weight=2.0, preference=preference(names)),
+        kind="gramian",
+        total=None,
+    ),
+    Method(
+        "GradientNorms-jaxpi",
+        lambda names: GradientNorms.jaxpi(every=3),
+        kind="gramian-every",
+        total=None,
+        alone=lambda loss: 0.9 + 0.1 / (1 + 1e-5),
+    ),
+]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
-REFUSALS: list[Refusal] = []
+REFUSALS = [
+    refused(GradientNorms, reference=0.0),
+    refused(GradientNorms, reference=INF),
+    refused(GradientNorms, reference=None),
+    unfit(GradientNorms, reference="c"),
+    refused(GradientNorms, beta=1.0),
+    refused(GradientNorms, smooth="losses"),
+    refused(GradientNorms, smooth="weights", initial=-1.0),
+    refused(GradientNorms, initial=1.0),
+    unfit(GradientNorms, smooth="weights", initial={"a": 1.0}),
+    refused(GradientNorms, eps=-1.0),
+    refused(GradientNorms, relative_eps=NAN),
+    refused(GradientNorms, max_weight=0.0),
+    refused(GradientNorms, preference={"a": 0.0, "b": 1.0}),
+    unfit(GradientNorms, preference={"a": 1.0}),
+    refused(GradientNorms, every=0),
+]
 
-FACTS: dict[str, Facts] = {}
+FACTS = {
+    "GradientNorms": Facts(
+        equalizes="the lengths of the weighted gradients",
+        relation="where GradNorm with alpha=0 settles; for two losses the direction of IMTLG",
+    ),
+}

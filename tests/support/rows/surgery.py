@@ -2,11 +2,80 @@
 
 from __future__ import annotations
 
-from tests.support.method import Facts, Method, Refusal
+from moo_balance import AlignedMTL, GradVac, PCGrad
+from tests.support.method import NAN, Facts, Method, preference, refused, unfit
 
-METHODS: list[Method] = []
+METHODS = [
+    Method(
+        "PCGrad",
+        lambda names: PCGrad(),
+        kind="gramian",
+        total=None,
+        equivariant=False,
+    ),
+    Method(
+        "PCGrad-preference",
+        lambda names: PCGrad(reduction="mean", preference=preference(names)),
+        kind="gramian",
+        total=None,
+        equivariant=False,
+    ),
+    Method(
+        "GradVac",
+        lambda names: GradVac(),
+        kind="gramian",
+        total=None,
+        equivariant=False,
+    ),
+    Method(
+        "GradVac-every",
+        lambda names: GradVac(beta=0.5, every=2),
+        kind="gramian-every",
+        total=None,
+        equivariant=False,
+    ),
+    Method("AlignedMTL", lambda names: AlignedMTL(), kind="gramian", total=None, negative=True),
+    Method(
+        "AlignedMTL-median",
+        lambda names: AlignedMTL("median", "mean", preference(names)),
+        kind="gramian",
+        total=None,
+        negative=True,
+    ),
+]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
-REFUSALS: list[Refusal] = []
+REFUSALS = [
+    refused(PCGrad, reduction="median"),
+    refused(PCGrad, preference={"a": 0.0}),
+    refused(PCGrad, seed=-1),
+    refused(PCGrad, every=0),
+    unfit(PCGrad, preference={"a": 1.0}),
+    refused(GradVac, beta=1.0),
+    refused(GradVac, beta=NAN),
+    refused(GradVac, reduction=None),
+    refused(GradVac, preference=1.0),
+    refused(GradVac, seed=0.5),
+    refused(GradVac, every=1.5),
+    unfit(GradVac, preference={"a": 1.0, "b": 1.0, "d": 1.0}),
+    refused(AlignedMTL, scale="max"),
+    refused(AlignedMTL, reduction="none"),
+    refused(AlignedMTL, preference={"a": -1.0}),
+    refused(AlignedMTL, every=0),
+    unfit(AlignedMTL, preference={"d": 1.0}),
+]
 
-FACTS: dict[str, Facts] = {}
+FACTS: dict[str, Facts] = {
+    "PCGrad": Facts(
+        equalizes="removes from each gradient its components against the others",
+        relation="the first step of GradVac",
+    ),
+    "GradVac": Facts(
+        equalizes="cosines of gradients, raised to their moving averages",
+        relation="PCGrad where the targets are 0",
+    ),
+    "AlignedMTL": Facts(
+        equalizes="lengths of the principal components of the gradients",
+        relation="a plain sum where gradients are orthogonal and equally long",
+    ),
+}
