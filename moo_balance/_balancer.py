@@ -32,8 +32,15 @@ from moo_balance._nonfinite import (
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
+from moo_balance._rows import look_at_rows
 from moo_balance._two_step import check_no_scaling, has_two_steps
-from moo_balance._validation import Given, check_no_closure, read_features, read_losses
+from moo_balance._validation import (
+    Given,
+    check_no_closure,
+    check_whole_rows,
+    read_features,
+    read_losses,
+)
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses
@@ -174,6 +181,7 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
+            whole_rows=needs.rows is not None,
             measured=needs.gramian,
             independent=type(needs.method).__name__ if needs.independent else "",
         )
@@ -200,6 +208,8 @@ class Balancer:
         if callable(features):
             features = features()
         read: tuple[Tensor, ...] = ()
+        if self.needs.rows is not None:
+            check_whole_rows(self.needs.rows, self.engine, features is not None)
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)
@@ -317,6 +327,11 @@ class Balancer:
         valid = flags.are_clear()
         if valid is not None:
             statistics = self.mask(statistics, flags, valid, scaled, needs)
+        rows = None
+        if needs.rows is not None:
+            statistics, rows = look_at_rows(
+                needs.rows, linearization, statistics, record.rows, valid
+            )
         positions = loss_positions(names, present, device)
         weights, coefficients, following = weighting.weights(
             statistics, select_losses(state, positions)
@@ -331,7 +346,9 @@ class Balancer:
         metrics = StepMetrics(
             present, measured.gramian, measured.losses, weights, coefficients, projected
         )
-        return Staged(names, present, following, coefficients, metrics, valid, needs.observes)
+        return Staged(
+            names, present, following, coefficients, metrics, valid, needs.observes, rows=rows
+        )
 
     def measure(
         self,

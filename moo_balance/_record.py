@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
+    from moo_balance._rows import RowState
 
 
 _SKIPS_TO_WARN_OF = 10
@@ -44,6 +45,7 @@ class Staged:
         differentiated: Whether that backward pass has run.
         reevaluations: How to evaluate the batch again after the step.
         scaling: The loss scaler that the gradients were scaled with.
+        rows: What is kept of rows after the step; None if that stays as it is.
     """
 
     names: tuple[str, ...]
@@ -58,6 +60,7 @@ class Staged:
     differentiated: bool = False
     reevaluations: Sequence[Reevaluation] = ()
     scaling: Scaling | None = None
+    rows: RowState | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""
@@ -83,6 +86,7 @@ class Record:
     Args:
         names: The declared losses; None before the first step.
         state: State of the method; None before the first step.
+        rows: What the method keeps of rows, by parameter and loss.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
         skipped_in_a_row: How many of them since the last step that was taken.
@@ -98,6 +102,7 @@ class Record:
 
     names: tuple[str, ...] | None = None
     state: State | None = None
+    rows: RowState = field(default_factory=dict)
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -138,6 +143,8 @@ class Record:
         if staged.observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
+        if staged.rows is not None:
+            self.rows = staged.rows
         self.moved = False
         self.steps += 1
         self.skipped_in_a_row = 0

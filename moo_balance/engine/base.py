@@ -45,6 +45,7 @@ class Problem(NamedTuple):
             when they are needed.
         node_hooks: Positions of the parameters at whose graph nodes hooks are registered. Other
             hooks are found without it.
+        whole_rows: The method looks at single coordinates of the gradients, which are kept whole.
         measured: Whether inner products may be requested. A window that takes those of its
             micro-batches one by one spares them otherwise.
         independent: The method that asks for inner products of gradients of different batches only,
@@ -61,6 +62,7 @@ class Problem(NamedTuple):
     features: Sequence[Tensor] = ()
     stacked: Tensor | None = None
     node_hooks: Collection[int] = ()
+    whole_rows: bool = False
     measured: bool = True
     independent: str = ""
 

@@ -59,6 +59,7 @@ from moo_balance.engine.linear import (
     gramian_in_range,
 )
 from moo_balance.engine.products import products_in_range
+from moo_balance.engine.rows import WholeRows
 from moo_balance.errors import BalanceError
 
 
@@ -124,7 +125,8 @@ class PerLoss(Engine):
         if problem.features:
             _check_no_features(problem, self.unbiased)
             return FeatureGramian(problem, self.dtype)
-        return PerLossLinearization(problem, self.dtype, self.unbiased)
+        linearization = PerLossLinearization(problem, self.dtype, self.unbiased)
+        return WholeRows(linearization) if problem.whole_rows else linearization
 
     def window(self) -> Window:
         return PerLossWindow(self.dtype, self.unbiased)
@@ -197,11 +199,16 @@ class PerLossLinearization(Linearization):
         value = weighted_sum(problem, coefficients).detach()
         return precomputed_gradient(value, gradients, problem)
 
+    def take_rows(self) -> list[list[Tensor | None]]:
+        """The K rows themselves, in place of the Gramian."""
+        return self._rows(_has_shards(self.problem))
+
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
         problem = self.problem
         if self.within is None:
-            rows = differentiate(problem, sharded, self.layers)
+            layers = None if problem.whole_rows else self.layers
+            rows = differentiate(problem, sharded, layers)
             return _average(zip(problem.names, rows, strict=True), problem, sharded)
         own = list[Row]()
         named = _keep(zip(problem.names, differentiate(problem, sharded), strict=True), own)
@@ -244,7 +251,8 @@ class PerLossWindow(Window):
         self.compared.update(id(problem.params[k]) for k in problem.compared or ())
 
     def close(self, problem: Problem) -> Linearization:
-        return _ClosedWindow(self, problem)
+        closed = _ClosedWindow(self, problem)
+        return WholeRows(closed) if problem.whole_rows else closed
 
     def params_with(self, problem: Problem) -> Sequence[Tensor]:
         """The parameters of one more micro-batch, then those that no longer train."""

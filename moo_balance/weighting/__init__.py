@@ -15,14 +15,17 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
+from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.mgda import MGDA
+from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.rescaled import Rescaled
+from moo_balance.weighting.sdmgrad import SDMGrad
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 
@@ -33,15 +36,18 @@ __all__ = [
     "AnalyticQP",
     "BalancedTrajectory",
     "FixedWeights",
+    "GradNorm",
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "MoDo",
     "MovingAverage",
     "Needs",
     "OnlineTchebycheff",
     "PCGrad",
     "RandomWeights",
     "Rescaled",
+    "SDMGrad",
     "Sequential",
     "SmoothTchebycheff",
     "State",

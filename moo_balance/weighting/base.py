@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import widest_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
 state_dtype = widest_dtype
 """The dtype of state tensors on a device: float64 where the device has it."""
@@ -34,12 +37,15 @@ class Statistics(NamedTuple):
             for a method that does not use it, or in a step between two refreshes (``every``).
         step: Number of steps that have been committed so far; in ``observe``, with the one that is
             observed.
+        rows: What a method that looks at single coordinates of gradients asks for, in a step with a
+            Gramian; None for any other.
     """
 
     names: tuple[str, ...]
     losses: Tensor
     gramian: Tensor | None = None
     step: int = 0
+    rows: RowStatistics | None = None
 
 
 class WeightingOutput(NamedTuple):
@@ -64,6 +70,7 @@ class Needs(NamedTuple):
         gramian: Whether it gets a Gramian in this step.
         losses: Whether its coefficients depend on the losses of this step.
         observes: Whether it needs the losses on the same batch after this step.
+        rows: What looks at single coordinates of the gradients in this step; None for nothing.
         independent: Whether its Gramian should hold products of gradients of different batches
             only.
     """
@@ -73,6 +80,7 @@ class Needs(NamedTuple):
     gramian: bool
     losses: bool
     observes: bool
+    rows: RowWeighting | None = None
     independent: bool = False
 
 
@@ -125,7 +133,8 @@ class Weighting(ABC):
         """What the method needs in the step that follows `step` committed ones."""
         due, compares = step % self.every == 0, self.uses_gramian
         observes, independent = self.observes_step and due, self.uses_independent_batches
-        return Needs(self, compares, compares and due, self.uses_losses, observes, independent)
+        gramian = compares and due
+        return Needs(self, compares, gramian, self.uses_losses, observes, independent=independent)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         """What each loss must stay above; minus infinity where any finite value is allowed."""

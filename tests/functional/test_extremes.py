@@ -28,7 +28,7 @@ from moo_balance.functional._checks import relative_scales
 from moo_balance.weighting import Statistics
 from moo_balance.weighting._arguments import log_coefficients
 from tests.support.gradients import gramian_of, jacobians, property_test
-from tests.support.registry import Method, over_methods
+from tests.support.registry import Method, over_all_methods
 from tests.support.statistics import statistics_of, vector
 
 over_solvers = pytest.mark.parametrize("solve", [min_norm_weights, analytic_qp_weights])
@@ -186,7 +186,7 @@ LOSSES = [(1e-300, 1.0), (1e-300, 1e300), (1e300, 1e299), (1e-300, 1e-300)]
 NORMS = [(1e-150, 1.0), (1e150, 1e-150), (1e150, 1e150)]
 
 
-@over_methods
+@over_all_methods
 def test_every_method_gives_finite_weights(method: Method):
     names = ("a", "b")
     weighting = method.make(names)

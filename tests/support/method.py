@@ -72,6 +72,8 @@ class Method:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
             divided by their sum; "direction", that, and then all are multiplied by some number.
             None if unstated.
+        independent: Whether it needs gradients of at least two batches in each step. Tests of
+            single batches leave such rows out.
     """
 
     id: str
@@ -84,6 +86,7 @@ class Method:
     never_rises: bool = False
     equivariant: bool = True
     scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
+    independent: bool = False
 
     def __repr__(self) -> str:
         return self.id
