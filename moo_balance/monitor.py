@@ -41,6 +41,7 @@ class StepMetrics:
     _losses: Tensor | None = None
     _weights: Tensor | None = None
     _coefficients: Tensor | None = None
+    _satisfied: Tensor | None = None
     projected: Tensor | None = None
 
     @property
@@ -59,6 +60,17 @@ class StepMetrics:
         return self._by_name(self._coefficients)
 
     @property
+    def satisfied(self) -> tuple[str, ...]:
+        """The losses that counted as satisfied, and had no part in the balance. Synchronizes.
+
+        Such a loss equals its lower bound, or its gradient is zero; its coefficient is 0.
+        """
+        if self._satisfied is None:
+            return ()
+        marks = self._satisfied.tolist()
+        return tuple(name for name, mark in zip(self.names, marks, strict=True) if mark)
+
+    @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:
         """Cosine similarity of each pair of gradients; empty without a Gramian.
 
@@ -72,7 +84,8 @@ class StepMetrics:
     def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
         r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
 
-        And ``gramian/projected`` for :attr:`projected`.
+        ``satisfied`` is the number of :attr:`satisfied` losses, and ``gramian/projected`` is
+        :attr:`projected`.
 
         Args:
             pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
@@ -114,9 +127,10 @@ class StepMetrics:
     def _keys(self, pairs: bool | None) -> tuple[str, ...]:
         """The keys of :meth:`as_dict`."""
         listed = self._lists_pairs(pairs)
-        has_cosines, has_projection = self.gramian is not None, self.projected is not None
-        kinds = tuple(self._vectors())
-        return _list_keys(self.names, kinds, has_cosines, listed, has_projection)
+        keys = _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+        if self.projected is not None:
+            keys = (*keys, _PROJECTED)
+        return keys if self._coefficients is None else (*keys, "satisfied")
 
     def _lists_pairs(self, pairs: bool | None) -> bool:
         """Whether each pair has a key, given the argument of :meth:`as_dict`."""
@@ -132,9 +146,20 @@ class StepMetrics:
             parts.append(cosines)
         if self.projected is not None:
             parts.append(self.projected.reshape(1))
+        count = self._count_satisfied()
+        if count is not None:
+            parts.append(count.unsqueeze(0))
         if not parts:
             return None
         return torch.cat([part.to(parts[0].device) for part in parts])
+
+    def _count_satisfied(self) -> Tensor | None:
+        """How many losses are satisfied; None in a step without coefficients."""
+        if self._coefficients is None:
+            return None
+        if self._satisfied is None:
+            return self._coefficients.new_zeros(())
+        return self._satisfied.sum().to(self._coefficients)
 
     def _all_cosines(self, gramian: Tensor) -> Tensor:
         """Cosines of all pairs, in the order of ``itertools.combinations``."""
@@ -144,6 +169,8 @@ class StepMetrics:
 
     def _value(self, key: str) -> Tensor | None:
         """The value under a key of :meth:`as_dict`; None where there is none."""
+        if key == "satisfied":
+            return self._count_satisfied()
         kind, _, name = key.partition("/")
         vector = self._vectors().get(kind)
         if vector is not None:
@@ -177,14 +204,12 @@ def _cosines(gramian: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tens
 
 @lru_cache(maxsize=8)
 def _list_keys(
-    names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool, projected: bool
+    names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool
 ) -> tuple[str, ...]:
     keys = [f"{kind}/{name}" for kind in kinds for name in names]
     if cosines and len(names) > 1:
         labels = _positions_of_pairs(names) if pairs else ("min", "mean")
         keys += [f"cosine/{label}" for label in labels]
-    if projected:
-        keys.append(_PROJECTED)
     return tuple(keys)
 
 

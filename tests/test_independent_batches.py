@@ -12,10 +12,12 @@ from moo_balance import MGDA, BalancedOptimizer, BalanceError, MovingAverage, Re
 from moo_balance.engine import PerLoss
 from moo_balance.weighting import Statistics
 from tests.support.problems import (
+    Scene,
     assert_same_parameters,
     flat_gradient,
     gradients,
     jacobian,
+    play,
     setup,
     sgd,
     whole_state,
@@ -194,3 +196,23 @@ def test_methods_around_it_have_its_need(method):
     optimizer.step()
     with pytest.raises(BalanceError, match="at least two independent batches"):
         optimizer.backward(model.losses())
+
+
+@over_rows
+def test_losses_that_a_mask_leaves_out_have_no_part(method):
+    """As on an accelerator, where the host does not know them."""
+    weighting, scene = method.make(NAMES), Scene.random(seed=7)
+    gramian = scene.jacobians[0] @ scene.jacobians[0].T
+    mask = torch.tensor([False, True, False])
+    hidden = gramian.masked_fill(mask[:, None] | mask, 0.0)
+    marked = Statistics(NAMES, scene.losses[0], hidden, 6, satisfied=mask)
+    rest = Statistics(("a", "c"), scene.losses[0][~mask], gramian[~mask][:, ~mask], 6)
+    alone = {"weights": torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)}
+    for state in (play(weighting, scene)[-1].state, alone):
+        found = weighting.weights(marked, state)
+        expected = weighting.weights(rest, {"weights": state["weights"][~mask]})
+        for one, other in (
+            (found.coefficients, expected.coefficients),
+            (found.state["weights"], expected.state["weights"]),
+        ):
+            torch.testing.assert_close(one[~mask], other, rtol=1e-12, atol=1e-12)

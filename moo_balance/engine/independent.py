@@ -172,7 +172,8 @@ def project_semidefinite(estimate: Tensor, squares: Tensor) -> tuple[Tensor, Ten
     """The nearest positive semidefinite matrix, and how much had to be removed.
 
     Nearest in units in which the gradients that were measured have length 1, so that it does not
-    depend on the units of the losses.
+    depend on the units of the losses. Where that leaves nothing of a gradient, a millionth of its
+    squared length stays, orthogonal to all others.
 
     Args:
         estimate: An estimate of a Gramian, shape [K, K], symmetric.
@@ -182,8 +183,8 @@ def project_semidefinite(estimate: Tensor, squares: Tensor) -> tuple[Tensor, Ten
         The projection, in the dtype of `estimate`; and the Frobenius norm of what was removed,
         compared with that of the estimate, both in these units, as a 0-d tensor.
     """
-    norms = squares.to(estimate).sqrt()
-    norms = norms.masked_fill(norms == 0, 1.0)
+    lengths = squares.to(estimate).sqrt()
+    norms = lengths.masked_fill(lengths == 0, 1.0)
     unit = estimate / norms[:, None] / norms
     if len(unit) == 1:
         nearest = unit.clamp(min=0.0)
@@ -193,11 +194,18 @@ def project_semidefinite(estimate: Tensor, squares: Tensor) -> tuple[Tensor, Ten
         nearest = _project_many(unit)
     size = unit.norm()
     removed = torch.where(size > 0, (unit - nearest).norm() / size, size)
-    projected = nearest * norms[:, None] * norms
+    # A gradient of which nothing is left is not zero: it must not count as satisfied.
+    squared = nearest.diagonal()
+    nearest = nearest + torch.diag(torch.where(squared == 0, _LEFT, 0.0).to(squared))
+    projected = nearest * lengths[:, None] * lengths
     projected = (projected + projected.T) / 2  # equal to the last bit
     # What is not finite must stay with its own loss, by whose name it is reported.
     finite = estimate.diagonal().isfinite().all()
     return torch.where(finite, projected, estimate), removed
+
+
+_LEFT = 2.0**-20
+"""The squared length that is left of a gradient at least, compared with what was measured."""
 
 
 def _project_two(matrix: Tensor) -> Tensor:

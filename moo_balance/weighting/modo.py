@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class MoDo(Weighting):
 
     uses_gramian = True
     uses_independent_batches = True
+    leaves_out_satisfied = True
 
     gamma: float = 0.1
     rho: float = 0.1
@@ -109,15 +111,14 @@ class MoDo(Weighting):
         return {"weights": initial_weights(self.preference, names, device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        before, gramian = state["weights"], statistics.gramian
-        weights = renormalize(before)
-        following = weights
+        weights, mass = present_weights(state["weights"], statistics.satisfied)
+        following, gramian = weights, statistics.gramian
         if gramian is not None:
             preference = normalize_preference(self.preference, statistics).to(weights)
             gradient = gramian.to(weights) @ weights + self.rho * (weights - preference)
-            following = project_simplex(weights - self.gamma * gradient)
+            following = project_others(weights - self.gamma * gradient, statistics.satisfied)
         used = weights.to(statistics.losses)
-        return WeightingOutput(used, used, {"weights": following * before.sum()})
+        return WeightingOutput(used, used, {"weights": following * mass})
 
 
 def initial_weights(
@@ -127,3 +128,20 @@ def initial_weights(
     check_names("preference", preference, names, complete=True)
     values = torch.ones(len(names), dtype=state_dtype(device), device=device)
     return normalize_preference(preference, Statistics(tuple(names), values)).clone()
+
+
+def present_weights(weights: Tensor, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights that sum to 1 over the losses that are present and not left out; their sum before."""
+    if left_out is None:
+        return renormalize(weights), weights.sum()
+    others = (~left_out).to(weights)
+    weights = weights * others
+    mass = weights.sum()
+    return torch.where(mass > 0, weights / mass, others / others.sum()), mass
+
+
+def project_others(vector: Tensor, left_out: Tensor | None) -> Tensor:
+    """Project onto the simplex of the losses that are not left out."""
+    if left_out is not None:
+        vector = vector.masked_fill(left_out, -math.inf)
+    return project_simplex(vector)

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moo_balance.functional import project_simplex
 from moo_balance.weighting._arguments import (
     check_preference,
     check_range,
     check_whole,
     copy_mappings,
     normalize_preference,
-    renormalize,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
-from moo_balance.weighting.modo import initial_weights
+from moo_balance.weighting.modo import initial_weights, present_weights, project_others
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class SDMGrad(Weighting):
 
     uses_gramian = True
     uses_independent_batches = True
+    leaves_out_satisfied = True
 
     pull: float = 0.3
     lr: float = 10.0
@@ -107,30 +106,33 @@ class SDMGrad(Weighting):
         return {"weights": initial_weights(self.preference, names, device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        before, gramian = state["weights"], statistics.gramian
-        weights = renormalize(before)
+        weights, mass = present_weights(state["weights"], statistics.satisfied)
         preference = normalize_preference(self.preference, statistics).to(weights)
         coefficients = (weights + self.pull * preference) / (1.0 + self.pull)
-        following = weights
+        following, gramian = weights, statistics.gramian
         if gramian is not None:
-            following = self._descend(_divide_by_length(gramian.to(weights)), weights, preference)
-        kept = {"weights": following * before.sum()}
+            following = self._descend(gramian.to(weights), weights, preference, statistics)
         used, coefficients = weights.to(statistics.losses), coefficients.to(statistics.losses)
-        return WeightingOutput(used, coefficients, kept)
+        return WeightingOutput(used, coefficients, {"weights": following * mass})
 
-    def _descend(self, products: Tensor, weights: Tensor, preference: Tensor) -> Tensor:
+    def _descend(
+        self, products: Tensor, weights: Tensor, preference: Tensor, statistics: Statistics
+    ) -> Tensor:
         """The weights after the inner iterations."""
+        products = _divide_by_length(products, statistics.satisfied)
         velocity, constant = torch.zeros_like(weights), self.pull * (products @ preference)
         for _ in range(self.iterations):
             velocity = self.momentum * velocity + (products @ weights + constant)
-            weights = project_simplex(weights - self.lr * velocity)
+            weights = project_others(weights - self.lr * velocity, statistics.satisfied)
         return weights
 
 
-def _divide_by_length(products: Tensor) -> Tensor:
+def _divide_by_length(products: Tensor, left_out: Tensor | None) -> Tensor:
     """Divide by the square of the mean length; zeros where no estimated length is above 0.
 
-    In two divisions, each of the root of a square: no square may leave the range of the dtype.
+    In two divisions: the square may leave the range of the dtype where the quotient does not.
     """
-    length = products.diagonal().clamp(min=0.0).sqrt().mean()
+    lengths = products.diagonal().clamp(min=0.0).sqrt()
+    count = len(lengths) if left_out is None else (~left_out).sum()
+    length = lengths.sum() / count
     return torch.where(length > 0, products / length / length, torch.zeros_like(products))

@@ -194,6 +194,9 @@ def test_the_projection_is_nearest_and_semidefinite(seed: int, count: int, decad
     relative = projected / scales[:, None] / scales
     values, vectors = torch.linalg.eigh(unit)
     expected = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
+    if float(values[-1]) < 1e-12:  # nothing is left
+        torch.testing.assert_close(relative, torch.eye(count).double() * 2.0**-20)
+        return
     torch.testing.assert_close(relative, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(projected, projected.T)
     assert float(removed) == pytest.approx(float((unit - expected).norm() / unit.norm()), abs=1e-9)
@@ -215,6 +218,19 @@ def test_what_is_not_finite_stays_with_its_loss(count: int) -> None:
     estimate[-1, -1] = float("nan")
     projected, _ = project_semidefinite(estimate, torch.ones(count))
     assert projected.diagonal().isfinite().tolist() == [True] * (count - 1) + [False]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_gradient_in_the_noise_does_not_count_as_satisfied(count: int) -> None:
+    """But a gradient of zero does."""
+    estimate = -torch.eye(count, dtype=torch.float64)
+    estimate[-1] = 0.0
+    squares = torch.ones(count)
+    squares[-1] = 0.0
+    projected, _ = project_semidefinite(estimate, squares)
+    expected = torch.eye(count).double() * 2.0**-20
+    expected[-1] = 0.0
+    assert torch.equal(projected, expected)
 
 
 def test_nothing_measured_has_nothing_removed() -> None:
