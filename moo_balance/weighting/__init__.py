@@ -29,8 +29,8 @@ from moo_balance.weighting.imtl_l import IMTLL
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
-from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pbi import PBI
+from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.relobralo import ReLoBRaLo
@@ -48,8 +48,8 @@ __all__ = [
     "IMTLG",
     "IMTLL",
     "MGDA",
-    "PCD",
     "PBI",
+    "PCD",
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",

@@ -1,0 +1,66 @@
+"""Which methods are timed, and how the table tells what exceeds its budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.settings import Settings
+from benchmarks.speed.methods import BUDGETS, gramian_methods, own_step, peers, run, section
+from moo_balance import PCD
+from tests.support.registry import METHODS
+
+NAMES = ("a", "b", "c")
+
+
+def test_all_methods_with_a_gramian_are_timed() -> None:
+    """A method of the registry that is not timed contains another one."""
+    timed = {type(method) for method in gramian_methods(NAMES).values()}
+    rows = {type(weighting) for row in METHODS if (weighting := row.make(NAMES)).uses_gramian}
+    missing = rows - timed
+    assert timed <= rows
+    assert all(
+        any(field in cls.__dataclass_fields__ for field in ("weighting", "weightings"))
+        for cls in missing
+    )
+
+
+def test_a_method_that_prefers_a_loss_prefers_the_first() -> None:
+    assert gramian_methods(NAMES)["PCD"] == PCD("a")
+
+
+@pytest.mark.parametrize("name", gramian_methods(NAMES))
+def test_a_step_gives_coefficients(name: str) -> None:
+    step = own_step(gramian_methods(NAMES)[name], NAMES)
+    for _ in range(3):
+        coefficients = step()
+        assert isinstance(coefficients, torch.Tensor)
+        assert coefficients.shape == (3,)
+        assert bool(coefficients.isfinite().all())
+
+
+def test_peers_have_the_names_of_methods() -> None:
+    pytest.importorskip("torchjd")
+    names = list(gramian_methods(NAMES))
+    available, left_out = peers(names)
+    assert set(available) <= set(names)
+    assert "MGDA" in available
+    assert not set(available) & set(left_out)
+
+
+def test_a_figure_beyond_its_budget_is_bold() -> None:
+    entries = [
+        {"method": "A", "losses": 2, "microseconds": BUDGETS[2] + 1.0, "TorchJD": 7.0},
+        {"method": "B", "losses": 2, "microseconds": BUDGETS[2] - 1.0},
+    ]
+    text = section({"entries": entries, "left out": {"TorchJD X": "it is not there"}})
+    assert "**61**" in text
+    assert "| B      | 59     | –       |" in text
+    assert "figures in bold exceed them: 1." in text
+    assert text.endswith("Left out: TorchJD X. it is not there")
+
+
+def test_a_quick_run_has_figures_for_two_losses() -> None:
+    entries = run(Settings(quick=True, threads=1))["entries"]
+    assert {entry["losses"] for entry in entries} == {2}
+    assert {entry["method"] for entry in entries} == set(gramian_methods(NAMES))
