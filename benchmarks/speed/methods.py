@@ -26,16 +26,19 @@ BUDGETS = {2: 60.0, 32: 2000.0}
 PEER_ARGUMENTS: dict[str, dict[str, float]] = {"CAGrad": {"c": 0.4}, "FairGrad": {"alpha": 1.0}}
 """What TorchJD gives no default: ours."""
 
+NAMES_A_LOSS = {"primary", "reference"}
+"""Arguments without a default that name a loss: the first."""
+
 GRAMIANS = 4
 
 Step = Callable[[], object]
 
 
 def gramian_methods(names: Sequence[str]) -> dict[str, Weighting]:
-    """All methods of the package that use a Gramian in each step, with default arguments.
+    """All methods of the package that a Gramian is enough for, with default arguments.
 
-    A method that prefers one loss prefers the first. Those that need another argument are left out:
-    they contain one of the others.
+    A method that is about one loss gets the name of the first. Those that need another argument
+    are left out: they contain one of the others.
     """
     found: dict[str, Weighting] = {}
     for name in sorted(package.__all__):
@@ -47,9 +50,10 @@ def gramian_methods(names: Sequence[str]) -> dict[str, Weighting]:
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
-        if needed <= {"primary"}:
+        if needed <= NAMES_A_LOSS:
             method = cls(**dict.fromkeys(needed, names[0]))
-            if method.uses_gramian:
+            needs = method.needs(0)
+            if needs.gramian and needs.rows is None:
                 found[name] = method
     return found
 

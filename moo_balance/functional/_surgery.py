@@ -30,7 +30,7 @@ class Corrections(NamedTuple):
 
 def draw_order(count: int, generator: torch.Generator) -> Order:
     """For each gradient, all others in a random order."""
-    keys = torch.rand((count, count - 1), generator=generator, dtype=torch.float64)
+    keys = torch.rand((count, count - 1), generator=generator, dtype=torch.float64, device="cpu")
     drawn: Order = keys.numpy().argsort(1)
     return drawn + (drawn >= np.arange(count)[:, None])
 
