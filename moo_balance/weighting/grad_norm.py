@@ -99,6 +99,7 @@ class GradNorm(GramianWeighting):
         check_whole(self, "every", 1)
 
     bound_reason = "divides by its first value"
+    leaves_out_satisfied = True
 
     @property
     def bound_advice(self) -> str:
@@ -151,8 +152,9 @@ class GradNorm(GramianWeighting):
         return {**state, "weights": used.to(statistics.losses.dtype)}
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        learned = state["learned"]
-        weights = _sum_to_count(learned, torch.ones_like(learned, dtype=torch.bool))
+        learned, satisfied = state["learned"], statistics.satisfied
+        counted = torch.ones_like(learned, dtype=torch.bool) if satisfied is None else ~satisfied
+        weights = _sum_to_count(learned, counted)
         return {"weights": weights.to(statistics.losses.dtype)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
