@@ -243,9 +243,9 @@ class GradientNorms(GramianWeighting):
             "average": state["average"].lerp(values, rate),
             "average_weight": state["average_weight"].lerp(counted, rate),
         }
-        if self.smooth == "norms":
-            length = self._reference_length(_debias(state), measured, statistics, state)
         if self._reference_loss is not None:
+            if self.smooth == "norms":
+                length = self._reference_length(_debias(state), measured, statistics, state)
             state["reference"] = length
         weights = self._weights(statistics, state, measured)
         return {**state, "weights": weights * measured.to(weights.dtype)}
@@ -301,7 +301,9 @@ class GradientNorms(GramianWeighting):
         if self._reference_loss in statistics.names:
             ratios[statistics.names.index(self._reference_loss)] = 1.0
         dtype = statistics.losses.dtype
-        return ratios.clamp_(max=torch.finfo(dtype).max).to(dtype)
+        if dtype != ratios.dtype:
+            ratios.clamp_(max=torch.finfo(dtype).max)
+        return ratios.to(dtype)
 
     def _shares(self, statistics: Statistics) -> Tensor | None:
         """What ratios are multiplied by, shape [K]; None for ones."""
