@@ -97,6 +97,6 @@ FACTS = {
     ),
     "FairGrad": Facts(
         "alpha-fair improvements",
-        "`NashMTL` at alpha = 1; its direction goes from that of `DualProj` (0) to that of `MGDA` (infinity)",
+        "`NashMTL` at alpha = 1; the direction of `DualProj` towards 0, of `MGDA` towards infinity",
     ),
 }
