@@ -92,9 +92,31 @@ def inner_products(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Gramian [K, K] of `rows` over the compared parameters; does not change the rows."""
-    copies = [[g if k in compared else None for k, g in enumerate(row)] for row in rows]
-    return Jacobian(copies).gramian(dtype, device)
+    """Gramian [K, K] of `rows` over the compared parameters; does not change the rows.
+
+    Small gradients are copied, but not all of them at once.
+    """
+    total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
+    for group in _groups(rows, compared):
+        products = Jacobian([[row[k] for k in group] for row in rows]).gramian(dtype, device)
+        total = total.to(products) + products
+    return total
+
+
+def _groups(rows: Sequence[Row], compared: Collection[int]) -> Iterable[list[int]]:
+    """The compared parameters in groups of so many elements as are worked on at once."""
+    group, size = list[int](), 0
+    for k in compared:
+        there = [gradient for row in rows if (gradient := row[k]) is not None]
+        if not there:
+            continue
+        size += sum(gradient.numel() for gradient in there)
+        group.append(k)
+        if size >= chunk_size(there[0]):
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 class Block(NamedTuple):

@@ -167,11 +167,11 @@ def add_products(gramian: Tensor, products: Tensor, losses: tuple[int, ...]) -> 
     if last - first == len(losses):
         gramian[first:last, first:last].add_(products)
         return gramian
-    index = _index(losses, gramian.device)
+    index = index_tensor(losses, gramian.device)
     return gramian.index_put((index[:, None], index), products.to(gramian), accumulate=True)
 
 
 @lru_cache(maxsize=256)
-def _index(losses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Cached, because copying an index tensor to a GPU synchronizes."""
+def index_tensor(losses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions as a tensor; cached, because copying it to a GPU synchronizes."""
     return torch.tensor(losses, device=device)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from moo_balance import AlignedMTL, GradVac, PCGrad
-from tests.support.method import NAN, Facts, Method, preference, refused, unfit
+from moo_balance import PCD, AlignedMTL, CAGrad, GradVac, PCGrad
+from tests.support.method import NAN, Facts, Method, Names, preference, refused, unfit
+
+
+def first(names: Names) -> str:
+    """The primary loss, the same in every order of the losses."""
+    return min(names)
+
 
 METHODS = [
     Method(
@@ -42,6 +48,22 @@ METHODS = [
         total=None,
         negative=True,
     ),
+    Method(
+        "CAGrad",
+        lambda names: CAGrad(),
+        kind="gramian",
+        total=None,
+        alone=lambda loss: 1.4,
+    ),
+    Method(
+        "CAGrad-wide",
+        lambda names: CAGrad(1.5, "1+c^2", "sum", preference(names)),
+        kind="gramian",
+        total=None,
+        alone=lambda loss: 2.5 / 3.25,
+        never_rises=True,
+    ),
+    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -63,6 +85,21 @@ REFUSALS = [
     refused(AlignedMTL, preference={"a": -1.0}),
     refused(AlignedMTL, every=0),
     unfit(AlignedMTL, preference={"d": 1.0}),
+    refused(CAGrad, c=-0.1),
+    refused(CAGrad, c=NAN),
+    refused(CAGrad, rescale="c"),
+    refused(CAGrad, reduction="max"),
+    refused(CAGrad, preference={"a": NAN}),
+    refused(CAGrad, every=0),
+    unfit(CAGrad, preference={"a": 1.0}),
+    refused(PCD, primary=""),
+    refused(PCD, primary=0),
+    refused(PCD, primary="a", tau=-0.1),
+    refused(PCD, primary="a", tau={"b": NAN}),
+    refused(PCD, primary="a", beta=1.0),
+    refused(PCD, primary="a", every=0),
+    unfit(PCD, primary="d"),
+    unfit(PCD, primary="a", tau={"a": 0.1}),
 ]
 
 FACTS: dict[str, Facts] = {
@@ -73,6 +110,14 @@ FACTS: dict[str, Facts] = {
     "GradVac": Facts(
         equalizes="cosines of gradients, raised to their moving averages",
         relation="PCGrad where the targets are 0",
+    ),
+    "CAGrad": Facts(
+        equalizes="maximizes the worst improvement, near the mean gradient",
+        relation="the mean for c = 0; the direction of MGDA for a large c",
+    ),
+    "PCD": Facts(
+        equalizes="follows one loss, and grants the others a share of their progress",
+        relation="a projection onto the dual cone for tau = 0",
     ),
     "AlignedMTL": Facts(
         equalizes="lengths of the principal components of the gradients",
