@@ -81,6 +81,18 @@ def test_permuting_the_gradients_permutes_the_weights(rows, random, alpha):
     torch.testing.assert_close(crossed, straight[order], rtol=3e-7, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 4.0])
+@property_test
+@given(rows=jacobians(counts=(1, 8), decades=5.0, degenerate=True))
+def test_all_gramians_have_weights(rows, alpha, dtype):
+    """Dependent, opposite and zero gradients, of norms far apart, in narrow dtypes too."""
+    rows = rows.to(dtype)
+    weights = fair_weights(gramian_of(rows), alpha)
+    assert bool(weights.isfinite().all())
+    assert torch.equal(weights > 0, rows.norm(dim=1) > 0)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 4.0])
 @property_test
 @given(rows=jacobians(counts=(2, 5)), data=st.data())
