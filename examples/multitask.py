@@ -32,6 +32,7 @@ WORTH = {"digit": 1.0, "parity": 1.0, "reconstruction": 1 / 4000}
 # Arguments of the methods that need some here; every other one has its defaults.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "FixedWeights": {"values": WORTH},
+    "LearningRateAnnealing": {"reference": "reconstruction"},
     "MovingAverage": {"weighting": mb.MGDA()},
     "OnlineTchebycheff": {"preference": WORTH},
     "SmoothTchebycheff": {"preference": WORTH},

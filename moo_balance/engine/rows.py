@@ -124,14 +124,12 @@ class WholeRows(Linearization):
             total = torch.maximum(total, values) if largest else total + values
         return total
 
-    def count_elements(self) -> Tensor:
-        """How many elements of the compared parameters each loss reaches, shape [K]."""
-        compared = self._positions()
-        counts = [
-            sum(0 if (g := row[p]) is None else g.numel() for p in compared) for row in self.rows
-        ]
-        device = self.problem.losses[0].device
-        return torch.tensor(counts, dtype=widest_dtype(device), device=device)
+    def count_elements(self) -> int:
+        """How many elements the compared parameters have.
+
+        Not those that a loss reaches: a compiled graph has zeros in place of missing gradients.
+        """
+        return sum(self.problem.params[p].numel() for p in self._positions())
 
     def _positions(self) -> Sequence[int]:
         compared = self.problem.compared

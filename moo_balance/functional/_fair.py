@@ -161,9 +161,9 @@ class Barrier(NamedTuple):
 
 
 def _minimize(barrier: Barrier) -> Array:
-    """The minimum, from that for orthogonal gradients; verified.
+    r"""The minimum, from that for orthogonal gradients; verified.
 
-    Where that takes too many steps, because gradients nearly cancel and :math:`\\gamma` is far from
+    Where that takes too many steps, because gradients nearly cancel and :math:`\gamma` is far from
     1, it is the end of a path of minima with ever smaller ridges.
     """
     start = np.exp(barrier.fair / (1 + barrier.power))

@@ -26,11 +26,13 @@ from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pbi import PBI
+from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.relobralo import ReLoBRaLo
@@ -50,6 +52,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "PBI",
+    "PCD",
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
@@ -64,6 +67,7 @@ __all__ = [
     "GradientNorms",
     "GramianWeighting",
     "MoDo",
+    "LearningRateAnnealing",
     "MovingAverage",
     "NashMTL",
     "Needs",
