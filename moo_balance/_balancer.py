@@ -28,11 +28,13 @@ from moo_balance._nonfinite import (
     is_on_cpu,
     replace_nonfinite,
     select_state,
+    unite,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._rows import look_at_rows
+from moo_balance._satisfied import among_declared, among_present, weigh_others
 from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import (
     Given,
@@ -336,19 +338,40 @@ class Balancer:
             statistics, rows = look_at_rows(
                 needs.rows, linearization, statistics, record.rows, valid
             )
-        positions = loss_positions(names, present, device)
-        weights, coefficients, following = weighting.weights(
-            statistics, select_losses(state, positions)
-        )
-        following = merge_losses(state, following, positions)
+        satisfied = flags.satisfied
+        if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
+            # What is kept of the last solution knows nothing of them.
+            satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
+        if satisfied is None:
+            positions = loss_positions(names, present, device)
+            weights, coefficients, following = weighting.weights(
+                statistics, select_losses(state, positions)
+            )
+            following = merge_losses(state, following, positions)
+        else:
+            weights, coefficients, following = weigh_others(
+                weighting, statistics, satisfied, names, state
+            )
         if valid is not None:
             following = select_state(valid, following, state)
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
-        metrics = StepMetrics(present, measured.gramian, measured.losses, weights, coefficients)
+        metrics = StepMetrics(
+            present, measured.gramian, measured.losses, weights, coefficients, satisfied
+        )
+        if satisfied is not None or record.satisfied is not None:
+            satisfied = among_declared(satisfied, record.satisfied, names, present)
         return Staged(
-            names, present, following, coefficients, metrics, valid, needs.observes, rows=rows
+            names,
+            present,
+            following,
+            coefficients,
+            metrics,
+            valid,
+            needs.observes,
+            satisfied,
+            rows=rows,
         )
 
     def measure(
@@ -362,17 +385,21 @@ class Balancer:
 
         Raises:
             NonFiniteError: On the CPU without a scaler: a loss or a gradient is not finite.
-            BalanceValueError: On the CPU: a loss is not above its bound.
+            BalanceValueError: On the CPU: a loss is below its bound.
         """
         bounds = needs.method.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, needs.method, scaled))
+        flags = flag_losses(statistics, bounds, needs.method, scaled)
         if linearization is None or not needs.gramian:
             return statistics, flags
         gramian = linearization.gramian()
-        nonfinite = flag_gradients(statistics.names, gramian, scaled)
+        at_bound = flags.satisfied
+        flags = flag_gradients(flags, statistics.names, gramian, scaled)
+        if flags.satisfied is not at_bound and not needs.method.uses_gramian:
+            # A method that only measures the length of its step has use for any loss.
+            flags = flags._replace(satisfied=at_bound)
         losses = statistics.losses.to(gramian.dtype)
         statistics = statistics._replace(losses=losses, gramian=gramian)
-        return statistics, flags._replace(gradients=nonfinite)
+        return statistics, flags
 
     def mask(
         self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool, needs: Needs

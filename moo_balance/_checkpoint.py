@@ -17,6 +17,7 @@ from moo_balance._row_checkpoint import (
     spread_rows,
 )
 from moo_balance._rows import RowState
+from moo_balance._satisfied import names_of
 from moo_balance._torch_internals import as_plain
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceValueError
@@ -42,6 +43,7 @@ class Checkpoint(NamedTuple):
     steps: int
     skipped: int
     awaiting: tuple[str, ...] | None
+    satisfied: Tensor | None
     rows: RowState
 
     def restore(self, record: Record) -> None:
@@ -49,7 +51,7 @@ class Checkpoint(NamedTuple):
         record.drop_step()
         record.names, record.state, record.rows = self.names, self.state, self.rows
         record.steps, record.skipped, record.awaiting = self.steps, self.skipped, self.awaiting
-        record.loaded_at = self.steps
+        record.satisfied, record.loaded_at = self.satisfied, self.steps
 
 
 def save_checkpoint(
@@ -71,6 +73,7 @@ def save_checkpoint(
         "steps": record.steps,
         "skipped": record.skipped,
         "awaiting": None if record.awaiting is None else list(record.awaiting),
+        "satisfied": list(names_of(record.names or (), record.satisfied)),
         "state": {key: value.clone() for key, value in (record.state or {}).items()},
         **rows,
     }
@@ -116,8 +119,9 @@ def validate_checkpoint(
         )
     # A method without a second evaluation waits for nothing.
     awaiting = awaiting if weighting.observes_step else None
+    satisfied = _read_satisfied(entry, names, device)
     return Checkpoint(
-        names or record.names, state if steps else None, steps, skipped, awaiting, rows
+        names or record.names, state if steps else None, steps, skipped, awaiting, satisfied, rows
     )
 
 
@@ -172,6 +176,19 @@ def _read_names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
     ):
         raise _bad_entry(key, "be a list of distinct, non-empty strings", repr(value))
     return tuple(value)
+
+
+def _read_satisfied(
+    entry: Mapping[str, Any], names: Sequence[str], device: torch.device
+) -> Tensor | None:
+    """Which losses counted as satisfied; None for none."""
+    satisfied = _read_names(entry, "satisfied") if "satisfied" in entry else ()
+    unknown = [name for name in satisfied if name not in names]
+    if unknown:
+        raise _bad_entry("satisfied", f"name some of the losses {list(names)}", unknown)
+    if not satisfied:
+        return None
+    return torch.tensor([name in satisfied for name in names], device=device)
 
 
 def _read_state(

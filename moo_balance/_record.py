@@ -40,6 +40,7 @@ class Staged:
         metrics: What ``optimizer.metrics`` will show; of a step that must be skipped, its losses.
         valid: Whether the values were finite, on the device; None where the host has checked.
         observes: Whether the method needs the losses after the step.
+        satisfied: Which of the declared losses count as satisfied after it; None for none.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
         differentiated: Whether that backward pass has run.
@@ -55,6 +56,7 @@ class Staged:
     metrics: StepMetrics = field(default_factory=StepMetrics)
     valid: Tensor | None = None
     observes: bool = False
+    satisfied: Tensor | None = None
     skip: bool = False
     combined: bool = False
     differentiated: bool = False
@@ -75,7 +77,7 @@ class Staged:
         for name, loss in self.metrics.losses.items():
             if not bool(loss.isfinite()):
                 return f"loss `{name}` was {float(loss):g}"
-        bound = "" if self.valid is None else ", or a loss not above its bound"
+        bound = "" if self.valid is None else ", or a loss below its bound"
         return f"a gradient was not finite{bound}"
 
 
@@ -86,6 +88,8 @@ class Record:
     Args:
         names: The declared losses; None before the first step.
         state: State of the method; None before the first step.
+        satisfied: Which of the declared losses counted as satisfied in the last step that had them;
+            None for none.
         rows: What the method keeps of rows, by parameter and loss.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
@@ -102,6 +106,7 @@ class Record:
 
     names: tuple[str, ...] | None = None
     state: State | None = None
+    satisfied: Tensor | None = None
     rows: RowState = field(default_factory=dict)
     steps: int = 0
     skipped: int = 0
@@ -143,6 +148,7 @@ class Record:
         if staged.observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
+        self.satisfied = staged.satisfied
         if staged.rows is not None:
             self.rows = staged.rows
         self.moved = False

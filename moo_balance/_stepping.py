@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state
+from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state, unite
 from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
+from moo_balance._satisfied import among_present, observe_others
 from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import is_whole, local_part
@@ -234,6 +235,15 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     valid = flags.are_clear()
     if valid is not None:
         statistics = balancer.mask(statistics, flags, valid, scaled=False, needs=needs)
-    positions = loss_positions(names, statistics.names, statistics.losses.device)
-    part = balancer.weighting.observe(statistics, select_losses(state, positions))
-    record.state = select_state(valid, merge_losses(state, part, positions), state)
+    weighting, present = balancer.weighting, statistics.names
+    device, satisfied = statistics.losses.device, flags.satisfied
+    if record.satisfied is not None:
+        # The method has not seen their losses before the step.
+        satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
+    if satisfied is None:
+        positions = loss_positions(names, present, device)
+        part = weighting.observe(statistics, select_losses(state, positions))
+        following = merge_losses(state, part, positions)
+    else:
+        following = observe_others(weighting, statistics, satisfied, names, state)
+    record.state = select_state(valid, following, state)

@@ -222,7 +222,7 @@ def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
 
 @over(lambda method: method.scaling is None)
 def test_the_stated_effect_of_scaling_is_not_a_coincidence(method):
-    """The scaling of a row is None only where none of the three effects holds."""
+    """The scaling of a row is None only where none of the stated effects holds."""
     factors = torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
     scene = Scene.random(seed=1)
     plain = play(method.make(NAMES), scene)
@@ -241,8 +241,9 @@ def test_a_single_loss_has_the_stated_coefficient(method):
     (loss,) = model.losses(0, names).values()
     (plain,) = jacobian({"a": loss}, list(model.parameters()))
     optimizer.backward({"a": loss})
-    expected = method.alone(loss.item())
-    assert optimizer.metrics.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
+    coefficient = optimizer.metrics.coefficients["a"].item()
+    expected = coefficient if method.alone is None else method.alone(loss.item())
+    assert coefficient == pytest.approx(expected, rel=1e-12)
     rows = optimizer.weighting.needs(0).rows
     if rows is None or rows.combines != "kept":  # which is not the gradient of this batch
         close(flat_gradient(model), expected * plain, rtol=1e-12)
@@ -389,6 +390,20 @@ def test_all_forms_of_a_step_are_the_same_step(method):
         ends.append(whole_state(model, optimizer))
     assert ends[0] == ends[1]
     assert ends[0] == ends[2]
+
+
+@over_methods
+def test_every_parameter_that_a_loss_reaches_moves(method):
+    """The trunk, which all losses reach, and the head of each loss with a coefficient."""
+    model, optimizer = setup(method, optimizer=sgd)
+    before = snapshot(model.state_dict())
+    train(model, optimizer, [0])
+    moved = {key for key, value in snapshot(model.state_dict()).items() if value != before[key]}
+    coefficients = optimizer.metrics.coefficients.values()
+    weighted = [k for k, c in enumerate(coefficients) if abs(c) > 1e-12]  # larger than rounding
+    expected = {f"heads.{k}.{name}" for k in weighted for name in ("weight", "bias")}
+    assert moved >= expected | {"trunk.weight", "trunk.bias"}
+    assert weighted
 
 
 @over_methods

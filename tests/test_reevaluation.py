@@ -859,7 +859,7 @@ def test_observe_may_be_repeated_after_a_loss_below_its_bound():
     losses = model.losses()
     optimizer.backward(losses)
     optimizer.step()
-    with pytest.raises(BalanceError, match="should be above 0"):
+    with pytest.raises(BalanceError, match="should be at least 0"):
         optimizer.observe({name: -1 - loss.detach() for name, loss in losses.items()})
     with pytest.raises(BalanceError, match="needs the losses"):
         optimizer.backward(model.losses())

@@ -41,8 +41,9 @@ def _addition(gradients: Directions, start: Array, precision: float) -> Array:
         added = _solve_singular(cosines, vectors, max(ridge, _RIDGE))
     _verify(cosines, lengths, added, 1e-8 + 4 * ridge)
     # A zero gradient keeps its coefficient.
-    divisors: Array = np.where(norms == 0.0, np.inf, norms)
-    return added * scales / divisors
+    added *= scales
+    added /= np.where(norms == 0.0, np.inf, norms)
+    return added
 
 
 def _solve_singular(cosines: Array, vectors: Array, ridge: float) -> Array:

@@ -205,4 +205,5 @@ def _solve_on_each(supports: Mask, matrix: Array, vectors: Array) -> Array:
 def _roundings(solutions: Array, vectors: Array) -> Array:
     """:func:`_rounding` for each row, shape [N, 1]."""
     sizes = np.abs(solutions).sum(axis=1) + np.abs(vectors).max(axis=1)
-    return 4 * solutions.shape[1] * EPS * sizes[:, None]
+    rounding: Array = 4 * solutions.shape[1] * EPS * sizes[:, None]
+    return rounding

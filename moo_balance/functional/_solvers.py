@@ -18,15 +18,26 @@ from moo_balance.functional.gramian import equality_tolerance, share_between_equ
 _TINY = 1e-290
 
 
-def shortest_combination(gramian: Tensor, scales: Tensor | None, precision: float) -> Tensor:
+def shortest_combination(
+    gramian: Tensor, scales: Tensor | None, precision: float, share_zeros: bool = True
+) -> Tensor:
     """Weights of the shortest convex combination of three gradients or more, verified.
 
     Args:
         gramian: Inner products, shape [K, K].
         scales: What the gradients are divided by first, shape [K]; None for ones.
         precision: Relative rounding unit of its entries.
+        share_zeros: Give all the weight to zero gradients, if there are any; otherwise none.
     """
-    return torch.from_numpy(_min_norm_weights(directions(gramian, scales), precision))
+    gradients = directions(gramian, scales)
+    others = gradients.norms > 0.0
+    if share_zeros or others.all() or not others.any():
+        return torch.from_numpy(_min_norm_weights(gradients, precision))
+    squares, norms, cosines = gradients
+    rest = Directions(squares[others], norms[others], cosines[others][:, others])
+    weights = np.zeros(len(norms))
+    weights[others] = _min_norm_weights(rest, precision)
+    return torch.from_numpy(weights)
 
 
 def _min_norm_weights(gradients: Directions, precision: float) -> Array:

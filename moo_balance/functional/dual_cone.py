@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import check_square, precision, refuse_nonfinite
+from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._pair import Pair, read_pair
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -73,8 +74,8 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
 
 def _project(gramian: Tensor, start: Tensor) -> Tensor:
     if gramian.shape[0] == 2:
-        entries, rows = gramian.tolist(), start.view(-1, 2).tolist()
-        projected = [_project_one_of_two(entries, row) for row in rows]
+        pair = read_pair(gramian)
+        projected = [_project_among_two(pair, row) for row in start.view(-1, 2).tolist()]
         return torch.tensor(projected, dtype=torch.float64, device="cpu").view(start.shape)
     from moo_balance.functional._cone import addition_into_dual_cone  # loads NumPy
 
@@ -83,21 +84,17 @@ def _project(gramian: Tensor, start: Tensor) -> Tensor:
     return start + added.view(start.shape)
 
 
-def _project_one_of_two(gramian: list[list[float]], start: Sequence[float]) -> list[float]:
+def _project_among_two(pair: Pair, start: Sequence[float]) -> list[float]:
     r"""The closed form: remove what conflicts with one gradient, or everything.
 
     In units of the lengths :math:`\ell_i = u_i \lVert g_i \rVert`, with c the cosine, what is added
     is the solution y of :math:`\min_{y \ge 0} \lVert (\ell_1 + y_1) e_1 + (\ell_2 + y_2) e_2
     \rVert`: zero, or positive for one gradient, or such that nothing is left.
     """
-    (first, cross), (mirrored, second) = gramian
-    if not math.isfinite(first / 4 + cross / 4 + mirrored / 4 + second / 4):
-        refuse_nonfinite(gramian)
-    norms = math.sqrt(max(first, 0.0)), math.sqrt(max(second, 0.0))
-    if 0.0 in norms:
-        return [max(u, 0.0) if norm else u for u, norm in zip(start, norms, strict=True)]
-    cosine = min(max((cross / 2 + mirrored / 2) / norms[0] / norms[1], -1.0), 1.0)
-    one, other = start[0] * norms[0], start[1] * norms[1]
+    first, second, cosine = pair
+    if first == 0.0 or second == 0.0:
+        return [max(u, 0.0) if norm else u for u, norm in zip(start, pair, strict=False)]
+    one, other = start[0] * first, start[1] * second
     # How far the direction is against each gradient.
     against, against_other = -(one + cosine * other), -(other + cosine * one)
     if against <= 0.0 and against_other <= 0.0:
@@ -106,5 +103,5 @@ def _project_one_of_two(gramian: list[list[float]], start: Sequence[float]) -> l
     if cosine * worst - rest < -4 * _EPS * (worst + abs(rest)):
         return [0.0, 0.0]
     if against == worst:
-        return [start[0] + worst / norms[0], start[1]]
-    return [start[0], start[1] + worst / norms[1]]
+        return [start[0] + worst / first, start[1]]
+    return [start[0], start[1] + worst / second]

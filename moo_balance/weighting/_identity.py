@@ -50,7 +50,8 @@ def settings(weighting: Weighting) -> dict[str, str]:
     Example:
         >>> from moo_balance import MGDA, MovingAverage
         >>> settings(MovingAverage(MGDA()))
-        {'weighting.normalize': 'None', 'weighting.every': '1', 'beta': '0.9'}
+        {'weighting.normalize': 'None', 'weighting.preference': 'None', 'weighting.every': '1', \
+'beta': '0.9'}
     """
     texts: dict[str, str] = {}
     for key, value in _parameters(weighting).items():

@@ -39,6 +39,9 @@ class Statistics(NamedTuple):
             observed.
         rows: What a method that looks at single coordinates of gradients asks for, in a step with a
             Gramian; None for any other.
+        satisfied: Which losses to leave out, as booleans [K], on an accelerator and for a method
+            with ``leaves_out_satisfied``; their values are harmless, and their rows of `gramian`
+            zero. None elsewhere, where they have been left out before.
     """
 
     names: tuple[str, ...]
@@ -46,6 +49,7 @@ class Statistics(NamedTuple):
     gramian: Tensor | None = None
     step: int = 0
     rows: RowStatistics | None = None
+    satisfied: Tensor | None = None
 
 
 class WeightingOutput(NamedTuple):
@@ -123,7 +127,10 @@ class Weighting(ABC):
         return Needs(self, compares, compares and due, self.uses_losses, observes)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        """What each loss must stay above; minus infinity where any finite value is allowed."""
+        """What each loss must not be below; minus infinity where any finite value is allowed.
+
+        A loss that is equal to it counts as satisfied: the method is called without it.
+        """
         return [-torch.inf] * len(names)
 
     @property
@@ -133,8 +140,19 @@ class Weighting(ABC):
 
     @property
     def bound_advice(self) -> str:
-        """What to do about a loss that is not above its bound, as the error message ends."""
+        """What to do about a loss that is below its bound, as the error message ends."""
         return "Give a loss that stays above."
+
+    @property
+    def leaves_out_satisfied(self) -> bool:
+        """Whether the method itself leaves out what ``statistics.satisfied`` marks.
+
+        On an accelerator the host does not know which losses count as satisfied. If this is True,
+        the method is called with all losses and this mask: the others must get what they would get
+        without the marked ones, for which anything may be returned. If not, the host reads the
+        mask, which synchronizes, and the method is called without them, as on the CPU.
+        """
+        return False
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         """The state before the first step. Raises where a named argument does not fit `names`."""

@@ -20,7 +20,7 @@ from moo_balance.weighting._arguments import (
     constant_state,
     copy_mappings,
     lower_limits,
-    normalize_preference,
+    relative_preference,
     shifted_losses,
 )
 from moo_balance.weighting.base import State, Statistics
@@ -90,6 +90,8 @@ class DBMTL(RowWeighting):
         check_range(self, "shift")
         check_preference(self)
 
+    leaves_out_satisfied = True
+
     @property
     def keeps(self) -> str:
         return "average" if self.beta else ""
@@ -130,8 +132,11 @@ class DBMTL(RowWeighting):
         elif "counts" in state:
             kept["counts"] = state["counts"] + 1.0
             lengths = norms / (1.0 - self.beta ** kept["counts"])
-        shares = normalize_preference(self.preference, statistics).to(norms) * len(norms)
-        weights = torch.where(norms > 0, shares * lengths.amax() / norms, 0.0)
+        if statistics.satisfied is not None:
+            lengths = lengths.masked_fill(statistics.satisfied, 0.0)
+        weights = torch.where(norms > 0, lengths.amax() / norms, 0.0)
+        if self.preference is not None:
+            weights = weights * relative_preference(self.preference, statistics)
         return {**kept, "weights": weights}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:

@@ -77,6 +77,7 @@ class ExcessMTL(RowWeighting):
 
     keeps = "root"
     uses_total = True
+    leaves_out_satisfied = True
 
     lr: float = 0.01
     warm_up: int = 1
@@ -117,14 +118,22 @@ class ExcessMTL(RowWeighting):
         logits = state["logits"] + self.lr * relative
         # A loss without a gradient has no unit yet.
         counts = counts + (warms_up & (risks > 0))
-        return {"logits": logits, "counts": counts, "first": first, **self._weights(logits)}
+        return {"logits": logits, "counts": counts, "first": first, **_weights(statistics, logits)}
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return self._weights(state["logits"])
-
-    def _weights(self, logits: Tensor) -> State:
-        return {"weights": torch.softmax(logits, 0)}
+        return _weights(statistics, state["logits"])
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         weights = state["weights"].to(statistics.losses)
-        return weights * len(weights) if self.reduction == "sum" else weights
+        if self.reduction == "mean":
+            return weights
+        count: Tensor | int = len(weights)
+        if statistics.satisfied is not None:
+            count = count - statistics.satisfied.sum()
+        return weights * count
+
+
+def _weights(statistics: Statistics, logits: Tensor) -> State:
+    if statistics.satisfied is not None:
+        logits = logits.masked_fill(statistics.satisfied, -torch.inf)
+    return {"weights": torch.softmax(logits, 0)}

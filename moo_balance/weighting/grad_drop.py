@@ -14,8 +14,8 @@ from moo_balance.weighting._arguments import (
     check_range,
     check_whole,
     copy_mappings,
+    relative_preference,
 )
-from moo_balance.weighting._reduction import reduction_shares
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowWeighting
 
@@ -68,6 +68,7 @@ class GradDrop(RowWeighting):
     """
 
     combines = "coordinates"
+    leaves_out_satisfied = True
 
     leak: float = 0.0
     preference: Mapping[str, float] | None = None
@@ -100,8 +101,9 @@ class GradDrop(RowWeighting):
         return chosen.lerp(positive + negative, self.leak) if self.leak else chosen
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        shares = reduction_shares("sum", self.preference, statistics)
-        return {"weights": torch.tensor(shares, dtype=gramian.dtype, device=gramian.device)}
+        if self.preference is None:
+            return {"weights": torch.ones_like(statistics.losses)}
+        return {"weights": relative_preference(self.preference, statistics)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"]

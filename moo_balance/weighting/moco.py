@@ -18,9 +18,10 @@ from moo_balance.weighting._arguments import (
     check_preference,
     check_range,
     constant_state,
+    constants_like,
     copy_mappings,
-    normalize_preference,
     renormalize,
+    values_by_name,
 )
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowWeighting, rows_of
@@ -81,6 +82,7 @@ class MoCo(RowWeighting):
 
     keeps = "tracked"
     combines = "kept"
+    leaves_out_satisfied = True
 
     beta: float = 0.5
     lr: float = 0.1
@@ -117,9 +119,10 @@ class MoCo(RowWeighting):
             assert statistics.gramian is not None
             norms = statistics.gramian.diagonal().sqrt()
             factors = torch.where(norms > 0, statistics.losses / norms, 0.0)
-        if self.preference is not None:
-            shares = normalize_preference(self.preference, statistics)
-            factors = factors / (len(shares) * shares)
+        if self.preference is not None:  # in proportion to all, as averages go over steps
+            mean = sum(self.preference.values()) / len(self.preference)
+            values = values_by_name(self.preference, statistics.names)
+            factors = factors * constants_like([mean / value for value in values], factors)
         return factors
 
     def track(self, kept: Tensor, gradient: Tensor) -> Tensor:
@@ -128,9 +131,16 @@ class MoCo(RowWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         tracked = rows_of(statistics, self).gramian
         assert tracked is not None
-        weights = renormalize(state["weights"])
+        weights, satisfied = state["weights"], statistics.satisfied
+        if satisfied is not None:
+            weights = weights.masked_fill(satisfied, 0.0)
+        weights = renormalize(weights)
         slopes = widest(tracked) @ weights + self.rho * weights
-        return {"weights": project_simplex(weights - self.lr * slopes)}
+        weights = weights - self.lr * slopes
+        if satisfied is not None:  # a step of 1 below the largest is projected to 0
+            weights = weights.masked_fill(satisfied, -torch.inf)
+            weights = weights.masked_fill(satisfied, 0.0).where(~satisfied, weights.amax() - 2.0)
+        return {"weights": project_simplex(weights)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"].to(statistics.losses)

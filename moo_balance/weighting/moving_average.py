@@ -76,14 +76,22 @@ class MovingAverage(WrappingWeighting):
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, below=1.0, text="adaptive")
 
+    @property
+    def leaves_out_satisfied(self) -> bool:
+        return self.weighting.leaves_out_satisfied
+
     def init(self, names: Sequence[str], device: torch.device) -> State:
         shares = constant_state(math.nan, len(names), device)
         return {"shares": shares, **as_inner(self.weighting.init(names, device))}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         _, coefficients, inner = self.weighting.weights(statistics, inner_state(state))
-        shares, size = _normalize(coefficients.to(state["shares"]))
-        before = torch.where(state["shares"].isnan(), shares, state["shares"])
+        before = state["shares"]
+        if statistics.satisfied is not None:
+            coefficients = coefficients.masked_fill(statistics.satisfied, 0.0)
+            before = before.masked_fill(statistics.satisfied, 0.0)
+        shares, size = _normalize(coefficients.to(before))
+        before = torch.where(before.isnan(), shares, before)
         before, _ = _normalize(before)
         shares = before.lerp(shares, 1.0 - self._momentum(shares, before, statistics.step + 1))
         kept = {"shares": shares, **as_inner(inner)}

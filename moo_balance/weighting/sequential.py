@@ -85,6 +85,10 @@ class Sequential(Weighting):
     def observes_step(self) -> bool:
         return any(weighting.observes_step for weighting in self.weightings)
 
+    @property
+    def leaves_out_satisfied(self) -> bool:
+        return all(weighting.leaves_out_satisfied for weighting in self.weightings)
+
     def needs(self, step: int) -> Needs:
         position, start = self._phase(step)
         return self.weightings[position].needs(step - start)

@@ -163,6 +163,7 @@ class SmoothTchebycheff(Weighting):
             )
 
     bound_reason = TAKES_LOG
+    leaves_out_satisfied = True
 
     @property
     def bound_advice(self) -> str:
@@ -187,19 +188,29 @@ class SmoothTchebycheff(Weighting):
             return self._warm_up(statistics, state)
         losses, ideal = statistics.losses, broadcastable(self.ideal, statistics)
         preference = normalize_preference(self.preference, statistics)
-        nadir = self._nadir(statistics, state)
+        nadir, left_out, share = self._nadir(statistics, state), statistics.satisfied, None
+        if left_out is not None:
+            # Infinitely far below all others, for the softmax.
+            losses = losses.masked_fill(left_out, -math.inf)
+            preference = preference.masked_fill(left_out, 1.0)
+            share = 1.0 - left_out.to(losses.dtype).mean()
         if self.log:
+            distances = (losses - ideal).clamp(min=0.0)
             span = 1.0 if nadir is None else nadir - ideal
-            coefficients = smooth_tchebycheff_log(losses - ideal, preference, span, self.mu)
+            scaled = preference if share is None else preference * share
+            coefficients = smooth_tchebycheff_log(distances, scaled, span, self.mu)
+            coefficients = coefficients if share is None else coefficients * share
         else:
             coefficients = smooth_tchebycheff(losses, preference, ideal, nadir, self.mu)
+        if left_out is not None:
+            coefficients = coefficients.masked_fill(left_out, 0.0)
         return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
     def _warm_up(self, statistics: Statistics, state: State) -> WeightingOutput:
         seen = state["seen"] + 1.0
         nadir = state["nadir"] + (statistics.losses - state["nadir"]) / seen
         coefficients = 1.0 / (statistics.losses - broadcastable(self.ideal, statistics))
-        weights = torch.full_like(coefficients, 1.0 / len(coefficients))
+        weights = normalize_preference(None, statistics)
         return WeightingOutput(weights, coefficients, {"nadir": nadir, "seen": seen})
 
     def _nadir(self, statistics: Statistics, state: State) -> Tensor | float | None:

@@ -50,6 +50,7 @@ class TrimmedMean(RowWeighting):
     """
 
     combines = "coordinates"
+    leaves_out_satisfied = True
 
     trim: int = 1
 

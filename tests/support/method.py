@@ -64,7 +64,8 @@ class Method:
         kind: What a step of it asks for.
         bounds: What each loss must stay above.
         total: What the coefficients sum to, from names and losses; None if unstated.
-        alone: The coefficient of a loss that is the only one, from its value.
+        alone: The coefficient of a loss that is the only one, from its value; None if it depends on
+            something else.
         negative: Whether a coefficient may be negative.
         never_rises: Whether the direction conflicts with no gradient.
         equivariant: Whether permuting the losses permutes the weights.
@@ -79,7 +80,7 @@ class Method:
     kind: Kind = "losses"
     bounds: Callable[[Names], list[float]] = unbounded
     total: Callable[[Names, Tensor], float] | None = one
-    alone: Callable[[float], float] = lambda loss: 1.0
+    alone: Callable[[float], float] | None = lambda loss: 1.0
     negative: bool = False
     never_rises: bool = False
     equivariant: bool = True

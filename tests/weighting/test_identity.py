@@ -92,7 +92,7 @@ def test_nested_methods_are_named_without_their_hyper_parameters(
         (partial(half, power=2.0), f"partial({__name__}.half, [], {{'power': 2}})"),
         (Schedule(), f"<{__name__}.Schedule object>"),
         (Schedule().at, f"<{__name__}.Schedule object>.at"),
-        (MGDA(normalize="log"), "MGDA(normalize='log', every=1)"),
+        (MGDA(normalize="log"), "MGDA(normalize='log', preference=None, every=1)"),
         ([Sum()], "[Sum()]"),
         (torch.float16, "torch.float16"),
     ],

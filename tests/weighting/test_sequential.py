@@ -93,7 +93,7 @@ def test_bounds_are_those_of_the_phase() -> None:
 
     optimizer.backward(losses())
     optimizer.step()
-    with pytest.raises(BalanceValueError, match=r"above 0, because SumLog"):
+    with pytest.raises(BalanceValueError, match=r"at least 0, because SumLog"):
         optimizer.backward(losses())
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from moo_balance import GradientNorms
-from tests.support.method import INF, NAN, Facts, Method, preference, refused, unfit
+from moo_balance import GradientNorms, GradNorm
+from tests.support.method import (
+    INF,
+    NAN,
+    Facts,
+    Method,
+    count,
+    positive,
+    preference,
+    refused,
+    unfit,
+)
 
 METHODS = [
     Method(
@@ -26,6 +36,13 @@ METHODS = [
         total=None,
         alone=lambda loss: 0.9 + 0.1 / (1 + 1e-5),
     ),
+    Method("GradNorm", lambda names: GradNorm(), kind="gramian", bounds=positive, total=count),
+    Method(
+        "GradNorm-sgd",
+        lambda names: GradNorm(0.0, 0.1, "sgd", preference(names), every=2),
+        kind="gramian-every",
+        total=count,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -45,11 +62,21 @@ REFUSALS = [
     refused(GradientNorms, preference={"a": 0.0, "b": 1.0}),
     unfit(GradientNorms, preference={"a": 1.0}),
     refused(GradientNorms, every=0),
+    refused(GradNorm, alpha=-0.1),
+    refused(GradNorm, lr=0.0),
+    refused(GradNorm, weight_optimizer="lbfgs"),
+    refused(GradNorm, preference={"a": -1.0}),
+    unfit(GradNorm, preference={"a": 1.0}),
+    refused(GradNorm, every=0),
 ]
 
 FACTS = {
     "GradientNorms": Facts(
         equalizes="the lengths of the weighted gradients",
         relation="where GradNorm with alpha=0 settles; for two losses the direction of IMTLG",
+    ),
+    "GradNorm": Facts(
+        equalizes="the rates at which losses train, by the lengths of the weighted gradients",
+        relation="with alpha=0 it settles where GradientNorms is",
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moo_balance import AlignedMTL, GradVac, PCGrad
+from moo_balance import AlignedMTL, CAGrad, GradVac, PCGrad
 from tests.support.method import NAN, Facts, Method, preference, refused, unfit
 
 METHODS = [
@@ -42,6 +42,21 @@ METHODS = [
         total=None,
         negative=True,
     ),
+    Method(
+        "CAGrad",
+        lambda names: CAGrad(),
+        kind="gramian",
+        total=None,
+        alone=lambda loss: 1.4,
+    ),
+    Method(
+        "CAGrad-wide",
+        lambda names: CAGrad(1.5, "1+c^2", "sum", preference(names)),
+        kind="gramian",
+        total=None,
+        alone=lambda loss: 2.5 / 3.25,
+        never_rises=True,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -63,6 +78,13 @@ REFUSALS = [
     refused(AlignedMTL, preference={"a": -1.0}),
     refused(AlignedMTL, every=0),
     unfit(AlignedMTL, preference={"d": 1.0}),
+    refused(CAGrad, c=-0.1),
+    refused(CAGrad, c=NAN),
+    refused(CAGrad, rescale="c"),
+    refused(CAGrad, reduction="max"),
+    refused(CAGrad, preference={"a": NAN}),
+    refused(CAGrad, every=0),
+    unfit(CAGrad, preference={"a": 1.0}),
 ]
 
 FACTS: dict[str, Facts] = {
@@ -73,6 +95,10 @@ FACTS: dict[str, Facts] = {
     "GradVac": Facts(
         equalizes="cosines of gradients, raised to their moving averages",
         relation="PCGrad where the targets are 0",
+    ),
+    "CAGrad": Facts(
+        equalizes="maximizes the worst improvement, near the mean gradient",
+        relation="the mean for c = 0; the direction of MGDA for a large c",
     ),
     "AlignedMTL": Facts(
         equalizes="lengths of the principal components of the gradients",
