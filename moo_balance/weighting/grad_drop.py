@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,8 @@ class GradDrop(RowWeighting):
     reaches nothing is dropped.
 
     The draws depend on `seed`, the number of the step and the parameter only: they are the same on
-    all ranks (each shard has its own), and a resumed run repeats them.
+    all ranks, however parameters are sharded, and a resumed run repeats them. Another kind of
+    device draws other ones.
 
     Coefficients: K ones (they sum to K), which gradients are multiplied by beforehand.
 
@@ -85,7 +86,7 @@ class GradDrop(RowWeighting):
         check_names("preference", self.preference, names, complete=True)
         return super().init(names, device)
 
-    def combine(self, gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def combine(self, gradients: Sequence[Tensor], draw: Callable[[], Tensor]) -> Tensor:
         if len(gradients) == 1:
             return gradients[0]
         positive, negative = gradients[0].clamp(min=0.0), gradients[0].clamp(max=0.0)
@@ -94,10 +95,7 @@ class GradDrop(RowWeighting):
                 positive + gradient.clamp(min=0.0),
                 negative + gradient.clamp(max=0.0),
             )
-        draw = torch.rand(
-            positive.shape, generator=generator, dtype=positive.dtype, device=positive.device
-        )
-        chosen = torch.where(draw * (positive - negative) < positive, positive, negative)
+        chosen = torch.where(draw() * (positive - negative) < positive, positive, negative)
         return chosen.lerp(positive + negative, self.leak) if self.leak else chosen
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:

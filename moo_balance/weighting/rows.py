@@ -17,10 +17,9 @@ What is kept belongs to one parameter and one loss. It is staged in ``backward``
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceError
@@ -93,11 +92,12 @@ class RowWeighting(GramianWeighting):
         """A quantity of each coordinate whose sum is wanted, given what :meth:`track` returned."""
         raise NotImplementedError
 
-    def combine(self, gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def combine(self, gradients: Sequence[Tensor], draw: Callable[[], Tensor]) -> Tensor:
         """The gradient of a parameter, from those of the losses that reach it, one or more.
 
-        A common factor of the gradients, such as a loss scale, must pass through. The generator
-        depends on the seed, the step and the position of the parameter only.
+        A common factor of the gradients, such as a loss scale, must pass through. ``draw()`` gives
+        a uniform random number in [0, 1) for each coordinate. It depends on the ``seed`` of the
+        method, the step and the parameter only.
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class TrimmedMean(RowWeighting):
     def __post_init__(self) -> None:
         check_whole(self, "trim", 0)
 
-    def combine(self, gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def combine(self, gradients: Sequence[Tensor], draw: Callable[[], Tensor]) -> Tensor:
         stacked = torch.stack(list(gradients))
         there = stacked != 0
         count = there.sum(0)
