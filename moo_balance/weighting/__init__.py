@@ -31,8 +31,8 @@ from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
 from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
-from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moco import MoCo
+from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pbi import PBI
@@ -75,8 +75,8 @@ __all__ = [
     "GradientNorms",
     "GramianWeighting",
     "LearningRateAnnealing",
-    "MoDo",
     "MoCo",
+    "MoDo",
     "MovingAverage",
     "NashMTL",
     "Needs",
