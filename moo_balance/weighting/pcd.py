@@ -135,7 +135,7 @@ class PCD(GramianWeighting):
 
     def _solve(self, names: tuple[str, ...], gramian: Tensor, sizes: list[float]) -> Tensor:
         if len(names) == 1:
-            return torch.ones(1, dtype=torch.float64)
+            return torch.ones(1, dtype=torch.float64, device="cpu")
         primary = names.index(self.primary) if self.primary in names else None
         if primary is not None and sizes[primary] == 0.0:
             primary = None
@@ -147,7 +147,7 @@ class PCD(GramianWeighting):
         if len(names) == 2 and primary is not None:
             pair, rounding = read_pair(gramian), precision(gramian)
             found = _solve_two(pair, primary, sizes[primary], least[1 - primary], rounding)
-            return torch.tensor(found, dtype=torch.float64)
+            return torch.tensor(found, dtype=torch.float64, device="cpu")
         import numpy as np
 
         from moo_balance.functional._directions import directions

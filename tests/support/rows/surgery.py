@@ -64,6 +64,13 @@ METHODS = [
         never_rises=True,
     ),
     Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None),
+    Method(
+        "PCD-cone",
+        lambda names: PCD(first(names), tau=0.0, beta=0.5),
+        kind="gramian",
+        total=None,
+        never_rises=True,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
