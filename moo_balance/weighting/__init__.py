@@ -17,6 +17,7 @@ from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.geometric_mean import GeometricMean
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.lagrangian import Lagrangian
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
@@ -39,6 +40,7 @@ __all__ = [
     "FixedWeights",
     "GeometricMean",
     "GramianWeighting",
+    "Lagrangian",
     "MovingAverage",
     "OnlineTchebycheff",
     "RandomWeights",
