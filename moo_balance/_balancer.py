@@ -28,19 +28,28 @@ from moo_balance._nonfinite import (
     is_on_cpu,
     replace_nonfinite,
     select_state,
+    unite,
 )
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
+from moo_balance._rows import look_at_rows
+from moo_balance._satisfied import among_declared, among_present, weigh_others
 from moo_balance._two_step import check_no_scaling, has_two_steps
-from moo_balance._validation import Given, check_no_closure, read_features, read_losses
+from moo_balance._validation import (
+    Given,
+    check_no_closure,
+    check_whole_rows,
+    read_features,
+    read_losses,
+)
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
 from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses
 from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
-from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.weighting.base import Needs, Statistics, Weighting, state_dtype
 from moo_balance.weighting.fixed import FixedWeights, Sum
 
 Losses: TypeAlias = Mapping[str, Tensor]
@@ -81,14 +90,10 @@ class Balancer:
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
 
     def __post_init__(self) -> None:
-        # The needs of a weighting are constant, and read in every step.
         self.method = type(self.weighting).__name__
         self.description = describe(self.weighting)
         self.lagged = lagged_form(self.weighting)
-        self.uses_gramian = self.weighting.uses_gramian
-        self.uses_losses = self.weighting.uses_losses
-        self.observes_step = self.weighting.observes_step
-        self.every = self.weighting.every
+        self._needs = 0, self.weighting.needs(0)
         self.two_steps = has_two_steps(self.optimizer)
         # Whether several calls of `backward` give the same as one with all of their losses.
         self.adds_up = type(self.weighting) in (FixedWeights, Sum)
@@ -118,9 +123,12 @@ class Balancer:
         return next((param.device for param in self.params), torch.device("cpu"))
 
     @property
-    def is_due(self) -> bool:
-        """Whether this step recomputes the Gramian, or needs its losses evaluated again."""
-        return self.record.steps % self.every == 0
+    def needs(self) -> Needs:
+        """What the method needs in the step that comes next, or is being taken."""
+        steps = self.record.steps
+        if self._needs[0] != steps:
+            self._needs = steps, self.weighting.needs(steps)
+        return self._needs[1]
 
     # ------------------------------------------------------------ backward
 
@@ -154,7 +162,7 @@ class Balancer:
         combined: bool = False,
     ) -> tuple[Losses, Batch]:
         """The losses as given, and the batch; nothing is differentiated yet."""
-        record = self.record
+        record, needs = self.record, self.needs
         read = partial(self._read_batch, losses, scaling, features, combined)
         call = "accumulate" if record.accumulating else "backward"
         given, stacked, values = self.read(read, call)
@@ -175,6 +183,9 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
+            whole_rows=needs.rows is not None,
+            measured=needs.gramian,
+            independent=type(needs.method).__name__ if needs.independent else "",
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -199,6 +210,8 @@ class Balancer:
         if callable(features):
             features = features()
         read: tuple[Tensor, ...] = ()
+        if self.needs.rows is not None:
+            check_whole_rows(self.needs.rows, self.engine, features is not None)
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)
@@ -216,12 +229,12 @@ class Balancer:
         They are for a Gramian, and in most windows: one whose coefficients are known beforehand
         keeps them only for hooks of parameters, which get the sum of its gradients.
         """
-        window = self.record.window
-        if self.uses_gramian:
+        window, needs = self.record.window, self.needs
+        if needs.compares:
             return True
         if not self.record.in_window:
             return False
-        if self.uses_losses:
+        if needs.losses:
             return True
         if window is not None and window.gradients is not None:
             return True
@@ -301,10 +314,11 @@ class Balancer:
             scaled: Whether the gradients carry a loss scale.
         """
         record, weighting, present = self.record, self.weighting, statistics.names
+        needs = self.needs
         names, device = record.names or present, statistics.losses.device
         state = weighting.init(names, device) if record.state is None else record.state
         try:
-            statistics, flags = self.measure(statistics, linearization, scaled)
+            statistics, flags = self.measure(statistics, linearization, scaled, needs)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -314,40 +328,85 @@ class Balancer:
         measured = statistics
         valid = flags.are_clear()
         if valid is not None:
-            statistics = self.mask(statistics, flags, valid, scaled)
-        positions = loss_positions(names, present, device)
-        weights, coefficients, following = weighting.weights(
-            statistics, select_losses(state, positions)
-        )
-        following = merge_losses(state, following, positions)
+            statistics = self.mask(statistics, flags, valid, scaled, needs)
+        rows = None
+        if needs.rows is not None:
+            statistics, rows = look_at_rows(
+                needs.rows, linearization, statistics, record.rows, valid
+            )
+        satisfied = flags.satisfied
+        if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
+            # What is kept of the last solution knows nothing of them.
+            satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
+        if satisfied is None:
+            positions = loss_positions(names, present, device)
+            weights, coefficients, following = weighting.weights(
+                statistics, select_losses(state, positions)
+            )
+            following = merge_losses(state, following, positions)
+        else:
+            weights, coefficients, following = weigh_others(
+                weighting, statistics, satisfied, names, state
+            )
         if valid is not None:
             following = select_state(valid, following, state)
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
-        metrics = StepMetrics(present, measured.gramian, measured.losses, weights, coefficients)
-        return Staged(names, present, following, coefficients, metrics, valid)
+        projected = None if linearization is None else linearization.projected
+        metrics = StepMetrics(
+            present,
+            measured.gramian,
+            measured.losses,
+            weights,
+            coefficients,
+            satisfied,
+            projected,
+        )
+        if satisfied is not None or record.satisfied is not None:
+            satisfied = among_declared(satisfied, record.satisfied, names, present)
+        return Staged(
+            names,
+            present,
+            following,
+            coefficients,
+            metrics,
+            valid,
+            needs.observes,
+            satisfied,
+            rows=rows,
+        )
 
     def measure(
-        self, statistics: Statistics, linearization: Linearization | None, scaled: bool
+        self,
+        statistics: Statistics,
+        linearization: Linearization | None,
+        scaled: bool,
+        needs: Needs,
     ) -> tuple[Statistics, Flags]:
         """Check the losses, and compute the Gramian if it is due.
 
         Raises:
             NonFiniteError: On the CPU without a scaler: a loss or a gradient is not finite.
-            BalanceValueError: On the CPU: a loss is not above its bound.
+            BalanceValueError: On the CPU: a loss is below its bound.
         """
-        bounds = self.weighting.lower_bounds(statistics.names)
-        flags = Flags(losses=flag_losses(statistics, bounds, self.weighting, scaled))
-        if linearization is None or not (self.uses_gramian and self.is_due):
+        bounds = needs.method.lower_bounds(statistics.names)
+        flags = flag_losses(statistics, bounds, needs.method, scaled)
+        if linearization is None or not needs.gramian:
             return statistics, flags
         gramian = linearization.gramian()
-        nonfinite = flag_gradients(statistics.names, gramian, scaled)
+        at_bound = flags.satisfied
+        flags = flag_gradients(flags, statistics.names, gramian, scaled)
+        if flags.satisfied is not at_bound and not needs.method.uses_gramian:
+            # A method that only measures the length of its step has use for any loss.
+            flags = flags._replace(satisfied=at_bound)
         losses = statistics.losses.to(gramian.dtype)
         statistics = statistics._replace(losses=losses, gramian=gramian)
-        return statistics, flags._replace(gradients=nonfinite)
+        return statistics, flags
 
-    def mask(self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool) -> Statistics:
+    def mask(
+        self, statistics: Statistics, flags: Flags, valid: Tensor, scaled: bool, needs: Needs
+    ) -> Statistics:
         """Count what is flagged for a later report, and make the statistics safe to compute with.
 
         What overflows under a loss scaler is not reported: the scaler handles it.
@@ -359,7 +418,7 @@ class Balancer:
                 reportable = reportable & statistics.losses.isfinite()
         if reportable is not None:
             self.record.faults.add(statistics.names, reportable)
-        bounds = self.weighting.lower_bounds(statistics.names)
+        bounds = needs.method.lower_bounds(statistics.names)
         return replace_nonfinite(statistics, bounds, valid)
 
     # ------------------------------------------------------------ accumulation
@@ -372,7 +431,7 @@ class Balancer:
             if is_on_cpu(statistics.losses):
                 # Only finite values are needed here: bounds hold for the window as a whole.
                 unbounded = [-math.inf] * len(statistics.names)
-                flag_losses(statistics, unbounded, self.weighting, batch.scaling is not None)
+                flag_losses(statistics, unbounded, self.needs.method, batch.scaling is not None)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
@@ -385,7 +444,7 @@ class Balancer:
     def _add_gradients(self, window: Accumulation, batch: Batch, statistics: Statistics) -> None:
         problem = batch.problem
         if self._takes_rows(problem.params):
-            if not self.uses_gramian:
+            if not self.needs.compares:
                 self._check_static_graph(problem)
             gradients = window.gradients or self.engine.window()
             gradients.add(problem)
@@ -424,7 +483,7 @@ class Balancer:
         self, closure: Callable[[], Any]
     ) -> tuple[Callable[[], Any], list[Reevaluation]]:
         """A closure to evaluate, and how to evaluate it again if the method observes the step."""
-        if not (self.observes_step and self.is_due):
+        if not self.needs.observes:
             return closure, []
         reevaluation = Reevaluation(closure, self.params, self.known_writes)
         return reevaluation.first, [reevaluation]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moo_balance._record import Record
+from moo_balance._satisfied import names_of
 from moo_balance._torch_internals import as_plain
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceValueError
@@ -34,13 +35,14 @@ class Checkpoint(NamedTuple):
     steps: int
     skipped: int
     awaiting: tuple[str, ...] | None
+    satisfied: Tensor | None
 
     def restore(self, record: Record) -> None:
         """Replace what the record has committed, and drop the step in progress."""
         record.drop_step()
         record.names, record.state = self.names, self.state
         record.steps, record.skipped, record.awaiting = self.steps, self.skipped, self.awaiting
-        record.loaded_at = self.steps
+        record.satisfied, record.loaded_at = self.satisfied, self.steps
 
 
 def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
         "steps": record.steps,
         "skipped": record.skipped,
         "awaiting": None if record.awaiting is None else list(record.awaiting),
+        "satisfied": list(names_of(record.names or (), record.satisfied)),
         "state": {key: value.clone() for key, value in (record.state or {}).items()},
     }
 
@@ -91,7 +94,10 @@ def validate_checkpoint(
         )
     # A method without a second evaluation waits for nothing.
     awaiting = awaiting if weighting.observes_step else None
-    return Checkpoint(names or record.names, state if steps else None, steps, skipped, awaiting)
+    satisfied = _read_satisfied(entry, names, device)
+    return Checkpoint(
+        names or record.names, state if steps else None, steps, skipped, awaiting, satisfied
+    )
 
 
 def _check_origin(saved: object, weighting: Weighting) -> Mapping[str, Any]:
@@ -145,6 +151,19 @@ def _read_names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
     ):
         raise _bad_entry(key, "be a list of distinct, non-empty strings", repr(value))
     return tuple(value)
+
+
+def _read_satisfied(
+    entry: Mapping[str, Any], names: Sequence[str], device: torch.device
+) -> Tensor | None:
+    """Which losses counted as satisfied; None for none."""
+    satisfied = _read_names(entry, "satisfied") if "satisfied" in entry else ()
+    unknown = [name for name in satisfied if name not in names]
+    if unknown:
+        raise _bad_entry("satisfied", f"name some of the losses {list(names)}", unknown)
+    if not satisfied:
+        return None
+    return torch.tensor([name in satisfied for name in names], device=device)
 
 
 def _read_state(

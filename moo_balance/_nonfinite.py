@@ -1,8 +1,9 @@
-"""Values that must not enter the balance: not finite, or not above their lower bound.
+"""Values that must not enter the balance: not finite, or below their lower bound.
 
 On the CPU they are found, and named in an error, at once. Reading them from an accelerator would
 synchronize, so there the result stays on the device as a flag per loss: the flags mask the step,
-and are reported when the host reads the metrics (``log_dict``).
+and are reported when the host reads the metrics (``log_dict``). Losses that count as satisfied are
+found on the way; ``_satisfied.py`` leaves them out.
 """
 
 from __future__ import annotations
@@ -23,26 +24,35 @@ _ONE = torch.ones((), device="cpu")
 
 
 class Flags(NamedTuple):
-    """Which losses are faulty, as booleans [K] on the device; None where the host has checked.
+    """What was found of each loss, as booleans [K] on the device; None where the host found none.
 
     Args:
-        losses: Losses that are not finite or not above their bound.
+        losses: Losses that are not finite or below their bound.
         gradients: Losses whose gradient is not finite.
+        satisfied: Losses at their bound, or whose gradient is zero.
     """
 
     losses: Tensor | None = None
     gradients: Tensor | None = None
+    satisfied: Tensor | None = None
 
     def union(self) -> Tensor | None:
-        """The losses that are flagged for one reason or the other."""
+        """The losses that are faulty for one reason or the other."""
         if self.losses is None or self.gradients is None:
             return self.gradients if self.losses is None else self.losses
         return self.losses | self.gradients
 
     def are_clear(self) -> Tensor | None:
-        """Whether no flag is set, on the device; None where the host has checked."""
+        """Whether no loss is faulty, on the device; None where the host has checked."""
         flags = self.union()
         return None if flags is None else ~flags.any()
+
+
+def unite(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The losses that one mask or the other marks."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
@@ -52,26 +62,26 @@ def is_on_cpu(tensor: Tensor) -> bool:
 
 def flag_losses(
     statistics: Statistics, bounds: Sequence[float], weighting: Weighting, scaled: bool
-) -> Tensor | None:
-    """Flags [K] of the losses that are not finite or not above their bound.
-
-    None if the CPU found nothing.
+) -> Flags:
+    """Flags of the losses that are not finite or below their bound, and of those at their bound.
 
     Args:
         statistics: The losses.
-        bounds: What each of them must stay above.
+        bounds: What each of them must not be below.
         weighting: The method that needs this.
         scaled: A loss scaler is in use, which handles what is not finite.
 
     Raises:
         NonFiniteError: On the CPU, unless `scaled`: a loss is not finite.
-        BalanceValueError: On the CPU: a loss is not above its bound.
+        BalanceValueError: On the CPU: a loss is below its bound.
     """
     losses = statistics.losses
     if not is_on_cpu(losses):
         lower = constant_vector(tuple(bounds), losses.dtype, losses.device)
-        return ~(losses.isfinite() & (losses > lower))
-    overflowed = False
+        # Nothing is at a bound that no loss has, so that most methods need no second mask.
+        equal = losses == lower if max(bounds) > -math.inf else None
+        return Flags(~(losses.isfinite() & (losses >= lower)), satisfied=equal)
+    overflowed, at_bound = False, list[str]()
     for name, value, bound in zip(statistics.names, losses.tolist(), bounds, strict=True):
         if not math.isfinite(value):
             overflowed = True
@@ -81,19 +91,26 @@ def flag_losses(
                 f"Loss `{name}` should be finite. Found {value}. Skip the batch, lower the "
                 'learning rate, or pass nonfinite="skip" to skip such steps.'
             )
-        if not value > bound:
+        if value <= bound:
+            if value == bound:
+                at_bound.append(name)
+                continue
             raise BalanceValueError(
-                f"Loss `{name}` should be above {bound:g}, because {type(weighting).__name__} "
+                f"Loss `{name}` should be at least {bound:g}, because {type(weighting).__name__} "
                 f"{weighting.bound_reason}. Found {value:g}. If this batch has no such loss, leave "
                 f"it out of the dict. Otherwise: {weighting.bound_advice}"
             )
-    return ~losses.isfinite() if overflowed else None
+    satisfied = None
+    if at_bound:  # they are rare
+        satisfied = torch.tensor([name in at_bound for name in statistics.names], device="cpu")
+    return Flags(~losses.isfinite() if overflowed else None, satisfied=satisfied)
 
 
-def flag_gradients(names: Sequence[str], gramian: Tensor, scaled: bool) -> Tensor | None:
-    """Flags [K] of the gradients that are not finite; None if the CPU found them all finite.
+def flag_gradients(flags: Flags, names: Sequence[str], gramian: Tensor, scaled: bool) -> Flags:
+    """Flags of the losses, and those of their gradients that are not finite, or zero.
 
     Args:
+        flags: What :func:`flag_losses` has found.
         names: The K losses.
         gramian: Inner products of their gradients, shape [K, K].
         scaled: A loss scaler is in use. Gradients that overflow are left to it and raise no error.
@@ -101,21 +118,23 @@ def flag_gradients(names: Sequence[str], gramian: Tensor, scaled: bool) -> Tenso
     Raises:
         NonFiniteError: On the CPU, unless `scaled`.
     """
-    # The trace is finite in the usual case. It may also overflow where its terms do not.
-    if is_on_cpu(gramian) and math.isfinite(gramian.trace().item()):
-        return None
-    finite = gramian.diagonal().isfinite()
+    squares = gramian.diagonal()
     if not is_on_cpu(gramian):
-        return ~finite
-    if bool(finite.all()):
-        return None
+        satisfied = unite(flags.satisfied, squares == 0)
+        return flags._replace(gradients=~squares.isfinite(), satisfied=satisfied)
+    values = squares.tolist()
+    if 0.0 in values:
+        flags = flags._replace(satisfied=unite(flags.satisfied, squares == 0))
+    # The sum of finite terms may overflow, so only a finite sum is an answer.
+    if math.isfinite(sum(values)) or all(map(math.isfinite, values)):
+        return flags
     if scaled:
-        return ~finite
-    name = names[int((~finite).nonzero()[0])]
+        return flags._replace(gradients=~squares.isfinite())
+    name = next(n for n, value in zip(names, values, strict=True) if not math.isfinite(value))
     raise NonFiniteError(
-        f"The gradient of loss `{name}` should be finite. Found NaN or infinity in it. Look for a "
-        "square root or a division at zero, train under a GradScaler if this is float16, or pass "
-        'nonfinite="skip" to skip such steps.'
+        f"The gradient of loss `{name}` should be finite. Found NaN or infinity in it. "
+        "Look for a square root or a division at zero, train under a GradScaler if this is "
+        'float16, or pass nonfinite="skip" to skip such steps.'
     )
 
 
@@ -198,7 +217,5 @@ class FaultCounts:
             raise NonFiniteError(
                 f"Loss `{name}` or its gradient should be finite and above its bound. Found "
                 f"{count} steps since the last report where it was not; the balance kept its "
-                'state in them. Lower the learning rate, or pass nonfinite="skip"; if a gradient '
-                "longer than 1e19 is right, pass `engine=PerLoss(dtype=torch.float64)`, as on an "
-                "accelerator its square is too large for float32."
+                'state in them. Lower the learning rate, or pass nonfinite="skip".'
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
+    from moo_balance._rows import RowState
 
 
 _SKIPS_TO_WARN_OF = 10
@@ -38,11 +39,14 @@ class Staged:
         coefficients: What multiplies the gradients, shape [K] for the losses of this batch.
         metrics: What ``optimizer.metrics`` will show; of a step that must be skipped, its losses.
         valid: Whether the values were finite, on the device; None where the host has checked.
+        observes: Whether the method needs the losses after the step.
+        satisfied: Which of the declared losses count as satisfied after it; None for none.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
         differentiated: Whether that backward pass has run.
         reevaluations: How to evaluate the batch again after the step.
         scaling: The loss scaler that the gradients were scaled with.
+        rows: What is kept of rows after the step; None if that stays as it is.
     """
 
     names: tuple[str, ...]
@@ -51,11 +55,14 @@ class Staged:
     coefficients: Tensor
     metrics: StepMetrics = field(default_factory=StepMetrics)
     valid: Tensor | None = None
+    observes: bool = False
+    satisfied: Tensor | None = None
     skip: bool = False
     combined: bool = False
     differentiated: bool = False
     reevaluations: Sequence[Reevaluation] = ()
     scaling: Scaling | None = None
+    rows: RowState | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""
@@ -70,7 +77,7 @@ class Staged:
         for name, loss in self.metrics.losses.items():
             if not bool(loss.isfinite()):
                 return f"loss `{name}` was {float(loss):g}"
-        bound = "" if self.valid is None else ", or a loss not above its bound"
+        bound = "" if self.valid is None else ", or a loss below its bound"
         return f"a gradient was not finite{bound}"
 
 
@@ -81,6 +88,9 @@ class Record:
     Args:
         names: The declared losses; None before the first step.
         state: State of the method; None before the first step.
+        satisfied: Which of the declared losses counted as satisfied in the last step that had them;
+            None for none.
+        rows: What the method keeps of rows, by parameter and loss.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
         skipped_in_a_row: How many of them since the last step that was taken.
@@ -96,6 +106,8 @@ class Record:
 
     names: tuple[str, ...] | None = None
     state: State | None = None
+    satisfied: Tensor | None = None
+    rows: RowState = field(default_factory=dict)
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -131,16 +143,14 @@ class Record:
             self.window.remove_mark()
             self.window = None
 
-    def commit(self, staged: Staged, observes: bool) -> None:
-        """Apply a staged step once the wrapped optimizer has taken it.
-
-        Args:
-            staged: The step.
-            observes: Whether the method needs the losses after this step.
-        """
-        if observes:
+    def commit(self, staged: Staged) -> None:
+        """Apply a staged step once the wrapped optimizer has taken it."""
+        if staged.observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
+        self.satisfied = staged.satisfied
+        if staged.rows is not None:
+            self.rows = staged.rows
         self.moved = False
         self.steps += 1
         self.skipped_in_a_row = 0

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state
+from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state, unite
 from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
+from moo_balance._satisfied import among_present, observe_others
 from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import is_whole, local_part
@@ -40,7 +41,8 @@ def take_step(
     if record.window is not None:
         balancer.drop_cleared_window(record.window)
     result = None if closure is None else _run_closure(balancer, closure)
-    record.check_window_closed()
+    if record.window is not None:
+        record.check_window_closed()
     staged = record.staged
     if staged is None or (staged.combined and not (staged.differentiated or staged.skip)):
         return _step_without_backward(balancer, closure, result)
@@ -53,7 +55,7 @@ def take_step(
         if closure is not None:  # it will be evaluated again, on gradients that are cleared
             record.staged = None
         raise
-    record.commit(staged, balancer.observes_step and balancer.is_due)
+    record.commit(staged)
     if staged.reevaluations and record.awaiting is not None:
         _reevaluate(balancer, staged.reevaluations)
     if balancer.ranks is not None:
@@ -87,12 +89,7 @@ def _check_observable(balancer: Balancer, staged: Staged | None) -> None:
 
     A trainer's own, which called `combined_loss`, may still be followed by `observe`.
     """
-    if (
-        staged is None
-        or staged.combined
-        or staged.reevaluations
-        or not (balancer.observes_step and balancer.is_due)
-    ):
+    if staged is None or staged.combined or staged.reevaluations or not staged.observes:
         return
     balancer.record.staged = None  # the closure will be evaluated again, on cleared gradients
     raise BalanceError(
@@ -233,10 +230,20 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     record = balancer.record
     names, state = record.names, record.state
     assert names is not None and state is not None
-    statistics, flags = balancer.measure(statistics, None, scaled=False)
+    needs = balancer.weighting.needs(record.steps - 1)
+    statistics, flags = balancer.measure(statistics, None, scaled=False, needs=needs)
     valid = flags.are_clear()
     if valid is not None:
-        statistics = balancer.mask(statistics, flags, valid, scaled=False)
-    positions = loss_positions(names, statistics.names, statistics.losses.device)
-    part = balancer.weighting.observe(statistics, select_losses(state, positions))
-    record.state = select_state(valid, merge_losses(state, part, positions), state)
+        statistics = balancer.mask(statistics, flags, valid, scaled=False, needs=needs)
+    weighting, present = balancer.weighting, statistics.names
+    device, satisfied = statistics.losses.device, flags.satisfied
+    if record.satisfied is not None:
+        # The method has not seen their losses before the step.
+        satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
+    if satisfied is None:
+        positions = loss_positions(names, present, device)
+        part = weighting.observe(statistics, select_losses(state, positions))
+        following = merge_losses(state, part, positions)
+    else:
+        following = observe_others(weighting, statistics, satisfied, names, state)
+    record.state = select_state(valid, following, state)

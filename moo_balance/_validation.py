@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from moo_balance._torch_internals import as_plain
 from moo_balance._wrapper import OptimizerWrapper
-from moo_balance.engine import Engine
+from moo_balance.engine import Engine, PerLoss
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting.base import Weighting
 
@@ -61,6 +61,29 @@ def check_method(weighting: object, engine: object) -> None:
         raise BalanceValueError(
             f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
         )
+    if engine is not None and weighting.uses_independent_batches and not engine.separates_batches:
+        raise BalanceValueError(
+            f"Parameter `engine` should be `PerLoss()` for {type(weighting).__name__}, which needs "
+            f"products of gradients of different batches. Found {engine!r}. Leave it out."
+        )
+    if engine is not None:
+        check_whole_rows(weighting.needs(0).rows, engine)
+
+
+def check_whole_rows(method: Weighting | None, engine: Engine, features: bool = False) -> None:
+    """Refuse what keeps no whole gradients, for a method that looks at single coordinates."""
+    if method is None or (isinstance(engine, PerLoss) and not features):
+        return
+    name, where = type(method).__name__, "which looks at single coordinates of gradients"
+    if features:
+        raise BalanceValueError(
+            f"Parameter `features` should be left out with {name}, {where} of parameters. Found "
+            "it. Name the shared part by `shared_params=` of BalancedOptimizer."
+        )
+    raise BalanceValueError(
+        f"Parameter `engine` should be PerLoss(), which keeps whole gradients, with {name}, "
+        f"{where}. Found {engine!r}. Leave it out."
+    )
 
 
 def check_loss_names(names: Sequence[str] | None) -> None:

@@ -19,6 +19,8 @@ from moo_balance.functional._checks import at_least_float32
 _FEW_LOSSES = 8
 """Up to so many losses the cosine of each pair is listed, 28 of them, by default."""
 
+_PROJECTED = "gramian/projected"
+
 
 @dataclass(frozen=True, eq=False)
 class StepMetrics:
@@ -30,6 +32,8 @@ class StepMetrics:
         names: The losses that were present.
         gramian: Inner products of their gradients, shape [K, K] in the order of ``names``; None
             for a method that takes none, or in a step between two refreshes (``every``).
+        projected: How much of the Gramian of expected gradients was removed to make it positive
+            semidefinite, from 0 to 1 (see ``PerLoss(unbiased=True)``); None for any other Gramian.
     """
 
     names: tuple[str, ...] = ()
@@ -37,6 +41,8 @@ class StepMetrics:
     _losses: Tensor | None = None
     _weights: Tensor | None = None
     _coefficients: Tensor | None = None
+    _satisfied: Tensor | None = None
+    projected: Tensor | None = None
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -54,6 +60,17 @@ class StepMetrics:
         return self._by_name(self._coefficients)
 
     @property
+    def satisfied(self) -> tuple[str, ...]:
+        """The losses that counted as satisfied, and had no part in the balance. Synchronizes.
+
+        Such a loss equals its lower bound, or its gradient is zero; its coefficient is 0.
+        """
+        if self._satisfied is None:
+            return ()
+        marks = self._satisfied.tolist()
+        return tuple(name for name, mark in zip(self.names, marks, strict=True) if mark)
+
+    @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:
         """Cosine similarity of each pair of gradients; empty without a Gramian.
 
@@ -66,6 +83,9 @@ class StepMetrics:
 
     def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
         r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
+
+        ``satisfied`` is the number of :attr:`satisfied` losses, and ``gramian/projected`` is
+        :attr:`projected`.
 
         Args:
             pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
@@ -107,7 +127,10 @@ class StepMetrics:
     def _keys(self, pairs: bool | None) -> tuple[str, ...]:
         """The keys of :meth:`as_dict`."""
         listed = self._lists_pairs(pairs)
-        return _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+        keys = _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+        if self.projected is not None:
+            keys = (*keys, _PROJECTED)
+        return keys if self._coefficients is None else (*keys, "satisfied")
 
     def _lists_pairs(self, pairs: bool | None) -> bool:
         """Whether each pair has a key, given the argument of :meth:`as_dict`."""
@@ -121,9 +144,22 @@ class StepMetrics:
             if not self._lists_pairs(pairs):
                 cosines = torch.stack([cosines.amin(), cosines.mean()])
             parts.append(cosines)
+        if self.projected is not None:
+            parts.append(self.projected.reshape(1))
+        count = self._count_satisfied()
+        if count is not None:
+            parts.append(count.unsqueeze(0))
         if not parts:
             return None
         return torch.cat([part.to(parts[0].device) for part in parts])
+
+    def _count_satisfied(self) -> Tensor | None:
+        """How many losses are satisfied; None in a step without coefficients."""
+        if self._coefficients is None:
+            return None
+        if self._satisfied is None:
+            return self._coefficients.new_zeros(())
+        return self._satisfied.sum().to(self._coefficients)
 
     def _all_cosines(self, gramian: Tensor) -> Tensor:
         """Cosines of all pairs, in the order of ``itertools.combinations``."""
@@ -133,10 +169,14 @@ class StepMetrics:
 
     def _value(self, key: str) -> Tensor | None:
         """The value under a key of :meth:`as_dict`; None where there is none."""
+        if key == "satisfied":
+            return self._count_satisfied()
         kind, _, name = key.partition("/")
         vector = self._vectors().get(kind)
         if vector is not None:
             return vector[self.names.index(name)] if name in self.names else None
+        if key == _PROJECTED:
+            return self.projected
         if kind != "cosine" or self.gramian is None or len(self.names) == 1:
             return None
         if name == "min":

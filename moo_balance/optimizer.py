@@ -183,7 +183,7 @@ class BalancedOptimizer(OptimizerWrapper):
             The losses.
 
         Raises:
-            BalanceValueError: A loss is not a scalar, detached, not finite, not above its bound or
+            BalanceValueError: A loss is not a scalar, detached, not finite, below its bound or
                 of an unknown name. Nothing has changed.
             BalanceError: The method needed the losses after the last step and did not get them;
                 or ranks disagree about their losses.
@@ -339,9 +339,11 @@ class BalancedOptimizer(OptimizerWrapper):
     def log_dict(self, prefix: str = "moo/", pairs: bool | None = None) -> dict[str, float]:
         """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
-        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b`` and ``skipped`` after
-        the prefix. The last is the number of steps that ``nonfinite="skip"`` has skipped since the
-        start, without those that a GradScaler has skipped. Synchronizes with the device, once.
+        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``, ``satisfied`` and
+        ``skipped`` after the prefix. ``satisfied`` is how many losses counted as satisfied: they
+        equal their lower bound, or have no gradient. The last is the number of steps that
+        ``nonfinite="skip"`` has skipped since the start, without those that a GradScaler has
+        skipped. Synchronizes with the device, once.
 
         Args:
             prefix: Prefix of the keys.

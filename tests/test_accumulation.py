@@ -569,7 +569,7 @@ def test_a_bound_holds_for_the_window_not_for_each_micro_batch(method):
     optimizer.zero_grad()
     with optimizer.accumulate():
         optimizer.backward(shifted(0, 0.5))
-    with pytest.raises(BalanceError, match=r"Loss `a` should be above 0.* Found -1\b"):
+    with pytest.raises(BalanceError, match=r"Loss `a` should be at least 0.* Found -1\b"):
         optimizer.backward(shifted(1, -1.5))
 
 

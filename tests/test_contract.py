@@ -16,6 +16,7 @@ import moo_balance
 from examples import own_methods
 from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.weighting import Statistics, Weighting
+from tests.support.naive_rows import NaiveRows
 from tests.support.problems import (
     Scene,
     SmallModel,
@@ -34,7 +35,8 @@ from tests.support.registry import (
     NAMES,
     REFUSALS,
     Kind,
-    over,
+    over_all,
+    over_all_methods,
     over_methods,
     over_some,
 )
@@ -76,14 +78,17 @@ def test_there_is_one_representative_of_each_kind():
     assert {row.kind for row in METHODS} == set(get_args(Kind))
 
 
-@over_methods
+@over_all_methods
 def test_a_row_states_the_needs_and_bounds_of_its_method(method):
     weighting = method.make(NAMES)
-    assert weighting.uses_gramian == method.gramian
-    assert weighting.observes_step == method.observes
-    known = not (weighting.uses_losses or weighting.uses_gramian)
+    needs = [weighting.needs(step) for step in range(60)]
+    assert weighting.uses_gramian == any(each.compares for each in needs) == method.gramian
+    assert weighting.observes_step == any(each.observes for each in needs) == method.observes
+    known = not any(each.losses or each.compares for each in needs)
     assert known == (method.kind == "known")
-    assert (method.kind == "gramian-every") == (weighting.uses_gramian and weighting.every > 1)
+    assert (method.kind == "gramian-every") == (
+        method.gramian and not all(each.gramian for each in needs)
+    )
     assert weighting.lower_bounds(NAMES) == method.bounds(NAMES)
 
 
@@ -101,7 +106,7 @@ def test_refused_configurations_name_the_argument(refusal):
 # ---------------------------------------------------------------------- configurations are values
 
 
-@over_methods
+@over_all_methods
 def test_a_configuration_is_a_frozen_value(method):
     weighting = method.make(NAMES)
     assert weighting == method.make(NAMES)
@@ -113,7 +118,7 @@ def test_a_configuration_is_a_frozen_value(method):
             setattr(weighting, field.name, None)
 
 
-@over_methods
+@over_all_methods
 def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
     weighting = method.make(NAMES)
     states = [weighting.init(NAMES, torch.device("cpu"))]
@@ -125,31 +130,34 @@ def test_a_state_has_entries_for_each_loss_or_one_for_all(method):
         assert {value.dtype for value in state.values()} <= {torch.float64}
 
 
-@over_methods
+@over_all_methods
 def test_float32_statistics_are_taken_in_every_step(method):
     """As in a method with a Gramian that contains another one, some in float64 in between."""
     weighting, scene = method.make(NAMES), Scene.random()
+    naive = NaiveRows(weighting)
     state = weighting.init(NAMES, torch.device("cpu"))
     for step, losses in enumerate(scene.losses):
         dtype = torch.float64 if step == 2 else torch.float32
         gramian = None
-        if weighting.uses_gramian and step % weighting.every == 0:
+        if weighting.needs(step).gramian:
             gramian = (scene.jacobians[step] @ scene.jacobians[step].T).to(dtype)
         statistics = Statistics(NAMES, losses.to(dtype), gramian, step)
+        statistics = naive.tell(statistics, scene.jacobians[step])
         _, coefficients, state = weighting.weights(statistics, state)
         state = weighting.observe(Statistics(NAMES, scene.after[step].to(dtype)), state)
         assert bool(coefficients.isfinite().all())
 
 
-@over_methods
+@over_all_methods
 def test_a_state_that_was_passed_in_stays_as_it_was(method):
     weighting = method.make(NAMES)
     scene = Scene.random()
     state = play(weighting, scene)[0].state
     before = snapshot(state)
     rows = scene.jacobians[0]
-    gramian = rows @ rows.T if weighting.uses_gramian else None
-    weighting.weights(Statistics(NAMES, scene.losses[1], gramian, step=1), state)
+    gramian = rows @ rows.T if weighting.needs(1).gramian else None
+    statistics = Statistics(NAMES, scene.losses[1], gramian, step=1)
+    weighting.weights(NaiveRows(weighting).tell(statistics, rows), state)
     weighting.observe(Statistics(NAMES, scene.after[1], step=2), state)
     assert snapshot(state) == before
 
@@ -157,7 +165,7 @@ def test_a_state_that_was_passed_in_stays_as_it_was(method):
 # ---------------------------------------------------------------------- coefficients
 
 
-@over_methods
+@over_all_methods
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 3))
 def test_coefficients_are_finite_and_keep_sum_and_sign(method, seed, count):
     names = NAMES[:count]
@@ -173,7 +181,7 @@ def test_coefficients_are_finite_and_keep_sum_and_sign(method, seed, count):
             assert total == pytest.approx(method.total(names, losses), rel=1e-12)
 
 
-@over(lambda method: method.equivariant)
+@over_all(lambda method: method.equivariant)
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(3)))
 def test_permuting_the_losses_permutes_the_weights(method, seed, order):
     scene = Scene.random(seed=seed)
@@ -185,7 +193,7 @@ def test_permuting_the_losses_permutes_the_weights(method, seed, order):
         close(other.coefficients, one.coefficients[list(order)], rtol=1e-7)
 
 
-@over(lambda method: method.never_rises)
+@over_all(lambda method: method.never_rises)
 @given(seed=st.integers(0, 10_000))
 def test_the_direction_conflicts_with_no_gradient(method, seed):
     scene = Scene.random(seed=seed)
@@ -194,7 +202,7 @@ def test_the_direction_conflicts_with_no_gradient(method, seed):
         assert bool((slopes >= -1e-9 * slopes.abs().max()).all())
 
 
-@over(lambda method: method.scaling is not None)
+@over_all(lambda method: method.scaling is not None)
 @given(seed=st.integers(0, 10_000), which=st.integers(0, 2), decades=st.floats(-6, 6))
 def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
     factors = [10**decades if k == which else 1.0 for k in range(3)]
@@ -213,16 +221,16 @@ def test_scaling_one_loss_has_the_stated_effect(method, seed, which, decades):
         close(actual, expected, rtol=1e-6, atol=1e-12)
 
 
-@over(lambda method: method.scaling is None)
+@over_all(lambda method: method.scaling is None)
 def test_the_stated_effect_of_scaling_is_not_a_coincidence(method):
-    """The scaling of a row is None only where none of the three effects holds."""
+    """The scaling of a row is None only where none of the stated effects holds."""
     factors = torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
     scene = Scene.random(seed=1)
     plain = play(method.make(NAMES), scene)
     scaled = play(method.make(NAMES), scene.scale(factors.tolist()))
     pairs = [(p.coefficients, s.coefficients) for p, s in zip(plain, scaled, strict=True)]
     inverse = [(p / factors, s) for p, s in pairs]
-    shares = [(p / p.sum(), s / s.sum()) for p, s in inverse]
+    shares = [(p / p.sum(), s) for p, s in inverse]
     for expected in (pairs, inverse, shares):
         assert not all(torch.allclose(p, s, rtol=1e-6) for p, s in expected)
 
@@ -234,12 +242,13 @@ def test_a_single_loss_has_the_stated_coefficient(method):
     (loss,) = model.losses(0, names).values()
     (plain,) = jacobian({"a": loss}, list(model.parameters()))
     optimizer.backward({"a": loss})
-    expected = method.alone(loss.item())
-    assert optimizer.metrics.coefficients["a"].item() == pytest.approx(expected, rel=1e-12)
+    coefficient = optimizer.metrics.coefficients["a"].item()
+    expected = coefficient if method.alone is None else method.alone(loss.item())
+    assert coefficient == pytest.approx(expected, rel=1e-12)
     close(flat_gradient(model), expected * plain, rtol=1e-12)
 
 
-@over(lambda method: method.equivariant)
+@over_all(lambda method: method.equivariant)
 def test_equal_losses_have_equal_coefficients(method):
     """The Gramian of two copies of a loss is singular."""
     scene = Scene.random(seed=3)
@@ -293,27 +302,27 @@ def test_the_gradient_is_the_combination_of_the_naive_jacobian(method):
     """Against a dense Jacobian, the formula and a matrix product, step by step."""
     model, optimizer = setup(method)
     weighting = method.make(NAMES)
+    naive = NaiveRows(weighting)
     state = weighting.init(NAMES, torch.device("cpu"))
     for step in range(5):
         losses = model.losses(step)
         rows = jacobian(losses, list(model.parameters()))
-        due = step % weighting.every == 0
-        gramian = rows @ rows.T if method.gramian and due else None
+        needs = weighting.needs(step)
+        gramian = rows @ rows.T if needs.gramian else None
         values = torch.stack([*losses.values()]).detach()
-        answer = weighting.weights(Statistics(NAMES, values, gramian, step), state)
+        statistics = naive.tell(Statistics(NAMES, values, gramian, step), rows)
+        answer = weighting.weights(statistics, state)
         optimizer.zero_grad()
         optimizer.backward(lambda: model.losses(step))  # noqa: B023
         coefficients = torch.stack([*optimizer.metrics.coefficients.values()])
         close(coefficients, answer.coefficients, rtol=1e-8)
-        close(
-            flat_gradient(model),
-            coefficients @ rows,
-            rtol=1e-10,
-            atol=1e-12 * float(rows.abs().max()),
-        )
+        expected = naive.combine(coefficients, NAMES, rows)
+        if expected is not None:
+            atol = 1e-12 * float(rows.abs().max())
+            close(flat_gradient(model), expected, rtol=1e-10, atol=atol)
         optimizer.step()
         state = answer.state
-        if method.observes and due:
+        if needs.observes:
             seen = torch.stack([*model.losses(step).values()]).detach()
             state = weighting.observe(Statistics(NAMES, seen, step=step + 1), state)
 
@@ -380,6 +389,20 @@ def test_all_forms_of_a_step_are_the_same_step(method):
         ends.append(whole_state(model, optimizer))
     assert ends[0] == ends[1]
     assert ends[0] == ends[2]
+
+
+@over_methods
+def test_every_parameter_that_a_loss_reaches_moves(method):
+    """The trunk, which all losses reach, and the head of each loss with a coefficient."""
+    model, optimizer = setup(method, optimizer=sgd)
+    before = snapshot(model.state_dict())
+    train(model, optimizer, [0])
+    moved = {key for key, value in snapshot(model.state_dict()).items() if value != before[key]}
+    coefficients = optimizer.metrics.coefficients.values()
+    weighted = [k for k, c in enumerate(coefficients) if abs(c) > 1e-12]  # larger than rounding
+    expected = {f"heads.{k}.{name}" for k in weighted for name in ("weight", "bias")}
+    assert moved >= expected | {"trunk.weight", "trunk.bias"}
+    assert weighted
 
 
 @over_methods

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import moo_balance
+from tests.support import methods_page
 from tests.support.capabilities import METHODS
+from tests.support.registry import FACTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -104,10 +106,16 @@ def test_commands_exist(page):
 
 
 def test_the_table_of_methods_is_complete():
-    text = (ROOT / "docs/methods.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    named = {name for name in METHODS for row in rows if re.search(rf"\b{name}\b", row)}
-    assert named == METHODS
+    assert FACTS.keys() == METHODS
+    text = methods_page.PAGE.read_text()
+    assert text == methods_page.insert(text), f"run python -m {methods_page.__name__}"
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_says_what_its_coefficients_sum_to_and_whether_a_loss_may_rise(name):
+    text = inspect.getdoc(getattr(moo_balance, name))
+    assert "Coefficients" in text
+    assert re.search(r"\brises?\b", text)
 
 
 @pytest.mark.parametrize("module", ["", ".engine", ".functional", ".weighting"])

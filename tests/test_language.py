@@ -17,8 +17,8 @@ FOLDERS = ("moo_balance", "examples", "benchmarks", "tests")
 PERSONS = re.compile(r"\b(nobody|somebody|anybody|everybody|whoever|no one|someone)\b", re.I)
 WORDS = re.compile(r"\b(beside|let go|shall)\b", re.I)
 
-# Names that end in -ed and are no participles, or stand for a noun that the field uses.
-ALLOWED_NAMES = {"combined", "seed", "need", "embed", "feed", "speed"}
+# Names that end in -ed and are no participles, or stand for what the field or users call so.
+ALLOWED_NAMES = {"satisfied", "combined", "seed", "need", "embed", "feed", "speed"}
 
 PRIVATE = re.compile(
     r"torch\._\w+|\._saved_\w+|_per_optimizer_states|_sequence_nr|_input_metadata|_backward_hooks"

@@ -73,7 +73,7 @@ def test_log_dict_is_flat_floats(method):
     expected = {f"moo/{kind}/{n}" for kind in ("loss", "weight", "coefficient") for n in NAMES}
     if method.gramian:
         expected |= {f"moo/cosine/{a},{b}" for a, b in PAIRS}
-    assert set(figures) == expected | {"moo/skipped"}
+    assert set(figures) == expected | {"moo/satisfied", "moo/skipped"}
     assert all(type(value) is float and math.isfinite(value) for value in figures.values())
     for name in NAMES:
         loss = optimizer.metrics.losses[name].item()
@@ -137,7 +137,7 @@ def test_values_of_any_dtype_are_copied_together():
         f"{kind}/{name}": value
         for kind in ("loss", "weight", "coefficient")
         for name, value in (("a", 0.5), ("b", 0.25))
-    }
+    } | {"satisfied": 0.0}
 
 
 def cosine_keys(figures):
@@ -190,7 +190,7 @@ def test_log_dict_passes_the_choice_of_cosines_on():
 def test_names_of_any_characters_have_keys_of_their_own(names):
     metrics = random_metrics(4, names)
     whole = metrics.as_floats(True)
-    assert len(whole) == 3 * 4 + 6
+    assert len(whole) == 3 * 4 + 6 + 1
     assert not whole.keys() & {"cosine/min", "cosine/mean", "skipped"}
     history = History()
     history.append(metrics)

@@ -59,10 +59,10 @@ def test_all_losses_in_declared_order_copy_nothing() -> None:
 
 def test_a_commit_applies_what_was_staged_and_nothing_before() -> None:
     record = Record()
-    staged = Staged(NAMES, ("a", "b"), full_state(), torch.ones(2))
+    staged = Staged(NAMES, ("a", "b"), full_state(), torch.ones(2), observes=True)
     record.stage(staged)
     assert (record.names, record.state, record.steps) == (None, None, 0)
-    record.commit(staged, observes=True)
+    record.commit(staged)
     assert (record.names, record.steps, record.awaiting) == (NAMES, 1, ("a", "b"))
     assert record.state is staged.state
     assert record.staged is None

@@ -33,8 +33,8 @@ class HostSyncs(TorchDispatchMode):
     """Records when the host reads values of tensors on the meta device.
 
     The meta device computes nothing, so it stands for an asynchronous device: each read would wait
-    for it. A copy of a square matrix to the host returns the identity, any other copy ones, and a
-    single value 1.
+    for it. A copy of a square matrix to the host returns the identity, one of a mask marks nothing,
+    any other copy is of ones, and a single value is 1.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class PeakElements(TorchDispatchMode):
 def _substitute(like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.dim() == 2 and like.shape[0] == like.shape[1]:
         return torch.eye(like.shape[0], dtype=dtype)
-    return torch.ones(like.shape, dtype=dtype)
+    return torch.full(like.shape, dtype != torch.bool, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def sharded_inner_products(
     for k in range(len(rows[0])) if compared is None else compared:
         gradient = next((row[k] for row in rows if row[k] is not None), None)
         if gradient is not None:
-            families.setdefault(_sharding_of(gradient), []).append(k)
+            families.setdefault(sharding_of(gradient), []).append(k)
     local = [[local_part(gradient) for gradient in row] for row in rows]
     total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
     for (mesh, dims), members in families.items():
@@ -251,8 +251,8 @@ def _complete(gradient: Tensor | None) -> Tensor | None:
     return gradient.redistribute(placements=complete)  # type: ignore[attr-defined, no-any-return]
 
 
-def _sharding_of(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """The mesh, and its dimensions along which this gradient is split."""
+def sharding_of(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The mesh, and its dimensions along which this tensor is split."""
     placements = getattr(gradient, "placements", None)
     if placements is None:
         return None, ()
@@ -264,3 +264,33 @@ def local_part(tensor: T) -> T:
     """What this rank holds of a tensor; a whole one, or None, as it is."""
     part: T = getattr(tensor, "to_local", lambda: tensor)()
     return part
+
+
+def sharded_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in the same shards as a parameter, sums over ranks carried out."""
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(tensor, "placements", None) == placements:
+        return tensor
+    return tensor.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def as_shard_of(param: Tensor, part: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is sharded as a parameter; `part` itself if none is."""
+    if not is_sharded([param]):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        param.device_mesh,  # type: ignore[attr-defined]
+        param.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def shard_index(param: Tensor) -> tuple[int, ...]:
+    """Which of the shards of a parameter this rank holds; empty for a whole one."""
+    mesh, dims = sharding_of(param)
+    return tuple(mesh.get_local_rank(dim) for dim in dims)

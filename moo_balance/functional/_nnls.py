@@ -144,3 +144,66 @@ def _rounding(solution: Array, vector: Array) -> float:
     """Bound on the rounding error of one entry of the gradient."""
     size = float(np.abs(solution).sum()) + float(np.abs(vector).max())
     return 4 * len(solution) * EPS * size
+
+
+# ------------------------------------------------------------ many right-hand sides
+
+
+def nonnegative_quadratics(matrix: Array, vectors: Array, supports: Mask | None = None) -> Array:
+    """:func:`nonnegative_quadratic` for each row of ``vectors``, shape [N, K].
+
+    The exchanges of :func:`_guess` are made for all rows together, in one call of the linear
+    solver. What they leave unsolved, which is rare, goes to the finite method row by row.
+
+    Args:
+        matrix: A, shape [K, K].
+        vectors: The vectors b, shape [N, K].
+        supports: Where solutions are expected to be positive, shape [N, K]; None where the
+            objective falls from zero on.
+    """
+    solutions: Array = np.zeros(vectors.shape)
+    support = vectors > 0.0 if supports is None else supports
+    rows = np.arange(len(vectors))  # those that are not solved yet
+    for _ in range(_ROUNDS):
+        target = vectors[rows]
+        trial = _solve_on_each(support, matrix, target)
+        slack = trial.dot(matrix) - target + _roundings(trial, target)
+        better = (support & (trial > 0.0)) | (~support & (slack < 0.0))
+        solved = (better == support).all(axis=1)
+        solutions[rows[solved]] = trial[solved]
+        rows, support = rows[~solved], better[~solved]
+        if not len(rows):
+            return solutions
+    for row in rows:
+        solutions[row] = nonnegative_quadratic(matrix, vectors[row])
+    return solutions
+
+
+# Measured on random Gramians up to K = 64.
+_ROUNDS = 12
+
+
+def _solve_on_each(supports: Mask, matrix: Array, vectors: Array) -> Array:
+    """Solve A y = b on each support, with y zero elsewhere.
+
+    Supports of different sizes become systems of one size: the indices of each come first, and the
+    identity stands for what lies outside.
+    """
+    size = max(int(supports.sum(axis=1).max()), 1)
+    chosen = np.argsort(~supports, axis=1, kind="stable")[:, :size]
+    inside = np.take_along_axis(supports, chosen, axis=1)
+    systems = matrix[chosen[:, :, None], chosen[:, None, :]]
+    systems *= inside[:, :, None] & inside[:, None, :]
+    diagonal = np.arange(size)
+    systems[:, diagonal, diagonal] += ~inside
+    targets = np.where(inside, np.take_along_axis(vectors, chosen, axis=1), 0.0)
+    solutions: Array = np.zeros(vectors.shape)
+    np.put_along_axis(solutions, chosen, np.linalg.solve(systems, targets[..., None])[..., 0], 1)
+    return solutions
+
+
+def _roundings(solutions: Array, vectors: Array) -> Array:
+    """:func:`_rounding` for each row, shape [N, 1]."""
+    sizes = np.abs(solutions).sum(axis=1) + np.abs(vectors).max(axis=1)
+    rounding: Array = 4 * solutions.shape[1] * EPS * sizes[:, None]
+    return rounding

@@ -17,18 +17,27 @@ from moo_balance.functional.gramian import equality_tolerance, share_between_equ
 
 _TINY = 1e-290
 
-# ------------------------------------------------------------ min-norm point
 
-
-def shortest_combination(gramian: Tensor, scales: Tensor | None, precision: float) -> Tensor:
+def shortest_combination(
+    gramian: Tensor, scales: Tensor | None, precision: float, share_zeros: bool = True
+) -> Tensor:
     """Weights of the shortest convex combination of three gradients or more, verified.
 
     Args:
         gramian: Inner products, shape [K, K].
         scales: What the gradients are divided by first, shape [K]; None for ones.
         precision: Relative rounding unit of its entries.
+        share_zeros: Give all the weight to zero gradients, if there are any; otherwise none.
     """
-    return torch.from_numpy(_min_norm_weights(directions(gramian, scales), precision))
+    gradients = directions(gramian, scales)
+    others = gradients.norms > 0.0
+    if share_zeros or others.all() or not others.any():
+        return torch.from_numpy(_min_norm_weights(gradients, precision))
+    squares, norms, cosines = gradients
+    rest = Directions(squares[others], norms[others], cosines[others][:, others])
+    weights = np.zeros(len(norms))
+    weights[others] = _min_norm_weights(rest, precision)
+    return torch.from_numpy(weights)
 
 
 def _min_norm_weights(gradients: Directions, precision: float) -> Array:
@@ -88,45 +97,3 @@ def _min_norm_residual(cosines: Array, inverse: Array, shares: Array) -> float:
     missing = shares.dot(along) * inverse - along
     worst = np.maximum(missing, shares / length * np.abs(missing)).max()
     return float(worst / length)
-
-
-# ------------------------------------------------------------ dual cone
-
-
-def addition_into_dual_cone(gramian: Tensor, coefficients: Tensor, precision: float) -> Tensor:
-    """What has to be added to coefficients to take their direction into the dual cone, verified.
-
-    Args:
-        gramian: Inner products, shape [K, K].
-        coefficients: Of the direction, shape [K], finite, float64 on the CPU.
-        precision: Relative rounding unit of the Gramian's entries.
-    """
-    return torch.from_numpy(_addition(directions(gramian), coefficients.numpy(), precision))
-
-
-def _addition(gradients: Directions, start: Array, precision: float) -> Array:
-    _, norms, cosines = gradients
-    lengths = start * norms
-    scale = np.abs(lengths).max()
-    if scale == 0.0:
-        return np.zeros(len(start))
-    lengths = lengths / scale
-    matrix, ridge, _ = make_definite(cosines, precision)
-    added = nonnegative_quadratic(matrix, -cosines.dot(lengths))
-    _verify_dual_cone(cosines, lengths, added, 1e-9 + 4 * ridge)
-    # A zero gradient keeps its coefficient.
-    divisors: Array = np.where(norms == 0.0, np.inf, norms)
-    return added * float(scale) / divisors
-
-
-def _verify_dual_cone(cosines: Array, lengths: Array, added: Array, tolerance: float) -> None:
-    """Raise unless no gradient conflicts and each added one is orthogonal to the direction."""
-    total = np.abs(lengths).sum() + added.sum()
-    along = cosines.dot((lengths + added) / total)
-    residual = np.maximum(-along, added / total * np.abs(along)).max()
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(lengths)} gradients. "
-            "Compute the Gramian in float64."
-        )

@@ -56,6 +56,14 @@ def analytic_qp_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor
         >>> analytic_qp_weights(gramian)
         tensor([ 1.5000, -0.5000])
     """
+    return affine_weights(gramian, scales, share_zeros=True)
+
+
+def affine_weights(gramian: Tensor, scales: Tensor | None, share_zeros: bool) -> Tensor:
+    """:func:`analytic_qp_weights`; without `share_zeros`, zero gradients have no weight.
+
+    Of two gradients, a zero one always has all of it.
+    """
     if scales is not None:
         check_scales(gramian, scales)
     if gramian.shape == (2, 2):
@@ -64,10 +72,11 @@ def analytic_qp_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor
     result = torch.promote_types(gramian.dtype, torch.float32)
     if gramian.shape[0] == 1:
         return torch.ones(1, dtype=result, device=gramian.device)
-    return _by_cosines(widest(gramian.detach()), scales, precision(gramian)).to(result)
+    wide = widest(gramian.detach())
+    return _by_cosines(wide, scales, precision(gramian), share_zeros).to(result)
 
 
-def _by_cosines(gramian: Tensor, scales: Tensor | None, eps: float) -> Tensor:
+def _by_cosines(gramian: Tensor, scales: Tensor | None, eps: float, share_zeros: bool) -> Tensor:
     norms = gramian.diagonal().clamp(min=0.0).sqrt()
     lengths = norms.masked_fill(norms == 0, math.inf)
     cosines = cosines_from(gramian, lengths)
@@ -75,8 +84,8 @@ def _by_cosines(gramian: Tensor, scales: Tensor | None, eps: float) -> Tensor:
         norms = norms * relative_scales(scales)
     zero = norms == 0
     lengths = norms.masked_fill(zero, math.inf)
-    # Zero gradients, if any, are the only ones with an entry here, and so share all the weight.
-    inverse = norms.amin() / lengths + zero
+    # Zero gradients, if any, are the only ones with an entry here, if they share.
+    inverse = norms.amin() / lengths + zero if share_zeros else lengths.amin() / lengths
     # The ridge is well above the noise of the cosines, so that a singular matrix has a definite
     # limit. One step of refinement then removes its first-order error where the matrix is regular.
     ridge = 64 * len(norms) * eps

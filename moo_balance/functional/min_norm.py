@@ -70,6 +70,14 @@ def min_norm_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
         >>> min_norm_weights(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         tensor([0.5714, 0.2857, 0.1429])
     """
+    return convex_weights(gramian, scales)
+
+
+def convex_weights(gramian: Tensor, scales: Tensor | None, share_zeros: bool = True) -> Tensor:
+    """:func:`min_norm_weights`; without `share_zeros`, zero gradients have no weight.
+
+    Of two gradients, a zero one always has all of it.
+    """
     if scales is not None:
         check_scales(gramian, scales)
     if gramian.shape == (2, 2):
@@ -81,7 +89,8 @@ def min_norm_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
         return torch.ones(1, dtype=result, device=gramian.device)
     from moo_balance.functional._solvers import shortest_combination  # loads NumPy
 
-    return shortest_combination(gramian, scales, precision(gramian)).to(result).to(gramian.device)
+    weights = shortest_combination(gramian, scales, precision(gramian), share_zeros)
+    return weights.to(result).to(gramian.device)
 
 
 def kkt_residual(gramian: Tensor, weights: Tensor) -> Tensor:

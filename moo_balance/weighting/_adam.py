@@ -26,16 +26,18 @@ def adam(
 
     Adam divides its running averages by 1 - beta^t, where t counts the updates. Here each loss has
     its own count, since losses may be absent: the divisor is the running average of `present` [K].
+    Nothing changes for a loss that is not present.
     """
     seen = present.to(gradient.dtype)
+    one, two = seen * (1.0 - _BETA1), seen * (1.0 - _BETA2)
     moments = {
-        "exp_avg": state["exp_avg"].lerp(gradient, 1.0 - _BETA1),
-        "exp_avg_weight": state["exp_avg_weight"].lerp(seen, 1.0 - _BETA1),
-        "exp_avg_sq": state["exp_avg_sq"].lerp(gradient.square(), 1.0 - _BETA2),
-        "exp_avg_sq_weight": state["exp_avg_sq_weight"].lerp(seen, 1.0 - _BETA2),
+        "exp_avg": state["exp_avg"].lerp(gradient, one),
+        "exp_avg_weight": state["exp_avg_weight"].lerp(seen, one),
+        "exp_avg_sq": state["exp_avg_sq"].lerp(gradient.square(), two),
+        "exp_avg_sq_weight": state["exp_avg_sq_weight"].lerp(seen, two),
     }
     # The divisor of a loss that was never present is 0. The clamp, at the divisor after one update,
     # avoids 0/0.
     mean = moments["exp_avg"] / moments["exp_avg_weight"].clamp(min=1.0 - _BETA1)
     square = moments["exp_avg_sq"] / moments["exp_avg_sq_weight"].clamp(min=1.0 - _BETA2)
-    return values.addcdiv(mean, square.sqrt_().add_(_EPS), value=-lr), moments
+    return values.addcdiv(mean.mul_(seen), square.sqrt_().add_(_EPS), value=-lr), moments

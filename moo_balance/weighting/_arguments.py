@@ -59,16 +59,52 @@ def lower_limits(bounds: FloatOrByName, shift: FloatOrByName, names: Sequence[st
 
 
 def normalize_preference(preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
-    """Preferences of the present losses, summing to 1; equal ones for None."""
-    if preference is None:
+    """Preferences of the present losses, summing to 1; equal ones for None.
+
+    Those of losses that are to be left out (``statistics.satisfied``) are 0.
+    """
+    if preference is None and statistics.satisfied is None:
         return torch.full_like(statistics.losses, 1.0 / len(statistics.names))
-    values = values_by_name(preference, statistics.names)
+    values = [1.0] * len(statistics.names)
+    if preference is not None:
+        values = values_by_name(preference, statistics.names)
     total = sum(values)
-    return constants_like([value / total for value in values], statistics.losses)
+    preferences = constants_like([value / total for value in values], statistics.losses)
+    if statistics.satisfied is None:
+        return preferences
+    preferences = preferences.masked_fill(statistics.satisfied, 0.0)
+    return preferences / preferences.sum()
 
 
-def renormalize(weights: Tensor) -> Tensor:
-    """Weights that sum to 1 again where a loss is absent; equal ones where all others were 0."""
+def relative_preference(preference: Mapping[str, float], statistics: Statistics) -> Tensor:
+    """Preferences of the present losses over their mean."""
+    shares = normalize_preference(preference, statistics)
+    if statistics.satisfied is None:
+        return shares * len(shares)
+    # Those that are left out are divided by, too, and must be no zeros.
+    count = len(shares) - statistics.satisfied.sum()
+    return (shares * count).masked_fill(statistics.satisfied, 1.0)
+
+
+def left_of_two(weights: Tensor, satisfied: Tensor) -> Tensor:
+    """Weights of losses, two at most of which may still share them although one is satisfied."""
+    if len(weights) > 2:
+        return weights
+    others = (~satisfied).to(weights.dtype)
+    return torch.where(satisfied.any(), others / others.sum(), weights)
+
+
+def renormalize(weights: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Weights that sum to 1 again where a loss is absent; equal ones where all others were 0.
+
+    Args:
+        weights: Of the present losses, shape [K].
+        left_out: Which of these are to be left out, too (``statistics.satisfied``).
+    """
+    if left_out is not None:
+        weights = weights.masked_fill(left_out, 0.0)
+        mass, count = weights.sum(), len(weights) - left_out.sum()
+        return torch.where(mass > 0, weights / mass, 1.0 / count).masked_fill(left_out, 0.0)
     mass = weights.sum()
     return torch.where(mass > 0, weights / mass, 1.0 / len(weights))
 

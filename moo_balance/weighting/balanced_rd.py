@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moo_balance.functional import (
-    analytic_qp_weights,
-    min_norm_weights,
-    project_simplex,
-)
+from moo_balance.functional import project_simplex
+from moo_balance.functional.analytic_qp import affine_weights
+from moo_balance.functional.min_norm import convex_weights
 from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_names,
+    check_preference,
     check_range,
     check_whole,
+    copy_mappings,
+    left_of_two,
     log_coefficients,
     lower_limits,
+    normalize_preference,
+    relative_preference,
     renormalize,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -71,6 +76,7 @@ class BalancedTrajectory(LogitWeighting):
     decay: float = 1e-3
     shift: float = 1.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
+    preference: Mapping[str, float] | None = None
     every: int = 1
     lagged: bool = False
 
@@ -135,12 +141,17 @@ class AnalyticQP(GramianWeighting):
         tensor([1., 0.])
     """
 
+    leaves_out_satisfied = True
+
     projection: Literal["softmax", "simplex", "exact"] = "softmax"
     shift: float = 1.0
     renormalize: bool = True
+    preference: Mapping[str, float] | None = None
     every: int = 1
 
     def __post_init__(self) -> None:
+        copy_mappings(self)
+        check_preference(self)
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_whole(self, "every", 1)
@@ -154,18 +165,43 @@ class AnalyticQP(GramianWeighting):
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         return lower_limits(0.0, self.shift, names)
 
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        return super().init(names, device)
+
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        distances = statistics.losses + self.shift
+        scales = statistics.losses + self.shift
+        preference, left_out = None, statistics.satisfied
+        if self.preference is not None:
+            preference = relative_preference(self.preference, statistics)
+            scales = scales * preference
         if self.projection == "exact":
-            return {"weights": min_norm_weights(gramian, distances)}
-        affine = analytic_qp_weights(gramian, distances)
+            weights = convex_weights(gramian, scales, share_zeros=left_out is None)
+            weights = weights if left_out is None else left_of_two(weights, left_out)
+        else:
+            weights = affine_weights(gramian, scales, share_zeros=left_out is None)
+        if preference is not None:
+            weights = weights / preference
+            weights = weights / weights.sum()
+        return {"weights": self._project(weights, statistics)}
+
+    def _project(self, affine: Tensor, statistics: Statistics) -> Tensor:
+        """Bring affine weights to the simplex, without the losses that are left out."""
+        if self.projection == "exact":
+            return affine
+        if statistics.satisfied is not None:
+            affine = affine.masked_fill(statistics.satisfied, -math.inf)
         if self.projection == "simplex":
-            return {"weights": project_simplex(affine)}
-        return {"weights": torch.softmax(affine, 0)}
+            return project_simplex(affine)
+        if self.preference is not None:
+            # The softmax leaves the preference where it is, as it does the centre without one.
+            preference = normalize_preference(self.preference, statistics)
+            affine = affine + (preference.log() - preference)
+        return torch.softmax(affine, 0)
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         distances = statistics.losses + self.shift
         return log_coefficients(state["weights"], distances, self.renormalize)
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return {"weights": renormalize(state["weights"])}
+        return {"weights": renormalize(state["weights"], statistics.satisfied)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional._checks import widest_dtype
+
+if TYPE_CHECKING:
+    from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
 state_dtype = widest_dtype
 """The dtype of state tensors on a device: float64 where the device has it."""
@@ -32,13 +35,21 @@ class Statistics(NamedTuple):
             a step that has one, else float64 (float32 on Apple's "mps").
         gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
             for a method that does not use it, or in a step between two refreshes (``every``).
-        step: Number of steps that have been committed so far.
+        step: Number of steps that have been committed so far; in ``observe``, with the one that is
+            observed.
+        rows: What a method that looks at single coordinates of gradients asks for, in a step with a
+            Gramian; None for any other.
+        satisfied: Which losses to leave out, as booleans [K], on an accelerator and for a method
+            with ``leaves_out_satisfied``; their values are harmless, and their rows of `gramian`
+            zero. None elsewhere, where they have been left out before.
     """
 
     names: tuple[str, ...]
     losses: Tensor
     gramian: Tensor | None = None
     step: int = 0
+    rows: RowStatistics | None = None
+    satisfied: Tensor | None = None
 
 
 class WeightingOutput(NamedTuple):
@@ -54,6 +65,29 @@ class WeightingOutput(NamedTuple):
     state: State
 
 
+class Needs(NamedTuple):
+    """What a method needs in one step.
+
+    Args:
+        method: Whose lower bounds hold.
+        compares: Whether the method compares gradients, in this step or between two refreshes.
+        gramian: Whether it gets a Gramian in this step.
+        losses: Whether its coefficients depend on the losses of this step.
+        observes: Whether it needs the losses on the same batch after this step.
+        rows: What looks at single coordinates of the gradients in this step; None for nothing.
+        independent: Whether its Gramian should hold products of gradients of different batches
+            only.
+    """
+
+    method: Weighting
+    compares: bool
+    gramian: bool
+    losses: bool
+    observes: bool
+    rows: RowWeighting | None = None
+    independent: bool = False
+
+
 class Weighting(ABC):
     """Turns losses, and a Gramian where the method uses one, into K coefficients.
 
@@ -61,9 +95,9 @@ class Weighting(ABC):
     never see a parameter. A new one gives :meth:`weights`, and :meth:`init` if it has a state;
     ``BalancedOptimizer`` then saves, resumes, slices and distributes it like any other.
 
-    Four properties say what the method needs. A subclass overrides them by a class attribute
-    (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. They are
-    constant for an instance: an optimizer reads them once.
+    Five properties say what the method needs. A subclass overrides them by a class attribute
+    (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. A method
+    whose needs change from step to step overrides :meth:`needs` instead.
     """
 
     @property
@@ -85,12 +119,32 @@ class Weighting(ABC):
         return False
 
     @property
+    def uses_independent_batches(self) -> bool:
+        """Whether the Gramian should hold products of gradients of different batches only.
+
+        It is then an unbiased estimate of the Gramian of the expected gradients, symmetric but
+        perhaps not positive semidefinite. The batches are the micro-batches of a window, or the
+        ranks of a data-parallel run; a step with one batch is refused.
+        """
+        return False
+
+    @property
     def every(self) -> int:
         """Recompute the Gramian, or re-evaluate the losses, only every n-th step."""
         return 1
 
+    def needs(self, step: int) -> Needs:
+        """What the method needs in the step that follows `step` committed ones."""
+        due, compares = step % self.every == 0, self.uses_gramian
+        observes, independent = self.observes_step and due, self.uses_independent_batches
+        gramian = compares and due
+        return Needs(self, compares, gramian, self.uses_losses, observes, independent=independent)
+
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        """What each loss must stay above; minus infinity where any finite value is allowed."""
+        """What each loss must not be below; minus infinity where any finite value is allowed.
+
+        A loss that is equal to it counts as satisfied: the method is called without it.
+        """
         return [-torch.inf] * len(names)
 
     @property
@@ -100,8 +154,19 @@ class Weighting(ABC):
 
     @property
     def bound_advice(self) -> str:
-        """What to do about a loss that is not above its bound, as the error message ends."""
+        """What to do about a loss that is below its bound, as the error message ends."""
         return "Give a loss that stays above."
+
+    @property
+    def leaves_out_satisfied(self) -> bool:
+        """Whether the method itself leaves out what ``statistics.satisfied`` marks.
+
+        On an accelerator the host does not know which losses count as satisfied. If this is True,
+        the method is called with all losses and this mask: the others must get what they would get
+        without the marked ones, for which anything may be returned. If not, the host reads the
+        mask, which synchronizes, and the method is called without them, as on the CPU.
+        """
+        return False
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         """The state before the first step. Raises where a named argument does not fit `names`."""

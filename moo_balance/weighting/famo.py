@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,12 +17,14 @@ from moo_balance.weighting._arguments import (
     advise,
     check_choice,
     check_names,
+    check_preference,
     check_range,
     check_whole,
     constant_state,
     copy_mappings,
     log_coefficients,
     lower_limits,
+    relative_preference,
     shifted_losses,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -39,6 +41,7 @@ class LogitWeighting(Weighting):
     shift: FloatOrByName
     bounds: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"]
+    preference: Mapping[str, float] | None
     lagged: bool
 
     def __post_init__(self) -> None:
@@ -48,6 +51,7 @@ class LogitWeighting(Weighting):
         check_range(self, "bounds")
         check_range(self, "shift")
         check_choice(self, "logit_optimizer", ("adam", "sgd"))
+        check_preference(self)
         check_whole(self, "every", 1)
 
     @property
@@ -55,6 +59,7 @@ class LogitWeighting(Weighting):
         return not self.lagged
 
     bound_reason = TAKES_LOG
+    leaves_out_satisfied = True
 
     @property
     def bound_advice(self) -> str:
@@ -66,6 +71,7 @@ class LogitWeighting(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
+        check_names("preference", self.preference, names, complete=True)
         count = len(names)
         moments = init_adam(count, device) if self.logit_optimizer == "adam" else {}
         return {
@@ -79,30 +85,44 @@ class LogitWeighting(Weighting):
         if statistics.step % self.every == 0:
             log_distances = distances.log().to(state["logits"].dtype)
             if self.lagged:
-                state = self._update(log_distances, state)
+                state = self._update(log_distances, statistics, state)
             state = {**state, "log_distances": log_distances}
-        weights = torch.softmax(state["logits"], 0)
+        logits = state["logits"]
+        if statistics.satisfied is not None:
+            logits = logits.masked_fill(statistics.satisfied, -math.inf)
+        if self.preference is not None:
+            logits = logits + relative_preference(self.preference, statistics).log()
+        weights = torch.softmax(logits, 0)
         return WeightingOutput(weights, log_coefficients(weights, distances), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
         log_distances = shifted_losses(self.bounds, self.shift, statistics).log()
-        return self._update(log_distances.to(state["logits"].dtype), state)
+        return self._update(log_distances.to(state["logits"].dtype), statistics, state)
 
-    def _update(self, log_distances: Tensor, state: State) -> State:
-        """One descent step on the logits of those losses that were present before.
+    def _update(self, log_distances: Tensor, statistics: Statistics, state: State) -> State:
+        """One descent step on the logits of the losses that were present before and have moved.
 
-        All entries of the others are still zero, and without a gradient they stay so.
+        A loss that is exactly what it was cannot be improved, such as a constant: compared with
+        others it would be the slowest for ever, and get all the weight.
         """
         logits, before = state["logits"], state["log_distances"]
-        present = before == before  # not NaN
-        weights = torch.softmax(logits.masked_fill(~present, -math.inf), 0)
+        moved = (before == before) & (before != log_distances)  # and is not NaN
+        if statistics.satisfied is not None:
+            moved = moved & ~statistics.satisfied
+        preference, dual = None, logits
+        if self.preference is not None:
+            preference = relative_preference(self.preference, statistics)
+            dual = logits + 2.0 * preference.log()
+        weights = torch.softmax(dual.masked_fill(~moved, -math.inf), 0)
         weights = weights.nan_to_num_(0.0)  # the softmax over no loss at all
         delta = (before - log_distances).nan_to_num_(0.0)
+        if preference is not None:
+            delta = delta / preference
         delta.sub_(weights.dot(delta)).mul_(weights)
-        gradient = delta.add_(logits, alpha=self.decay)
+        gradient = delta.add_(logits, alpha=self.decay).mul_(moved)
         if self.logit_optimizer == "sgd":
             return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
-        logits, moments = adam(logits, gradient, present, state, self.lr)
+        logits, moments = adam(logits, gradient, moved, state, self.lr)
         return {**state, "logits": logits, **moments}
 
 
@@ -171,5 +191,6 @@ class FAMO(LogitWeighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
+    preference: Mapping[str, float] | None = None
     every: int = 1
     lagged: bool = False

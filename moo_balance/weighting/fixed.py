@@ -13,11 +13,14 @@ from moo_balance.weighting._arguments import (
     advise,
     check_mapping,
     check_names,
+    check_preference,
     check_range,
     constants_like,
     copy_mappings,
     log_coefficients,
     lower_limits,
+    normalize_preference,
+    relative_preference,
     shifted_losses,
     values_by_name,
 )
@@ -30,7 +33,8 @@ class Sum(Weighting):
 
     .. math:: d = \sum_i g_i
 
-    Coefficients: K ones (they sum to K), so that ``Sum`` is ``sum(losses).backward()``.
+    Coefficients: K ones (they sum to K), so that ``Sum`` is ``sum(losses).backward()``. A loss may
+    rise.
 
     Example:
         >>> import torch
@@ -56,7 +60,7 @@ class FixedWeights(Weighting):
     .. math:: d = \sum_i w_i g_i
 
     Coefficients: the weights as given, not normalised. Any finite number is allowed, so that an
-    adversarial term can carry a minus sign.
+    adversarial term can carry a minus sign. A loss may rise.
 
     Args:
         values: Weight of each loss, by name; every loss needs one.
@@ -93,22 +97,26 @@ class SumLog(Weighting):
     r"""The sum of log losses, indifferent to the scale of each.
 
     .. math::
-        d = c \sum_i \frac{g_i}{D_i}, \qquad D_i = L_i - b_i + s_i, \qquad
-        c = \Big(\sum_i \frac{1}{D_i}\Big)^{-1}
+        d = c \sum_i \frac{p_i}{D_i}\, g_i, \qquad D_i = L_i - b_i + s_i, \qquad
+        c = \Big(\sum_i \frac{p_i}{D_i}\Big)^{-1}
 
     Its stationary points are those that FAMO reaches whenever its logit decay is positive (FAMO,
     Section 3), so it is the baseline that any log-loss method should be compared with.
 
     Coefficients: sum to 1 with `renormalize`, as for all log methods here; without it they are
-    :math:`1/D_i`, the "scale-invariant" baseline as published with FAMO and Nash-MTL.
+    :math:`1/D_i` (:math:`K p_i / D_i` with a preference), the "scale-invariant" baseline as
+    published with FAMO and Nash-MTL. A loss may rise.
 
     Args:
         bounds: :math:`b_i`, a number or one per name. Default 0 (FAMO's code).
         shift: :math:`s_i`, likewise. Default 0; 1 makes it :math:`\log(1 + L)`.
         renormalize: Multiply by :math:`c`. Default True, so that the log methods share one scale.
+        preference: :math:`p_i > 0` by name, scaled to sum 1: the exponents in the product of the
+            :math:`D_i` that is minimised. Default None: equal.
 
     Raises:
-        BalanceValueError: From ``backward``, when a loss is not above :math:`b_i - s_i`.
+        BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
+            below :math:`b_i - s_i`.
 
     Example:
         >>> import torch
@@ -119,16 +127,21 @@ class SumLog(Weighting):
         tensor([0.8000, 0.2000])
     """
 
+    leaves_out_satisfied = True
+
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     renormalize: bool = True
+    preference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         copy_mappings(self)
         check_range(self, "bounds")
         check_range(self, "shift")
+        check_preference(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
         return {}
@@ -144,7 +157,10 @@ class SumLog(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
-        weights = torch.full_like(distances, 1.0 / len(distances))
+        weights = normalize_preference(self.preference, statistics)
         if self.renormalize:
             return WeightingOutput(weights, log_coefficients(weights, distances), state)
-        return WeightingOutput(weights, 1.0 / distances, state)
+        if self.preference is None:
+            return WeightingOutput(weights, 1.0 / distances, state)
+        factors = relative_preference(self.preference, statistics)
+        return WeightingOutput(weights, factors / distances, state)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from moo_balance.functional import gradient_scales, min_norm_weights
+from moo_balance.functional import gradient_scales
 from moo_balance.functional._checks import widest
+from moo_balance.functional.min_norm import convex_weights
 from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_names,
+    check_preference,
     check_whole,
+    copy_mappings,
+    left_of_two,
     log_coefficients,
+    relative_preference,
     renormalize,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -62,11 +69,16 @@ class MGDA(GramianWeighting):
         tensor([0.7500, 0.2500])
     """
 
+    leaves_out_satisfied = True
+
     normalize: Literal["l2", "loss", "loss+", "log"] | None = None
+    preference: Mapping[str, float] | None = None
     every: int = 1
 
     def __post_init__(self) -> None:
+        copy_mappings(self)
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
+        check_preference(self)
         check_whole(self, "every", 1)
 
     @property
@@ -82,11 +94,24 @@ class MGDA(GramianWeighting):
             return super().lower_bounds(names)
         return [0.0] * len(names)
 
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        return super().init(names, device)
+
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        scales = None
+        scales, preference = None, None
         if self.normalize is not None:
             scales = gradient_scales(widest(statistics.losses), gramian, self.normalize)
-        return {"weights": min_norm_weights(gramian, scales)}
+        if self.preference is not None:
+            preference = relative_preference(self.preference, statistics)
+            scales = preference if scales is None else scales * preference
+        weights = convex_weights(gramian, scales, share_zeros=statistics.satisfied is None)
+        if statistics.satisfied is not None:
+            weights = left_of_two(weights, statistics.satisfied)
+        if preference is not None:
+            weights = weights / preference
+            weights = weights / weights.sum()
+        return {"weights": weights}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         if self.normalize == "log":
@@ -94,4 +119,4 @@ class MGDA(GramianWeighting):
         return state["weights"]
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return {"weights": renormalize(state["weights"])}
+        return {"weights": renormalize(state["weights"], statistics.satisfied)}

@@ -10,15 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import check_range, constant_state
+from moo_balance.weighting._wrapping import (
+    WrappingWeighting,
+    as_inner,
+    check_weighting,
+    inner_state,
+)
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
-
-_INNER = "inner/"
 
 
 @dataclass(frozen=True)
-class MovingAverage(Weighting):
+class MovingAverage(WrappingWeighting):
     r"""Momentum on the weights of any method, which mini-batches make noisy.
 
     With :math:`\hat c` the coefficients of the method and
@@ -69,56 +72,30 @@ class MovingAverage(Weighting):
     beta: float | Literal["adaptive"] = 0.9
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weighting, Weighting):
-            raise BalanceValueError(
-                "Parameter `weighting` of MovingAverage should be an instance of a method such as "
-                f"`MGDA()`. Found {self.weighting!r}."
-            )
+        check_weighting(self, "weighting", self.weighting)
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, below=1.0, text="adaptive")
 
     @property
-    def uses_gramian(self) -> bool:
-        return self.weighting.uses_gramian
-
-    @property
-    def uses_losses(self) -> bool:
-        return self.weighting.uses_losses
-
-    @property
-    def every(self) -> int:
-        return self.weighting.every
-
-    @property
-    def observes_step(self) -> bool:
-        return self.weighting.observes_step
-
-    @property
-    def bound_reason(self) -> str:
-        return self.weighting.bound_reason
-
-    @property
-    def bound_advice(self) -> str:
-        return self.weighting.bound_advice
-
-    def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return self.weighting.lower_bounds(names)
+    def leaves_out_satisfied(self) -> bool:
+        return self.weighting.leaves_out_satisfied
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         shares = constant_state(math.nan, len(names), device)
-        return _join(shares, self.weighting.init(names, device))
+        return {"shares": shares, **as_inner(self.weighting.init(names, device))}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        _, coefficients, inner = self.weighting.weights(statistics, _inner(state))
-        shares, size = _normalize(coefficients.to(state["shares"]))
-        before = torch.where(state["shares"].isnan(), shares, state["shares"])
+        _, coefficients, inner = self.weighting.weights(statistics, inner_state(state))
+        before = state["shares"]
+        if statistics.satisfied is not None:
+            coefficients = coefficients.masked_fill(statistics.satisfied, 0.0)
+            before = before.masked_fill(statistics.satisfied, 0.0)
+        shares, size = _normalize(coefficients.to(before))
+        before = torch.where(before.isnan(), shares, before)
         before, _ = _normalize(before)
         shares = before.lerp(shares, 1.0 - self._momentum(shares, before, statistics.step + 1))
-        return WeightingOutput(shares, (size * shares).to(coefficients), _join(shares, inner))
-
-    def observe(self, statistics: Statistics, state: State) -> State:
-        inner = self.weighting.observe(statistics, _inner(state))
-        return _join(state["shares"], inner)
+        kept = {"shares": shares, **as_inner(inner)}
+        return WeightingOutput(shares, (size * shares).to(coefficients), kept)
 
     def _momentum(self, shares: Tensor, before: Tensor, count: int) -> Tensor | float:
         if isinstance(self.beta, str):
@@ -130,13 +107,3 @@ def _normalize(vector: Tensor) -> tuple[Tensor, Tensor]:
     """The vector divided by the sum of its absolute values, and that sum; zeros stay zeros."""
     size = vector.abs().sum()
     return torch.where(size > 0, vector / size, vector), size
-
-
-def _inner(state: State) -> State:
-    return {
-        key.removeprefix(_INNER): value for key, value in state.items() if key.startswith(_INNER)
-    }
-
-
-def _join(shares: Tensor, inner: State) -> State:
-    return {"shares": shares, **{_INNER + key: value for key, value in inner.items()}}

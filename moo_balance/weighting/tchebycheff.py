@@ -40,7 +40,8 @@ class Tchebycheff(Weighting):
     :math:`\lambda`. Losses that tie for the maximum share it equally.
 
     Coefficients: :math:`\partial g / \partial L_i`, that is :math:`\lambda_j` on the worst loss
-    plus :math:`\rho \lambda`. With equal preferences they sum to :math:`1/K + \rho`.
+    plus :math:`\rho \lambda`. With equal preferences they sum to :math:`1/K + \rho`. Any
+    loss but the worst may rise.
 
     Args:
         preference: :math:`\lambda_i > 0` by name, scaled to sum 1. Default None: equal.
@@ -111,7 +112,8 @@ class SmoothTchebycheff(Weighting):
         K \mu \log \sum_i \exp\Big(\frac{K \lambda_i}{\mu} \log \frac{L_i - z_i}{n_i - z_i}\Big).
 
     Coefficients: the partial derivatives; with neither nadir nor `log`,
-    :math:`\lambda_i \operatorname{softmax}_i`, which for equal preferences sum to :math:`1/K`.
+    :math:`\lambda_i \operatorname{softmax}_i`, which for equal preferences sum to :math:`1/K`. A
+    loss may rise.
 
     Args:
         mu: :math:`\mu > 0`. Default 0.1 (libmoon; the papers try 0.01 … 1, the multi-task code
@@ -163,6 +165,7 @@ class SmoothTchebycheff(Weighting):
             )
 
     bound_reason = TAKES_LOG
+    leaves_out_satisfied = True
 
     @property
     def bound_advice(self) -> str:
@@ -187,19 +190,29 @@ class SmoothTchebycheff(Weighting):
             return self._warm_up(statistics, state)
         losses, ideal = statistics.losses, broadcastable(self.ideal, statistics)
         preference = normalize_preference(self.preference, statistics)
-        nadir = self._nadir(statistics, state)
+        nadir, left_out, share = self._nadir(statistics, state), statistics.satisfied, None
+        if left_out is not None:
+            # Infinitely far below all others, for the softmax.
+            losses = losses.masked_fill(left_out, -math.inf)
+            preference = preference.masked_fill(left_out, 1.0)
+            share = 1.0 - left_out.to(losses.dtype).mean()
         if self.log:
+            distances = (losses - ideal).clamp(min=0.0)
             span = 1.0 if nadir is None else nadir - ideal
-            coefficients = smooth_tchebycheff_log(losses - ideal, preference, span, self.mu)
+            scaled = preference if share is None else preference * share
+            coefficients = smooth_tchebycheff_log(distances, scaled, span, self.mu)
+            coefficients = coefficients if share is None else coefficients * share
         else:
             coefficients = smooth_tchebycheff(losses, preference, ideal, nadir, self.mu)
+        if left_out is not None:
+            coefficients = coefficients.masked_fill(left_out, 0.0)
         return WeightingOutput(coefficients / coefficients.sum(), coefficients, state)
 
     def _warm_up(self, statistics: Statistics, state: State) -> WeightingOutput:
         seen = state["seen"] + 1.0
         nadir = state["nadir"] + (statistics.losses - state["nadir"]) / seen
         coefficients = 1.0 / (statistics.losses - broadcastable(self.ideal, statistics))
-        weights = torch.full_like(coefficients, 1.0 / len(coefficients))
+        weights = normalize_preference(None, statistics)
         return WeightingOutput(weights, coefficients, {"nadir": nadir, "seen": seen})
 
     def _nadir(self, statistics: Statistics, state: State) -> Tensor | float | None:

@@ -150,6 +150,7 @@ class Sides:
         assert balance["names"] == list(twin.names or ())
         counters = (balance["steps"], balance["skipped"])
         assert counters == (twin.steps, twin.skipped)
+        assert set(balance["satisfied"]) == twin.satisfied
         assert balance["awaiting"] == (None if twin.awaiting is None else list(twin.awaiting))
         close(balance["state"], twin.state or {})
         coefficients = self.optimizer.metrics.coefficients
@@ -252,7 +253,7 @@ class Sides:
 
     def remember(self) -> dict[str, Any]:
         """What a checkpoint holds, on the side of the twin."""
-        names = ("names", "state", "steps", "skipped", "awaiting", "velocity", "lr")
+        names = ("names", "state", "steps", "skipped", "awaiting", "satisfied", "velocity", "lr")
         return deepcopy({name: getattr(self.twin, name) for name in names})
 
 

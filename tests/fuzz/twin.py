@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import BalanceError
-from moo_balance.weighting import State, Statistics, Weighting
+from moo_balance.weighting import Needs, State, Statistics, Weighting
 from tests.fuzz.mathematics import (
     Repeat,
     Row,
@@ -50,6 +50,7 @@ class Stage:
     skip: bool = False
     scaled: bool = False
     combined: bool = False
+    satisfied: set[str] = field(default_factory=set)
 
 
 class Twin:
@@ -70,6 +71,7 @@ class Twin:
         self.names, self.state = names, None
         self.steps = self.skipped = 0
         self.awaiting: tuple[str, ...] | None = None
+        self.satisfied: set[str] = set()
         self.window: Sums | None = None
         self.staged: Stage | None = None
         self.coefficients: dict[str, float] = {}
@@ -83,8 +85,8 @@ class Twin:
         return list(self.model.parameters())
 
     @property
-    def is_due(self) -> bool:
-        return self.steps % self.weighting.every == 0
+    def needs(self) -> Needs:
+        return self.weighting.needs(self.steps)
 
     # ------------------------------------------------------------ backward
 
@@ -142,7 +144,7 @@ class Twin:
 
         Where coefficients are known beforehand that is for the sake of hooks, which see one sum.
         """
-        if self.weighting.uses_gramian or self.weighting.uses_losses or window.is_kept:
+        if self.needs.compares or self.needs.losses or window.is_kept:
             return True
         hooked = {*self.hooks, *self.observed}
         trained = {k for k, param in enumerate(self.params) if param.requires_grad}
@@ -186,24 +188,39 @@ class Twin:
         if not sums.is_finite():
             return self._skip(skipped)
         values = torch.stack(list(sums.losses.values()))
-        if bool((values <= torch.tensor(self.weighting.lower_bounds(present))).any()):
-            raise Refused("not above its bound")
+        satisfied = self.at_bounds(present, values)
         gramian = None
-        if self.weighting.uses_gramian and self.is_due:
+        if self.needs.gramian:
             compared = set(range(len(self.params))) if self.shared is None else self.shared
             gramian = gramian_of(sums.at_features or sums.rows, present, compared)
             if not bool(gramian.diagonal().isfinite().all()):
                 return self._skip(skipped)
-        statistics = Statistics(present, values, gramian, self.steps)
-        output = self.weighting.weights(statistics, select(state, names, present))
-        staged = Stage(
-            names,
-            present,
-            merge(state, output.state, names, present),
-            sums.repeats,
-            scaled=sums.scaled,
-        )
-        return staged, dict(zip(present, output.coefficients.tolist(), strict=True))
+            zero = [name for name, q in zip(present, gramian.diagonal(), strict=True) if q == 0]
+            if self.needs.method.uses_gramian:
+                satisfied |= set(zero)
+        elif self.needs.method.uses_gramian:
+            satisfied |= self.satisfied & set(present)
+        others = tuple(name for name in present if name not in satisfied)
+        coefficients = dict.fromkeys(present, 0.0)
+        if others:
+            chosen = [present.index(name) for name in others]
+            if gramian is not None:
+                gramian = gramian[chosen][:, chosen]
+            statistics = Statistics(others, values[chosen], gramian, self.steps)
+            output = self.weighting.weights(statistics, select(state, names, others))
+            state = merge(state, output.state, names, others)
+            coefficients |= dict(zip(others, output.coefficients.tolist(), strict=True))
+        staged = Stage(names, present, state, sums.repeats, scaled=sums.scaled)
+        staged.satisfied = (self.satisfied - set(present)) | satisfied
+        return staged, coefficients
+
+    def at_bounds(self, present: tuple[str, ...], values: Tensor) -> set[str]:
+        """The losses that equal their lower bound; none may be below."""
+        bounds = torch.tensor(self.needs.method.lower_bounds(present))
+        if bool((values < bounds).any()):
+            raise Refused("below its bound")
+        marks = (values == bounds).tolist()
+        return {name for name, mark in zip(present, marks, strict=True) if mark}
 
     def initial_state(self, names: tuple[str, ...]) -> State:
         try:
@@ -267,8 +284,9 @@ class Twin:
             self.staged, self.skipped = None, self.skipped + 1
             return False
         self.descend()
-        observes = self.weighting.observes_step and self.is_due
+        observes = self.needs.observes
         self.names, self.state, self.staged = staged.names, staged.state, None
+        self.satisfied = staged.satisfied
         self.steps += 1
         if observes:
             self.awaiting = staged.present
@@ -298,10 +316,15 @@ class Twin:
             raise Refused("other losses")
         names, present = self.names, tuple(n for n in self.names if n in losses)
         values = torch.stack([losses[name].detach() for name in present])
+        satisfied = self.satisfied | self.at_bounds(present, values)
         self.awaiting = None
-        part = select(self.state, names, present)
-        after = self.weighting.observe(Statistics(present, values, step=self.steps), part)
-        self.state = merge(self.state, after, names, present)
+        others = tuple(name for name in present if name not in satisfied)
+        if others:
+            chosen = [present.index(name) for name in others]
+            part = select(self.state, names, others)
+            statistics = Statistics(others, values[chosen], step=self.steps)
+            after = self.weighting.observe(statistics, part)
+            self.state = merge(self.state, after, names, others)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.model.zero_grad(set_to_none)

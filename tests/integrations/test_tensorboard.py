@@ -41,7 +41,7 @@ def test_one_chart_for_each_kind(method, tmp_path):
     optimizer.step(lambda: model(0))
     with SummaryWriter(tmp_path) as writer:
         add_metrics(writer, optimizer, 5, prefix="", grouped=True)
-    assert read(tmp_path) == {"skipped": [(5, 0.0)]}
+    assert read(tmp_path) == {"satisfied": [(5, 0.0)], "skipped": [(5, 0.0)]}
     # A curve of a shared chart is a file of its own.
     curves = read(tmp_path / "weight_b")
     assert curves == {"weight": [(5, optimizer.log_dict("")["weight/b"])]}

@@ -64,7 +64,8 @@ class Method:
         kind: What a step of it asks for.
         bounds: What each loss must stay above.
         total: What the coefficients sum to, from names and losses; None if unstated.
-        alone: The coefficient of a loss that is the only one, from its value.
+        alone: The coefficient of a loss that is the only one, from its value; None if it depends on
+            something else.
         negative: Whether a coefficient may be negative.
         never_rises: Whether the direction conflicts with no gradient.
         equivariant: Whether permuting the losses permutes the weights.
@@ -72,6 +73,8 @@ class Method:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
             divided by their sum; "direction", that, and then all are multiplied by some number.
             None if unstated.
+        independent: Whether it needs gradients of at least two batches in each step. Tests of
+            single batches leave such rows out.
     """
 
     id: str
@@ -79,11 +82,12 @@ class Method:
     kind: Kind = "losses"
     bounds: Callable[[Names], list[float]] = unbounded
     total: Callable[[Names, Tensor], float] | None = one
-    alone: Callable[[float], float] = lambda loss: 1.0
+    alone: Callable[[float], float] | None = lambda loss: 1.0
     negative: bool = False
     never_rises: bool = False
     equivariant: bool = True
     scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
+    independent: bool = False
 
     def __repr__(self) -> str:
         return self.id
@@ -106,10 +110,14 @@ class Facts:
     Args:
         equalizes: What the method makes equal, or minimizes.
         relation: Its relation to other methods; empty if there is none to tell.
+        total: What the coefficients sum to, where the row cannot say it.
+        cost: What it costs beyond a plain step, where the kind of the row cannot say it.
     """
 
     equalizes: str
     relation: str = ""
+    total: str | None = None
+    cost: str | None = None
 
 
 @dataclass(frozen=True)

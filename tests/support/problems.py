@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moo_balance import BalancedOptimizer
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
+from tests.support.naive_rows import NaiveRows
 from tests.support.registry import NAMES, Method
 
 Losses = dict[str, Tensor]
@@ -207,15 +208,15 @@ class Scene:
 def play(weighting: Weighting, scene: Scene) -> list[WeightingOutput]:
     """The output of a weighting and the state that follows, in each step of a scene."""
     state: State = weighting.init(scene.names, torch.device("cpu"))
-    answers = []
+    naive, answers = NaiveRows(weighting), []
     for step, (losses, after, rows) in enumerate(
         zip(scene.losses, scene.after, scene.jacobians, strict=True)
     ):
-        due = step % weighting.every == 0
-        gramian = rows @ rows.T if weighting.uses_gramian and due else None
-        answer = weighting.weights(Statistics(scene.names, losses, gramian, step), state)
+        gramian = rows @ rows.T if weighting.needs(step).gramian else None
+        statistics = naive.tell(Statistics(scene.names, losses, gramian, step), rows)
+        answer = weighting.weights(statistics, state)
         state = answer.state
-        if weighting.observes_step and due:
+        if weighting.needs(step).observes:
             state = weighting.observe(Statistics(scene.names, after, step=step + 1), state)
         answers.append(answer._replace(state=state))
     return answers

@@ -23,7 +23,7 @@ from moo_balance import (
 )
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 from moo_balance.weighting._identity import describe, method_name
-from tests.support.registry import NAMES, over_methods
+from tests.support.registry import NAMES, over_all_methods
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,13 @@ def half(step: int, power: float = 1.0) -> float:
 # ---------------------------------------------------------------------- names
 
 
-@over_methods
+@over_all_methods
 def test_a_method_is_named_by_its_class(method: Any) -> None:
     weighting = method.make(NAMES)
     name = method_name(weighting)
-    if isinstance(weighting, MovingAverage):
-        assert name == f"MovingAverage({type(weighting.weighting).__name__})"
-    else:
-        assert name == type(weighting).__name__
+    inner = getattr(weighting, "weightings", [getattr(weighting, "weighting", None)])
+    names = ", ".join(type(each).__name__ for each in inner if each is not None)
+    assert name == type(weighting).__name__ + (f"({names})" if names else "")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_nested_methods_are_named_without_their_hyper_parameters(
         (partial(half, power=2.0), f"partial({__name__}.half, [], {{'power': 2}})"),
         (Schedule(), f"<{__name__}.Schedule object>"),
         (Schedule().at, f"<{__name__}.Schedule object>.at"),
-        (MGDA(normalize="log"), "MGDA(normalize='log', every=1)"),
+        (MGDA(normalize="log"), "MGDA(normalize='log', preference=None, every=1)"),
         ([Sum()], "[Sum()]"),
         (torch.float16, "torch.float16"),
     ],
@@ -103,7 +102,7 @@ def test_a_description_has_all_hyper_parameters_and_no_address(value: object, te
     assert describe(Holder(value)) == f"Holder(value={text})"
 
 
-@over_methods
+@over_all_methods
 def test_methods_that_differ_are_described_differently(method: Any) -> None:
     weighting = method.make(NAMES)
     assert describe(weighting) == describe(method.make(NAMES))

@@ -39,8 +39,10 @@ def rename(losses):
 
 @over_methods
 def test_two_losses_do_not_synchronize_and_more_do_at_most_once(method):
-    assert syncs(method.make(NAMES[:2]), 2) == []
-    assert len(syncs(method.make(NAMES), 3)) <= 1
+    """One more, and one with two losses, where a method does not leave out satisfied losses."""
+    reads_mask = int(not method.make(NAMES).leaves_out_satisfied)
+    assert len(syncs(method.make(NAMES[:2]), 2)) <= 2 * reads_mask
+    assert len(syncs(method.make(NAMES), 3)) <= 1 + reads_mask
 
 
 def test_features_add_no_synchronization():

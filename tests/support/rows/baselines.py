@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moo_balance import FixedWeights, RandomWeights, Sum
-from tests.support.method import NAN, Method, adversarial, count, fixed, refused, unfit
+from tests.support.method import NAN, Facts, Method, adversarial, count, fixed, refused, unfit
 
 METHODS = [
     Method("Sum", lambda names: Sum(), kind="known", total=count, scaling="unchanged"),
@@ -40,3 +40,11 @@ REFUSALS = [
     refused(RandomWeights, seed=-1),
     refused(RandomWeights, seed=0.5),
 ]
+
+FACTS = {
+    "Sum": Facts("minimizes the plain sum", "`sum(losses).backward()`"),
+    "FixedWeights": Facts(
+        "minimizes a weighted sum", "`Sum` with weights of yours", total="what you give"
+    ),
+    "RandomWeights": Facts("nothing", "a baseline that any method should beat"),
+}

@@ -6,6 +6,7 @@ from moo_balance import FAMO, BalancedTrajectory, SumLog
 from tests.support.method import (
     INF,
     NAN,
+    Facts,
     Kind,
     Method,
     above_minus_one,
@@ -111,3 +112,11 @@ REFUSALS = [
     unfit(FAMO, shift={"d": 0.0}),
     refused(BalancedTrajectory, shift=-1.0),
 ]
+
+FACTS = {
+    "SumLog": Facts("minimizes the product of the losses", "where `FAMO` ends with any decay"),
+    "FAMO": Facts("relative improvement of the losses", "`MGDA('log')` in small steps"),
+    "BalancedTrajectory": Facts(
+        "relative improvement of 1 + loss", "`FAMO(shift=1)`; Balanced R-D, Solution 1"
+    ),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moo_balance import MGDA, AnalyticQP
-from tests.support.method import Kind, Method, above_minus_one, positive, refused, unbounded
+from tests.support.method import Facts, Kind, Method, above_minus_one, positive, refused, unbounded
 
 
 def mgda(
@@ -84,3 +84,8 @@ REFUSALS = [
     refused(MGDA, normalize="rms"),
     refused(MGDA, every=0),
 ]
+
+FACTS = {
+    "AnalyticQP": Facts("relative improvement of 1 + loss, softened", "Balanced R-D, Solution 2"),
+    "MGDA": Facts("improvement of the losses", "the shortest convex combination of gradients"),
+}

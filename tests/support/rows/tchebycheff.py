@@ -6,6 +6,7 @@ from moo_balance import OnlineTchebycheff, SmoothTchebycheff, Tchebycheff
 from tests.support.method import (
     INF,
     NAN,
+    Facts,
     Method,
     average,
     ideal,
@@ -108,3 +109,19 @@ REFUSALS = [
     refused(OnlineTchebycheff, lr=0.0),
     refused(OnlineTchebycheff, update="newton"),
 ]
+
+FACTS = {
+    "Tchebycheff": Facts(
+        "minimizes the worst loss, weighted by a preference",
+        "reaches any point of the front, also where it is not convex",
+        total="1/K, plus `augment`",
+    ),
+    "SmoothTchebycheff": Facts(
+        "minimizes a smooth maximum of the losses",
+        "`Tchebycheff` for a small `mu`",
+        total="1/K without nadir and `log`",
+    ),
+    "OnlineTchebycheff": Facts(
+        "minimizes the worst loss over the run", "`Tchebycheff` with weights that learn"
+    ),
+}

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from moo_balance import FAMO, MGDA, AnalyticQP, FixedWeights, MovingAverage
-from tests.support.method import Method, above_minus_one, adversarial, positive, refused
+from moo_balance import (
+    FAMO,
+    MGDA,
+    AnalyticQP,
+    FixedWeights,
+    MovingAverage,
+    Rescaled,
+    Sequential,
+    Sum,
+    SumLog,
+)
+from tests.support.method import (
+    Facts,
+    Method,
+    above_minus_one,
+    adversarial,
+    count,
+    fixed,
+    positive,
+    refused,
+)
 
 METHODS = [
     Method("MovingAverage-MGDA", lambda names: MovingAverage(MGDA()), kind="gramian"),
@@ -30,6 +49,29 @@ METHODS = [
         negative=True,
         scaling="unchanged",
     ),
+    Method("Sequential", lambda names: Sequential([MGDA(), SumLog()], [2]), kind="gramian-every"),
+    Method(
+        "Sequential-FAMO",
+        lambda names: Sequential([FixedWeights(fixed(names)), FAMO(every=2)], [1]),
+        kind="observing",
+        total=None,
+    ),
+    Method(
+        "Rescaled",
+        lambda names: Rescaled(SumLog(), every=2),
+        kind="gramian-every",
+        scaling="direction",
+        bounds=positive,
+        total=None,
+    ),
+    Method("Rescaled-mean", lambda names: Rescaled(MGDA(), "mean"), kind="gramian", total=None),
+    Method(
+        "Rescaled-count",
+        lambda names: Rescaled(SumLog(renormalize=False), "count"),
+        scaling="direction",
+        bounds=positive,
+        total=count,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -37,4 +79,33 @@ REFUSALS = [
     refused(MovingAverage, weighting="MGDA"),
     refused(MovingAverage, weighting=MGDA(), beta=1.0),
     refused(MovingAverage, weighting=MGDA(), beta="fast"),
+    refused(Sequential, milestones=[5], weightings="MGDA"),
+    refused(Sequential, milestones=[], weightings=[]),
+    refused(Sequential, milestones=[5], weightings=[MGDA(), Sum]),
+    refused(Sequential, weightings=[MGDA(), Sum()], milestones=[]),
+    refused(Sequential, weightings=[MGDA(), Sum()], milestones=[0]),
+    refused(Sequential, weightings=[MGDA(), Sum()], milestones=[2.5]),
+    refused(Sequential, weightings=[MGDA(), Sum(), MGDA()], milestones=[5, 5]),
+    refused(Sequential, weightings=[MGDA(), Sum()], milestones=5),
+    refused(Rescaled, weighting=MGDA),
+    refused(Rescaled, weighting=MGDA(), length="two"),
+    refused(Rescaled, weighting=MGDA(), every=0),
 ]
+
+FACTS = {
+    "MovingAverage": Facts(
+        "what the method inside does, with weights averaged over steps",
+        "CR-MOGM where coefficients sum to 1",
+        total="as the method inside",
+        cost="as the method inside",
+    ),
+    "Sequential": Facts(
+        "one method after another", total="as the method in use", cost="as the method in use"
+    ),
+    "Rescaled": Facts(
+        "the length of the step",
+        "any method; `length` chooses",
+        total="what the length needs",
+        cost="a Gramian in each 20th step, none with `length='one'` or `'count'`",
+    ),
+}

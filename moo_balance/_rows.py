@@ -1,0 +1,149 @@
+"""Rows of gradients whose single coordinates a method looks at: statistics, and what is kept.
+
+Used only with a :class:`~moo_balance.weighting.rows.RowWeighting`; its module shows how the parts
+fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from moo_balance.engine import Linearization
+from moo_balance.engine.base import Row
+from moo_balance.engine.distributed import local_part
+from moo_balance.engine.jacobian import as_scalars
+from moo_balance.engine.rows import WholeRows
+from moo_balance.functional._checks import widest_dtype
+from moo_balance.weighting._random import coordinate_generator
+from moo_balance.weighting.base import State, Statistics
+from moo_balance.weighting.rows import RowStatistics, RowWeighting
+
+RowState: TypeAlias = dict[Tensor, dict[str, State]]
+"""What is kept of rows: by parameter and loss, tensors by name."""
+
+
+def look_at_rows(
+    method: RowWeighting,
+    linearization: Linearization | None,
+    statistics: Statistics,
+    state: RowState,
+    valid: Tensor | None,
+) -> tuple[Statistics, RowState]:
+    """Statistics with those of the rows, and what is kept of rows after this step.
+
+    Args:
+        method: Says what is wanted.
+        linearization: Of the batch, whose Gramian has been requested.
+        statistics: The present losses, and the Gramian.
+        state: What is kept of rows so far; it does not change.
+        valid: Whether the rows are finite, on the device; None where the host has checked.
+    """
+    rows = cast(WholeRows, linearization)
+    told = RowStatistics()
+    if method.uses_magnitudes:
+        told = _read_magnitudes(rows, valid)
+    if method.keeps:
+        kept = _track(method, rows, statistics, state, valid)
+        if method.uses_total:
+            told = told._replace(total=_add_up(method, rows, kept, valid))
+        if method.combines == "kept":
+            rows.others = kept
+            told = told._replace(gramian=rows.products(kept))
+        state = _following(method.keeps, rows.problem.params, statistics.names, kept, state)
+    if method.combines == "coordinates":
+        seed = getattr(method, "seed", 0)
+        rows.combination = partial(_combine, method, seed, statistics.step)
+    return statistics._replace(rows=told), state
+
+
+def _combine(
+    method: RowWeighting, seed: int, step: int, parts: Sequence[Tensor], position: Sequence[int]
+) -> Tensor:
+    generator = coordinate_generator(seed, step, position, parts[0].device)
+    return method.combine(parts, generator)
+
+
+def _read_magnitudes(rows: WholeRows, valid: Tensor | None) -> RowStatistics:
+    def largest(loss: int, param_index: int) -> Tensor | None:
+        part = rows.part(loss, param_index)
+        return part.abs().amax() if part is not None and part.numel() else None
+
+    def total(loss: int, param_index: int) -> Tensor | None:
+        part = rows.part(loss, param_index)
+        return None if part is None else part.abs().sum(dtype=widest_dtype(part.device))
+
+    mean = rows.reduce(total) / max(rows.count_elements(), 1)
+    return RowStatistics(
+        _harmless(rows.reduce(largest, largest=True), valid), _harmless(mean, valid)
+    )
+
+
+def _harmless(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Ones in a masked step, which runs through the method, too."""
+    return values if valid is None else torch.where(valid, values, 1.0)
+
+
+def _track(
+    method: RowWeighting,
+    rows: WholeRows,
+    statistics: Statistics,
+    state: RowState,
+    valid: Tensor | None,
+) -> list[list[Tensor | None]]:
+    """What is kept of the rows of this step."""
+    names, params = statistics.names, rows.problem.params
+    factors = method.row_factors(statistics)
+    scalars = None if factors is None else as_scalars(factors)
+
+    def track(loss: int, param_index: int) -> Tensor | None:
+        gradient = rows.part(loss, param_index)
+        kept = state.get(params[param_index], {}).get(names[loss])
+        before = None if kept is None else local_part(kept[method.keeps])
+        if gradient is None and before is None:
+            return None
+        if gradient is None:  # the loss no longer reaches the parameter
+            gradient = torch.zeros_like(cast(Tensor, before))
+        elif scalars is not None:
+            gradient = gradient * scalars[loss]
+        before = torch.zeros_like(gradient) if before is None else before
+        after = method.track(before, gradient)
+        return after if valid is None else torch.where(valid, after, before)
+
+    return rows.map(track)
+
+
+def _add_up(
+    method: RowWeighting, rows: WholeRows, kept: Sequence[Row], valid: Tensor | None
+) -> Tensor:
+    def total(loss: int, param_index: int) -> Tensor | None:
+        gradient, after = rows.part(loss, param_index), kept[loss][param_index]
+        if gradient is None or after is None:
+            return None
+        return method.summand(local_part(after), gradient).sum(dtype=widest_dtype(gradient.device))
+
+    return _harmless(rows.reduce(total), valid)
+
+
+def _following(
+    key: str,
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    kept: Sequence[Row],
+    state: RowState,
+) -> RowState:
+    """The state with what is kept of these rows in place of what was."""
+    following = dict(state)
+    for p, param in enumerate(params):
+        entries = {
+            name: {key: part}
+            for name, row in zip(names, kept, strict=True)
+            if (part := row[p]) is not None
+        }
+        if entries:
+            following[param] = {**state.get(param, {}), **entries}
+    return following

@@ -1,0 +1,183 @@
+"""Losses that count as satisfied: at their lower bound, or with a gradient of zero.
+
+A method is called without them, as without an absent loss: their coefficients are 0, their entries
+of the state stay, and the others are balanced among themselves. Used only while there may be one:
+always on an accelerator, where the host does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moo_balance import _nonfinite
+from moo_balance._record import loss_positions, merge_losses, select_losses
+from moo_balance.functional._checks import constant_vector
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
+
+
+def weigh_others(
+    weighting: Weighting,
+    statistics: Statistics,
+    satisfied: Tensor,
+    names: Sequence[str],
+    state: State,
+) -> WeightingOutput:
+    """Weights and coefficients [K] of the losses of a batch, and the state that follows.
+
+    Args:
+        weighting: The method.
+        statistics: Of all K losses of the batch.
+        satisfied: Those that count as satisfied, as booleans [K].
+        names: All declared losses.
+        state: Of all of them.
+    """
+    device = statistics.losses.device
+    if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
+        present = loss_positions(names, statistics.names, device)
+        part = select_losses(state, present)
+        marked = _mark(statistics, satisfied, weighting.lower_bounds(statistics.names))
+        weights, coefficients, following = weighting.weights(marked, part)
+        following = merge_losses(state, _keep(satisfied, following, part), present)
+        hidden = [values.masked_fill(satisfied, 0.0) for values in (weights, coefficients)]
+        return WeightingOutput(hidden[0], hidden[1], following)
+    others = _positions_of_others(satisfied)
+    if not others:
+        nothing = torch.zeros_like(statistics.losses)
+        return WeightingOutput(nothing, nothing, state)
+    rest, positions = _select(statistics, others), torch.tensor(others, device=device)
+    declared = loss_positions(names, rest.names, device)
+    weights, coefficients, following = weighting.weights(rest, select_losses(state, declared))
+    scattered = [
+        values.new_zeros(len(satisfied)).index_copy(0, positions, values)
+        for values in (weights, coefficients)
+    ]
+    following = merge_losses(state, following, declared)
+    return WeightingOutput(scattered[0], scattered[1], following)
+
+
+def observe_others(
+    weighting: Weighting,
+    statistics: Statistics,
+    satisfied: Tensor,
+    names: Sequence[str],
+    state: State,
+) -> State:
+    """The state that follows from the losses after a step; arguments as :func:`weigh_others`."""
+    device = statistics.losses.device
+    if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
+        present = loss_positions(names, statistics.names, device)
+        part = select_losses(state, present)
+        marked = _mark(statistics, satisfied, weighting.lower_bounds(statistics.names))
+        following = weighting.observe(marked, part)
+        return merge_losses(state, _keep(satisfied, following, part), present)
+    others = _positions_of_others(satisfied)
+    if not others:
+        return state
+    rest = _select(statistics, others)
+    declared = loss_positions(names, rest.names, device)
+    following = weighting.observe(rest, select_losses(state, declared))
+    return merge_losses(state, following, declared)
+
+
+def among_declared(
+    satisfied: Tensor | None,
+    before: Tensor | None,
+    names: Sequence[str],
+    present: Sequence[str],
+) -> Tensor | None:
+    """The declared losses that are satisfied after a step; a loss that was absent stays as it was.
+
+    Args:
+        satisfied: Those of the present losses; None for none.
+        before: Those of the declared losses, as of the step before; None for none.
+        names: The declared losses.
+        present: The present ones.
+    """
+    if satisfied is None and before is None:
+        return None
+    like = before if satisfied is None else satisfied
+    assert like is not None
+    positions = loss_positions(names, present, like.device)
+    if satisfied is None:
+        satisfied = torch.zeros(len(present), dtype=torch.bool, device=like.device)
+    if positions is None:
+        return satisfied
+    if before is None:
+        before = torch.zeros(len(names), dtype=torch.bool, device=like.device)
+    return before.index_copy(0, positions, satisfied)
+
+
+def among_present(
+    satisfied: Tensor, names: Sequence[str], present: Sequence[str], device: torch.device
+) -> Tensor:
+    """A mask over the declared losses as one over the present ones."""
+    satisfied = satisfied.to(device)
+    positions = loss_positions(names, present, device)
+    return satisfied if positions is None else satisfied.index_select(0, positions)
+
+
+def names_of(names: Sequence[str], satisfied: Tensor | None) -> tuple[str, ...]:
+    """The losses that a mask marks. Synchronizes."""
+    if satisfied is None:
+        return ()
+    return tuple(name for name, mark in zip(names, satisfied.tolist(), strict=True) if mark)
+
+
+# ------------------------------------------------------------ on the host
+
+
+def _positions_of_others(satisfied: Tensor) -> list[int]:
+    return [position for position, mark in enumerate(satisfied.tolist()) if not mark]
+
+
+def _select(statistics: Statistics, others: Sequence[int]) -> Statistics:
+    """The statistics of some of the losses."""
+    if len(others) == len(statistics.names):
+        return statistics
+    names = tuple(statistics.names[position] for position in others)
+    rows, gramian = statistics.rows, _select_entries(statistics.gramian, others)
+    if rows is not None:
+        rows = type(rows)(*(_select_entries(entry, others) for entry in rows))
+    return statistics._replace(
+        names=names, losses=statistics.losses[others], gramian=gramian, rows=rows
+    )
+
+
+def _select_entries(values: Tensor | None, others: Sequence[int]) -> Tensor | None:
+    """The entries of some losses in a vector or a matrix."""
+    if values is None:
+        return None
+    return values[others] if values.ndim == 1 else values[others][:, others]
+
+
+# ------------------------------------------------------------ on the device
+
+
+def _mark(statistics: Statistics, satisfied: Tensor, bounds: Sequence[float]) -> Statistics:
+    """Statistics that say which losses are satisfied, with harmless values for these."""
+    losses, gramian = statistics.losses, statistics.gramian
+    if max(bounds) > -math.inf:
+        harmless = tuple(bound + 1.0 if math.isfinite(bound) else 1.0 for bound in bounds)
+        filling = constant_vector(harmless, losses.dtype, losses.device)
+        losses = torch.where(satisfied, filling, losses)
+    if gramian is not None:
+        gramian = gramian.masked_fill(_either(satisfied), 0.0)
+    return statistics._replace(losses=losses, gramian=gramian, satisfied=satisfied)
+
+
+def _keep(satisfied: Tensor, following: State, before: State) -> State:
+    """The following state, but for the entries of the satisfied losses."""
+    kept: State = {}
+    for key, value in following.items():
+        mask = (satisfied.all, lambda: satisfied, lambda: _either(satisfied))[value.ndim]()
+        kept[key] = torch.where(mask, before[key], value.to(before[key].dtype))
+    return kept
+
+
+def _either(satisfied: Tensor) -> Tensor:
+    """The pairs [K, K] with a loss that is satisfied."""
+    return satisfied.unsqueeze(1) | satisfied

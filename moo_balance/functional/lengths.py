@@ -1,0 +1,77 @@
+"""Coefficients whose direction has a chosen length."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from moo_balance.errors import BalanceValueError
+from moo_balance.functional._checks import check_square, widest
+
+Length: TypeAlias = Literal["one", "count", "sum", "mean"]
+"""What :func:`rescale` reaches: a sum of coefficients, or the length of a direction."""
+
+# A squared length is a difference of inner products, which float32 knows to so many parts.
+_PRECISION = torch.finfo(torch.float32).eps
+
+
+def rescale(coefficients: Tensor, length: Length, gramian: Tensor | None = None) -> Tensor:
+    r"""Multiply coefficients by the number that makes their direction as long as wanted.
+
+    With :math:`d = \sum_i c_i g_i` the result is :math:`\alpha c`, where
+
+    * ``"one"``, ``"count"``: :math:`\alpha \sum_i |c_i| = 1`, or :math:`K`;
+    * ``"sum"``: :math:`\alpha \lVert d \rVert = \lVert \sum_i g_i \rVert`, the length of the plain
+      sum's gradient;
+    * ``"mean"``: :math:`\alpha \lVert d \rVert = \frac1K \sum_i \lVert g_i \rVert`.
+
+    Where the gradients cancel in :math:`d`, its length counts as at least
+    :math:`\sqrt{K \varepsilon} \sum_i |c_i| \lVert g_i \rVert` with float32's
+    :math:`\varepsilon`: what is shorter is rounding error, which must not be magnified.
+
+    Args:
+        coefficients: :math:`c`, shape ``[K]``.
+        length: One of the above.
+        gramian: :math:`G_{ij} = g_i^\top g_j`, shape ``[K, K]``; for ``"sum"`` and ``"mean"``.
+
+    Returns:
+        :math:`\alpha c`, shape ``[K]``, in the dtype of ``coefficients``. They are returned as they
+        are where :math:`d` is zero by its coefficients or gradients, or the Gramian is not finite.
+
+    Raises:
+        BalanceValueError: ``gramian`` is missing or not square.
+
+    Example:
+        >>> import torch
+        >>> gramian = torch.diag(torch.tensor([1.0, 9.0]))
+        >>> rescale(torch.tensor([0.5, 0.5]), "mean", gramian)
+        tensor([0.6325, 0.6325])
+    """
+    factor = _factor(widest(coefficients), length, gramian)
+    valid = factor.isfinite() & (factor > 0)
+    return (coefficients * torch.where(valid, factor, 1.0)).to(coefficients.dtype)
+
+
+def _factor(coefficients: Tensor, length: Length, gramian: Tensor | None) -> Tensor:
+    if length in ("one", "count"):
+        return (1.0 if length == "one" else len(coefficients)) / coefficients.abs().sum()
+    if gramian is None:
+        raise BalanceValueError(
+            f"Parameter `gramian` should be given with length {length!r}. Found None. "
+            "Pass the inner products of the gradients."
+        )
+    check_square(gramian)
+    gramian = widest(gramian)
+    norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    largest = norms.amax()
+    # Relative to the longest gradient and to the largest coefficient, so that no square overflows.
+    gramian, norms = gramian / largest / largest, norms / largest
+    size = coefficients.abs().amax()
+    coefficients = coefficients / size
+    square = coefficients @ gramian @ coefficients
+    least = len(norms) * _PRECISION * (coefficients.abs() @ norms).square()
+    squared_sum = torch.maximum(gramian.sum(), len(norms) * _PRECISION * norms.sum().square())
+    wanted = squared_sum.sqrt() if length == "sum" else norms.mean()
+    return wanted / torch.maximum(square, least).sqrt() / size

@@ -1,0 +1,148 @@
+"""UPGrad and DualProj: projections onto the cone of directions along which no loss rises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moo_balance.functional import project_dual_cone
+from moo_balance.weighting._arguments import (
+    check_names,
+    check_preference,
+    check_whole,
+    copy_mappings,
+)
+from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
+from moo_balance.weighting.base import GramianWeighting, State, Statistics
+
+
+class ConeWeighting(GramianWeighting):
+    """What :class:`UPGrad` and :class:`DualProj` share: their arguments."""
+
+    preference: Mapping[str, float] | None
+    reduction: Reduction
+
+    def __post_init__(self) -> None:
+        copy_mappings(self)
+        check_reduction(self)
+        check_preference(self)
+        check_whole(self, "every", 1)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
+        return super().init(names, device)
+
+    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
+        return state["weights"]
+
+    def _combination(self, statistics: Statistics) -> Tensor:
+        """Weights of the gradients in their plain combination, shape [K]."""
+        shares = reduction_shares(self.reduction, self.preference, statistics)
+        return torch.tensor(shares, dtype=torch.float64, device="cpu")
+
+
+@dataclass(frozen=True)
+class UPGrad(ConeWeighting):
+    r"""Unconflicting Projection of Gradients: project each gradient, then average.
+
+    .. math::
+        d = \sum_i p_i\, \pi(g_i), \qquad
+        \pi(g) = \arg\min_{d} \lVert d - g \rVert^2
+        \;\text{ subject to }\; g_j^\top d \ge 0 \text{ for all } j
+
+    Without conflict :math:`d` is the plain mean. Scaling a loss down scales down its part of the
+    direction, but none of the conditions.
+
+    The K projections are solved together and exactly
+    (:func:`~moo_balance.functional.project_dual_cone`), on directions: a gradient of 1e-12 next to
+    one of 1e12 counts as much. (TorchJD divides the Gramian by its trace, adds 1e-4 to the diagonal
+    and returns zeros below 1e-4: there, small gradients may be overruled.)
+
+    Coefficients: sum to at least 1 (``"mean"``) or K (``"sum"``); none is negative.
+
+    May a loss rise: not to first order.
+
+    Args:
+        reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, paper and TorchJD), or ``"sum"``,
+            :math:`\sum_i p_i = K`, as long as the plain sum where there is no conflict.
+        preference: Positive numbers by name, proportional to :math:`p`. Default None, equal. It is
+            TorchJD's `pref_vector`.
+        every: Solve each n-th step only, and keep the coefficients in between. Default 1.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range, or `preference` does not name each
+            loss.
+        ConvergenceError: The solver missed its tolerance (never seen; it would say by how much).
+
+    Source: Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization* (2024), arXiv
+    2406.16232.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import UPGrad
+        >>> from moo_balance.weighting import Statistics
+        >>> gramian = torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
+        >>> UPGrad().weights(Statistics(("a", "b"), torch.ones(2), gramian), {}).coefficients
+        tensor([1.0000, 0.7500])
+    """
+
+    reduction: Reduction = "mean"
+    preference: Mapping[str, float] | None = None
+    every: int = 1
+
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        projected = project_dual_cone(gramian, torch.diag(self._combination(statistics)))
+        return {"weights": projected.sum(0).to(statistics.losses.dtype)}
+
+
+@dataclass(frozen=True)
+class DualProj(ConeWeighting):
+    r"""Project the mean of the gradients onto the cone of directions along which no loss rises.
+
+    .. math::
+        d = \arg\min_{d} \Big\lVert d - \sum_i p_i g_i \Big\rVert^2
+        \;\text{ subject to }\; g_j^\top d \ge 0 \text{ for all } j
+
+    Without conflict :math:`d` is the plain mean. It is the least change of the mean that hurts no
+    loss; where one gradient is much longer than the rest, the mean and hence :math:`d` are little
+    but that one, which is what :class:`UPGrad` avoids. Solved exactly, on directions, as there.
+
+    Coefficients: sum to at least 1 (``"mean"``) or K (``"sum"``); none is negative.
+
+    May a loss rise: not to first order.
+
+    Args:
+        reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, TorchJD), or ``"sum"``,
+            :math:`\sum_i p_i = K`.
+        preference: Positive numbers by name, proportional to :math:`p`. Default None, equal. It is
+            TorchJD's `pref_vector`.
+        every: Solve each n-th step only, and keep the coefficients in between. Default 1.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range, or `preference` does not name each
+            loss.
+        ConvergenceError: The solver missed its tolerance (never seen; it would say by how much).
+
+    Source: The projection of gradient episodic memory (Lopez-Paz and Ranzato, *Gradient Episodic
+    Memory for Continual Learning*, NeurIPS 2017, arXiv 1706.08840), applied to the mean as in
+    Quinton and Rey (2024), arXiv 2406.16232, who named it.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import DualProj
+        >>> from moo_balance.weighting import Statistics
+        >>> gramian = torch.tensor([[1.0, -2.0], [-2.0, 8.0]])
+        >>> DualProj().weights(Statistics(("a", "b"), torch.ones(2), gramian), {}).coefficients
+        tensor([1.0000, 0.5000])
+    """
+
+    reduction: Reduction = "mean"
+    preference: Mapping[str, float] | None = None
+    every: int = 1
+
+    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
+        projected = project_dual_cone(gramian, self._combination(statistics))
+        return {"weights": projected.to(statistics.losses.dtype)}
