@@ -54,8 +54,8 @@ class Lagrangian(Weighting):
       penalty on the violation, and as the proportional part of a PI controller, which is the same.
     * No unit matters: violations are relative, and multipliers are in units of :math:`F / |t_i|`.
       Scaling the objective, or a loss with its target, changes no direction. A target of 0 is
-      compared with the first value of its loss instead. The objective should not be zero at the solution:
-      add a constant to one that changes its sign.
+      compared with the first value of its loss instead. The objective should not be zero at the
+      solution: add a constant to one that changes its sign.
     * No wind-up: far above its target a loss adds little to :math:`\mu`, so that multipliers do not
       pile up in the many steps which a run needs to come close at all.
 
