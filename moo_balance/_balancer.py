@@ -118,6 +118,12 @@ class Balancer:
         return list({id(p): p for g in groups for p in g["params"] if p.requires_grad}.values())
 
     @property
+    def all_params(self) -> list[Tensor]:
+        """The parameters of the wrapped optimizer, frozen ones included, each once."""
+        groups = self.optimizer.param_groups
+        return list(dict.fromkeys(param for group in groups for param in group["params"]))
+
+    @property
     def device(self) -> torch.device:
         """Where the state lives until a loss says otherwise."""
         return next((param.device for param in self.params), torch.device("cpu"))
@@ -512,8 +518,8 @@ class Balancer:
 
     def save(self) -> dict[str, Any]:
         """The ``"balance"`` entry of a checkpoint."""
-        return save_checkpoint(self.record, self.weighting)
+        return save_checkpoint(self.record, self.weighting, self.all_params)
 
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
-        return validate_checkpoint(saved, self.record, self.weighting, self.device)
+        return validate_checkpoint(saved, self.record, self.weighting, self.all_params, self.device)

@@ -6,7 +6,7 @@ fit together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moo_balance.engine import Linearization
 from moo_balance.engine.base import Row
-from moo_balance.engine.distributed import local_part
+from moo_balance.engine.distributed import local_part, slice_as
 from moo_balance.engine.jacobian import as_scalars
 from moo_balance.engine.rows import WholeRows
 from moo_balance.functional._checks import widest_dtype
-from moo_balance.weighting._random import coordinate_generator
+from moo_balance.weighting._random import draw_coordinates
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
@@ -56,16 +56,25 @@ def look_at_rows(
             told = told._replace(gramian=rows.products(kept))
         state = _following(method.keeps, rows.problem.params, statistics.names, kept, state)
     if method.combines == "coordinates":
-        seed = getattr(method, "seed", 0)
-        rows.combination = partial(_combine, method, seed, statistics.step)
+        draw = partial(draw_coordinates, getattr(method, "seed", 0), statistics.step)
+        rows.combination = partial(_combine, method, draw)
     return statistics._replace(rows=told), state
 
 
 def _combine(
-    method: RowWeighting, seed: int, step: int, parts: Sequence[Tensor], position: Sequence[int]
+    method: RowWeighting,
+    draw: Callable[[int, torch.Size, Tensor], Tensor],
+    parts: Sequence[Tensor],
+    param_index: int,
+    param: Tensor,
 ) -> Tensor:
-    generator = coordinate_generator(seed, step, position, parts[0].device)
-    return method.combine(parts, generator)
+    """What a method makes of the gradients of one parameter."""
+
+    def draw_part() -> Tensor:
+        # Drawn whole, so that it does not matter how the parameter is sharded.
+        return slice_as(param, draw(param_index, param.shape, parts[0]))
+
+    return method.combine(parts, draw_part)
 
 
 def _read_magnitudes(rows: WholeRows, valid: Tensor | None) -> RowStatistics:

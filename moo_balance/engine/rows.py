@@ -29,7 +29,6 @@ from moo_balance.engine.distributed import (
     as_shard_of,
     is_sharded,
     local_part,
-    shard_index,
     sharded_as,
     sharded_inner_products,
     sharding_of,
@@ -43,8 +42,8 @@ from moo_balance.functional._checks import at_least_float32, widest_dtype
 if TYPE_CHECKING:
     from moo_balance.engine.per_loss import PerLossLinearization
 
-Combination: TypeAlias = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
-"""The gradient of a parameter from those of the losses that reach it, and which parameter it is."""
+Combination: TypeAlias = Callable[[Sequence[Tensor], int, Tensor], Tensor]
+"""The gradient of a parameter from those of the losses that reach it; which parameter that is."""
 
 
 class WholeRows(Linearization):
@@ -186,8 +185,7 @@ class WholeRows(Linearization):
             ]
             for row in rows:
                 row[p] = None
-            position = p, *shard_index(param)
-            together = combination(parts, position).to(param.dtype) if parts else None
+            together = combination(parts, p, param).to(param.dtype) if parts else None
             total.append(None if together is None else as_shard_of(param, together))
         return total
 

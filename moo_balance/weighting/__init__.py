@@ -15,13 +15,16 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.cagrad import CAGrad
 from moo_balance.weighting.cosmos import COSMOS
+from moo_balance.weighting.db_mtl import DBMTL
 from moo_balance.weighting.dual_cone import DualProj, UPGrad
 from moo_balance.weighting.dwa import DWA
 from moo_balance.weighting.equal_projections import IMTLG, ConFIG
+from moo_balance.weighting.excess_mtl import ExcessMTL
 from moo_balance.weighting.fair import FairGrad, NashMTL
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.geometric_mean import GeometricMean
+from moo_balance.weighting.grad_drop import GradDrop
 from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
@@ -29,6 +32,7 @@ from moo_balance.weighting.imtl_l import IMTLL
 from moo_balance.weighting.lagrangian import Lagrangian
 from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
+from moo_balance.weighting.moco import MoCo
 from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
@@ -43,10 +47,12 @@ from moo_balance.weighting.sdmgrad import SDMGrad
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
+from moo_balance.weighting.trimmed_mean import TrimmedMean
 from moo_balance.weighting.uncertainty import UncertaintyWeighting
 
 __all__ = [
     "COSMOS",
+    "DBMTL",
     "DWA",
     "FAMO",
     "IMTLG",
@@ -60,15 +66,18 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "FixedWeights",
     "GeometricMean",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
     "Lagrangian",
     "LearningRateAnnealing",
+    "MoCo",
     "MoDo",
     "MovingAverage",
     "NashMTL",
@@ -89,6 +98,7 @@ __all__ = [
     "Sum",
     "SumLog",
     "Tchebycheff",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "Weighting",
