@@ -39,6 +39,7 @@ from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.relobralo import ReLoBRaLo
 from moo_balance.weighting.rescaled import Rescaled
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
+from moo_balance.weighting.separate_moments import SeparateMoments
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
@@ -80,6 +81,7 @@ __all__ = [
     "Rescaled",
     "RowStatistics",
     "RowWeighting",
+    "SeparateMoments",
     "Sequential",
     "SmoothTchebycheff",
     "SoftAdapt",
