@@ -32,6 +32,7 @@ WORTH = {"digit": 1.0, "parity": 1.0, "reconstruction": 1 / 4000}
 # Arguments of the methods that need some here; every other one has its defaults.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "FixedWeights": {"values": WORTH},
+    "LearningRateAnnealing": {"reference": "reconstruction"},
     "MovingAverage": {"weighting": mb.MGDA()},
     "OnlineTchebycheff": {"preference": WORTH},
     "SmoothTchebycheff": {"preference": WORTH},
@@ -102,8 +103,24 @@ def train(weighting: Weighting, data: Digits, steps: int, seed: int) -> nn.Modul
     for _ in range(steps):
         chosen = torch.randint(len(data.labels), (64,))
         batch = Digits(data.images[chosen], data.labels[chosen])
-        optimizer.step(partial(losses, model, batch))
+        if weighting.uses_independent_batches:
+            step_on_halves(optimizer, model, batch)
+        else:
+            optimizer.step(partial(losses, model, batch))
     return model
+
+
+def step_on_halves(optimizer: mb.BalancedOptimizer, model: nn.Module, batch: Digits) -> None:
+    """A step of a method that multiplies gradients of different batches, here of two halves."""
+    halves = [Digits(*half) for half in zip(*(part.chunk(2) for part in batch), strict=True)]
+    first, second = (
+        {name: loss / 2 for name, loss in losses(model, half).items()} for half in halves
+    )
+    optimizer.zero_grad()
+    with optimizer.accumulate():
+        optimizer.backward(first)
+    optimizer.backward(second)
+    optimizer.step()
 
 
 @torch.no_grad()

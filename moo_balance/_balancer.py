@@ -168,7 +168,7 @@ class Balancer:
         combined: bool = False,
     ) -> tuple[Losses, Batch]:
         """The losses as given, and the batch; nothing is differentiated yet."""
-        record = self.record
+        record, needs = self.record, self.needs
         read = partial(self._read_batch, losses, scaling, features, combined)
         call = "accumulate" if record.accumulating else "backward"
         given, stacked, values = self.read(read, call)
@@ -189,7 +189,9 @@ class Balancer:
             features=given.features,
             stacked=stacked,
             node_hooks=self._find_node_hooks(params) if takes_rows else (),
-            whole_rows=self.needs.rows is not None,
+            whole_rows=needs.rows is not None,
+            measured=needs.gramian,
+            independent=type(needs.method).__name__ if needs.independent else "",
         )
         statistics = Statistics(names, values, step=record.steps)
         return given.returned, Batch(problem, statistics, scaling, reevaluations)
@@ -360,8 +362,15 @@ class Balancer:
         separate = None
         if needs.rows is not None and needs.rows.steps_apart:
             separate = separate_rows(linearization, present, coefficients, valid)
+        projected = None if linearization is None else linearization.projected
         metrics = StepMetrics(
-            present, measured.gramian, measured.losses, weights, coefficients, satisfied
+            present,
+            measured.gramian,
+            measured.losses,
+            weights,
+            coefficients,
+            satisfied,
+            projected,
         )
         if satisfied is not None or record.satisfied is not None:
             satisfied = among_declared(satisfied, record.satisfied, names, present)

@@ -122,7 +122,7 @@ def _read_magnitudes(rows: WholeRows, valid: Tensor | None) -> RowStatistics:
         part = rows.part(loss, param_index)
         return None if part is None else part.abs().sum(dtype=widest_dtype(part.device))
 
-    mean = rows.reduce(total) / rows.count_elements().clamp(min=1)
+    mean = rows.reduce(total) / max(rows.count_elements(), 1)
     return RowStatistics(
         _harmless(rows.reduce(largest, largest=True), valid), _harmless(mean, valid)
     )

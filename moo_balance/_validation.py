@@ -61,6 +61,11 @@ def check_method(weighting: object, engine: object) -> None:
         raise BalanceValueError(
             f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
         )
+    if engine is not None and weighting.uses_independent_batches and not engine.separates_batches:
+        raise BalanceValueError(
+            f"Parameter `engine` should be `PerLoss()` for {type(weighting).__name__}, which needs "
+            f"products of gradients of different batches. Found {engine!r}. Leave it out."
+        )
     if engine is not None:
         check_whole_rows(weighting.needs(0).rows, engine)
 

@@ -19,6 +19,8 @@ from moo_balance.functional._checks import at_least_float32
 _FEW_LOSSES = 8
 """Up to so many losses the cosine of each pair is listed, 28 of them, by default."""
 
+_PROJECTED = "gramian/projected"
+
 
 @dataclass(frozen=True, eq=False)
 class StepMetrics:
@@ -30,6 +32,8 @@ class StepMetrics:
         names: The losses that were present.
         gramian: Inner products of their gradients, shape [K, K] in the order of ``names``; None
             for a method that takes none, or in a step between two refreshes (``every``).
+        projected: How much of the Gramian of expected gradients was removed to make it positive
+            semidefinite, from 0 to 1 (see ``PerLoss(unbiased=True)``); None for any other Gramian.
     """
 
     names: tuple[str, ...] = ()
@@ -38,6 +42,7 @@ class StepMetrics:
     _weights: Tensor | None = None
     _coefficients: Tensor | None = None
     _satisfied: Tensor | None = None
+    projected: Tensor | None = None
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -79,7 +84,8 @@ class StepMetrics:
     def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
         r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
 
-        ``satisfied`` is the number of :attr:`satisfied` losses.
+        ``satisfied`` is the number of :attr:`satisfied` losses, and ``gramian/projected`` is
+        :attr:`projected`.
 
         Args:
             pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
@@ -122,6 +128,8 @@ class StepMetrics:
         """The keys of :meth:`as_dict`."""
         listed = self._lists_pairs(pairs)
         keys = _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
+        if self.projected is not None:
+            keys = (*keys, _PROJECTED)
         return keys if self._coefficients is None else (*keys, "satisfied")
 
     def _lists_pairs(self, pairs: bool | None) -> bool:
@@ -136,6 +144,8 @@ class StepMetrics:
             if not self._lists_pairs(pairs):
                 cosines = torch.stack([cosines.amin(), cosines.mean()])
             parts.append(cosines)
+        if self.projected is not None:
+            parts.append(self.projected.reshape(1))
         count = self._count_satisfied()
         if count is not None:
             parts.append(count.unsqueeze(0))
@@ -165,6 +175,8 @@ class StepMetrics:
         vector = self._vectors().get(kind)
         if vector is not None:
             return vector[self.names.index(name)] if name in self.names else None
+        if key == _PROJECTED:
+            return self.projected
         if kind != "cosine" or self.gramian is None or len(self.names) == 1:
             return None
         if name == "min":

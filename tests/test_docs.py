@@ -111,6 +111,13 @@ def test_the_table_of_methods_is_complete():
     assert text == methods_page.insert(text), f"run python -m {methods_page.__name__}"
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_says_what_its_coefficients_sum_to_and_whether_a_loss_may_rise(name):
+    text = inspect.getdoc(getattr(moo_balance, name))
+    assert "Coefficients" in text
+    assert re.search(r"\brises?\b", text)
+
+
 @pytest.mark.parametrize("module", ["", ".engine", ".functional", ".weighting"])
 def test_every_public_name_and_method_has_a_docstring(module):
     package = importlib.import_module(f"moo_balance{module}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.speed import readings
 from benchmarks.speed.implementations import LIMIT
+from benchmarks.speed.methods import BUDGETS
 from benchmarks.speed.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.speed.readings import ONE_PASS, PER_LOSS, Readings, Results, speedup, step_cost
 from benchmarks.speed.tables import table
@@ -160,6 +161,17 @@ GOALS = (
         1e-10,
         readings.duality_gap,
         "Rounding of the Gramian's own entries.",
+    ),
+    *(
+        Goal(
+            f"methods with a Gramian, K = {count}",
+            text,
+            BUDGETS[count],
+            readings.method_latency(count),
+            "States are read from tensors and written to new ones; iterations of a method that has "
+            "no closed form.",
+        )
+        for count, text in ((2, "≤ 60 µs"), (32, "≤ 2 ms"))
     ),
     Goal(
         "import time",

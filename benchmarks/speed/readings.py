@@ -130,6 +130,18 @@ def solver_latency(count: int) -> Callable[[Results], Readings]:
     return read
 
 
+def method_latency(count: int) -> Callable[[Results], Readings]:
+    """Return a reader of the microseconds that each method with a Gramian takes."""
+
+    def read(results: Results) -> Readings:
+        measured = results.get("solvers", {}).get("methods", {}).get("entries", [])
+        return {
+            entry["method"]: entry["microseconds"] for entry in measured if entry["losses"] == count
+        }
+
+    return read
+
+
 def duality_gap(results: Results) -> Readings:
     return {
         f"{entry['kind']}, K = {entry['losses']}": entry.get("gap", float("inf"))

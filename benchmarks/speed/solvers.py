@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.settings import Settings
+from benchmarks.speed import methods
 from benchmarks.speed.tables import loglog, table
 from benchmarks.speed.timing import latency
 from moo_balance.functional import analytic_qp_weights, min_norm_weights
@@ -162,7 +163,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for name, solver in chosen.items()
         if name != "support enumeration" or count <= MAX_ENUMERATED
     ]
-    return {"entries": entries, "left out": left_out}
+    return {"entries": entries, "left out": left_out, "methods": methods.run(settings)}
 
 
 def _measure(
@@ -207,6 +208,8 @@ def section(results: dict[str, Any]) -> str:
         "![Latency of the solvers](figures/benchmarks/solvers.svg)",
     ]
     parts += [f"Left out: {name}. {reason}" for name, reason in results["left out"].items()]
+    if "methods" in results:  # older figures have none
+        parts.append(methods.section(results["methods"]))
     return "\n\n".join(parts)
 
 

@@ -46,6 +46,10 @@ class Problem(NamedTuple):
         node_hooks: Positions of the parameters at whose graph nodes hooks are registered. Other
             hooks are found without it.
         whole_rows: The method looks at single coordinates of the gradients, which are kept whole.
+        measured: Whether inner products may be requested. A window that takes those of its
+            micro-batches one by one spares them otherwise.
+        independent: The method that asks for inner products of gradients of different batches only,
+            by its name; empty if none does.
     """
 
     names: Sequence[str]
@@ -59,6 +63,8 @@ class Problem(NamedTuple):
     stacked: Tensor | None = None
     node_hooks: Collection[int] = ()
     whole_rows: bool = False
+    measured: bool = True
+    independent: str = ""
 
     def grad_outputs(self) -> list[Tensor]:
         """What the backward pass of each single loss starts from: the scale.
@@ -89,11 +95,22 @@ def stack_losses(losses: Sequence[Tensor]) -> Tensor:
 
 
 class Linearization(ABC):
-    """The losses to first order: their Gramian, and any combination of their gradients."""
+    """The losses to first order: their Gramian, and any combination of their gradients.
+
+    Attributes:
+        projected: How much a projection has removed from the Gramian, compared with its norm, as a
+            0-d tensor; None if it is none that is projected.
+    """
+
+    projected: Tensor | None = None
 
     @abstractmethod
     def gramian(self) -> Tensor:
-        """Inner products of the K gradients, shape [K, K], float32 or better, unscaled."""
+        """Inner products of the K gradients, shape [K, K], float32 or better, unscaled.
+
+        Where the problem asks for independent batches, an unbiased estimate of the inner products
+        of expected gradients.
+        """
 
     @abstractmethod
     def add_to_grad(self, coefficients: Tensor) -> None:
@@ -118,6 +135,11 @@ class Window(ABC):
 
 class Engine(ABC):
     """Computes gradients. It depends on autograd and memory, and on no method."""
+
+    @property
+    def separates_batches(self) -> bool:
+        """Whether it can take inner products of gradients of different batches only."""
+        return False
 
     @abstractmethod
     def linearize(self, problem: Problem) -> Linearization:

@@ -27,6 +27,7 @@ from moo_balance.engine.autograd import flatten
 from moo_balance.engine.base import Row
 from moo_balance.engine.products import (
     DOT_LIMIT,
+    READABLE,
     as_real_vector,
     assemble_gramian,
     chunk_size,
@@ -92,9 +93,31 @@ def inner_products(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Gramian [K, K] of `rows` over the compared parameters; does not change the rows."""
-    copies = [[g if k in compared else None for k, g in enumerate(row)] for row in rows]
-    return Jacobian(copies).gramian(dtype, device)
+    """Gramian [K, K] of `rows` over the compared parameters; does not change the rows.
+
+    Small gradients are copied, but not all of them at once.
+    """
+    total = torch.zeros(len(rows), len(rows), dtype=dtype, device=device)
+    for group in _groups(rows, compared):
+        products = Jacobian([[row[k] for k in group] for row in rows]).gramian(dtype, device)
+        total = total.to(products) + products
+    return total
+
+
+def _groups(rows: Sequence[Row], compared: Collection[int]) -> Iterable[list[int]]:
+    """The compared parameters in groups of so many elements as are worked on at once."""
+    group, size = list[int](), 0
+    for k in compared:
+        there = [gradient for row in rows if (gradient := row[k]) is not None]
+        if not there:
+            continue
+        size += sum(gradient.numel() for gradient in there)
+        group.append(k)
+        if size >= chunk_size(there[0]):
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 class Block(NamedTuple):
@@ -124,8 +147,10 @@ class Block(NamedTuple):
             return
         ordered, _ = _in_memory_order(gradients)
         vectors = [as_real_vector(gradient, dtype) for gradient in ordered]
-        # Dot products read two at a time. Longer chunks take the same time, but lose digits.
-        at_once = 2 if len(vectors) <= DOT_LIMIT else len(vectors)
+        # Dot products read two at a time, but copy all where they scale them. Longer chunks take
+        # the same time, but lose digits.
+        copies = gradients[0].device.type not in READABLE or len(vectors) > DOT_LIMIT
+        at_once = len(vectors) if copies else 2
         length = max(chunk_size(vectors[0]) // at_once, 1)
         for chunks in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
             yield vector_products(chunks)

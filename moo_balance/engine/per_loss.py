@@ -44,6 +44,13 @@ from moo_balance.engine.distributed import (
     sharded_inner_products,
 )
 from moo_balance.engine.features import FeatureGramian
+from moo_balance.engine.independent import (
+    BatchProducts,
+    check_batches,
+    expected_gramian,
+    products_of_batch,
+    project_semidefinite,
+)
 from moo_balance.engine.jacobian import Jacobian
 from moo_balance.engine.linear import (
     GradInputs,
@@ -58,7 +65,7 @@ from moo_balance.errors import BalanceError
 
 @dataclass(frozen=True)
 class PerLoss(Engine):
-    """Differentiate each loss once and keep the K gradients until they are combined.
+    r"""Differentiate each loss once and keep the K gradients until they are combined.
 
     Time: K backward passes, each through the part of the graph its loss reaches. Memory: the
     gradients themselves, at most K·P elements; a parameter that a loss does not reach takes none.
@@ -81,40 +88,77 @@ class PerLoss(Engine):
     gradient, once, when it is written. What ``retain_grad`` keeps at an activation is, with a
     Gramian, not the balanced gradient but an unweighted sum over the passes of single losses.
 
+    The Gramian of one batch is too long by the noise of its gradients, on the diagonal and wherever
+    losses share it: :math:`E[g_i^\top g_j]` is not :math:`E[g_i]^\top E[g_j]`. With `unbiased`,
+    only gradients of different batches are multiplied with each other: those of the n micro-batches
+    of a window (``accumulate()``), of the n ranks of a data-parallel run, or of both,
+
+    .. math:: \frac{n}{n - 1} \Big( S S^\top - \sum_a G_a G_a^\top \Big), \qquad S = \sum_a G_a ,
+
+    which has the expectation :math:`E[S]\,E[S]^\top` of the gradient that is applied. Where losses
+    are absent from some micro-batches, each entry counts the pairs that it has. The estimate may
+    have negative eigenvalues, so the nearest positive semidefinite matrix takes its place, nearest
+    where each gradient has the length that was measured; ``optimizer.metrics.projected`` (the key
+    ``gramian/projected``) says how much was removed, from 0 to 1: more than a little means that
+    these batches do not tell the gradients from noise. It takes n more products [K, K], the memory
+    that a window takes anyway, and for more than two losses on an accelerator one read of the host.
+
     Args:
-        dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
-            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
-            outside of this range comes in float64; on an accelerator, where the host does not read
-            it, larger gradients count as not finite, and far smaller ones as zero.
+        dtype: Precision of inner products, ``torch.float32`` (default) or ``torch.float64``; a
+            gradient of higher precision keeps its own. Gradients may be of any length that their
+            own precision holds. On the CPU a Gramian that leaves the range of float32 comes in
+            float64. On an accelerator, where the host does not read it, gradients are multiplied by
+            powers of two before their products, and the Gramian always comes in float64; on Apple's
+            "mps", which has none, their norms should lie between 1e-15 and 1e19.
+        unbiased: Estimate the Gramian of the expected gradients. Default False. A step with one
+            batch is refused, and so is ``features=``. Ranks of ``fully_shard`` make one batch
+            together, as their gradients arrive averaged.
     """
 
     dtype: torch.dtype = torch.float32
+    unbiased: bool = False
+
+    @property
+    def separates_batches(self) -> bool:
+        return True
 
     def linearize(self, problem: Problem) -> Linearization:
         if problem.features:
+            _check_no_features(problem, self.unbiased)
             return FeatureGramian(problem, self.dtype)
-        linearization = PerLossLinearization(problem, self.dtype)
+        linearization = PerLossLinearization(problem, self.dtype, self.unbiased)
         return WholeRows(linearization) if problem.whole_rows else linearization
 
     def window(self) -> Window:
-        return PerLossWindow(self.dtype)
+        return PerLossWindow(self.dtype, self.unbiased)
 
 
 class PerLossLinearization(Linearization):
-    """One batch: it is differentiated loss by loss once its Gramian is requested."""
+    """One batch: it is differentiated loss by loss once its Gramian is requested.
 
-    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+    Attributes:
+        jacobian: The rows, once they are there.
+        layers: What they lack: gradients of linear layers, in factors.
+        within: Inner products within single batches, if they are not to count.
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, unbiased: bool = False) -> None:
         self.problem = problem
         self.dtype = dtype
+        self.unbiased = unbiased
         self.jacobian: Jacobian | None = None
         self.layers: list[LinearWeightGradient] = []
+        self.within: BatchProducts | None = None
+        if problem.measured and (unbiased or problem.independent):
+            self.within = BatchProducts()
 
     def gramian(self) -> Tensor:
         problem, dtype = self.problem, self.dtype
         device, scale = problem.losses[0].device, problem.scale
         compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
+        if self.within is not None:
+            self._check_batches(sharded)
         rows = self._rows(sharded)
         if sharded:
             gramian = products_in_range(
@@ -124,9 +168,19 @@ class PerLossLinearization(Linearization):
                 dtype,
             )
             self.jacobian = Jacobian(rows, ())
-            return gramian
-        self.jacobian = Jacobian(rows, compared)
-        return gramian_in_range(self.jacobian, self.layers, compared, dtype, device, scale)
+        else:
+            self.jacobian = Jacobian(rows, compared)
+            gramian = gramian_in_range(self.jacobian, self.layers, compared, dtype, device, scale)
+        return gramian if self.within is None else self._remove_bias(gramian, self.within, sharded)
+
+    def _remove_bias(self, gramian: Tensor, within: BatchProducts, sharded: bool) -> Tensor:
+        """The Gramian of the expected gradients; projected, unless a method wants it as it is."""
+        problem = self.problem
+        averager = None if sharded else problem.averager
+        estimate = expected_gramian(gramian, within, problem.scale, averager)
+        if not problem.independent:
+            estimate, self.projected = project_semidefinite(estimate, gramian.diagonal())
+        return estimate.to(gramian.dtype)
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
@@ -146,14 +200,35 @@ class PerLossLinearization(Linearization):
         return precomputed_gradient(value, gradients, problem)
 
     def take_rows(self) -> list[list[Tensor | None]]:
-        """The K rows themselves, in place of the Gramian."""
-        return self._rows(_has_shards(self.problem))
+        """The K rows themselves; they are not combined here then."""
+        sharded = _has_shards(self.problem)
+        self._check_batches(sharded)
+        return self._rows(sharded)
+
+    def correct(self, gramian: Tensor) -> Tensor:
+        """The Gramian of the rows that were taken, without bias if that is wanted."""
+        if self.within is None:
+            return gramian
+        return self._remove_bias(gramian, self.within, _has_shards(self.problem))
+
+    def _check_batches(self, sharded: bool) -> None:
+        problem = self.problem
+        if self.within is not None:
+            batches = [*self.within.batches, tuple(problem.names)]
+            check_batches(problem, batches, None if sharded else problem.averager, sharded)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
-        layers = None if self.problem.whole_rows else self.layers
-        rows = differentiate(self.problem, sharded, layers)
-        return _average(zip(self.problem.names, rows, strict=True), self.problem, sharded)
+        problem = self.problem
+        if self.within is None:
+            layers = None if problem.whole_rows else self.layers
+            rows = differentiate(problem, sharded, layers)
+            return _average(zip(problem.names, rows, strict=True), problem, sharded)
+        own = list[Row]()
+        named = _keep(zip(problem.names, differentiate(problem, sharded), strict=True), own)
+        averages = _average(named, problem, sharded)
+        self.within = _add_products(self.within, own, problem, self.dtype, sharded)
+        return averages
 
     def _combine(self, jacobian: Jacobian, coefficients: Tensor) -> Row:
         """The weighted gradient; consumes the rows."""
@@ -172,17 +247,21 @@ class PerLossWindow(Window):
         params: All that have trained so far; those of the last micro-batch first.
         compared: The ``id`` of each that has been compared.
         rows: By loss, a gradient for each parameter.
+        within: Inner products within the micro-batches, if they are not to count.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, unbiased: bool = False) -> None:
         self.dtype = dtype
+        self.unbiased = unbiased
         self.params: Sequence[Tensor] = []
         self.compared: set[int] = set()
         self.rows: dict[str, Row] = {}
+        self.within = BatchProducts()
 
     def add(self, problem: Problem) -> None:
-        params = self.params_with(problem)
-        self.rows, self.params = self.rows_with(problem, params, _has_shards(problem)), params
+        params, sharded = self.params_with(problem), _has_shards(problem)
+        self.rows, self.within = self.rows_with(problem, params, sharded)
+        self.params = params
         self.compared.update(id(problem.params[k]) for k in problem.compared or ())
 
     def close(self, problem: Problem) -> Linearization:
@@ -199,18 +278,26 @@ class PerLossWindow(Window):
 
     def rows_with(
         self, problem: Problem, params: Sequence[Tensor], sharded: bool
-    ) -> dict[str, Row]:
-        """This rank's rows so far plus those of one more micro-batch, over `params`."""
-        rows = dict(self.rows)
+    ) -> tuple[dict[str, Row], BatchProducts]:
+        """This rank's rows so far plus those of one more micro-batch, over `params`.
+
+        And its inner products within them, if they are wanted.
+        """
+        rows, within = dict(self.rows), self.within
         if params is not self.params:
             for name, row in self.rows.items():
                 gradients = dict(zip(map(id, self.params), row, strict=True))
                 rows[name] = [gradients.get(id(param)) for param in params]
         frozen = [None] * (len(params) - len(problem.params))
-        for name, row in zip(problem.names, differentiate(problem, sharded), strict=True):
+        new = differentiate(problem, sharded)
+        if problem.measured and (self.unbiased or problem.independent):
+            together = list(new)
+            within = _add_products(within, together, problem, self.dtype, sharded)
+            new = _hand_out(together)
+        for name, row in zip(problem.names, new, strict=True):
             row = [*row, *frozen] if frozen else row
             rows[name] = add_rows(rows[name], row) if name in rows else row
-        return rows
+        return rows, within
 
 
 class _ClosedWindow(PerLossLinearization):
@@ -221,8 +308,11 @@ class _ClosedWindow(PerLossLinearization):
         if compared is not None:
             ids = window.compared.union(id(problem.params[k]) for k in compared)
             compared = [k for k, param in enumerate(params) if id(param) in ids]
-        super().__init__(problem._replace(params=params, compared=compared), window.dtype)
+        whole = problem._replace(params=params, compared=compared)
+        super().__init__(whole, window.dtype, window.unbiased)
         self.window, self.last = window, problem
+        if self.within is not None:
+            self.within = window.within
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
@@ -230,7 +320,9 @@ class _ClosedWindow(PerLossLinearization):
         super().add_to_grad(coefficients)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
-        rows = self.window.rows_with(self.last, self.problem.params, sharded)
+        rows, within = self.window.rows_with(self.last, self.problem.params, sharded)
+        if self.within is not None:
+            self.within = within
         return _average(rows.items(), self.problem, sharded)
 
 
@@ -274,6 +366,29 @@ def differentiate(
         yield row
 
 
+def _keep(named: Iterable[tuple[str, Row]], rows: list[Row]) -> Iterator[tuple[str, Row]]:
+    """Pass rows on, and keep them."""
+    for name, row in named:
+        rows.append(row)
+        yield name, row
+
+
+def _hand_out(rows: list[Row]) -> Iterator[Row]:
+    """Pass rows on one by one, and keep none of those that are passed on."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
+
+
+def _add_products(
+    within: BatchProducts, rows: Sequence[Row], problem: Problem, dtype: torch.dtype, sharded: bool
+) -> BatchProducts:
+    """Take note of one more batch, and of the inner products of its rows."""
+    device = problem.losses[0].device
+    products = products_of_batch(rows, problem.compared, dtype, device, sharded)
+    return within.plus(problem.names, products)
+
+
 def _average(
     named: Iterable[tuple[str, Row]], problem: Problem, sharded: bool
 ) -> list[list[Tensor | None]]:
@@ -294,6 +409,16 @@ def _has_shards(problem: Problem) -> bool:
             "pass. Use `fully_shard`, or a method without a Gramian and no `accumulate`."
         )
     return is_sharded(problem.params)
+
+
+def _check_no_features(problem: Problem, unbiased: bool) -> None:
+    """Refuse a Gramian at the features where batches must be told apart."""
+    what = problem.independent or ("PerLoss(unbiased=True)" if unbiased else "")
+    if what and problem.measured:
+        raise BalanceError(
+            f"Parameter `features` should be left out here. Found {what}, which multiplies "
+            "gradients of different batches: those at features belong to one batch each."
+        )
 
 
 def _no_gradient_of_shards(name: str) -> BalanceError:

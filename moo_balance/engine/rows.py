@@ -66,7 +66,9 @@ class WholeRows(Linearization):
         for row in self.inner.take_rows():
             pairs = zip(row, params, strict=True)
             self.rows.append([None if g is None else sharded_as(p, _check(g)) for g, p in pairs])
-        return self.products(self.rows, self.problem.scale)
+        gramian = self.inner.correct(self.products(self.rows, self.problem.scale))
+        self.projected = self.inner.projected
+        return gramian
 
     def products(self, rows: Sequence[Row], scale: Tensor | None = None) -> Tensor:
         """Inner products of rows over the compared parameters; the rows stay as they are."""
@@ -123,14 +125,12 @@ class WholeRows(Linearization):
             total = torch.maximum(total, values) if largest else total + values
         return total
 
-    def count_elements(self) -> Tensor:
-        """How many elements of the compared parameters each loss reaches, shape [K]."""
-        compared = self._positions()
-        counts = [
-            sum(0 if (g := row[p]) is None else g.numel() for p in compared) for row in self.rows
-        ]
-        device = self.problem.losses[0].device
-        return torch.tensor(counts, dtype=widest_dtype(device), device=device)
+    def count_elements(self) -> int:
+        """How many elements the compared parameters have.
+
+        Not those that a loss reaches: a compiled graph has zeros in place of missing gradients.
+        """
+        return sum(self.problem.params[p].numel() for p in self._positions())
 
     def _positions(self) -> Sequence[int]:
         compared = self.problem.compared

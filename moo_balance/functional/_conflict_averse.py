@@ -81,7 +81,7 @@ def _solve(problem: _Problem, cosines: Array, vanishes: float) -> Array:
     _, along, inverse, radius = problem
     finite = inverse > 0.0
     low, high = -math.inf, float(((along + radius)[finite] / inverse[finite]).min())
-    level = high
+    level, before = high, inverse < 0.0
     for _ in range(_ROUNDS):
         point = _nearest(problem, level)
         lengths, distance = point.lengths, point.distance
@@ -91,8 +91,11 @@ def _solve(problem: _Problem, cosines: Array, vanishes: float) -> Array:
             lengths, distance = point.lengths, point.distance
             if distance <= radius:
                 return lengths
-        if abs(distance - radius) <= 1e-14 * radius:
+        support = lengths > 0.0
+        # The root of a support that has stayed is as exact as rounding permits.
+        if abs(distance - radius) <= (1e-10 if (support == before).all() else 1e-14) * radius:
             break
+        before = support
         low, high = (level, high) if distance < radius else (low, level)
         following = _advance(point, low, high)
         if following == level:

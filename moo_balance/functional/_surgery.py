@@ -30,7 +30,7 @@ class Corrections(NamedTuple):
 
 def draw_order(count: int, generator: torch.Generator) -> Order:
     """For each gradient, all others in a random order."""
-    keys = torch.rand((count, count - 1), generator=generator, dtype=torch.float64)
+    keys = torch.rand((count, count - 1), generator=generator, dtype=torch.float64, device="cpu")
     drawn: Order = keys.numpy().argsort(1)
     return drawn + (drawn >= np.arange(count)[:, None])
 
@@ -69,32 +69,28 @@ def raise_cosines(
     cosines, count = gradients.cosines, len(gradients.norms)
     tolerance = equality_tolerance(precision)
     rows, nonzero = np.arange(count), gradients.norms > 0.0
-    parts: Array = np.eye(count)
-    met: Array = np.full((count, count), np.nan)
-    along = cosines.copy()
-    for others in order.T:
-        squares, sizes = (parts * along).sum(1), np.abs(parts).sum(1)
+    goals = targets[rows, order.T]  # visit by visit, as all below
+    aims = np.sqrt(np.maximum(1.0 - goals**2, 2 * tolerance))
+    met: Array = np.empty_like(goals)
+    parts, along, sizes = np.eye(count), cosines.copy(), np.ones(count)
+    for visit, others in enumerate(order.T):
+        squares = np.einsum("ij,ij->i", parts, along)
         # What rounding leaves of a combination that vanishes has no direction.
         valid = (squares > tolerance * sizes**2) & nonzero & nonzero[others]
         lengths = np.sqrt(np.where(valid, squares, 1.0))
-        cosine = np.clip(along[rows, others] / lengths, -1.0, 1.0)
-        met[rows, others] = np.where(valid, cosine, np.nan)
-        steps = lengths * _multiple(cosine, targets[rows, others], tolerance)
-        steps = np.where(valid, steps, 0.0)
-        if steps.any():
+        cosine = np.minimum(np.maximum(along[rows, others] / lengths, -1.0), 1.0)
+        met[visit] = np.where(valid, cosine, np.nan)
+        low = valid & (cosine < goals[visit] - tolerance)
+        if low.any():
+            # The sine of the difference of the two angles, by the sine of the target.
+            turn = goals[visit] / aims[visit] * np.sqrt(1.0 - cosine**2) - cosine
+            steps = np.where(low, lengths * turn, 0.0)
             parts[rows, others] += steps
             along += steps[:, None] * cosines[others]
-    return Corrections(parts, met)
-
-
-def _multiple(cosine: Array, target: Array, tolerance: float) -> Array:
-    r"""The multiple of a unit vector that raises the cosine of another one with it to a target.
-
-    It is :math:`\sin(\theta - \theta^*) / \sin \theta^*`, with the cosines of the two angles.
-    """
-    sine, aim = np.sqrt(1.0 - cosine**2), np.sqrt(np.maximum(1.0 - target**2, 2 * tolerance))
-    multiple: Array = np.where(cosine < target - tolerance, (target * sine - cosine * aim) / aim, 0)
-    return multiple
+            sizes += np.abs(steps)
+    ordered: Array = np.full((count, count), np.nan)
+    ordered[rows, order.T] = met
+    return Corrections(parts, ordered)
 
 
 def add_corrections(parts: Array, norms: Array, shares: Sequence[float]) -> Array:

@@ -29,16 +29,20 @@ from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moco import MoCo
+from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
 from moo_balance.weighting.pbi import PBI
+from moo_balance.weighting.pcd import PCD
 from moo_balance.weighting.pcgrad import PCGrad
 from moo_balance.weighting.random_weights import RandomWeights
 from moo_balance.weighting.relobralo import ReLoBRaLo
 from moo_balance.weighting.rescaled import Rescaled
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
+from moo_balance.weighting.sdmgrad import SDMGrad
 from moo_balance.weighting.separate_moments import SeparateMoments
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
@@ -55,6 +59,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "PBI",
+    "PCD",
     "AlignedMTL",
     "AnalyticQP",
     "BalancedTrajectory",
@@ -70,7 +75,9 @@ __all__ = [
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "LearningRateAnnealing",
     "MoCo",
+    "MoDo",
     "MovingAverage",
     "NashMTL",
     "Needs",
@@ -81,6 +88,7 @@ __all__ = [
     "Rescaled",
     "RowStatistics",
     "RowWeighting",
+    "SDMGrad",
     "SeparateMoments",
     "Sequential",
     "SmoothTchebycheff",

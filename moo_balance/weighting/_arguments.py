@@ -94,8 +94,17 @@ def left_of_two(weights: Tensor, satisfied: Tensor) -> Tensor:
     return torch.where(satisfied.any(), others / others.sum(), weights)
 
 
-def renormalize(weights: Tensor) -> Tensor:
-    """Weights that sum to 1 again where a loss is absent; equal ones where all others were 0."""
+def renormalize(weights: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Weights that sum to 1 again where a loss is absent; equal ones where all others were 0.
+
+    Args:
+        weights: Of the present losses, shape [K].
+        left_out: Which of these are to be left out, too (``statistics.satisfied``).
+    """
+    if left_out is not None:
+        weights = weights.masked_fill(left_out, 0.0)
+        mass, count = weights.sum(), len(weights) - left_out.sum()
+        return torch.where(mass > 0, weights / mass, 1.0 / count).masked_fill(left_out, 0.0)
     mass = weights.sum()
     return torch.where(mass > 0, weights / mass, 1.0 / len(weights))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from moo_balance.weighting._arguments import check_choice, values_by_name
-from moo_balance.weighting.base import Statistics, Weighting
+from moo_balance.weighting.base import State, Statistics, Weighting
 
 Reduction: TypeAlias = Literal["sum", "mean"]
 
@@ -23,10 +23,27 @@ def reduction_shares(
 
     They sum to K ("sum") or to 1 ("mean").
     """
-    count = len(statistics.names)
+    return shares_by_name(reduction, preference, statistics.names)
+
+
+def shares_by_name(
+    reduction: Reduction, preference: Mapping[str, float] | None, names: Sequence[str]
+) -> list[float]:
+    """:func:`reduction_shares` of the losses of these names."""
+    count = len(names)
     whole = float(count) if reduction == "sum" else 1.0
     if preference is None:
         return [1.0 if reduction == "sum" else 1.0 / count] * count
-    values = values_by_name(preference, statistics.names)
+    values = values_by_name(preference, names)
     total = sum(values)
     return [whole * (value / total) for value in values]
+
+
+def start_from_shares(state: State, shares: list[float]) -> State:
+    """The state whose weights, if it has any, are those of a plain sum or mean.
+
+    A loss that appears between two refreshes gets them.
+    """
+    if "weights" not in state:
+        return state
+    return {**state, "weights": state["weights"].new_tensor(shares)}

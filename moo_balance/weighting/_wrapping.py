@@ -32,6 +32,10 @@ class WrappingWeighting(Weighting):
         return self.weighting.observes_step
 
     @property
+    def uses_independent_batches(self) -> bool:
+        return self.weighting.uses_independent_batches
+
+    @property
     def every(self) -> int:
         return self.weighting.every
 

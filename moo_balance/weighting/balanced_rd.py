@@ -204,4 +204,4 @@ class AnalyticQP(GramianWeighting):
         return log_coefficients(state["weights"], distances, self.renormalize)
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return {"weights": renormalize(state["weights"])}
+        return {"weights": renormalize(state["weights"], statistics.satisfied)}

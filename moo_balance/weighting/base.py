@@ -75,6 +75,8 @@ class Needs(NamedTuple):
         losses: Whether its coefficients depend on the losses of this step.
         observes: Whether it needs the losses on the same batch after this step.
         rows: What looks at single coordinates of the gradients in this step; None for nothing.
+        independent: Whether its Gramian should hold products of gradients of different batches
+            only.
     """
 
     method: Weighting
@@ -83,6 +85,7 @@ class Needs(NamedTuple):
     losses: bool
     observes: bool
     rows: RowWeighting | None = None
+    independent: bool = False
 
 
 class Weighting(ABC):
@@ -92,7 +95,7 @@ class Weighting(ABC):
     never see a parameter. A new one gives :meth:`weights`, and :meth:`init` if it has a state;
     ``BalancedOptimizer`` then saves, resumes, slices and distributes it like any other.
 
-    Four properties say what the method needs. A subclass overrides them by a class attribute
+    Five properties say what the method needs. A subclass overrides them by a class attribute
     (``uses_losses = False``), a field with a default (``every: int = 1``) or a property. A method
     whose needs change from step to step overrides :meth:`needs` instead.
     """
@@ -116,6 +119,16 @@ class Weighting(ABC):
         return False
 
     @property
+    def uses_independent_batches(self) -> bool:
+        """Whether the Gramian should hold products of gradients of different batches only.
+
+        It is then an unbiased estimate of the Gramian of the expected gradients, symmetric but
+        perhaps not positive semidefinite. The batches are the micro-batches of a window, or the
+        ranks of a data-parallel run; a step with one batch is refused.
+        """
+        return False
+
+    @property
     def every(self) -> int:
         """Recompute the Gramian, or re-evaluate the losses, only every n-th step."""
         return 1
@@ -123,8 +136,9 @@ class Weighting(ABC):
     def needs(self, step: int) -> Needs:
         """What the method needs in the step that follows `step` committed ones."""
         due, compares = step % self.every == 0, self.uses_gramian
-        observes = self.observes_step and due
-        return Needs(self, compares, compares and due, self.uses_losses, observes)
+        observes, independent = self.observes_step and due, self.uses_independent_batches
+        gramian = compares and due
+        return Needs(self, compares, gramian, self.uses_losses, observes, independent=independent)
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         """What each loss must not be below; minus infinity where any finite value is allowed.

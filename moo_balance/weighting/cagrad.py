@@ -20,7 +20,13 @@ from moo_balance.weighting._arguments import (
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
+from moo_balance.weighting._reduction import (
+    Reduction,
+    check_reduction,
+    reduction_shares,
+    shares_by_name,
+    start_from_shares,
+)
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 
 
@@ -41,8 +47,8 @@ class CAGrad(GramianWeighting):
         w = \arg\min_{w \in \Delta}\; g_w \cdot g_0 + c\,\lVert g_0 \rVert \lVert g_w \rVert
 
     :math:`c = 0` gives the mean, and a large :math:`c` the direction of :class:`MGDA`. The solution
-    is exact for any K, by a finite method; the official code stops SLSQP at its tolerance, which
-    is absolute, so that small gradients leave it where it starts.
+    is exact for any K, by a few steps of Newton's method; the official code stops SLSQP at its
+    tolerance, which is absolute, so that small gradients leave it where it starts.
 
     Where a convex combination of the gradients vanishes and the ball holds several directions
     without a conflict, the formula divides zero by zero. The one nearest to :math:`g_0` is taken
@@ -96,7 +102,8 @@ class CAGrad(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
+        shares = shares_by_name(self.reduction, self.preference, names)
+        return start_from_shares(super().init(names, device), shares)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

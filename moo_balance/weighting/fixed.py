@@ -33,7 +33,8 @@ class Sum(Weighting):
 
     .. math:: d = \sum_i g_i
 
-    Coefficients: K ones (they sum to K), so that ``Sum`` is ``sum(losses).backward()``.
+    Coefficients: K ones (they sum to K), so that ``Sum`` is ``sum(losses).backward()``. A loss may
+    rise.
 
     Example:
         >>> import torch
@@ -59,7 +60,7 @@ class FixedWeights(Weighting):
     .. math:: d = \sum_i w_i g_i
 
     Coefficients: the weights as given, not normalised. Any finite number is allowed, so that an
-    adversarial term can carry a minus sign.
+    adversarial term can carry a minus sign. A loss may rise.
 
     Args:
         values: Weight of each loss, by name; every loss needs one.

@@ -20,7 +20,13 @@ from moo_balance.weighting._arguments import (
     copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
+from moo_balance.weighting._reduction import (
+    Reduction,
+    check_reduction,
+    reduction_shares,
+    shares_by_name,
+    start_from_shares,
+)
 from moo_balance.weighting.base import GramianWeighting, State, Statistics, state_dtype
 
 
@@ -98,7 +104,9 @@ class GradVac(GramianWeighting):
         check_names("preference", self.preference, names, complete=True)
         shape = (len(names), len(names))
         targets = torch.zeros(shape, dtype=state_dtype(device), device=device)
-        return {**super().init(names, device), "cosines": targets}
+        shares = shares_by_name(self.reduction, self.preference, names)
+        state = start_from_shares(super().init(names, device), shares)
+        return {**state, "cosines": targets}
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

@@ -119,4 +119,4 @@ class MGDA(GramianWeighting):
         return state["weights"]
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        return {"weights": renormalize(state["weights"])}
+        return {"weights": renormalize(state["weights"], statistics.satisfied)}

@@ -35,7 +35,8 @@ class OnlineTchebycheff(Weighting):
     from uniform :math:`\lambda`. The step uses the weights from before its batch, as the regret
     bound requires.
 
-    Coefficients: :math:`\lambda_i p_i`; with equal preferences they sum to :math:`1/K`.
+    Coefficients: :math:`\lambda_i p_i`; with equal preferences they sum to :math:`1/K`. A loss
+    may rise.
 
     Args:
         lr: :math:`\eta > 0`. Default 0.1, inside the paper's grid 1e-3 … 1.

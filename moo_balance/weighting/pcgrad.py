@@ -17,7 +17,13 @@ from moo_balance.weighting._arguments import (
     copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
+from moo_balance.weighting._reduction import (
+    Reduction,
+    check_reduction,
+    reduction_shares,
+    shares_by_name,
+    start_from_shares,
+)
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 
 
@@ -78,7 +84,8 @@ class PCGrad(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
+        shares = shares_by_name(self.reduction, self.preference, names)
+        return start_from_shares(super().init(names, device), shares)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

@@ -20,7 +20,7 @@ class RandomWeights(Weighting):
     The draw depends on `seed` and the number of the step only: it disturbs no other random
     stream, is the same on all ranks, and a resumed run draws what the first would have drawn.
 
-    Coefficients: sum to 1.
+    Coefficients: sum to 1. A loss may rise.
 
     Args:
         seed: Seed of the draws, a whole number ≥ 0. Default 0.

@@ -45,9 +45,12 @@ class Rescaled(WrappingWeighting):
     `every`-th step and used until the next, with the coefficients of each step: their directions
     are of each step, only the inner products are older.
 
-    Where losses differ in scale, ``"sum"`` and ``"mean"`` helped SGD, SGD with clipping, and Adam,
-    too, whose averages of squared gradients lag behind a length that follows the smallest loss
-    (``python -m benchmarks.step_length``); where they do not, all lengths did about as well.
+    Where losses differ in scale, ``"sum"`` served SGD best, with and without clipping. Adam divides
+    by the size of recent gradients, so the length matters little to it, except where scales lie
+    many orders of magnitude apart: its averages of squared gradients lag behind a length that
+    follows the smallest loss. Where scales are alike all lengths did about as well
+    (``python -m benchmarks.step_length``).
+
     ``"sum"`` and ``"mean"`` undo the shrinking of a direction where gradients cancel, which is how
     :class:`MGDA` comes to a stop; the factor is bounded (:func:`~moo_balance.functional.rescale`),
     but prefer a decreasing learning rate with them. Whether a loss may rise: as the method.

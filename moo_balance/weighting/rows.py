@@ -31,7 +31,7 @@ class RowStatistics(NamedTuple):
 
     Args:
         largest: Largest magnitude of an element of each gradient, shape [K].
-        mean: Mean magnitude over the elements that the loss reaches, shape [K].
+        mean: Mean magnitude of all elements, shape [K]; zero where a loss does not reach.
         total: The sum of ``summand`` over all coordinates, shape [K].
         gramian: Inner products of what is kept, shape [K, K], for a method that combines that.
     """

@@ -86,6 +86,10 @@ class Sequential(Weighting):
         return any(weighting.observes_step for weighting in self.weightings)
 
     @property
+    def uses_independent_batches(self) -> bool:
+        return any(weighting.uses_independent_batches for weighting in self.weightings)
+
+    @property
     def leaves_out_satisfied(self) -> bool:
         return all(weighting.leaves_out_satisfied for weighting in self.weightings)
 

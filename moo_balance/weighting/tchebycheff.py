@@ -40,7 +40,8 @@ class Tchebycheff(Weighting):
     :math:`\lambda`. Losses that tie for the maximum share it equally.
 
     Coefficients: :math:`\partial g / \partial L_i`, that is :math:`\lambda_j` on the worst loss
-    plus :math:`\rho \lambda`. With equal preferences they sum to :math:`1/K + \rho`.
+    plus :math:`\rho \lambda`. With equal preferences they sum to :math:`1/K + \rho`. Any
+    loss but the worst may rise.
 
     Args:
         preference: :math:`\lambda_i > 0` by name, scaled to sum 1. Default None: equal.
@@ -111,7 +112,8 @@ class SmoothTchebycheff(Weighting):
         K \mu \log \sum_i \exp\Big(\frac{K \lambda_i}{\mu} \log \frac{L_i - z_i}{n_i - z_i}\Big).
 
     Coefficients: the partial derivatives; with neither nadir nor `log`,
-    :math:`\lambda_i \operatorname{softmax}_i`, which for equal preferences sum to :math:`1/K`.
+    :math:`\lambda_i \operatorname{softmax}_i`, which for equal preferences sum to :math:`1/K`. A
+    loss may rise.
 
     Args:
         mu: :math:`\mu > 0`. Default 0.1 (libmoon; the papers try 0.01 … 1, the multi-task code

@@ -91,4 +91,4 @@ def test_a_window_equals_one_batch_of_its_micro_batches() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_per_loss_is_a_value(dtype: torch.dtype) -> None:
     assert PerLoss(dtype) == PerLoss(dtype=dtype)
-    assert repr(PerLoss(dtype)) == f"PerLoss(dtype={dtype})"
+    assert repr(PerLoss(dtype)) == f"PerLoss(dtype={dtype}, unbiased=False)"

@@ -29,7 +29,7 @@ from moo_balance.weighting import Statistics
 from moo_balance.weighting._arguments import log_coefficients
 from tests.support.gradients import gramian_of, jacobians, property_test
 from tests.support.naive_rows import NaiveRows
-from tests.support.registry import Method, over_methods
+from tests.support.registry import Method, over_all_methods
 from tests.support.statistics import statistics_of, vector
 
 over_solvers = pytest.mark.parametrize("solve", [min_norm_weights, analytic_qp_weights])
@@ -198,7 +198,7 @@ def is_beyond_range(method: Method, losses: tuple[float, ...], norms: tuple[floa
     return False
 
 
-@over_methods
+@over_all_methods
 def test_every_method_gives_finite_weights(method: Method):
     names = ("a", "b")
     weighting = method.make(names)

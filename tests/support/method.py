@@ -73,6 +73,8 @@ class Method:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
             divided by their sum; "direction", that, and then all are multiplied by some number.
             None if unstated.
+        independent: Whether it needs gradients of at least two batches in each step. Tests of
+            single batches leave such rows out.
     """
 
     id: str
@@ -85,6 +87,7 @@ class Method:
     never_rises: bool = False
     equivariant: bool = True
     scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
+    independent: bool = False
 
     def __repr__(self) -> str:
         return self.id

@@ -4,6 +4,7 @@
 ``rows/``, one file for each family of methods. Mathematics is tested over all rows, by
 ``over_methods`` and ``over``. What can only differ by the *kind* of a method (windows, loss
 scalers, checkpoints, ranks ...) is tested over ``KINDS``, one row of each kind, by ``over_kinds``.
+Methods that need gradients of several batches take part in ``over_all`` and ``over_all_methods``.
 ``REFUSALS`` are configurations that are refused.
 """
 
@@ -37,7 +38,15 @@ OWN_METHODS = [
 
 
 def over(rows: Callable[[Method], bool]) -> pytest.MarkDecorator:
-    """Run a test for the rows that fit, those of the manual's methods included."""
+    """Run a test for the rows that fit, those of the manual's methods included.
+
+    Not for methods that need gradients of several batches: most tests give one at a time.
+    """
+    return over_all(lambda method: rows(method) and not method.independent)
+
+
+def over_all(rows: Callable[[Method], bool]) -> pytest.MarkDecorator:
+    """The same for methods that need several batches, too, where a test gives a Gramian itself."""
     fitting = list(filter(rows, [*METHODS, *OWN_METHODS]))
     return pytest.mark.parametrize("method", fitting, ids=repr)
 
@@ -49,6 +58,7 @@ def over_some(*ids: str) -> pytest.MarkDecorator:
 
 
 over_methods = over(lambda method: True)
+over_all_methods = over_all(lambda method: True)
 
 _REPRESENTATIVES: dict[Kind, str] = {
     "known": "FixedWeights",

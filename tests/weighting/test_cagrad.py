@@ -11,6 +11,8 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from moo_balance import MGDA, CAGrad
+from moo_balance.functional._conflict_averse import add_conflict_averse
+from moo_balance.functional._directions import directions
 from tests.support.gradients import gramian_of, jacobians, property_test
 from tests.support.oracle import coefficients_of, deviation, largest_deviation
 from tests.support.statistics import assert_near, names, normal, vector
@@ -175,6 +177,15 @@ def test_almost_parallel_gradients_are_solved_on_both_ways(
     """A closed form, and the general solver next to it."""
     rows = vector([1, 0, length * cosine, length * math.sqrt(1 - cosine**2)]).reshape(2, 2)
     assert gap(rows, coefficients_of(CAGrad(c), gramian_of(rows)), c) < 1e-9
+
+
+@property_test
+@given(jacobians(counts=(2, 2), decades=3.0), radii)
+def test_the_closed_form_for_two_is_the_general_solution(rows: Tensor, c: float) -> None:
+    gradients = directions(gramian_of(rows))
+    added = torch.from_numpy(add_conflict_averse(gradients, [0.5, 0.5], c, 1e-16))
+    found = coefficients_of(CAGrad(c), gramian_of(rows))
+    assert deviation(rows, found, added + 0.5) < 1e-9
 
 
 @pytest.mark.parametrize("c", [1.0, 1.5])

@@ -23,7 +23,7 @@ from moo_balance import (
 )
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 from moo_balance.weighting._identity import describe, method_name
-from tests.support.registry import NAMES, over_methods
+from tests.support.registry import NAMES, over_all_methods
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def half(step: int, power: float = 1.0) -> float:
 # ---------------------------------------------------------------------- names
 
 
-@over_methods
+@over_all_methods
 def test_a_method_is_named_by_its_class(method: Any) -> None:
     weighting = method.make(NAMES)
     name = method_name(weighting)
@@ -102,7 +102,7 @@ def test_a_description_has_all_hyper_parameters_and_no_address(value: object, te
     assert describe(Holder(value)) == f"Holder(value={text})"
 
 
-@over_methods
+@over_all_methods
 def test_methods_that_differ_are_described_differently(method: Any) -> None:
     weighting = method.make(NAMES)
     assert describe(weighting) == describe(method.make(NAMES))

@@ -180,3 +180,16 @@ def test_parameters_that_no_loss_reaches_get_no_gradient() -> None:
     assert apart.grad is None
     balanced.step()
     assert apart.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("mean", 1 / 3)])
+def test_a_loss_that_appears_between_two_refreshes_has_its_share(
+    reduction: str, share: float
+) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weighting = PCGrad(reduction=reduction, every=2)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    balanced = BalancedOptimizer(optimizer, weighting, loss_names=["a", "b", "c"])
+    balanced.step(lambda: {name: weight.square().sum() for name in "ab"})
+    balanced.backward({name: weight.square().sum() for name in "abc"})
+    assert balanced.metrics.coefficients["c"].item() == pytest.approx(share)

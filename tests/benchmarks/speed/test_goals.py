@@ -90,6 +90,7 @@ def test_verdicts():
     assert rows["compared with TorchJD's best setting"][1] == "missed by up to 10% in 1 of 1"
     assert rows["exact Gramian methods, K = 8 and 32"][1] == "reached"
     assert rows["solvers, K = 2"] == ("–", "not measured")
+    assert rows["methods with a Gramian, K = 32"] == ("–", "not measured")
 
 
 def test_what_is_missed_is_explained_and_nothing_else():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moo_balance import GradientNorms, GradNorm
+from moo_balance import GradientNorms, GradNorm, LearningRateAnnealing
 from tests.support.method import (
     INF,
     NAN,
@@ -43,6 +43,20 @@ METHODS = [
         kind="gramian-every",
         total=count,
     ),
+    Method(
+        "LearningRateAnnealing",
+        lambda names: LearningRateAnnealing("a", beta=0.5, initial=0.01, every=3),
+        kind="gramian-every",
+        total=None,
+    ),
+    Method(
+        "LearningRateAnnealing-code",
+        lambda names: LearningRateAnnealing(
+            "a", "code", initial=0.01, preference=preference(names), every=1
+        ),
+        kind="gramian",
+        total=None,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -68,15 +82,28 @@ REFUSALS = [
     refused(GradNorm, preference={"a": -1.0}),
     unfit(GradNorm, preference={"a": 1.0}),
     refused(GradNorm, every=0),
+    refused(LearningRateAnnealing, reference=None),
+    unfit(LearningRateAnnealing, reference="c"),
+    refused(LearningRateAnnealing, reference="a", form="preprint"),
+    refused(LearningRateAnnealing, reference="a", beta=-0.1),
+    refused(LearningRateAnnealing, reference="a", initial=0.0),
+    unfit(LearningRateAnnealing, reference="a", initial={"b": 1.0}),
+    refused(LearningRateAnnealing, reference="a", preference={"a": 0.0}),
+    unfit(LearningRateAnnealing, reference="a", preference={"a": 1.0}),
+    refused(LearningRateAnnealing, reference="a", every=0),
 ]
 
 FACTS = {
     "GradientNorms": Facts(
         equalizes="the lengths of the weighted gradients",
-        relation="where GradNorm with alpha=0 settles; for two losses the direction of IMTLG",
+        relation="where `GradNorm(alpha=0)` settles; for two losses the direction of `IMTLG`",
     ),
     "GradNorm": Facts(
         equalizes="the rates at which losses train, by the lengths of the weighted gradients",
-        relation="with alpha=0 it settles where GradientNorms is",
+        relation="with `alpha=0` it settles where `GradientNorms` is",
+    ),
+    "LearningRateAnnealing": Facts(
+        equalizes="mean elements of the weighted gradients with the largest one of a reference",
+        relation="`GradientNorms` with other norms: the largest element, and the mean magnitude",
     ),
 }

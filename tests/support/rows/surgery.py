@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from moo_balance import AlignedMTL, CAGrad, GradVac, PCGrad
-from tests.support.method import NAN, Facts, Method, preference, refused, unfit
+from moo_balance import PCD, AlignedMTL, CAGrad, GradVac, PCGrad
+from tests.support.method import NAN, Facts, Method, Names, preference, refused, unfit
+
+
+def first(names: Names) -> str:
+    """The primary loss, the same in every order of the losses."""
+    return min(names)
+
 
 METHODS = [
     Method(
@@ -57,6 +63,14 @@ METHODS = [
         alone=lambda loss: 2.5 / 3.25,
         never_rises=True,
     ),
+    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None),
+    Method(
+        "PCD-cone",
+        lambda names: PCD(first(names), tau=0.0, beta=0.5),
+        kind="gramian",
+        total=None,
+        never_rises=True,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -85,6 +99,14 @@ REFUSALS = [
     refused(CAGrad, preference={"a": NAN}),
     refused(CAGrad, every=0),
     unfit(CAGrad, preference={"a": 1.0}),
+    refused(PCD, primary=""),
+    refused(PCD, primary=0),
+    refused(PCD, primary="a", tau=-0.1),
+    refused(PCD, primary="a", tau={"b": NAN}),
+    refused(PCD, primary="a", beta=1.0),
+    refused(PCD, primary="a", every=0),
+    unfit(PCD, primary="d"),
+    unfit(PCD, primary="a", tau={"a": 0.1}),
 ]
 
 FACTS: dict[str, Facts] = {
@@ -99,6 +121,10 @@ FACTS: dict[str, Facts] = {
     "CAGrad": Facts(
         equalizes="maximizes the worst improvement, near the mean gradient",
         relation="the mean for c = 0; the direction of MGDA for a large c",
+    ),
+    "PCD": Facts(
+        equalizes="follows one loss, and grants the others a share of their progress",
+        relation="a projection onto the dual cone for tau = 0",
     ),
     "AlignedMTL": Facts(
         equalizes="lengths of the principal components of the gradients",

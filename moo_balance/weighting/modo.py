@@ -1,0 +1,150 @@
+"""MoDo: projected gradient steps on the weights, with products of independent batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moo_balance.functional._projected_descent import projected_descent
+from moo_balance.weighting._arguments import (
+    check_names,
+    check_preference,
+    check_range,
+    check_whole,
+    copy_mappings,
+    normalize_preference,
+    renormalize,
+)
+from moo_balance.weighting.base import (
+    State,
+    Statistics,
+    Weighting,
+    WeightingOutput,
+    state_dtype,
+)
+
+
+@dataclass(frozen=True)
+class MoDo(Weighting):
+    r"""Multi-objective gradient descent with double sampling: one small step of MGDA's weights.
+
+    .. math::
+        d = \sum_i \lambda_{t,i}\, g_i, \qquad
+        \lambda_{t+1} = \operatorname{proj}_\Delta\big(\lambda_t
+            - \gamma\,(\hat M \lambda_t + \rho\,(\lambda_t - p))\big)
+
+    where :math:`\hat M` is an unbiased estimate of the inner products of the *expected* gradients.
+    It is the mean over all pairs of different batches of a step: the micro-batches of a window
+    (``accumulate()``), the ranks of a data-parallel run, or both. The published method multiplies
+    two batches, which this is for two. The Gramian of one batch would make the weights shun losses
+    with noisy gradients, so a step with one batch is refused.
+
+    The direction has the weights from before the step. The paper takes those from after it, on a
+    third batch that they do not depend on; those from before depend on none of this step's batches
+    either, so that all of these can serve. (Its official code has two batches and takes the new
+    weights on their sum, LibMTL takes them on a third.)
+
+    :math:`\lambda` → the state, from :math:`p` on; :math:`\gamma` → `gamma`; :math:`\rho` → `rho`;
+    :math:`p` → `preference`. On gradients that stay the same, small steps end at the min-norm
+    weights of :class:`MGDA`, regularised by :math:`\tfrac{\rho}{2} \|\lambda - p\|^2`. The step
+    :math:`\gamma \hat M` has a unit: where gradients are long, `gamma` should be small.
+
+    A loss may rise, even to first order: the weights lag.
+
+    Coefficients: sum to 1.
+
+    Args:
+        gamma: :math:`\gamma`, step of the weights, above 0. Default 0.1 (official configuration;
+            LibMTL has 1e-3).
+        rho: :math:`\rho \ge 0`, pull towards `preference`. Default 0.1 (official configuration and
+            LibMTL; 0 in parts of the analysis).
+        preference: Where the weights start from and are pulled to, positive numbers by name. With
+            None, equal weights, this is the published method, whose term :math:`\rho\lambda` has
+            the same projection.
+        every: Move the weights each n-th step only. Default 1.
+
+    Raises:
+        BalanceValueError: A hyper-parameter is out of range, or `preference` does not name the
+            losses.
+        BalanceError: From ``backward``, where a step has one batch.
+
+    Source: Chen, Fernando, Ying & Chen, *Three-Way Trade-Off in Multi-Objective Learning:
+    Optimization, Generalization and Conflict-Avoidance* (NeurIPS 2023), arXiv 2305.20057,
+    Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from moo_balance import BalancedOptimizer, MoDo
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.0), MoDo(rho=0.0))
+        >>> for _ in range(500):
+        ...     optimizer.zero_grad()
+        ...     with optimizer.accumulate():
+        ...         _ = optimizer.backward({"a": w[0] / 2, "b": w[1] * 3**0.5 / 2})
+        ...     _ = optimizer.backward({"a": w[0] / 2, "b": w[1] * 3**0.5 / 2})
+        ...     optimizer.step()
+        >>> {name: round(float(weight), 3) for name, weight in optimizer.metrics.weights.items()}
+        {'a': 0.75, 'b': 0.25}
+    """
+
+    uses_gramian = True
+    uses_independent_batches = True
+    leaves_out_satisfied = True
+
+    gamma: float = 0.1
+    rho: float = 0.1
+    preference: Mapping[str, float] | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        copy_mappings(self)
+        check_range(self, "gamma", 0.0, open=True)
+        check_range(self, "rho", 0.0)
+        check_preference(self)
+        check_whole(self, "every", 1)
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        return {"weights": initial_weights(self.preference, names, device)}
+
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
+        weights, mass = present_weights(state["weights"], statistics.satisfied)
+        following, gramian = weights, statistics.gramian
+        if gramian is not None:
+            preference = normalize_preference(self.preference, statistics).to(weights)
+            following = projected_descent(
+                gramian.to(weights),
+                -self.rho * preference,
+                weights,
+                self.gamma,
+                ridge=self.rho,
+                left_out=statistics.satisfied,
+            )
+        used = weights.to(statistics.losses)
+        return WeightingOutput(used, used, {"weights": following * mass})
+
+
+def initial_weights(
+    preference: Mapping[str, float] | None, names: Sequence[str], device: torch.device
+) -> Tensor:
+    """The preference as weights [K] that sum to 1, in a state's dtype."""
+    check_names("preference", preference, names, complete=True)
+    values = torch.ones(len(names), dtype=state_dtype(device), device=device)
+    return normalize_preference(preference, Statistics(tuple(names), values)).clone()
+
+
+def present_weights(weights: Tensor, left_out: Tensor | None) -> tuple[Tensor, float | Tensor]:
+    """Weights that sum to 1 over the losses that are present and not left out; their sum before."""
+    if left_out is None and weights.is_cpu:
+        values = weights.tolist()
+        total = sum(values)
+        shares = [v / total for v in values] if total > 0.0 else [1.0 / len(values)] * len(values)
+        return torch.tensor(shares, dtype=weights.dtype, device="cpu"), total
+    if left_out is None:
+        return renormalize(weights), weights.sum()
+    others = (~left_out).to(weights)
+    weights = weights * others
+    mass = weights.sum()
+    return torch.where(mass > 0, weights / mass, others / others.sum()), mass
