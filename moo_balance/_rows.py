@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from moo_balance import _nonfinite
 from moo_balance.engine import Linearization
 from moo_balance.engine.base import Row
 from moo_balance.engine.distributed import local_part, slice_as
@@ -33,6 +34,7 @@ def look_at_rows(
     statistics: Statistics,
     state: RowState,
     valid: Tensor | None,
+    satisfied: Tensor | None,
 ) -> tuple[Statistics, RowState]:
     """Statistics with those of the rows, and what is kept of rows after this step.
 
@@ -42,13 +44,14 @@ def look_at_rows(
         statistics: The present losses, and the Gramian.
         state: What is kept of rows so far; it does not change.
         valid: Whether the rows are finite, on the device; None where the host has checked.
+        satisfied: The losses of which nothing new is kept, as booleans [K]; None for none.
     """
     rows = cast(WholeRows, linearization)
     told = RowStatistics()
     if method.uses_magnitudes:
         told = _read_magnitudes(rows, valid)
     if method.keeps:
-        kept = _track(method, rows, statistics, state, valid)
+        kept = _track(method, rows, statistics, state, _tracked(statistics, valid, satisfied))
         if method.uses_total:
             told = told._replace(total=_add_up(method, rows, kept, valid))
         if method.combines == "kept":
@@ -138,9 +141,9 @@ def _track(
     rows: WholeRows,
     statistics: Statistics,
     state: RowState,
-    valid: Tensor | None,
+    tracked: Sequence[bool | Tensor],
 ) -> list[list[Tensor | None]]:
-    """What is kept of the rows of this step."""
+    """What is kept of the rows of this step, where they are `tracked`; of the others, as before."""
     names, params = statistics.names, rows.problem.params
     factors = method.row_factors(statistics)
     scalars = None if factors is None else as_scalars(factors)
@@ -149,17 +152,30 @@ def _track(
         gradient = rows.part(loss, param_index)
         kept = state.get(params[param_index], {}).get(names[loss])
         before = None if kept is None else local_part(kept[method.keeps])
-        if gradient is None and before is None:
-            return None
+        if tracked[loss] is False or (gradient is None and before is None):
+            return before
         if gradient is None:  # the loss no longer reaches the parameter
             gradient = torch.zeros_like(cast(Tensor, before))
         elif scalars is not None:
             gradient = gradient * scalars[loss]
         before = torch.zeros_like(gradient) if before is None else before
-        after = method.track(before, gradient)
-        return after if valid is None else torch.where(valid, after, before)
+        after, mask = method.track(before, gradient), tracked[loss]
+        return after if mask is True else torch.where(torch.as_tensor(mask), after, before)
 
     return rows.map(track)
+
+
+def _tracked(
+    statistics: Statistics, valid: Tensor | None, satisfied: Tensor | None
+) -> Sequence[bool | Tensor]:
+    """Whether each loss's row counts: a bool where the host knows it, else a mask on the device."""
+    count = len(statistics.names)
+    if satisfied is None:
+        return [True if valid is None else valid] * count
+    if valid is None and _nonfinite.is_on_cpu(satisfied):
+        return [not mark for mark in satisfied.tolist()]
+    counts = ~satisfied if valid is None else valid & ~satisfied
+    return counts.unbind()
 
 
 def _add_up(
