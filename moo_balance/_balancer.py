@@ -33,7 +33,7 @@ from moo_balance._nonfinite import (
 from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
-from moo_balance._rows import look_at_rows
+from moo_balance._rows import look_at_rows, separate_rows
 from moo_balance._satisfied import among_declared, among_present, weigh_others
 from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import (
@@ -359,6 +359,9 @@ class Balancer:
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
+        separate = None
+        if needs.rows is not None and needs.rows.steps_apart:
+            separate = separate_rows(linearization, present, coefficients, valid)
         projected = None if linearization is None else linearization.projected
         metrics = StepMetrics(
             present,
@@ -381,6 +384,7 @@ class Balancer:
             needs.observes,
             satisfied,
             rows=rows,
+            separate=separate,
         )
 
     def measure(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,42 @@ def look_at_rows(
         draw = partial(draw_coordinates, getattr(method, "seed", 0), statistics.step)
         rows.combination = partial(_combine, method, draw)
     return statistics._replace(rows=told), state
+
+
+class SeparateRows(NamedTuple):
+    """The gradients of the losses of a step, unscaled, each for a step of its own.
+
+    Args:
+        names: The losses.
+        params: The parameters.
+        rows: By loss, a gradient for each parameter.
+        shares: What each loss's step counts, shape [K].
+    """
+
+    names: Sequence[str]
+    params: Sequence[Tensor]
+    rows: Sequence[Row]
+    shares: Tensor
+
+
+def separate_rows(
+    linearization: Linearization | None,
+    names: Sequence[str],
+    shares: Tensor,
+    valid: Tensor | None,
+) -> SeparateRows:
+    """The gradients of single losses, as they are given to an optimizer; zeros if not `valid`."""
+    rows = cast(WholeRows, linearization)
+    params = rows.problem.params
+
+    def part(loss: int, param_index: int) -> Tensor | None:
+        gradient = rows.part(loss, param_index)
+        if gradient is None:
+            return None
+        gradient = gradient.to(params[param_index].dtype)
+        return gradient if valid is None else torch.where(valid, gradient, 0.0)
+
+    return SeparateRows(names, params, rows.map(part), shares)
 
 
 def _combine(

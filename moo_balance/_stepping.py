@@ -13,6 +13,7 @@ from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, selec
 from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
 from moo_balance._satisfied import among_present, observe_others
+from moo_balance._separate_steps import take_separate_steps
 from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import is_whole, local_part
@@ -50,7 +51,11 @@ def take_step(
         if must_skip(balancer, staged, stepping):
             record.skip(staged, balancer.max_skips)
             return result
-        output = balancer.optimizer.step() if take is None else take()
+        if staged.separate is not None:
+            output = None
+            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, record.rows)
+        else:
+            output = balancer.optimizer.step() if take is None else take()
     except BaseException:
         if closure is not None:  # it will be evaluated again, on gradients that are cleared
             record.staged = None
