@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError, MovingAverage
-from moo_balance.integrations.torchjd import GramianRoot, TorchJD
+from moo_balance.integrations._torchjd_solver import GramianRoot
+from moo_balance.integrations.torchjd import TorchJD
 from moo_balance.weighting import Statistics, step_generator
 from moo_balance.weighting._identity import describe, method_name
 from tests.support.problems import (
