@@ -29,6 +29,7 @@ from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.lagrangian import Lagrangian
 from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moco import MoCo
@@ -43,6 +44,7 @@ from moo_balance.weighting.relobralo import ReLoBRaLo
 from moo_balance.weighting.rescaled import Rescaled
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
 from moo_balance.weighting.sdmgrad import SDMGrad
+from moo_balance.weighting.separate_moments import SeparateMoments
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
@@ -74,6 +76,7 @@ __all__ = [
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "Lagrangian",
     "LearningRateAnnealing",
     "MoCo",
     "MoDo",
@@ -88,6 +91,7 @@ __all__ = [
     "RowStatistics",
     "RowWeighting",
     "SDMGrad",
+    "SeparateMoments",
     "Sequential",
     "SmoothTchebycheff",
     "SoftAdapt",

@@ -20,7 +20,7 @@ from moo_balance.weighting._arguments import (
     constant_state,
     copy_mappings,
     lower_limits,
-    normalize_preference,
+    relative_preference,
     shifted_losses,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -60,6 +60,8 @@ class LearnedScaleWeighting(Weighting):
     def _first_scale(self) -> float:
         """The scale t that belongs to the number `start`."""
 
+    leaves_out_satisfied = True
+
     @property
     def uses_losses(self) -> bool:
         return self.start == "first"
@@ -96,6 +98,5 @@ class LearnedScaleWeighting(Weighting):
         following, moments = adam(scales, gradient, torch.ones_like(scales), state, self.lr)
         coefficients = raw.to(statistics.losses)
         if self.preference is not None:
-            count = len(statistics.names)
-            coefficients = count * normalize_preference(self.preference, statistics) * coefficients
+            coefficients = relative_preference(self.preference, statistics) * coefficients
         return WeightingOutput(coefficients, coefficients, {"log_scales": following, **moments})
