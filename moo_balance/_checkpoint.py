@@ -110,7 +110,11 @@ def validate_checkpoint(
         raise _bad_entry("awaiting", f"name some of the losses {list(names)}", unknown or "none")
     differing = _compare_settings(entry, weighting)
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
-    rows = read_rows(entry.get("rows", {}), names, params)
+    method = weighting.needs(max(steps - 1, 0)).rows  # in the last step that was taken
+    if steps and method is not None and method.keeps and not entry.get("rows"):
+        raise _bad_entry("rows", f"hold what {type(method).__name__} keeps of gradients", "none")
+    of_optimizer = method is not None and method.steps_apart
+    rows = read_rows(entry.get("rows", {}), names, params, of_optimizer)
     skipped = _read_count(entry, "skipped")
     if differing:
         warn(

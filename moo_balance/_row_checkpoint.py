@@ -1,7 +1,8 @@
 """What is kept of rows in a checkpoint: by the parameter's position, the loss and a name.
 
 Positions count the parameters of the wrapped optimizer, group after group, as its own state dict
-does. Nothing is copied: a kept row is never written to.
+does. Nothing is copied: a kept row is never written to, and a state of the optimizer is written to
+by its next step, as one in its own state dict is.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ def save_rows(rows: RowState, params: Sequence[Tensor]) -> SavedRows:
     return {k: dict(rows[param]) for k, param in enumerate(params) if param in rows}
 
 
-def read_rows(saved: object, names: Sequence[str], params: Sequence[Tensor]) -> RowState:
+def read_rows(
+    saved: object, names: Sequence[str], params: Sequence[Tensor], of_optimizer: bool
+) -> RowState:
     """What was kept, for these parameters; an error if it does not fit them.
 
     Args:
         saved: What :func:`save_rows` gave.
         names: The losses.
         params: All parameters of the wrapped optimizer.
+        of_optimizer: Whether the entries are states of the wrapped optimizer, which may hold
+            anything.
     """
+    read = _read_entry if of_optimizer else _read
     rows: RowState = {}
     for position, by_loss in _items(saved, "rows"):
         if type(position) is not int or not 0 <= position < len(params):
@@ -44,7 +50,7 @@ def read_rows(saved: object, names: Sequence[str], params: Sequence[Tensor]) -> 
             if name not in names:
                 raise _misfit(f"entries for the losses {list(names)}", f"one for {name!r}")
             rows[param][name] = {
-                key: _read(value, param, f"rows[{position}][{name!r}]")
+                key: read(value, param, f"rows[{position}][{name!r}]")
                 for key, value in _items(entries, f"rows[{position}][{name!r}]")
             }
     return rows
@@ -62,6 +68,8 @@ def spread_rows(
     optimizer must have all that a checkpoint may hold, and a checkpoint all that it may have.
     """
     method = weighting.needs(0).rows
+    if method is not None and method.steps_apart:  # whose entries a new optimizer does not know
+        return {str(k): by_loss for k, by_loss in save_rows(rows, params).items()}
     keys = {key for by_loss in rows.values() for entries in by_loss.values() for key in entries}
     if not keys and method is not None and method.keeps:
         keys = {method.keeps}
@@ -126,6 +134,17 @@ def _read(value: object, param: Tensor, where: str) -> Tensor:
         raise _misfit(f"finite numbers at `{where}`", "others")
     dtype = torch.promote_types(param.dtype, torch.float32)
     return place_like(value, param).to(param.device, dtype, copy=True)
+
+
+def _read_entry(value: object, param: Tensor, where: str) -> Any:
+    """An entry of an optimizer's state: on the parameter's device if it is of its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_meta:
+        raise _misfit(f"tensors with values at `{where}`", "one without")
+    if value.shape != param.shape or value.ndim == 0:
+        return value.detach().clone()
+    return place_like(value, param).to(param.device, copy=True)
 
 
 def place_like(value: Tensor, param: Tensor) -> Tensor:

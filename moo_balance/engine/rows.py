@@ -65,8 +65,10 @@ class WholeRows(Linearization):
         params = self.problem.params
         for row in self.inner.take_rows():
             pairs = zip(row, params, strict=True)
-            self.rows.append([None if g is None else sharded_as(p, _dense(g)) for g, p in pairs])
-        return self.products(self.rows, self.problem.scale)
+            self.rows.append([None if g is None else sharded_as(p, _check(g)) for g, p in pairs])
+        gramian = self.inner.correct(self.products(self.rows, self.problem.scale))
+        self.projected = self.inner.projected
+        return gramian
 
     def products(self, rows: Sequence[Row], scale: Tensor | None = None) -> Tensor:
         """Inner products of rows over the compared parameters; the rows stay as they are."""
@@ -190,11 +192,14 @@ class WholeRows(Linearization):
         return total
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    if gradient.is_sparse:
+def _check(gradient: Tensor) -> Tensor:
+    """Refuse a gradient whose coordinates do not stand for themselves."""
+    if gradient.is_sparse or gradient.is_complex():
+        kind = "sparse" if gradient.is_sparse else "complex"
         raise BalanceError(
-            "Gradients should be dense for a method that looks at their single coordinates. Found "
-            f"a sparse one of shape {tuple(gradient.shape)}. Use `sparse=False`."
+            "Gradients should be dense and real for a method that looks at their single "
+            f"coordinates. Found a {kind} one of shape {tuple(gradient.shape)}. Use "
+            "`sparse=False`, or a method that compares whole gradients."
         )
     return gradient
 

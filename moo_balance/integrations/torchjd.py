@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class TorchJD(GramianWeighting):
     drawn from `seed` and the number of the step, not from the global stream. Losses are passed on
     in the order in which they were first declared, whatever the order of the dict: the first one
     is PCD's primary objective, without which all weights are 0, and vectors of preferences have one
-    entry for each.
+    entry for each. Where such a vector has entries for absent losses, these pass for gradients of
+    zero.
 
     TorchJD computes on the host, in the dtype of the Gramian.
 
@@ -100,7 +101,10 @@ class TorchJD(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         solver: _Solver = self._solver  # type: ignore[attr-defined]
-        state = {"position": torch.arange(len(names), device=device)}
+        state = {
+            "position": torch.arange(len(names), device=device),
+            "declared": torch.tensor(len(names), device=device),
+        }
         for keeper in solver.keepers:
             state.update(keeper.init(len(names), device))
         return {**state, **super().init(names, device)}
@@ -108,23 +112,38 @@ class TorchJD(GramianWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         solver: _Solver = self._solver  # type: ignore[attr-defined]
         host = {key: value.cpu() for key, value in state.items()}
+        position, declared = host.pop("position"), int(host.pop("declared"))
         # As they were declared, whatever the order of the dict.
-        order = host["position"].argsort()
-        matrix = gramian.detach().cpu()[order][:, order]
-        kept = {key: _select(value, order) for key, value in host.items() if key != "position"}
-        seed = step_generator(self.seed, statistics.step).initial_seed()
-        if solver.has_primary and int(host["position"][order[0]]) > 0:
+        order = position.argsort()
+        if solver.has_primary and int(position[order[0]]) > 0:
             return {"weights": torch.zeros_like(gramian[0])}
+        batch = _Batch(gramian.detach().cpu()[order][:, order], position[order], declared)
+        kept = {key: _select(value, order) for key, value in host.items()}
+        seed = step_generator(self.seed, statistics.step).initial_seed()
         try:
-            weights, kept = solver(matrix, kept, seed)
-        except (ValueError, RuntimeError) as error:
-            raise _explain(error, solver.name, statistics.names, host["position"]) from error
+            weights, kept = solver(batch, kept, seed)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise _explain(error, solver.name, statistics.names, position) from error
         back = order.argsort()
         result = {key: _select(value, back).to(state[key]) for key, value in kept.items()}
         return {**result, "weights": weights[back].to(gramian)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"].to(statistics.losses.dtype)
+
+
+class _Batch(NamedTuple):
+    """A Gramian on the host, of the losses at some of the declared positions, in this order."""
+
+    gramian: Tensor
+    position: Tensor
+    declared: int
+
+    def with_absent(self) -> _Batch:
+        """The Gramian of all declared losses, where the absent ones have a gradient of zero."""
+        whole = self.gramian.new_zeros(self.declared, self.declared)
+        whole[self.position[:, None], self.position] = self.gramian
+        return _Batch(whole, torch.arange(self.declared), self.declared)
 
 
 class _Solver:
@@ -136,6 +155,7 @@ class _Solver:
         takes: What it is called with.
         keepers: Those of its parts that have a state.
         has_primary: Whether one loss, the first, is not like the others.
+        has_vector: Whether it has an entry for each declared loss.
     """
 
     def __init__(self, given: Any, takes: str | None) -> None:
@@ -143,13 +163,19 @@ class _Solver:
         self.module = _unwrap(given)
         self.takes = _find_input(self.module, takes)
         self.keepers: list[StateKeeper] = find_keepers(given, self.module)
-        self.has_primary = any(type(k.module).__name__ == "PCDWeighting" for k in self.keepers)
+        parts = {type(part).__name__ for part in self.module.modules()}
+        self.has_primary = "PCDWeighting" in parts
+        self.has_vector = "ConstantWeighting" in parts
 
-    def __call__(self, gramian: Tensor, state: State, seed: int) -> tuple[Tensor, State]:
+    def __call__(self, batch: _Batch, state: State, seed: int) -> tuple[Tensor, State]:
+        if self.has_vector and not self.keepers and len(batch.position) < batch.declared:
+            weights, _ = self(batch.with_absent(), state, seed)
+            return weights[batch.position], state
+        gramian = batch.gramian
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for keeper in self.keepers:
-                keeper.write(state, gramian)
+                keeper.write(state, gramian, batch.position)
             try:
                 weights = self._weigh(gramian)
                 for keeper in self.keepers:

@@ -44,6 +44,7 @@ from moo_balance.weighting.relobralo import ReLoBRaLo
 from moo_balance.weighting.rescaled import Rescaled
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
 from moo_balance.weighting.sdmgrad import SDMGrad
+from moo_balance.weighting.separate_moments import SeparateMoments
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
@@ -90,6 +91,7 @@ __all__ = [
     "RowStatistics",
     "RowWeighting",
     "SDMGrad",
+    "SeparateMoments",
     "Sequential",
     "SmoothTchebycheff",
     "SoftAdapt",

@@ -57,6 +57,7 @@ class BalancedTrajectory(LogitWeighting):
             0 did not converge there).
         shift: Added to each loss before the logarithm. Default 1 (paper's footnote, and code).
         logit_optimizer: ``"adam"`` (default, code) or ``"sgd"`` (paper); see :class:`FAMO`.
+        preference: See :class:`FAMO`. Default None (paper): equal.
         every: Update the logits only every n-th step. Default 1 (paper).
         lagged: Use the next batch's losses instead of an evaluation. Default False (paper).
 
@@ -112,20 +113,31 @@ class AnalyticQP(GramianWeighting):
     * ``"exact"``: the quadratic programme with its constraint, hence the min-norm point of the log
       gradients (:class:`MGDA` with ``normalize="log"`` and a shift).
 
-    Parallel, equal and zero gradients all have finite weights; see
-    :func:`~moo_balance.functional.analytic_qp_weights`.
+    Parallel, equal and zero gradients all have finite weights, in which the order of the losses
+    does not matter; see :func:`~moo_balance.functional.analytic_qp_weights`.
 
-    Coefficients: sum to 1 with `renormalize`; :math:`w_i / D_i` without.
+    With a `preference` :math:`p`, :math:`Q` is that of :math:`a_i / p_i`, and
+    :math:`v_i / p_i`, scaled to sum 1, is what is projected: the losses improve at relative rates
+    in proportion to :math:`p`, as far as the projection leaves that so. The softmax is then
+    :math:`w_i \propto p_i e^{v_i - p_i}`, which leaves :math:`v = p` where it is, as the published
+    one leaves its centre.
+
+    Coefficients: sum to 1 with `renormalize`; :math:`w_i / D_i` without. With ``"exact"`` no loss
+    rises. With ``"simplex"`` none of two does, but one of several may. With ``"softmax"`` any may,
+    about as often as under the plain sum: where two of three random gradients in ten dimensions,
+    whose lengths differ by a factor of ten or so, conflict, the direction opposes one of them in
+    about 60 % of the cases, that of ``"simplex"`` in 20 %, that of the sum in 65 %.
 
     Args:
         projection: :math:`\Pi`, one of the above. Default ``"softmax"`` (paper, Eq. 13).
         shift: :math:`s \ge 0`. Default 1 (paper's footnote).
         renormalize: Multiply by :math:`c`. Default True (paper).
+        preference: :math:`p_i > 0` by name, scaled to sum 1. Default None (paper): equal.
         every: Solve each n-th step only, and keep :math:`w` in between. Default 1 (paper).
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
-            not above :math:`-s`.
+            below :math:`-s`.
 
     Source: arXiv 2502.20161, Section 3.3, Algorithm 2.
 

@@ -140,9 +140,14 @@ class FAMO(LogitWeighting):
         q_i = z_i \Big(\delta_i - \sum_j z_j \delta_j\Big), \qquad
         \xi \leftarrow \xi - \beta\,(q + \gamma \xi)
 
+    (with a `preference` :math:`p`, scaled to mean 1:
+    :math:`z = \operatorname{softmax}(\xi + 2 \log p)`, :math:`\delta_i / p_i` in place of
+    :math:`\delta_i`, and :math:`d` with :math:`z_i / p_i`)
+
     where :math:`D^{+}` is evaluated on the same batch after the step. A loss that fell faster than
     the average thereby loses weight. It approaches, with one backward pass per step, the direction
-    in which all losses improve at the same relative rate.
+    in which all losses improve at the same relative rate, or at rates in proportion to the
+    preference.
 
     The losses after the step come from one of three:
 
@@ -151,7 +156,10 @@ class FAMO(LogitWeighting):
     * ``lagged=True`` takes the next batch's losses instead: no extra forward pass, more noise.
       It is what the official code does in its deterministic toy problem.
 
-    Coefficients: sum to 1.
+    A loss that did not move at all in a step, such as a constant, has no part in the comparison:
+    its logit stays.
+
+    Coefficients: sum to 1. A loss may rise.
 
     Args:
         lr: :math:`\beta > 0`. Default 0.025 (paper and code).
@@ -161,17 +169,20 @@ class FAMO(LogitWeighting):
             does, so it grows in effect as :math:`q` shrinks: in the long run any positive value
             ends where :class:`SumLog` ends.
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
-        shift: :math:`s_i`, likewise. Default 0. The code's 1e-8 is left out: a loss that is not
-            above its bound is refused instead.
+        shift: :math:`s_i`, likewise. Default 0. The official code's :math:`\epsilon` is
+            ``shift=1e-8``, which counts once a loss falls to about 1e-5. Without it a loss at its
+            bound is satisfied, and left out.
         logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"``
             (paper). Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning
             rate), so that plain descent with 0.025 hardly moves.
+        preference: :math:`p_i > 0` by name. With logits that stay at zero the weights are
+            :math:`p`, as those of :class:`SumLog`. Default None: equal.
         every: Update the logits only every n-th step. Default 1 (paper).
         lagged: Compare with the next batch's losses. Default False (paper).
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
-            not above :math:`b_i - s_i`.
+            below :math:`b_i - s_i`.
 
     Source: Liu et al., *FAMO: Fast Adaptive Multitask Optimization* (NeurIPS 2023),
     arXiv 2306.03792, Algorithm 2.

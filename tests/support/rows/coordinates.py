@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moo_balance import DBMTL, ExcessMTL, GradDrop, MoCo, TrimmedMean
+from moo_balance import DBMTL, ExcessMTL, GradDrop, MoCo, SeparateMoments, TrimmedMean
 from tests.support.method import (
     INF,
     NAN,
@@ -72,6 +72,18 @@ METHODS = [
         total=count,
         scaling="unchanged",
     ),
+    Method(
+        "SeparateMoments",
+        lambda names: SeparateMoments(),
+        kind="gramian",
+        scaling="unchanged",
+    ),
+    Method(
+        "SeparateMoments-preference",
+        lambda names: SeparateMoments(preference(names)),
+        kind="gramian",
+        scaling="unchanged",
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -100,6 +112,8 @@ REFUSALS = [
     unfit(GradDrop, preference={"b": 1.0}),
     refused(TrimmedMean, trim=-1),
     refused(TrimmedMean, trim=0.5),
+    refused(SeparateMoments, preference={"a": 0.0}),
+    unfit(SeparateMoments, preference={"a": 1.0}),
 ]
 
 FACTS: dict[str, Facts] = {
@@ -107,5 +121,10 @@ FACTS: dict[str, Facts] = {
     "DBMTL": Facts("lengths of averaged log gradients", "`GradientNorms` on `log` losses"),
     "ExcessMTL": Facts("minimizes the largest excess risk", "as `OnlineTchebycheff`, on risks"),
     "GradDrop": Facts("signs within each coordinate", "`Sum` where no signs conflict"),
+    "SeparateMoments": Facts(
+        "sizes of the optimizer's steps",
+        "`Sum` with one loss",
+        cost="one backward pass and one optimizer step per loss",
+    ),
     "TrimmedMean": Facts("minimizes the pull of extreme gradients", "a median for `trim` large"),
 }

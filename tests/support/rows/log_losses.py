@@ -13,6 +13,7 @@ from tests.support.method import (
     low,
     low_bounds_shifted,
     positive,
+    preference,
     refused,
     unfit,
 )
@@ -58,6 +59,12 @@ METHODS = [
         alone=lambda loss: 1 / loss,
         scaling="inverse",
     ),
+    Method(
+        "SumLog-preference",
+        lambda names: SumLog(preference=preference(names)),
+        bounds=positive,
+        scaling="shares",
+    ),
     famo("adam"),
     famo("sgd", logit_optimizer="sgd", lr=2.0),
     famo("no-decay", decay=0.0),
@@ -70,6 +77,13 @@ METHODS = [
         lambda names: FAMO(bounds=low(names), shift=0.5),
         kind="observing",
         bounds=low_bounds_shifted,
+    ),
+    Method(
+        "FAMO-preference",
+        lambda names: FAMO(preference=preference(names)),
+        kind="observing",
+        bounds=positive,
+        scaling="shares",
     ),
     trajectory("defaults"),
     trajectory("paper", logit_optimizer="sgd"),
@@ -104,6 +118,14 @@ REFUSALS = [
             ("logit_optimizer", "rmsprop"),
             ("every", 0),
             ("every", 1.5),
+        )
+    ),
+    *(
+        refusal
+        for cls in (SumLog, FAMO, BalancedTrajectory)
+        for refusal in (
+            refused(cls, preference={"a": 0.0}),
+            unfit(cls, preference={"a": 1.0}),
         )
     ),
     refused(FAMO, bounds=-INF),
