@@ -95,6 +95,8 @@ class LearnedScaleWeighting(Weighting):
         # The square of what is cut off here would overflow in Adam.
         limit = torch.finfo(scales.dtype).max ** 0.5
         gradient = (raw * distances - self._pull).clamp(max=limit)
+        # Where a loss starts its own scale this is but rounding, which Adam would blow up.
+        gradient = gradient.masked_fill(state["log_scales"].isnan(), 0.0)
         following, moments = adam(scales, gradient, torch.ones_like(scales), state, self.lr)
         coefficients = raw.to(statistics.losses)
         if self.preference is not None:

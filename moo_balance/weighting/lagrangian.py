@@ -57,7 +57,8 @@ class Lagrangian(Weighting):
       compared with the first value of its loss instead. The objective should not be zero at the
       solution: add a constant to one that changes its sign.
     * No wind-up: far above its target a loss adds little to :math:`\mu`, so that multipliers do not
-      pile up in the many steps which a run needs to come close at all.
+      pile up in the many steps which a run needs to come close at all. If no point satisfies the
+      bounds, multipliers grow slowly, and in the end only violated losses count.
 
     The multipliers of a step follow from losses of the steps before it, and are updated with its
     own losses, as they were before the step. So they do not correlate with the noise of its batch,
@@ -71,7 +72,9 @@ class Lagrangian(Weighting):
     Coefficients: with `renormalize` divided by :math:`\sum_j w_j + \sum_i \lambda_i`, hence they
     sum to 1 (to less in a batch without any part of the objective, whose :math:`\sum_j w_j` counts
     as 1); without it :math:`w` and :math:`\lambda` themselves. The weights reported are :math:`w`
-    and :math:`\lambda` in either case. A loss may rise: one below its target is free to.
+    and :math:`\lambda` in either case. Where the objective is tiny next to a violated loss steps
+    are short, as with every method whose coefficients sum to 1. A loss may rise: one below its
+    target is free to.
 
     Args:
         targets: :math:`t_i` by name, or ``{step: t_i, ...}`` with an entry for step 0.

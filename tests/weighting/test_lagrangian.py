@@ -288,6 +288,20 @@ def test_with_bounds_only_it_looks_for_a_feasible_point() -> None:
     assert max(history[-1].values()) <= 2.5 * 1.001
 
 
+def test_bounds_that_cannot_be_met_end_in_the_least_violation() -> None:
+    optimizer, history, point = train(
+        lambda at, step: {"a": (at - 1).square().sum() + 1, "b": (at + 1).square().sum() + 1},
+        vector((3.0,)),
+        Lagrangian({"b": 0.9}, "a", lr=0.3),
+        400,
+        descent(0.1),
+    )
+    assert float(point) == pytest.approx(-1.0, abs=0.15)
+    assert history[-1]["b"] == pytest.approx(1.0, abs=0.02)
+    total = sum(float(value) for value in optimizer.metrics.coefficients.values())
+    assert total == pytest.approx(1.0, rel=1e-12)
+
+
 # ---------------------------------------------------------------------- targets that change
 
 

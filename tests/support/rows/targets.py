@@ -87,7 +87,7 @@ REFUSALS = [
 
 FACTS = {
     "Lagrangian": Facts(
-        "minimises a loss subject to upper bounds on others",
+        "minimizes a loss subject to upper bounds on others, in relative terms",
         "FixedWeights with the multipliers, once these have settled",
     ),
 }
