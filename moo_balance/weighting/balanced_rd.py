@@ -14,6 +14,7 @@ from moo_balance.functional import project_simplex
 from moo_balance.functional.analytic_qp import affine_weights
 from moo_balance.functional.min_norm import convex_weights
 from moo_balance.weighting._arguments import (
+    FLOOR,
     TAKES_LOG,
     advise,
     check_choice,
@@ -22,12 +23,15 @@ from moo_balance.weighting._arguments import (
     check_range,
     check_whole,
     copy_mappings,
+    init_floor,
     left_of_two,
     log_coefficients,
     lower_limits,
     normalize_preference,
+    raise_by_floor,
     relative_preference,
     renormalize,
+    update_floor,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 from moo_balance.weighting.famo import LogitWeighting
@@ -158,6 +162,7 @@ class AnalyticQP(GramianWeighting):
     projection: Literal["softmax", "simplex", "exact"] = "softmax"
     shift: float = 1.0
     renormalize: bool = True
+    floor: float = 0.0
     preference: Mapping[str, float] | None = None
     every: int = 1
 
@@ -166,6 +171,7 @@ class AnalyticQP(GramianWeighting):
         check_preference(self)
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
+        check_range(self, "floor", 0.0)
         check_whole(self, "every", 1)
 
     bound_reason = TAKES_LOG
@@ -179,10 +185,14 @@ class AnalyticQP(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
+        return {**super().init(names, device), **init_floor(self.floor, len(names), device)}
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        scales = statistics.losses + self.shift
+        distances = statistics.losses + self.shift
+        kept = {}
+        if self.floor:
+            kept = {FLOOR: update_floor(distances, state)[FLOOR]}
+        scales = raise_by_floor(self.floor, distances, kept)
         preference, left_out = None, statistics.satisfied
         if self.preference is not None:
             preference = relative_preference(self.preference, statistics)
@@ -195,7 +205,7 @@ class AnalyticQP(GramianWeighting):
         if preference is not None:
             weights = weights / preference
             weights = weights / weights.sum()
-        return {"weights": self._project(weights, statistics)}
+        return {"weights": self._project(weights, statistics), **kept}
 
     def _project(self, affine: Tensor, statistics: Statistics) -> Tensor:
         """Bring affine weights to the simplex, without the losses that are left out."""
@@ -212,7 +222,7 @@ class AnalyticQP(GramianWeighting):
         return torch.softmax(affine, 0)
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        distances = statistics.losses + self.shift
+        distances = raise_by_floor(self.floor, statistics.losses + self.shift, state)
         return log_coefficients(state["weights"], distances, self.renormalize)
 
     def keep(self, statistics: Statistics, state: State) -> State:

@@ -22,10 +22,13 @@ from moo_balance.weighting._arguments import (
     check_whole,
     constant_state,
     copy_mappings,
+    init_floor,
     log_coefficients,
     lower_limits,
+    raise_by_floor,
     relative_preference,
     shifted_losses,
+    update_floor,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
@@ -41,6 +44,7 @@ class LogitWeighting(Weighting):
     shift: FloatOrByName
     bounds: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"]
+    floor: float = 0.0
     preference: Mapping[str, float] | None
     lagged: bool
 
@@ -50,6 +54,7 @@ class LogitWeighting(Weighting):
         check_range(self, "decay", 0.0)
         check_range(self, "bounds")
         check_range(self, "shift")
+        check_range(self, "floor", 0.0)
         check_choice(self, "logit_optimizer", ("adam", "sgd"))
         check_preference(self)
         check_whole(self, "every", 1)
@@ -77,11 +82,15 @@ class LogitWeighting(Weighting):
         return {
             "logits": constant_state(0.0, count, device),
             **moments,
+            **init_floor(self.floor, count, device),
             "log_distances": constant_state(math.nan, count, device),
         }
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
+        if self.floor:
+            state = update_floor(distances, state)
+            distances = raise_by_floor(self.floor, distances, state)
         if statistics.step % self.every == 0:
             log_distances = distances.log().to(state["logits"].dtype)
             if self.lagged:
@@ -96,7 +105,8 @@ class LogitWeighting(Weighting):
         return WeightingOutput(weights, log_coefficients(weights, distances), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
-        log_distances = shifted_losses(self.bounds, self.shift, statistics).log()
+        distances = shifted_losses(self.bounds, self.shift, statistics)
+        log_distances = raise_by_floor(self.floor, distances, state).log()
         return self._update(log_distances.to(state["logits"].dtype), statistics, state)
 
     def _update(self, log_distances: Tensor, statistics: Statistics, state: State) -> State:
@@ -202,6 +212,7 @@ class FAMO(LogitWeighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
+    floor: float = 0.0
     preference: Mapping[str, float] | None = None
     every: int = 1
     lagged: bool = False

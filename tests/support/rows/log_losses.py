@@ -65,7 +65,9 @@ METHODS = [
         bounds=positive,
         scaling="shares",
     ),
+    Method("SumLog-floor", lambda names: SumLog(floor=0.1), bounds=positive, scaling="shares"),
     famo("adam"),
+    famo("floor", floor=0.1),
     famo("sgd", logit_optimizer="sgd", lr=2.0),
     famo("no-decay", decay=0.0),
     famo("lagged", kind="lagged", lagged=True),
@@ -103,6 +105,8 @@ METHODS = [
 REFUSALS = [
     refused(SumLog, bounds=INF),
     refused(SumLog, shift={"a": NAN}),
+    refused(SumLog, floor=-0.1),
+    refused(FAMO, floor=INF),
     unfit(SumLog, bounds={"d": 1.0}),
     unfit(SumLog, shift={"d": 1.0}),
     *(

@@ -77,6 +77,13 @@ METHODS = [
         kind="gramian",
         bounds=above_minus_one,
     ),
+    Method(
+        "AnalyticQP-floor",
+        lambda names: AnalyticQP(shift=0.0, floor=0.1, every=3),
+        kind="gramian-every",
+        bounds=positive,
+        scaling="shares",
+    ),
     mgda("none", never_rises=True),
     mgda("l2", normalize="l2", scaling="unchanged"),
     mgda("loss", normalize="loss", bounds=positive, scaling="unchanged"),
@@ -103,6 +110,7 @@ METHODS = [
 REFUSALS = [
     refused(AnalyticQP, projection="cone"),
     refused(AnalyticQP, shift=-1.0),
+    refused(AnalyticQP, floor=-1.0),
     refused(AnalyticQP, every=0),
     *(
         refusal
