@@ -38,6 +38,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "MovingAverage": {"weighting": mb.MGDA()},
     "OnlineTchebycheff": {"preference": WORTH},
     "PBI": {"preference": WORTH},
+    "PCD": {"primary": "digit"},
+    "Rescaled": {"weighting": mb.SumLog()},
+    "Sequential": {"weightings": [mb.MGDA("l2"), mb.SumLog()], "milestones": [100]},
     "SmoothTchebycheff": {"preference": WORTH},
     "Tchebycheff": {"preference": WORTH},
 }
