@@ -31,10 +31,13 @@ WORTH = {"digit": 1.0, "parity": 1.0, "reconstruction": 1 / 4000}
 
 # Arguments of the methods that need some here; every other one has its defaults.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "COSMOS": {"preference": WORTH},
     "FixedWeights": {"values": WORTH},
+    "Lagrangian": {"targets": {"digit": 0.2, "parity": 0.2}},
     "LearningRateAnnealing": {"reference": "reconstruction"},
     "MovingAverage": {"weighting": mb.MGDA()},
     "OnlineTchebycheff": {"preference": WORTH},
+    "PBI": {"preference": WORTH},
     "SmoothTchebycheff": {"preference": WORTH},
     "Tchebycheff": {"preference": WORTH},
 }

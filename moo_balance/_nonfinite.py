@@ -217,7 +217,5 @@ class FaultCounts:
             raise NonFiniteError(
                 f"Loss `{name}` or its gradient should be finite and above its bound. Found "
                 f"{count} steps since the last report where it was not; the balance kept its "
-                'state in them. Lower the learning rate, or pass nonfinite="skip"; if a gradient '
-                "longer than 1e19 is right, pass `engine=PerLoss(dtype=torch.float64)`, as on an "
-                "accelerator its square is too large for float32."
+                'state in them. Lower the learning rate, or pass nonfinite="skip".'
             )

@@ -27,6 +27,7 @@ from moo_balance.engine.autograd import flatten
 from moo_balance.engine.base import Row
 from moo_balance.engine.products import (
     DOT_LIMIT,
+    READABLE,
     as_real_vector,
     assemble_gramian,
     chunk_size,
@@ -146,8 +147,10 @@ class Block(NamedTuple):
             return
         ordered, _ = _in_memory_order(gradients)
         vectors = [as_real_vector(gradient, dtype) for gradient in ordered]
-        # Dot products read two at a time. Longer chunks take the same time, but lose digits.
-        at_once = 2 if len(vectors) <= DOT_LIMIT else len(vectors)
+        # Dot products read two at a time, but copy all where they scale them. Longer chunks take
+        # the same time, but lose digits.
+        copies = gradients[0].device.type not in READABLE or len(vectors) > DOT_LIMIT
+        at_once = len(vectors) if copies else 2
         length = max(chunk_size(vectors[0]) // at_once, 1)
         for chunks in zip(*(torch.split(vector, length) for vector in vectors), strict=True):
             yield vector_products(chunks)

@@ -104,11 +104,12 @@ class PerLoss(Engine):
     that a window takes anyway, and for more than two losses on an accelerator one read of the host.
 
     Args:
-        dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
-            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
-            outside of this range comes in float64; on an accelerator, where the host does not read
-            it, larger gradients count as not finite, and far smaller ones as zero.
+        dtype: Precision of inner products, ``torch.float32`` (default) or ``torch.float64``; a
+            gradient of higher precision keeps its own. Gradients may be of any length that their
+            own precision holds. On the CPU a Gramian that leaves the range of float32 comes in
+            float64. On an accelerator, where the host does not read it, gradients are multiplied by
+            powers of two before their products, and the Gramian always comes in float64; on Apple's
+            "mps", which has none, their norms should lie between 1e-15 and 1e19.
         unbiased: Estimate the Gramian of the expected gradients. Default False. A step with one
             batch is refused, and so is ``features=``. Ranks of ``fully_shard`` make one batch
             together, as their gradients arrive averaged.
@@ -157,8 +158,7 @@ class PerLossLinearization(Linearization):
         compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
         if self.within is not None:
-            batches = [*self.within.batches, tuple(problem.names)]
-            check_batches(problem, batches, None if sharded else problem.averager, sharded)
+            self._check_batches(sharded)
         rows = self._rows(sharded)
         if sharded:
             gramian = products_in_range(
@@ -200,8 +200,22 @@ class PerLossLinearization(Linearization):
         return precomputed_gradient(value, gradients, problem)
 
     def take_rows(self) -> list[list[Tensor | None]]:
-        """The K rows themselves, in place of the Gramian."""
-        return self._rows(_has_shards(self.problem))
+        """The K rows themselves; they are not combined here then."""
+        sharded = _has_shards(self.problem)
+        self._check_batches(sharded)
+        return self._rows(sharded)
+
+    def correct(self, gramian: Tensor) -> Tensor:
+        """The Gramian of the rows that were taken, without bias if that is wanted."""
+        if self.within is None:
+            return gramian
+        return self._remove_bias(gramian, self.within, _has_shards(self.problem))
+
+    def _check_batches(self, sharded: bool) -> None:
+        problem = self.problem
+        if self.within is not None:
+            batches = [*self.within.batches, tuple(problem.names)]
+            check_batches(problem, batches, None if sharded else problem.averager, sharded)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""

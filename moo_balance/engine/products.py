@@ -16,6 +16,15 @@ DOT_LIMIT_STACKED, DOT_LIMIT = 4, 8
 the vectors are rows of a matrix already, the second where it would have to be made of them."""
 
 
+READABLE = ("cpu",)
+"""Kinds of devices whose values the host reads without a synchronization. There it sees whether
+squared norms leave the range of float32; elsewhere vectors are scaled before they are multiplied,
+and their products are in float64."""
+
+NARROW = ("mps",)
+"""Kinds of devices without float64: the range of float32 is that of all products."""
+
+
 def chunk_size(tensor: Tensor) -> int:
     """How many elements to work on at once where this tensor is stored."""
     return _CPU_CHUNK if tensor.is_cpu else _DEVICE_CHUNK
@@ -32,6 +41,8 @@ def as_real_vector(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 def vector_products(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> Tensor:
     """Inner products of vectors, which may be the rows of a matrix; symmetric to the bit."""
     if len(vectors) <= (DOT_LIMIT if matrix is None else DOT_LIMIT_STACKED):
+        if vectors[0].dtype == torch.float32 and vectors[0].device.type not in READABLE + NARROW:
+            return scaled_products(vectors)
         return _pairwise(vectors, torch.dot)
     if matrix is None or matrix.dtype != vectors[0].dtype:
         matrix = torch.stack(list(vectors))
@@ -39,8 +50,34 @@ def vector_products(vectors: Sequence[Tensor], matrix: Tensor | None = None) -> 
     return symmetrize(matrix @ matrix.T)
 
 
+def scaled_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Inner products in float64 of float32 vectors of any length, at the price of float32.
+
+    Each vector is multiplied by the power of two that makes its largest entry lie in [1, 2): no
+    square overflows, and none that counts underflows. A product of powers of two is exact, so the
+    result is as if float32 had no end. Nothing is read by the host.
+    """
+    if not vectors[0].numel():
+        return vectors[0].new_zeros(len(vectors), len(vectors), dtype=torch.float64)
+    largest = torch.stack([torch.linalg.vector_norm(vector, torch.inf) for vector in vectors])
+    factors = _power_to_one(largest)
+    scaled = [vector * factor for vector, factor in zip(vectors, factors.unbind(), strict=True)]
+    exact = factors.double()
+    return _pairwise(scaled, torch.dot).double() / exact[:, None] / exact
+
+
+def _power_to_one(values: Tensor) -> Tensor:
+    """Powers of two that bring positive float32 values into [1, 2); finite ones for any other."""
+    # A float32 is (1 + fraction) * 2 ** (exponent - 127), with the exponent in bits 23 to 30. The
+    # exponent 0 (a value below 2 ** -126, or zero) has the factor 2 ** 127.
+    exponents = (values.view(torch.int32) >> 23) & 255
+    return ((254 - exponents).clamp(min=1) << 23).view(torch.float32)
+
+
 def sparse_products(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Inner products of gradients of one parameter of which some are sparse."""
+    if gradients[0].device.type not in READABLE + NARROW:
+        dtype = torch.float64
     dtype = torch.promote_types(gradients[0].dtype, dtype)
     vectors = [
         g.to(dtype).coalesce() if g.is_sparse else as_real_vector(g, dtype) for g in gradients
@@ -77,9 +114,9 @@ def exact_for_products(matrix: Tensor) -> Tensor:
 
     That would leave three digits. Apple's "mps" has neither TF32 nor float64.
     """
-    if matrix.dtype == torch.float64 or matrix.device.type == "mps":
+    if matrix.dtype == torch.float64 or matrix.device.type in NARROW:
         return matrix
-    if matrix.is_cpu and torch.get_float32_matmul_precision() == "highest":
+    if matrix.device.type in READABLE and torch.get_float32_matmul_precision() == "highest":
         return matrix
     return matrix.double()
 
@@ -91,7 +128,8 @@ def products_in_range(
 ) -> Tensor:
     """A Gramian in `dtype`; on the CPU in float64 if its squared norms leave the range of `dtype`.
 
-    Elsewhere reading the squared norms would synchronize.
+    Elsewhere reading the squared norms would synchronize, and :func:`vector_products` gives float64
+    in any case.
 
     Args:
         products: Takes the inner products in a precision.
@@ -100,7 +138,7 @@ def products_in_range(
             squared norm of zero counts as an underflow.
     """
     gramian = products(dtype)
-    if not gramian.is_cpu or gramian.dtype == torch.float64:
+    if gramian.device.type not in READABLE or gramian.dtype == torch.float64:
         return gramian
     if _fits(gramian, gramian.dtype, is_zero):
         return gramian

@@ -85,9 +85,9 @@ class Barrier(NamedTuple):
         r"""Newton's method with a backtracking line search, from any positive `start`.
 
         Newton's direction is a descent direction, as the Hessian :math:`A + \gamma q
-        s^{-\gamma-1}` is positive definite. The step follows a curve with that tangent along which
-        s stays positive, and is halved until F falls by a fixed part of what the tangent promises.
-        In steps relative to s the third derivative is bounded by the second,
+        s^{-\gamma-1}` is positive definite. The step follows that tangent, straight or on a curve,
+        such that s stays positive, and is halved until F falls by a fixed part of what the tangent
+        promises. In steps relative to s the third derivative is bounded by the second,
         :math:`\lvert F''' \rvert \le (\gamma + 1) F'' / s`. So in the compact set of lower F, a
         step of fixed relative size is always taken, and F falls by a fixed amount until s is close
         to the minimum, where the full step is taken and convergence is quadratic.
@@ -145,16 +145,27 @@ class Barrier(NamedTuple):
         return scaled / scale, float(scaled.dot(residual))
 
     def _search(self, point: _Point, step: Array, slope: float) -> _Point | None:
-        """The first step, of all that are halved again and again, that lowers F enough."""
+        """The first step, of all that are halved again and again, that lowers F enough.
+
+        A straight step keeps the balance of gradients that nearly cancel, but all of it ends where
+        one s would become negative; a curved one lets each s fall as far as it should.
+        """
         rounding = 8 * EPS * (abs(point.value) + float(point.solution.sum()) ** 2)
+        fall = float(-step.min())
+        straight = 1.0 if fall < 0.9 else 0.9 / fall
         for halvings in range(40):
             fraction = 0.5**halvings
-            moved = self._at(self._move(point.solution, fraction * step))
-            if moved.value <= point.value + rounding - 1e-4 * fraction * slope:
+            length = fraction * straight
+            moved = self._at(np.maximum(point.solution * (1.0 + length * step), _LEAST))
+            if straight < 1.0:
+                curved = self._at(self._bend(point.solution, fraction * step))
+                if not moved.value <= curved.value:
+                    moved, length = curved, fraction
+            if moved.value <= point.value + rounding - 1e-4 * length * slope:
                 return moved
         return None
 
-    def _move(self, solution: Array, step: Array) -> Array:
+    def _bend(self, solution: Array, step: Array) -> Array:
         """Increases are linear; decreases are those of a power of 1 / s."""
         falling = (1.0 + self.power * np.maximum(-step, 0.0)) ** (-1 / self.power)
         return np.maximum(solution * np.where(step > 0.0, 1.0 + step, falling), _LEAST)

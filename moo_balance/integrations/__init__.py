@@ -1,6 +1,7 @@
 """What a framework needs beyond an ordinary optimizer; one module each.
 
-None of them imports its framework: they work on the objects that are passed to them.
+They work on the objects that are passed to them; only ``torchjd`` imports its framework, with the
+first object of it.
 """
 
 from __future__ import annotations

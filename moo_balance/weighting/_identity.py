@@ -9,7 +9,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moo_balance.weighting.base import Weighting
 
@@ -24,8 +24,16 @@ def method_name(weighting: Weighting) -> str:
         >>> method_name(MovingAverage(MGDA(normalize="l2"), beta=0.5))
         'MovingAverage(MGDA)'
     """
-    nested = [method_name(inner) for inner in _weightings_in(list(_parameters(weighting).values()))]
+    values = list(_parameters(weighting).values())
+    nested = [method_name(inner) for inner in _weightings_in(values)]
+    nested += [_module_name(value) for value in values if isinstance(value, nn.Module)]
     return type(weighting).__name__ + (f"({', '.join(nested)})" if nested else "")
+
+
+def _module_name(module: nn.Module) -> str:
+    """The class of a module, with those of the modules inside of it."""
+    nested = ", ".join(map(_module_name, module.children()))
+    return type(module).__name__ + (f"({nested})" if nested else "")
 
 
 def describe(weighting: Weighting) -> str:
@@ -101,6 +109,8 @@ def _text(value: object) -> str:
     """The representation of a hyper-parameter, without addresses."""
     if isinstance(value, Weighting):
         return describe(value)
+    if isinstance(value, nn.Module):
+        return _module_text(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -118,3 +128,27 @@ def _text(value: object) -> str:
     if hasattr(value, "__qualname__"):  # a function or a class
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, Tensor, Mapping, list, tuple, set, frozenset)
+
+
+def _module_text(module: nn.Module) -> str:
+    """A module's attributes and the modules inside of it.
+
+    Not those that are None, and what other packages have put there, both of which may change.
+    """
+    package = type(module).__module__.partition(".")[0]
+    parts = {
+        name: value
+        for name, value in {**vars(module), **dict(module.named_children())}.items()
+        if name not in _OF_ANY_MODULE
+        and (
+            isinstance(value, (*_PLAIN, nn.Module))
+            or callable(value)
+            or type(value).__module__.partition(".")[0] == package
+        )
+    }
+    arguments = ", ".join(f"{name}={_text(value)}" for name, value in parts.items())
+    return f"{type(module).__name__}({arguments})"

@@ -109,15 +109,16 @@ class FairGrad(FairWeighting):
         g_i^\top d = \left( \frac{p_i}{w_i} \right)^{1/\alpha} \;\text{ for all } i
 
     with :math:`p` the `preference`, scaled to a mean of 1. :math:`\alpha = 1` is :class:`NashMTL`;
-    towards 0 the direction becomes that of the plain sum, towards infinity that of :class:`MGDA`,
-    with the largest :math:`\min_i g_i^\top d`.
+    towards 0 the direction becomes that of :class:`DualProj` (of the plain sum where that conflicts
+    with no gradient), towards infinity that of :class:`MGDA`, with the largest :math:`\min_i
+    g_i^\top d`.
 
     The equation is solved exactly, by a damped Newton method. (Least squares from equal weights, as
-    in the official code, stop up to 0.15 % off.) The official code multiplies :math:`w` by K before
-    it clips the gradient to length 1; here :math:`w` is the paper's. Unless :math:`\alpha = 1`,
-    units matter: if all losses are multiplied by s, :math:`\lVert d \rVert` is multiplied by
-    :math:`s^{(1 - \alpha) / (1 + \alpha)}`, which for :math:`\alpha > 1` grows as gradients
-    shrink.
+    in the official code, stop before they solve it where norms differ by orders of magnitude.) The
+    official code multiplies :math:`w` by K before it clips the gradient to length 1; here :math:`w`
+    is the paper's. Unless :math:`\alpha = 1`, units matter: if all losses are multiplied by s,
+    :math:`\lVert d \rVert` is multiplied by :math:`s^{(1 - \alpha) / (1 + \alpha)}`, which for
+    :math:`\alpha > 1` grows as gradients shrink.
 
     Coefficients: sum to nothing in particular; all are positive.
 

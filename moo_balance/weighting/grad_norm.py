@@ -99,6 +99,7 @@ class GradNorm(GramianWeighting):
         check_whole(self, "every", 1)
 
     bound_reason = "divides by its first value"
+    leaves_out_satisfied = True
 
     @property
     def bound_advice(self) -> str:
@@ -119,61 +120,65 @@ class GradNorm(GramianWeighting):
         }
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        learned = state["learned"]
-        norms = gramian.diagonal().to(learned.dtype).clamp(min=0.0).sqrt()
-        moving = norms > 0  # a loss with a zero gradient takes no part
-        losses = statistics.losses.to(learned.dtype)
-        state = {
-            **state,
-            "first_losses": torch.where(
-                state["first_losses"].isnan(), losses, state["first_losses"]
-            ),
-            "first_norms": torch.where(
-                state["first_norms"].isnan() & moving, norms, state["first_norms"]
-            ),
-        }
-        used = _sum_to_count(learned, moving)
+        learned, dtype = state["learned"], state["learned"].dtype
+        norms = gramian.diagonal().to(dtype).clamp(min=0.0).sqrt()
+        moves = norms > 0  # a loss with a zero gradient takes no part
+        part = moves.to(dtype)
+        count = part.sum().clamp(min=1.0)
+        state = {**state, **self._note_first(statistics, norms, moves, state)}
+
+        mass = learned * part
+        used = _sum_to(count, mass, part)
         lengths = used * norms
-        mean = lengths.sum() / moving.sum()
-        above = lengths - mean * self._relative_targets(statistics, state, losses, moving)
-        gradient = (above.sign() * norms).masked_fill(~moving, 0.0)
+        targets = lengths.sum() / count * self._relative_targets(statistics, state, part, count)
+        gradient = (lengths - targets).sign() * norms
         if self.weight_optimizer == "adam":
             # Adam is indifferent to the unit of each gradient, but for its epsilon.
-            gradient = gradient / torch.where(moving, state["first_norms"], 1.0)
-            new, moments = adam(used, gradient, moving, state, self.lr)
+            gradient = (gradient / state["first_norms"]).nan_to_num_(0.0)
+            new, moments = adam(used, gradient, moves, state, self.lr)
             state.update(moments)
         else:
-            new = used - self.lr * (gradient / mean).nan_to_num()
+            new = used - (self.lr * gradient / lengths.sum() * count).nan_to_num_(0.0)
         # The present losses share what they hold; the rest is kept for absent ones.
-        share = learned.masked_fill(~moving, 0.0).sum() / moving.sum()
-        new = share * _sum_to_count(new.clamp(min=0.0), moving)
-        state["learned"] = torch.where(moving, new, learned)
+        new = _sum_to(mass.sum(), new.clamp(min=0.0) * part, part)
+        state["learned"] = torch.where(moves, new, learned)
         return {**state, "weights": used.to(statistics.losses.dtype)}
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        learned = state["learned"]
-        weights = _sum_to_count(learned, torch.ones_like(learned, dtype=torch.bool))
+        learned, satisfied = state["learned"], statistics.satisfied
+        part = torch.ones_like(learned)
+        if satisfied is not None:
+            part = part.masked_fill(satisfied, 0.0)
+        weights = _sum_to(part.sum(), learned * part, part)
         return {"weights": weights.to(statistics.losses.dtype)}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"]
 
+    def _note_first(
+        self, statistics: Statistics, norms: Tensor, moves: Tensor, state: State
+    ) -> State:
+        """The first value of each loss, and the first norm of each gradient."""
+        losses, norm = state["first_losses"], state["first_norms"]
+        return {
+            "first_losses": torch.where(losses.isnan(), statistics.losses.to(losses.dtype), losses),
+            "first_norms": torch.where(norm.isnan() & moves, norms, norm),
+        }
+
     def _relative_targets(
-        self, statistics: Statistics, state: State, losses: Tensor, moving: Tensor
+        self, statistics: Statistics, state: State, part: Tensor, count: Tensor
     ) -> Tensor:
         r""":math:`K p_i r_i^\alpha`, with means over the losses that take part."""
-        targets = torch.ones_like(losses)
+        targets = part
         if self.preference is not None:
-            targets = normalize_preference(self.preference, statistics).to(losses.dtype)
-            targets = _sum_to_count(targets, moving)
+            shares = normalize_preference(self.preference, statistics)
+            targets = _sum_to(count, shares.to(part.dtype) * part, part)
         if self.alpha:
-            ratios = losses / state["first_losses"]
-            targets = targets * _sum_to_count(ratios, moving).pow(self.alpha)
+            ratios = statistics.losses / state["first_losses"] * part
+            targets = targets * (ratios * (count / ratios.sum())).pow(self.alpha)
         return targets
 
 
-def _sum_to_count(values: Tensor, counted: Tensor) -> Tensor:
-    """Nonnegative values scaled to mean 1 over what counts, and 0 elsewhere."""
-    values = values.masked_fill(~counted, 0.0)
-    total = values.sum()
-    return torch.where(total > 0, values * (counted.sum() / total), counted.to(values.dtype))
+def _sum_to(total: Tensor, values: Tensor, part: Tensor) -> Tensor:
+    """Nonnegative values scaled to a sum; equal ones, where `part` is 1, in place of zeros."""
+    return (values * (total / values.sum())).nan_to_num_(1.0) * part

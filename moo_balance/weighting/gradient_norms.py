@@ -21,6 +21,8 @@ from moo_balance.weighting._arguments import (
     constant_state,
     constants_like,
     copy_mappings,
+    normalize_preference,
+    relative_preference,
     values_by_name,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics, state_dtype
@@ -210,6 +212,8 @@ class GradientNorms(GramianWeighting):
                     f'which averages weights. Found {self.initial!r} and smooth="norms".'
                 )
 
+    leaves_out_satisfied = True
+
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
         check_names("initial", self.initial, names, complete=True)
@@ -239,16 +243,18 @@ class GradientNorms(GramianWeighting):
             "average": state["average"].lerp(values, rate),
             "average_weight": state["average_weight"].lerp(counted, rate),
         }
-        if self.smooth == "norms":
-            length = self._reference_length(_debias(state), measured, statistics, state)
         if self._reference_loss is not None:
+            if self.smooth == "norms":
+                length = self._reference_length(_debias(state), measured, statistics, state)
             state["reference"] = length
         weights = self._weights(statistics, state, measured)
         return {**state, "weights": weights * measured.to(weights.dtype)}
 
     def keep(self, statistics: Statistics, state: State) -> State:
-        met = (state["average_weight"] > 0).to(state["average"].dtype)
-        return {"weights": self._weights(statistics, state, met)}
+        met = state["average_weight"] > 0
+        if statistics.satisfied is not None:
+            met = met & ~statistics.satisfied
+        return {"weights": self._weights(statistics, state, met.to(state["average"].dtype))}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"]
@@ -289,23 +295,27 @@ class GradientNorms(GramianWeighting):
             ratios = self._ratios(ratios, length)
         # What has not been met, or refers to what has not been.
         ratios = ratios.masked_fill(state["average_weight"] == 0, 1.0).nan_to_num_(nan=1.0)
-        if self.preference is not None or not isinstance(self.reference, str):
-            ratios = ratios * constants_like(self._shares(statistics), ratios)
+        shares = self._shares(statistics)
+        if shares is not None:
+            ratios = ratios * shares.to(ratios)
         if self._reference_loss in statistics.names:
             ratios[statistics.names.index(self._reference_loss)] = 1.0
         dtype = statistics.losses.dtype
-        return ratios.clamp_(max=torch.finfo(dtype).max).to(dtype)
+        if dtype != ratios.dtype:
+            ratios.clamp_(max=torch.finfo(dtype).max)
+        return ratios.to(dtype)
 
-    def _shares(self, statistics: Statistics) -> list[float]:
-        count = len(statistics.names)
+    def _shares(self, statistics: Statistics) -> Tensor | None:
+        """What ratios are multiplied by, shape [K]; None for ones."""
+        if not isinstance(self.reference, str):
+            return normalize_preference(self.preference, statistics)
         if self.preference is None:
-            return [1.0 / count] * count
+            return None
+        if self._reference_loss is None:
+            return relative_preference(self.preference, statistics)
+        whole = self.preference[self._reference_loss]
         values = values_by_name(self.preference, statistics.names)
-        if self._reference_loss is not None:
-            whole = self.preference[self._reference_loss]
-        else:
-            whole = sum(values) / (count if isinstance(self.reference, str) else 1)
-        return [value / whole for value in values]
+        return constants_like([value / whole for value in values], statistics.losses)
 
 
 def _debias(state: State) -> Tensor:

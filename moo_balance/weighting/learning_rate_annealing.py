@@ -81,6 +81,7 @@ class LearningRateAnnealing(RowWeighting):
     """
 
     uses_magnitudes = True
+    leaves_out_satisfied = True
 
     reference: str
     form: Literal["paper", "code"] = "paper"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moo_balance.functional import project_simplex
+from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
     check_names,
     check_preference,
@@ -115,8 +114,14 @@ class MoDo(Weighting):
         following, gramian = weights, statistics.gramian
         if gramian is not None:
             preference = normalize_preference(self.preference, statistics).to(weights)
-            gradient = gramian.to(weights) @ weights + self.rho * (weights - preference)
-            following = project_others(weights - self.gamma * gradient, statistics.satisfied)
+            following = projected_descent(
+                gramian.to(weights),
+                -self.rho * preference,
+                weights,
+                self.gamma,
+                ridge=self.rho,
+                left_out=statistics.satisfied,
+            )
         used = weights.to(statistics.losses)
         return WeightingOutput(used, used, {"weights": following * mass})
 
@@ -130,18 +135,16 @@ def initial_weights(
     return normalize_preference(preference, Statistics(tuple(names), values)).clone()
 
 
-def present_weights(weights: Tensor, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+def present_weights(weights: Tensor, left_out: Tensor | None) -> tuple[Tensor, float | Tensor]:
     """Weights that sum to 1 over the losses that are present and not left out; their sum before."""
+    if left_out is None and weights.is_cpu:
+        values = weights.tolist()
+        total = sum(values)
+        shares = [v / total for v in values] if total > 0.0 else [1.0 / len(values)] * len(values)
+        return torch.tensor(shares, dtype=weights.dtype, device="cpu"), total
     if left_out is None:
         return renormalize(weights), weights.sum()
     others = (~left_out).to(weights)
     weights = weights * others
     mass = weights.sum()
     return torch.where(mass > 0, weights / mass, others / others.sum()), mass
-
-
-def project_others(vector: Tensor, left_out: Tensor | None) -> Tensor:
-    """Project onto the simplex of the losses that are not left out."""
-    if left_out is not None:
-        vector = vector.masked_fill(left_out, -math.inf)
-    return project_simplex(vector)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
     check_preference,
     check_range,
@@ -16,7 +18,7 @@ from moo_balance.weighting._arguments import (
     normalize_preference,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
-from moo_balance.weighting.modo import initial_weights, present_weights, project_others
+from moo_balance.weighting.modo import initial_weights, present_weights
 
 
 @dataclass(frozen=True)
@@ -111,28 +113,30 @@ class SDMGrad(Weighting):
         coefficients = (weights + self.pull * preference) / (1.0 + self.pull)
         following, gramian = weights, statistics.gramian
         if gramian is not None:
-            following = self._descend(gramian.to(weights), weights, preference, statistics)
+            products, left_out = gramian.to(weights), statistics.satisfied
+            following = projected_descent(
+                products,
+                self.pull * (products @ preference),
+                weights,
+                _divide_by_square(self.lr, products, left_out),
+                momentum=self.momentum,
+                iterations=self.iterations,
+                left_out=left_out,
+            )
         used, coefficients = weights.to(statistics.losses), coefficients.to(statistics.losses)
         return WeightingOutput(used, coefficients, {"weights": following * mass})
 
-    def _descend(
-        self, products: Tensor, weights: Tensor, preference: Tensor, statistics: Statistics
-    ) -> Tensor:
-        """The weights after the inner iterations."""
-        products = _divide_by_length(products, statistics.satisfied)
-        velocity, constant = torch.zeros_like(weights), self.pull * (products @ preference)
-        for _ in range(self.iterations):
-            velocity = self.momentum * velocity + (products @ weights + constant)
-            weights = project_others(weights - self.lr * velocity, statistics.satisfied)
-        return weights
 
-
-def _divide_by_length(products: Tensor, left_out: Tensor | None) -> Tensor:
-    """Divide by the square of the mean length; zeros where no estimated length is above 0.
+def _divide_by_square(lr: float, products: Tensor, left_out: Tensor | None) -> float | Tensor:
+    """Divide by the square of the mean length; 0 where no estimated length is above 0.
 
     In two divisions: the square may leave the range of the dtype where the quotient does not.
     """
+    if products.is_cpu and left_out is None:
+        squares = products.diagonal().tolist()
+        mean = sum(math.sqrt(max(square, 0.0)) for square in squares) / len(squares)
+        return lr / mean / mean if mean > 0.0 else 0.0
     lengths = products.diagonal().clamp(min=0.0).sqrt()
     count = len(lengths) if left_out is None else (~left_out).sum()
     length = lengths.sum() / count
-    return torch.where(length > 0, products / length / length, torch.zeros_like(products))
+    return torch.where(length > 0, lr / length / length, 0.0)

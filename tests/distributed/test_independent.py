@@ -7,10 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import MGDA, BalancedOptimizer, BalanceError
 from moo_balance.engine import PerLoss
-from tests.support.distributed import assert_same_on_all_ranks
+from tests.support.distributed import (
+    Net,
+    adam,
+    assert_same_on_all_ranks,
+    losses_of,
+    parameters,
+)
 from tests.support.noisy import (
     NAMES,
     NoisyLosses,
@@ -20,6 +27,7 @@ from tests.support.noisy import (
     expected_gramian,
     gramian_of_step,
 )
+from tests.support.registry import over_all
 
 DRAWS, LIMIT = 150, 4.5
 
@@ -119,3 +127,43 @@ def test_shards_are_told_apart_by_micro_batches_only(engine):
     found, expected = (run.metrics.gramian for run in (optimizer, alone))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert_same_on_all_ranks(found)
+
+
+over_rows = over_all(lambda method: method.independent)
+
+
+def halves(step, micro):
+    """A batch for each micro-batch of each rank."""
+    generator = torch.Generator().manual_seed(step)
+    batch = torch.randn(8 * micro, 6, generator=generator, dtype=torch.float64)
+    return [part.chunk(2) for part in batch.chunk(micro)]
+
+
+@over_rows
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("wrap", [DDP, lambda net: net], ids=["DDP", "bare"])
+def test_methods_train_as_one_process_with_all_micro_batches(method, micro, wrap):
+    model, twin = wrap(Net()), Net()
+    optimizer = BalancedOptimizer(adam(model), method.make(NAMES))
+    alone = BalancedOptimizer(adam(twin), method.make(NAMES), process_group=None)
+    for step in range(4):
+        parts = halves(step, micro)
+        own = [part[dist.get_rank()] for part in parts]
+        window(optimizer, [lambda b=b: losses_of(model, b) for b in own])
+        everyone = [batch for part in parts for batch in part]
+        window(alone, [lambda b=b: halved(losses_of(twin, b)) for b in everyone])
+    torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-10, atol=1e-10)
+    assert_same_on_all_ranks(parameters(model), optimizer.state_dict()["balance"])
+
+
+def halved(losses):
+    return {name: loss / 2 for name, loss in losses.items()}
+
+
+def window(optimizer, batches):
+    optimizer.zero_grad()
+    for losses in batches[:-1]:
+        with optimizer.accumulate():
+            optimizer.backward(losses())
+    optimizer.backward(batches[-1]())
+    optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,12 +12,21 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from benchmarks.speed.counts import HostSyncs, PeakElements
-from moo_balance import MGDA, BalancedOptimizer, BalanceError, BalanceValueError, SumLog
+from moo_balance import (
+    MGDA,
+    BalancedOptimizer,
+    BalanceError,
+    BalanceValueError,
+    NonFiniteError,
+    SumLog,
+)
 from moo_balance.engine import PerLoss, Problem, Streaming
 from moo_balance.engine.independent import BatchProducts, project_semidefinite
+from tests.support.engine_graphs import GRAPHS, assert_same, unhooked_jacobian
 from tests.support.noisy import (
     MEANS,
     NAMES,
+    SIZE,
     NoisyLosses,
     Recording,
     deviation,
@@ -24,6 +34,7 @@ from tests.support.noisy import (
     expected_gramian,
     gramian_of_step,
 )
+from tests.support.problems import spoil_gradient
 
 DRAWS, LIMIT = 200, 4.5
 
@@ -161,6 +172,14 @@ def test_equal_batches_give_the_plain_gramian() -> None:
     torch.testing.assert_close(found, expected_gramian(2), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("build", GRAPHS.values(), ids=GRAPHS)
+def test_every_graph_in_a_window_of_equal_batches(build) -> None:
+    graph, window = build(), PerLoss(unbiased=True).window()
+    expected = 2 * unhooked_jacobian(graph)
+    window.add(graph.problem(retain_graph=True))
+    assert_same(window.close(graph.problem()).gramian(), expected @ expected.T)
+
+
 def test_linear_layers_are_multiplied_out_in_a_window() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 24, dtype=torch.float64)
@@ -178,6 +197,44 @@ def test_linear_layers_are_multiplied_out_in_a_window() -> None:
     optimizer = BalancedOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), Recording())
     found = _window(optimizer, [batch(k) for k in range(3)])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_order_of_the_losses_may_differ_between_micro_batches() -> None:
+    weight = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
+    losses = NoisyLosses(seed=11)
+    rows = [dict(zip(NAMES, losses.rows(), strict=True)) for _ in range(4)]
+    orders = ["bd", "abcd", "dcba", "cadb"]  # "d" is another name for a
+    for row in rows:
+        row["d"] = row["a"]
+    made = [
+        Problem(tuple(order), [weight @ row[name] for name in order], [weight])
+        for order, row in zip(orders, rows, strict=True)
+    ]
+    window = PerLoss(unbiased=True).window()
+    for problem in made[:-1]:
+        window.add(problem._replace(independent="a test"))
+    found = window.close(made[-1]._replace(independent="a test")).gramian()
+    batches = [{n: row[n] for n in order} for row, order in zip(rows, orders, strict=True)]
+    names = ["bdac".index(name) for name in NAMES]
+    torch.testing.assert_close(found[names][:, names], pairs(batches), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", [None, PerLoss(unbiased=True)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gradient_that_is_not_finite_is_reported_by_its_name(engine, count: int) -> None:
+    for bad in range(2):
+        losses = NoisyLosses(seed=12)
+        optimizer = losses.optimizer(engine)
+        for number in range(2):
+            batch = losses.batch(NAMES[:count])
+            if number == bad:
+                batch = spoil_gradient(batch, math.inf)
+            if number:
+                with pytest.raises(NonFiniteError, match="gradient of loss `b`"):
+                    optimizer.backward(batch)
+            else:
+                with optimizer.accumulate():
+                    optimizer.backward(batch)
 
 
 # ---------------------------------------------------------------------- projection

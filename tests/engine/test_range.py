@@ -13,70 +13,17 @@ from moo_balance.engine import Engine, PerLoss
 from moo_balance.engine.products import is_all_zero, narrow, products_in_range
 from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter
 from tests.support.engines import over_engines
-
-Build = Callable[[Sequence[float]], Graph]
-
-
-def small(scales: Sequence[float]) -> Graph:
-    """Small parameters, copied into one vector for each loss."""
-    weights = [parameter(4, 3, dtype=torch.float32), parameter(3, seed=1, dtype=torch.float32)]
-    output = drawn(5, 4, seed=2).float() @ weights[0] * weights[1]
-    return _scaled(output, scales, weights)
-
-
-def large(scales: Sequence[float]) -> Graph:
-    weight = parameter(2**16, dtype=torch.float32)
-    return _scaled(weight * drawn(2**16, seed=1).float(), scales, [weight])
-
-
-def factored(scales: Sequence[float]) -> Graph:
-    """Wide layers on few samples, whose gradients stay factored."""
-    layers = [nn.Linear(24, 24) for _ in range(2)]
-    with torch.no_grad():
-        params = [p for layer in layers for p in layer.parameters()]
-        for k, param in enumerate(params):
-            param.copy_(drawn(*param.shape, seed=k))
-    return _scaled(layers[1](torch.tanh(layers[0](drawn(2, 24, seed=9).float()))), scales, params)
-
-
-def sparse(scales: Sequence[float]) -> Graph:
-    table = nn.Embedding(6, 3, sparse=True)
-    with torch.no_grad():
-        table.weight.copy_(drawn(6, 3))
-    return _scaled(table(torch.tensor([0, 2, 2, 5])), scales, [table.weight])
-
-
-def complex_valued(scales: Sequence[float]) -> Graph:
-    weight = parameter(3, dtype=torch.complex64)
-    return _scaled((weight * drawn(3, dtype=torch.complex64)).abs(), scales, [weight])
-
-
-def _scaled(output: Tensor, scales: Sequence[float], params: Sequence[Tensor]) -> Graph:
-    bases = [output.sum(), output.square().mean(), output.sin().sum()]
-    losses = [base * scale for base, scale in zip(bases, scales, strict=True)]
-    return Graph(losses, params)
-
-
-over_builds = pytest.mark.parametrize(
-    "build", [small, large, factored, sparse, complex_valued], ids=lambda build: build.__name__
+from tests.support.lengths import (
+    SCALES,
+    Build,
+    assert_close,
+    factored,
+    over_builds,
+    over_scales,
+    scale_losses,
+    small,
+    sparse,
 )
-SCALES = {
-    "long": (1e22, 1e22, 1e22),
-    "short": (1e-25, 1e-25, 1e-25),
-    "long and short": (1e25, 1.0, 1e-30),
-    "one long": (1.0, 1e25, 1.0),
-    "zero and short": (0.0, 1.0, 1e-28),
-}
-over_scales = pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
-
-
-def assert_close(found: Tensor, jacobian: Tensor) -> None:
-    """Each entry agrees, compared with the lengths of its two gradients."""
-    norms = jacobian.norm(dim=1)
-    lengths = torch.where(norms > 0, norms, 1.0)
-    cosines = found.double() / lengths[:, None] / lengths
-    expected = (jacobian / lengths[:, None]) @ (jacobian / lengths[:, None]).T
-    torch.testing.assert_close(cosines, expected, rtol=1e-4, atol=1e-5)
 
 
 @over_engines
@@ -106,7 +53,7 @@ def test_at_features_no_gradient_is_lost(build: Build) -> None:
     for scales in SCALES.values():
         weight = parameter(4, 3, dtype=torch.float32)
         features = torch.tanh(drawn(5, 4, seed=2).float() @ weight)
-        built = _scaled(features, scales, [weight])
+        built = scale_losses(features, scales, [weight])
         rows = [torch.autograd.grad(x, features, retain_graph=True)[0] for x in built.losses]
         jacobian = torch.stack([row.double().reshape(-1) for row in rows])
         assert_close(PerLoss().linearize(built.problem(features=[features])).gramian(), jacobian)

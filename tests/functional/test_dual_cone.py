@@ -61,6 +61,29 @@ def test_permuting_the_gradients_permutes_the_coefficients(rows, random):
 
 
 @property_test
+@given(jacobians(decades=2.0, degenerate=True), st.randoms(use_true_random=False))
+def test_the_order_of_dependent_gradients_does_not_matter(rows, random):
+    order = random.sample(range(len(rows)), len(rows))
+    every = torch.eye(len(rows), dtype=torch.float64)
+    straight = project_dual_cone(gramian_of(rows), every).sum(0)
+    crossed = project_dual_cone(gramian_of(rows[order]), every).sum(0)
+    norms = rows.norm(dim=1)
+    lengths = straight * norms
+    torch.testing.assert_close(
+        crossed * norms[order], lengths[order], rtol=1e-7, atol=1e-7 * float(lengths.max())
+    )
+
+
+@property_test
+@given(jacobians(decades=5.0, degenerate=True))
+def test_float32_gramians_of_dependent_gradients_are_projected(rows):
+    rows = rows.float()
+    coefficients = project_dual_cone(gramian_of(rows), torch.eye(len(rows))).sum(0)
+    assert bool(coefficients.isfinite().all())
+    assert float(relative_products(rows.double(), coefficients.double()).min()) >= -1e-4
+
+
+@property_test
 @given(jacobians(decades=12.0, degenerate=True))
 def test_directions_are_projected_together_as_each_by_itself(rows):
     gramian, every = gramian_of(rows), torch.eye(len(rows), dtype=torch.float64)
@@ -99,6 +122,15 @@ def test_two_gradients_in_closed_form_are_as_many_in_general(cosine, decades, on
     # Of the square of the length, so that opposite gradients may share a length that is zero.
     unit = gramian / norms / norms[:, None]
     assert float(difference @ unit @ difference) <= 1e-14
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_directions_in_any_layout_is_projected(count):
+    gramian = gramian_of(normal(count, 4, seed=1))
+    starts = normal(count, 5, seed=2).T  # not contiguous
+    expected = [project_dual_cone(gramian, start) for start in starts]
+    torch.testing.assert_close(project_dual_cone(gramian, starts), torch.stack(expected))
+    assert project_dual_cone(gramian, starts[:0]).shape == (0, count)
 
 
 @pytest.mark.parametrize("count", [2, 3])

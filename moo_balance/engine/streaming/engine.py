@@ -70,11 +70,12 @@ class Streaming(Engine):
         elements_per_param: How many gradient elements may be kept for all losses together, in
             multiples of the number of parameter elements; above 0. Default 0.5. In any case 2²⁰
             elements (4 MiB in float32) may be kept, so that a small model is one segment.
-        dtype: Precision of the Gramian, ``torch.float32`` (default) or ``torch.float64``; a
-            gradient of higher precision keeps its own. In float32 the norm of a gradient, times the
-            loss scale if there is one, should be between 1e-15 and 1e19. On the CPU a Gramian
-            outside of this range comes in float64; on an accelerator, where the host does not read
-            it, larger gradients count as not finite, and far smaller ones as zero.
+        dtype: Precision of inner products, ``torch.float32`` (default) or ``torch.float64``; a
+            gradient of higher precision keeps its own. Gradients may be of any length that their
+            own precision holds. On the CPU a Gramian that leaves the range of float32 comes in
+            float64. On an accelerator, where the host does not read it, gradients are multiplied by
+            powers of two before their products, and the Gramian always comes in float64; on Apple's
+            "mps", which has none, their norms should lie between 1e-15 and 1e19.
 
     Raises:
         BalanceValueError: `elements_per_param` is not above 0.

@@ -97,6 +97,6 @@ FACTS = {
     ),
     "FairGrad": Facts(
         "alpha-fair improvements",
-        "`NashMTL` at alpha = 1; from the plain sum (0) to `MGDA` (infinity)",
+        "`NashMTL` at alpha = 1; the direction of `DualProj` towards 0, of `MGDA` towards infinity",
     ),
 }

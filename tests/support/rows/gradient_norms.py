@@ -96,14 +96,14 @@ REFUSALS = [
 FACTS = {
     "GradientNorms": Facts(
         equalizes="the lengths of the weighted gradients",
-        relation="where GradNorm with alpha=0 settles; for two losses the direction of IMTLG",
+        relation="where `GradNorm(alpha=0)` settles; for two losses the direction of `IMTLG`",
     ),
     "GradNorm": Facts(
         equalizes="the rates at which losses train, by the lengths of the weighted gradients",
-        relation="with alpha=0 it settles where GradientNorms is",
+        relation="with `alpha=0` it settles where `GradientNorms` is",
     ),
     "LearningRateAnnealing": Facts(
         equalizes="mean elements of the weighted gradients with the largest one of a reference",
-        relation="GradientNorms with other norms: the largest element, and the mean magnitude",
+        relation="`GradientNorms` with other norms: the largest element, and the mean magnitude",
     ),
 }
