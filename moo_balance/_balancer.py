@@ -338,7 +338,7 @@ class Balancer:
         rows = None
         if needs.rows is not None:
             statistics, rows = look_at_rows(
-                needs.rows, linearization, statistics, record.rows, valid
+                needs.rows, linearization, statistics, record.rows, valid, flags.satisfied
             )
         satisfied = flags.satisfied
         if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
@@ -361,7 +361,7 @@ class Balancer:
             coefficients = torch.where(valid, coefficients, nothing)
         separate = None
         if needs.rows is not None and needs.rows.steps_apart:
-            separate = separate_rows(linearization, present, coefficients, valid)
+            separate = separate_rows(linearization, present, coefficients, valid, satisfied)
         projected = None if linearization is None else linearization.projected
         metrics = StepMetrics(
             present,
