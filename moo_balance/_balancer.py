@@ -352,7 +352,7 @@ class Balancer:
             coefficients = torch.where(valid, coefficients, nothing)
         separate = None
         if needs.rows is not None and needs.rows.steps_apart:
-            separate = separate_rows(linearization, present, coefficients, valid)
+            separate = separate_rows(linearization, present, coefficients, valid, satisfied)
         projected = None if linearization is None else linearization.projected
         metrics = StepMetrics(
             present,
