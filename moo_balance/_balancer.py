@@ -30,11 +30,11 @@ from moo_balance._nonfinite import (
     select_state,
     unite,
 )
-from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
+from moo_balance._record import Record, Staged
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
-from moo_balance._rows import look_at_rows
-from moo_balance._satisfied import among_declared, among_present, weigh_others
+from moo_balance._rows import look_at_rows, separate_rows
+from moo_balance._satisfied import among_declared, among_present, weigh
 from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import (
     Given,
@@ -116,6 +116,12 @@ class Balancer:
         groups = self.optimizer.param_groups
         # PyTorch warns of a parameter that stands twice in a group, but takes it.
         return list({id(p): p for g in groups for p in g["params"] if p.requires_grad}.values())
+
+    @property
+    def all_params(self) -> list[Tensor]:
+        """The parameters of the wrapped optimizer, frozen ones included, each once."""
+        groups = self.optimizer.param_groups
+        return list(dict.fromkeys(param for group in groups for param in group["params"]))
 
     @property
     def device(self) -> torch.device:
@@ -329,30 +335,24 @@ class Balancer:
         valid = flags.are_clear()
         if valid is not None:
             statistics = self.mask(statistics, flags, valid, scaled, needs)
-        rows = None
-        if needs.rows is not None:
-            statistics, rows = look_at_rows(
-                needs.rows, linearization, statistics, record.rows, valid
-            )
         satisfied = flags.satisfied
         if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
             # What is kept of the last solution knows nothing of them.
             satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-        if satisfied is None:
-            positions = loss_positions(names, present, device)
-            weights, coefficients, following = weighting.weights(
-                statistics, select_losses(state, positions)
+        rows = None
+        if needs.rows is not None:
+            statistics, rows = look_at_rows(
+                needs.rows, linearization, statistics, record.rows, valid, satisfied
             )
-            following = merge_losses(state, following, positions)
-        else:
-            weights, coefficients, following = weigh_others(
-                weighting, statistics, satisfied, names, state
-            )
+        weights, coefficients, following = weigh(weighting, statistics, satisfied, names, state)
         if valid is not None:
             following = select_state(valid, following, state)
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
             nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
             coefficients = torch.where(valid, coefficients, nothing)
+        separate = None
+        if needs.rows is not None and needs.rows.steps_apart:
+            separate = separate_rows(linearization, present, coefficients, valid, satisfied)
         projected = None if linearization is None else linearization.projected
         metrics = StepMetrics(
             present,
@@ -375,6 +375,7 @@ class Balancer:
             needs.observes,
             satisfied,
             rows=rows,
+            separate=separate,
         )
 
     def measure(
@@ -512,8 +513,8 @@ class Balancer:
 
     def save(self) -> dict[str, Any]:
         """The ``"balance"`` entry of a checkpoint."""
-        return save_checkpoint(self.record, self.weighting)
+        return save_checkpoint(self.record, self.weighting, self.all_params)
 
     def validate(self, saved: object) -> Checkpoint:
         """Read such an entry, or raise; nothing changes."""
-        return validate_checkpoint(saved, self.record, self.weighting, self.device)
+        return validate_checkpoint(saved, self.record, self.weighting, self.all_params, self.device)

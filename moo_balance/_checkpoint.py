@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 from moo_balance._record import Record
+from moo_balance._row_checkpoint import (
+    fill_outline,
+    outline_rows,
+    read_rows,
+    save_rows,
+    spread_rows,
+)
+from moo_balance._rows import RowState
 from moo_balance._satisfied import names_of
 from moo_balance._torch_internals import as_plain
 from moo_balance._warnings import warn
@@ -36,17 +44,27 @@ class Checkpoint(NamedTuple):
     skipped: int
     awaiting: tuple[str, ...] | None
     satisfied: Tensor | None
+    rows: RowState
 
     def restore(self, record: Record) -> None:
         """Replace what the record has committed, and drop the step in progress."""
         record.drop_step()
-        record.names, record.state = self.names, self.state
+        record.names, record.state, record.rows = self.names, self.state, self.rows
         record.steps, record.skipped, record.awaiting = self.steps, self.skipped, self.awaiting
         record.satisfied, record.loaded_at = self.satisfied, self.steps
 
 
-def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
-    """The committed state as tensors and primitives."""
+def save_checkpoint(
+    record: Record, weighting: Weighting, params: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The committed state as tensors and primitives.
+
+    Args:
+        record: What is committed.
+        weighting: The method.
+        params: All parameters of the wrapped optimizer.
+    """
+    rows = {"rows": save_rows(record.rows, params)} if record.rows else {}
     return {
         "format": _FORMAT,
         "weighting": method_name(weighting),
@@ -57,11 +75,16 @@ def save_checkpoint(record: Record, weighting: Weighting) -> dict[str, Any]:
         "awaiting": None if record.awaiting is None else list(record.awaiting),
         "satisfied": list(names_of(record.names or (), record.satisfied)),
         "state": {key: value.clone() for key, value in (record.state or {}).items()},
+        **rows,
     }
 
 
 def validate_checkpoint(
-    saved: object, record: Record, weighting: Weighting, device: torch.device
+    saved: object,
+    record: Record,
+    weighting: Weighting,
+    params: Sequence[Tensor],
+    device: torch.device,
 ) -> Checkpoint:
     """Read an entry, or raise; nothing has changed either way.
 
@@ -69,6 +92,7 @@ def validate_checkpoint(
         saved: What :func:`save_checkpoint` gave; a state may hold nested lists in place of tensors.
         record: Of the optimizer that loads it.
         weighting: Its method.
+        params: All parameters of the wrapped optimizer.
         device: Where its state lives.
     """
     entry = _check_origin(saved, weighting)
@@ -86,6 +110,11 @@ def validate_checkpoint(
         raise _bad_entry("awaiting", f"name some of the losses {list(names)}", unknown or "none")
     differing = _compare_settings(entry, weighting)
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
+    method = weighting.needs(max(steps - 1, 0)).rows  # in the last step that was taken
+    if steps and method is not None and method.keeps and not entry.get("rows"):
+        raise _bad_entry("rows", f"hold what {type(method).__name__} keeps of gradients", "none")
+    of_optimizer = method is not None and method.steps_apart
+    rows = read_rows(entry.get("rows", {}), names, params, of_optimizer)
     skipped = _read_count(entry, "skipped")
     if differing:
         warn(
@@ -96,7 +125,7 @@ def validate_checkpoint(
     awaiting = awaiting if weighting.observes_step else None
     satisfied = _read_satisfied(entry, names, device)
     return Checkpoint(
-        names or record.names, state if steps else None, steps, skipped, awaiting, satisfied
+        names or record.names, state if steps else None, steps, skipped, awaiting, satisfied, rows
     )
 
 
@@ -247,6 +276,9 @@ class BalanceState:
     holds, and a fresh optimizer does not know its losses yet; a text has no shape to match.
     Numbers survive JSON to the last bit, and are read in the dtype of the method's state.
 
+    A method that keeps something as large as the gradients (``MoCo``) has it as tensors in a second
+    entry, ``"rows"``. To read that into a new optimizer it needs its ``loss_names=``.
+
     Example:
         >>> import torch
         >>> from moo_balance import BalancedOptimizer, FAMO
@@ -269,7 +301,17 @@ class BalanceState:
 
         saved = self._balancer.save()
         saved["state"] = {key: value.tolist() for key, value in saved["state"].items()}
-        return {"balance": json.dumps(saved)}
+        rows = self._save_rows(saved)
+        return {"balance": json.dumps(saved), **rows}
+
+    def _save_rows(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of rows, as tensors; the text gets an outline of it."""
+        balancer = self._balancer
+        record, params = balancer.record, balancer.all_params
+        if "rows" in saved:
+            saved["rows"] = outline_rows(record.rows, params)
+        spread = spread_rows(record.rows, params, record.names or (), balancer.weighting)
+        return {"rows": spread} if spread else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, or raise as ``BalancedOptimizer.load_state_dict`` does."""
@@ -285,4 +327,6 @@ class BalanceState:
                 "Parameter `state_dict` should hold the JSON text that `balance_state.state_dict` "
                 f"gave, as entry `balance`. Found {text!r:.80}. Load that checkpoint again."
             )
+        if "rows" in saved:
+            saved["rows"] = fill_outline(saved["rows"], state_dict.get("rows"))
         self._balancer.validate(saved).restore(self._balancer.record)

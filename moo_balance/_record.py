@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
     from moo_balance._grad_scaler import Scaling
     from moo_balance._reevaluation import Reevaluation
-    from moo_balance._rows import RowState
+    from moo_balance._rows import RowState, SeparateRows
 
 
 _SKIPS_TO_WARN_OF = 10
@@ -48,6 +48,7 @@ class Staged:
         reevaluations: How to evaluate the batch again after the step.
         scaling: The loss scaler that the gradients were scaled with.
         rows: What is kept of rows after the step; None if that stays as it is.
+        separate: The gradients for a step of each loss by itself; None for one step together.
     """
 
     names: tuple[str, ...]
@@ -64,6 +65,7 @@ class Staged:
     reevaluations: Sequence[Reevaluation] = ()
     scaling: Scaling | None = None
     rows: RowState | None = None
+    separate: SeparateRows | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""

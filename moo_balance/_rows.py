@@ -6,20 +6,21 @@ fit together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from moo_balance import _nonfinite
 from moo_balance.engine import Linearization
 from moo_balance.engine.base import Row
-from moo_balance.engine.distributed import local_part
+from moo_balance.engine.distributed import local_part, slice_as
 from moo_balance.engine.jacobian import as_scalars
 from moo_balance.engine.rows import WholeRows
 from moo_balance.functional._checks import widest_dtype
-from moo_balance.weighting._random import coordinate_generator
+from moo_balance.weighting._random import draw_coordinates
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
 
@@ -33,6 +34,7 @@ def look_at_rows(
     statistics: Statistics,
     state: RowState,
     valid: Tensor | None,
+    satisfied: Tensor | None,
 ) -> tuple[Statistics, RowState]:
     """Statistics with those of the rows, and what is kept of rows after this step.
 
@@ -42,13 +44,15 @@ def look_at_rows(
         statistics: The present losses, and the Gramian.
         state: What is kept of rows so far; it does not change.
         valid: Whether the rows are finite, on the device; None where the host has checked.
+        satisfied: Which losses count as satisfied, as booleans [K]: what is kept of them stays.
+            None for none.
     """
     rows = cast(WholeRows, linearization)
     told = RowStatistics()
     if method.uses_magnitudes:
         told = _read_magnitudes(rows, valid)
     if method.keeps:
-        kept = _track(method, rows, statistics, state, valid)
+        kept = _track(method, rows, statistics, state, valid, satisfied)
         if method.uses_total:
             told = told._replace(total=_add_up(method, rows, kept, valid))
         if method.combines == "kept":
@@ -56,16 +60,69 @@ def look_at_rows(
             told = told._replace(gramian=rows.products(kept))
         state = _following(method.keeps, rows.problem.params, statistics.names, kept, state)
     if method.combines == "coordinates":
-        seed = getattr(method, "seed", 0)
-        rows.combination = partial(_combine, method, seed, statistics.step)
+        draw = partial(draw_coordinates, getattr(method, "seed", 0), statistics.step)
+        rows.combination = partial(_combine, method, draw)
     return statistics._replace(rows=told), state
 
 
+class SeparateRows(NamedTuple):
+    """The gradients of the losses of a step, unscaled, each for a step of its own.
+
+    Args:
+        names: The losses.
+        params: The parameters.
+        rows: By loss, a gradient for each parameter.
+        shares: What each loss's step counts, shape [K].
+    """
+
+    names: Sequence[str]
+    params: Sequence[Tensor]
+    rows: Sequence[Row]
+    shares: Tensor
+
+
+def separate_rows(
+    linearization: Linearization | None,
+    names: Sequence[str],
+    shares: Tensor,
+    valid: Tensor | None,
+    satisfied: Tensor | None,
+) -> SeparateRows:
+    """The gradients of single losses, as they are given to an optimizer; zeros if not `valid`.
+
+    Losses of which the host knows that they count as satisfied take no step.
+    """
+    rows = cast(WholeRows, linearization)
+    params, idle = rows.problem.params, positions_of_idle(satisfied)
+
+    def part(loss: int, param_index: int) -> Tensor | None:
+        gradient = rows.part(loss, param_index)
+        if gradient is None:
+            return None
+        gradient = gradient.to(params[param_index].dtype)
+        return gradient if valid is None else torch.where(valid, gradient, 0.0)
+
+    taking = [k for k in range(len(names)) if k not in idle]
+    parts = rows.map(part)
+    if idle:
+        parts, shares = [parts[k] for k in taking], shares[taking]
+    return SeparateRows([names[k] for k in taking], params, parts, shares)
+
+
 def _combine(
-    method: RowWeighting, seed: int, step: int, parts: Sequence[Tensor], position: Sequence[int]
+    method: RowWeighting,
+    draw: Callable[[int, torch.Size, Tensor], Tensor],
+    parts: Sequence[Tensor],
+    param_index: int,
+    param: Tensor,
 ) -> Tensor:
-    generator = coordinate_generator(seed, step, position, parts[0].device)
-    return method.combine(parts, generator)
+    """What a method makes of the gradients of one parameter."""
+
+    def draw_part() -> Tensor:
+        # Drawn whole, so that it does not matter how the parameter is sharded.
+        return slice_as(param, draw(param_index, param.shape, parts[0]))
+
+    return method.combine(parts, draw_part)
 
 
 def _read_magnitudes(rows: WholeRows, valid: Tensor | None) -> RowStatistics:
@@ -94,8 +151,10 @@ def _track(
     statistics: Statistics,
     state: RowState,
     valid: Tensor | None,
+    satisfied: Tensor | None,
 ) -> list[list[Tensor | None]]:
     """What is kept of the rows of this step."""
+    idle, changes = positions_of_idle(satisfied), _changes(len(rows.rows), valid, satisfied)
     names, params = statistics.names, rows.problem.params
     factors = method.row_factors(statistics)
     scalars = None if factors is None else as_scalars(factors)
@@ -104,17 +163,31 @@ def _track(
         gradient = rows.part(loss, param_index)
         kept = state.get(params[param_index], {}).get(names[loss])
         before = None if kept is None else local_part(kept[method.keeps])
-        if gradient is None and before is None:
-            return None
+        if (gradient is None and before is None) or loss in idle:
+            return before
         if gradient is None:  # the loss no longer reaches the parameter
             gradient = torch.zeros_like(cast(Tensor, before))
         elif scalars is not None:
             gradient = gradient * scalars[loss]
         before = torch.zeros_like(gradient) if before is None else before
         after = method.track(before, gradient)
-        return after if valid is None else torch.where(valid, after, before)
+        return after if changes is None else torch.where(changes[loss], after, before)
 
     return rows.map(track)
+
+
+def positions_of_idle(satisfied: Tensor | None) -> Sequence[int]:
+    """The losses of which the host knows that they count as satisfied."""
+    if satisfied is None or not _nonfinite.is_on_cpu(satisfied):
+        return ()
+    return [k for k, mark in enumerate(satisfied.tolist()) if mark]
+
+
+def _changes(count: int, valid: Tensor | None, satisfied: Tensor | None) -> Sequence[Tensor] | None:
+    """For each loss, whether what is kept of it changes, on the device; None if all does."""
+    if satisfied is None:
+        return None if valid is None else [valid] * count
+    return (~satisfied if valid is None else valid & ~satisfied).unbind()
 
 
 def _add_up(

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state, unite
-from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
+from moo_balance._record import Staged
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
-from moo_balance._satisfied import among_present, observe_others
+from moo_balance._satisfied import among_present, observe as observe_losses
+from moo_balance._separate_steps import take_separate_steps
 from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
 from moo_balance.engine.distributed import is_whole, local_part
@@ -50,7 +51,11 @@ def take_step(
         if must_skip(balancer, staged, stepping):
             record.skip(staged, balancer.max_skips)
             return result
-        output = balancer.optimizer.step() if take is None else take()
+        if staged.separate is not None:
+            output = None
+            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, record.rows)
+        else:
+            output = balancer.optimizer.step() if take is None else take()
     except BaseException:
         if closure is not None:  # it will be evaluated again, on gradients that are cleared
             record.staged = None
@@ -240,10 +245,5 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     if record.satisfied is not None:
         # The method has not seen their losses before the step.
         satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-    if satisfied is None:
-        positions = loss_positions(names, present, device)
-        part = weighting.observe(statistics, select_losses(state, positions))
-        following = merge_losses(state, part, positions)
-    else:
-        following = observe_others(weighting, statistics, satisfied, names, state)
+    following = observe_losses(weighting, statistics, satisfied, names, state)
     record.state = select_state(valid, following, state)

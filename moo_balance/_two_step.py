@@ -36,6 +36,13 @@ def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> N
     if has_two_steps(optimizer):
         if weighting.observes_step:
             raise _not_observable(optimizer, weighting)
+        rows = weighting.needs(0).rows
+        if rows is not None and rows.steps_apart:
+            raise BalanceValueError(
+                f"Parameter `optimizer` should take a single step with {type(rows).__name__}, "
+                f"which takes it for each loss. Found {type(optimizer).__name__}, which takes two. "
+                "Use an optimizer without `first_step`."
+            )
         if nonfinite == "skip":
             raise BalanceValueError(
                 f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "

@@ -83,6 +83,8 @@ def assert_same_run(actual, expected):
     assert_same_parameters(model, twin)
     own, theirs = (run.state_dict()["balance"] for run in (optimizer, other))
     torch.testing.assert_close(own["state"], theirs["state"], rtol=1e-9, atol=1e-12, equal_nan=True)
+    rows = own.pop("rows", {}), theirs.pop("rows", {})
+    torch.testing.assert_close(*rows, rtol=1e-9, atol=1e-12)
     assert {**own, "state": None} == {**theirs, "state": None}
 
 

@@ -245,7 +245,9 @@ def test_a_single_loss_has_the_stated_coefficient(method):
     coefficient = optimizer.metrics.coefficients["a"].item()
     expected = coefficient if method.alone is None else method.alone(loss.item())
     assert coefficient == pytest.approx(expected, rel=1e-12)
-    close(flat_gradient(model), expected * plain, rtol=1e-12)
+    rows = optimizer.weighting.needs(0).rows
+    if rows is None or rows.combines != "kept":  # which is not the gradient of this batch
+        close(flat_gradient(model), expected * plain, rtol=1e-12)
 
 
 @over_all(lambda method: method.equivariant)

@@ -290,7 +290,13 @@ def as_shard_of(param: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def shard_index(param: Tensor) -> tuple[int, ...]:
-    """Which of the shards of a parameter this rank holds; empty for a whole one."""
-    mesh, dims = sharding_of(param)
-    return tuple(mesh.get_local_rank(dim) for dim in dims)
+def slice_as(param: Tensor, whole: Tensor) -> Tensor:
+    """What this rank would hold of a tensor, the same on all ranks, that is sharded as `param`."""
+    if not is_sharded([param]):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    copies = [Replicate() for _ in placements]
+    shared = DTensor.from_local(whole, mesh, copies, run_check=False)
+    return local_part(shared.redistribute(placements=placements))

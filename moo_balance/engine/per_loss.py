@@ -158,8 +158,7 @@ class PerLossLinearization(Linearization):
         compared = None if problem.compared is None else frozenset(problem.compared)
         sharded = _has_shards(problem)
         if self.within is not None:
-            batches = [*self.within.batches, tuple(problem.names)]
-            check_batches(problem, batches, None if sharded else problem.averager, sharded)
+            self._check_batches(sharded)
         rows = self._rows(sharded)
         if sharded:
             gramian = products_in_range(
@@ -201,8 +200,22 @@ class PerLossLinearization(Linearization):
         return precomputed_gradient(value, gradients, problem)
 
     def take_rows(self) -> list[list[Tensor | None]]:
-        """The K rows themselves, in place of the Gramian."""
-        return self._rows(_has_shards(self.problem))
+        """The K rows themselves; they are not combined here then."""
+        sharded = _has_shards(self.problem)
+        self._check_batches(sharded)
+        return self._rows(sharded)
+
+    def correct(self, gramian: Tensor) -> Tensor:
+        """The Gramian of the rows that were taken, without bias if that is wanted."""
+        if self.within is None:
+            return gramian
+        return self._remove_bias(gramian, self.within, _has_shards(self.problem))
+
+    def _check_batches(self, sharded: bool) -> None:
+        problem = self.problem
+        if self.within is not None:
+            batches = [*self.within.batches, tuple(problem.names)]
+            check_batches(problem, batches, None if sharded else problem.averager, sharded)
 
     def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""

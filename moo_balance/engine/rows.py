@@ -29,7 +29,6 @@ from moo_balance.engine.distributed import (
     as_shard_of,
     is_sharded,
     local_part,
-    shard_index,
     sharded_as,
     sharded_inner_products,
     sharding_of,
@@ -43,8 +42,8 @@ from moo_balance.functional._checks import at_least_float32, widest_dtype
 if TYPE_CHECKING:
     from moo_balance.engine.per_loss import PerLossLinearization
 
-Combination: TypeAlias = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
-"""The gradient of a parameter from those of the losses that reach it, and which parameter it is."""
+Combination: TypeAlias = Callable[[Sequence[Tensor], int, Tensor], Tensor]
+"""The gradient of a parameter from those of the losses that reach it; which parameter that is."""
 
 
 class WholeRows(Linearization):
@@ -66,8 +65,10 @@ class WholeRows(Linearization):
         params = self.problem.params
         for row in self.inner.take_rows():
             pairs = zip(row, params, strict=True)
-            self.rows.append([None if g is None else sharded_as(p, _dense(g)) for g, p in pairs])
-        return self.products(self.rows, self.problem.scale)
+            self.rows.append([None if g is None else sharded_as(p, _check(g)) for g, p in pairs])
+        gramian = self.inner.correct(self.products(self.rows, self.problem.scale))
+        self.projected = self.inner.projected
+        return gramian
 
     def products(self, rows: Sequence[Row], scale: Tensor | None = None) -> Tensor:
         """Inner products of rows over the compared parameters; the rows stay as they are."""
@@ -186,17 +187,19 @@ class WholeRows(Linearization):
             ]
             for row in rows:
                 row[p] = None
-            position = p, *shard_index(param)
-            together = combination(parts, position).to(param.dtype) if parts else None
+            together = combination(parts, p, param).to(param.dtype) if parts else None
             total.append(None if together is None else as_shard_of(param, together))
         return total
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    if gradient.is_sparse:
+def _check(gradient: Tensor) -> Tensor:
+    """Refuse a gradient whose coordinates do not stand for themselves."""
+    if gradient.is_sparse or gradient.is_complex():
+        kind = "sparse" if gradient.is_sparse else "complex"
         raise BalanceError(
-            "Gradients should be dense for a method that looks at their single coordinates. Found "
-            f"a sparse one of shape {tuple(gradient.shape)}. Use `sparse=False`."
+            "Gradients should be dense and real for a method that looks at their single "
+            f"coordinates. Found a {kind} one of shape {tuple(gradient.shape)}. Use "
+            "`sparse=False`, or a method that compares whole gradients."
         )
     return gradient
 

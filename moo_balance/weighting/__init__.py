@@ -15,19 +15,24 @@ from moo_balance.weighting.base import (
 )
 from moo_balance.weighting.cagrad import CAGrad
 from moo_balance.weighting.cosmos import COSMOS
+from moo_balance.weighting.db_mtl import DBMTL
 from moo_balance.weighting.dual_cone import DualProj, UPGrad
 from moo_balance.weighting.dwa import DWA
 from moo_balance.weighting.equal_projections import IMTLG, ConFIG
+from moo_balance.weighting.excess_mtl import ExcessMTL
 from moo_balance.weighting.fair import FairGrad, NashMTL
 from moo_balance.weighting.famo import FAMO
 from moo_balance.weighting.fixed import FixedWeights, Sum, SumLog
 from moo_balance.weighting.geometric_mean import GeometricMean
+from moo_balance.weighting.grad_drop import GradDrop
 from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.lagrangian import Lagrangian
 from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
+from moo_balance.weighting.moco import MoCo
 from moo_balance.weighting.modo import MoDo
 from moo_balance.weighting.moving_average import MovingAverage
 from moo_balance.weighting.online_tchebycheff import OnlineTchebycheff
@@ -39,13 +44,16 @@ from moo_balance.weighting.relobralo import ReLoBRaLo
 from moo_balance.weighting.rescaled import Rescaled
 from moo_balance.weighting.rows import RowStatistics, RowWeighting
 from moo_balance.weighting.sdmgrad import SDMGrad
+from moo_balance.weighting.separate_moments import SeparateMoments
 from moo_balance.weighting.sequential import Sequential
 from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
+from moo_balance.weighting.trimmed_mean import TrimmedMean
 from moo_balance.weighting.uncertainty import UncertaintyWeighting
 
 __all__ = [
     "COSMOS",
+    "DBMTL",
     "DWA",
     "FAMO",
     "IMTLG",
@@ -59,14 +67,18 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "FixedWeights",
     "GeometricMean",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "Lagrangian",
     "LearningRateAnnealing",
+    "MoCo",
     "MoDo",
     "MovingAverage",
     "NashMTL",
@@ -79,6 +91,7 @@ __all__ = [
     "RowStatistics",
     "RowWeighting",
     "SDMGrad",
+    "SeparateMoments",
     "Sequential",
     "SmoothTchebycheff",
     "SoftAdapt",
@@ -87,6 +100,7 @@ __all__ = [
     "Sum",
     "SumLog",
     "Tchebycheff",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "Weighting",

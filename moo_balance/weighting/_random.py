@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-
 import torch
+from torch import Tensor
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
@@ -19,15 +17,23 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(_mix(seed, step))
 
 
-def coordinate_generator(
-    seed: int, step: int, position: Sequence[int], device: torch.device
-) -> torch.Generator:
-    """A generator on `device` for the coordinates of one parameter, or of one shard of it.
+def draw_coordinates(
+    seed: int, step: int, position: int, shape: torch.Size, like: Tensor
+) -> Tensor:
+    """A uniform random number in [0, 1) for each element of a parameter.
 
-    As many numbers as a parameter has elements are drawn where it is stored: another kind of
-    device draws other ones.
+    As many numbers as a parameter has elements are drawn where it is stored: another kind of device
+    draws other ones.
+
+    Args:
+        seed: As for :func:`step_generator`.
+        step: Likewise.
+        position: Which of the parameters it is.
+        shape: Its shape.
+        like: Says dtype and device.
     """
-    return torch.Generator(device).manual_seed(reduce(_mix, position, _mix(seed, step)))
+    generator = torch.Generator(like.device).manual_seed(_mix(_mix(seed, step), position))
+    return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _mix(seed: int, number: int) -> int:

@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional import rescale
 from moo_balance.weighting._arguments import check_choice, check_whole
+from moo_balance.weighting._identity import method_name
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
     as_inner,
@@ -45,9 +47,12 @@ class Rescaled(WrappingWeighting):
     `every`-th step and used until the next, with the coefficients of each step: their directions
     are of each step, only the inner products are older.
 
-    Where losses differ in scale, ``"sum"`` and ``"mean"`` helped SGD, SGD with clipping, and Adam,
-    too, whose averages of squared gradients lag behind a length that follows the smallest loss
-    (``python -m benchmarks.step_length``); where they do not, all lengths did about as well.
+    Where losses differ in scale, ``"sum"`` served SGD best, with and without clipping. Adam divides
+    by the size of recent gradients, so the length matters little to it, except where scales lie
+    many orders of magnitude apart: its averages of squared gradients lag behind a length that
+    follows the smallest loss. Where scales are alike all lengths did about as well
+    (``python -m benchmarks.step_length``).
+
     ``"sum"`` and ``"mean"`` undo the shrinking of a direction where gradients cancel, which is how
     :class:`MGDA` comes to a stop; the factor is bounded (:func:`~moo_balance.functional.rescale`),
     but prefer a decreasing learning rate with them. Whether a loss may rise: as the method.
@@ -62,7 +67,8 @@ class Rescaled(WrappingWeighting):
             losses that is one more backward pass in twenty.
 
     Raises:
-        BalanceValueError: `weighting` is no method, or another argument is out of range.
+        BalanceValueError: `weighting` is no method, or another argument is out of range; a length
+            that depends on gradients around a method of independent batches (:class:`MoDo`).
 
     Example:
         >>> import torch
@@ -83,6 +89,12 @@ class Rescaled(WrappingWeighting):
         check_weighting(self, "weighting", self.weighting)
         check_choice(self, "length", ("sum", "mean", "one", "count"))
         check_whole(self, "every", 1)
+        if self.measures and self.weighting.uses_independent_batches:
+            raise BalanceValueError(
+                f"Parameter `length` of Rescaled should be 'one' or 'count' around "
+                f"{method_name(self.weighting)}, whose Gramian is an estimate that need not be one "
+                f"of lengths. Found {self.length!r}."
+            )
 
     @property
     def measures(self) -> bool:

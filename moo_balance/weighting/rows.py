@@ -17,10 +17,9 @@ What is kept belongs to one parameter and one loss. It is staged in ``backward``
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceError
@@ -46,24 +45,44 @@ class RowStatistics(NamedTuple):
 class RowWeighting(GramianWeighting):
     """A weighting that looks at single coordinates of gradients.
 
-    It needs the K gradients whole, so its engine is ``PerLoss``. Four class attributes say what
-    it does with them. The functions below are applied to what this rank holds of one parameter, in
-    float32 or better and without the loss scale; they must not write into what they are given.
-
-    Attributes:
-        uses_magnitudes: Whether :meth:`solve` needs ``statistics.rows.largest`` and ``mean``.
-        keeps: What the tensors that :meth:`track` returns are called in a checkpoint; empty for a
-            method that keeps none.
-        uses_total: Whether :meth:`solve` needs ``statistics.rows.total``.
-        combines: What becomes ``.grad``: the sum of coefficients times "gradients"; of coefficients
-            times what is "kept"; or, coordinate by coordinate, :meth:`combine` of coefficients
-            times gradients ("coordinates"). The latter two allow no ``every``.
+    It needs the K gradients whole, so its engine is ``PerLoss``. Five properties say what it does
+    with them; a subclass overrides them as those of :class:`Weighting`. The functions below are
+    applied to what this rank holds of one parameter, in float32 or better and without the loss
+    scale; they must not write into what they are given.
     """
 
-    uses_magnitudes: bool = False
-    keeps: str = ""
-    uses_total: bool = False
-    combines: Literal["gradients", "kept", "coordinates"] = "gradients"
+    @property
+    def uses_magnitudes(self) -> bool:
+        """Whether :meth:`solve` needs ``statistics.rows.largest`` and ``mean``."""
+        return False
+
+    @property
+    def keeps(self) -> str:
+        """What the tensors that :meth:`track` returns are called in a checkpoint; "" for none."""
+        return ""
+
+    @property
+    def uses_total(self) -> bool:
+        """Whether :meth:`solve` needs ``statistics.rows.total``, the sum of :meth:`summand`."""
+        return False
+
+    @property
+    def combines(self) -> Literal["gradients", "kept", "coordinates"]:
+        """What becomes ``.grad``.
+
+        The sum of coefficients times "gradients", or times what is "kept"; or, coordinate by
+        coordinate, :meth:`combine` of coefficients times gradients. The latter two allow no
+        ``every``, as they are needed in each step.
+        """
+        return "gradients"
+
+    @property
+    def steps_apart(self) -> bool:
+        """Whether each loss takes the wrapped optimizer's step by itself, with its own state.
+
+        The steps are averaged with the coefficients, which sum to 1.
+        """
+        return False
 
     def needs(self, step: int) -> Needs:
         needs = super().needs(step)
@@ -81,11 +100,12 @@ class RowWeighting(GramianWeighting):
         """A quantity of each coordinate whose sum is wanted, given what :meth:`track` returned."""
         raise NotImplementedError
 
-    def combine(self, gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def combine(self, gradients: Sequence[Tensor], draw: Callable[[], Tensor]) -> Tensor:
         """The gradient of a parameter, from those of the losses that reach it, one or more.
 
-        A common factor of the gradients, such as a loss scale, must pass through. The generator
-        depends on the seed, the step and the position of the parameter only.
+        A common factor of the gradients, such as a loss scale, must pass through. ``draw()`` gives
+        a uniform random number in [0, 1) for each coordinate. It depends on the ``seed`` of the
+        method, the step and the parameter only.
         """
         raise NotImplementedError
 

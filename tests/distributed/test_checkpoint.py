@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError
 from tests.support.distributed import (
     Net,
     adam,
+    as_whole,
     assert_same_on_all_ranks,
     by_backward,
     train,
@@ -68,16 +68,9 @@ def load(model, optimizer, folder):
     set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
 
 
-def whole(value):
-    """All shards as whole tensors."""
-    if isinstance(value, dict):
-        return {key: whole(entry) for key, entry in value.items()}
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def state_of(model, optimizer):
     state = parts(model, optimizer)
-    return snapshot(whole({**state, "balance": optimizer.state_dict()["balance"]}))
+    return snapshot(as_whole({**state, "balance": optimizer.state_dict()["balance"]}))
 
 
 def folders(tmp_path):
