@@ -68,20 +68,39 @@ class Floored(Weighting):
 
 
 RATIOS = (1e-3, 1e-2, 1e-1, 1.0)
-METHODS: dict[str, Weighting] = {
-    "Sum": Sum(),
-    "SumLog": SumLog(),
-    "FAMO": FAMO(lagged=True),
-    "AnalyticQP, shift 0": AnalyticQP(shift=0.0),
-    "SumLog, shift 1": SumLog(shift=1.0),
-    **{f"SumLog, floor {ratio:g}": SumLog(floor=ratio) for ratio in RATIOS},
-    "FAMO, floor 0.1": FAMO(floor=0.1, lagged=True),
-    "AnalyticQP, floor 0.1": AnalyticQP(shift=0.0, floor=0.1),
+
+
+def prefer(ratio: float) -> Callable[[str, str], dict[str, float]]:
+    """The preference that makes the second loss count `ratio` times as much as the cheap one."""
+    return lambda cheap, other: {cheap: 1.0, other: ratio}
+
+
+Make = Callable[[str, str], Weighting]
+METHODS: dict[str, Make] = {
+    "Sum": lambda *names: Sum(),
+    "SumLog": lambda *names: SumLog(),
+    "FAMO": lambda *names: FAMO(lagged=True),
+    "AnalyticQP, shift 0": lambda *names: AnalyticQP(shift=0.0),
+    "SumLog, shift 1": lambda *names: SumLog(shift=1.0),
+    "SumLog, floor 0.01": lambda *names: SumLog(floor=0.01),
+    "SumLog, floor 0.1": lambda *names: SumLog(floor=0.1),
+    "SumLog, floor 1": lambda *names: SumLog(floor=1.0),
+    "SumLog, preference 1:10": lambda *names: SumLog(preference=prefer(10)(*names)),
+    "SumLog, preference 1:100": lambda *names: SumLog(preference=prefer(100)(*names)),
+    "SumLog, floor 0.1 and 1:10": lambda *names: SumLog(floor=0.1, preference=prefer(10)(*names)),
+    "SumLog, floor 0.1 and 1:100": lambda *names: SumLog(floor=0.1, preference=prefer(100)(*names)),
+    "SumLog, floor 1 and 1:10": lambda *names: SumLog(floor=1.0, preference=prefer(10)(*names)),
 }
-REFERENCES: dict[str, Weighting] = {
-    f"{ratio:g} of {reference}": Floored(reference, ratio)  # type: ignore[arg-type]
-    for reference in ("first", "ema", "mean")
-    for ratio in RATIOS
+
+
+def _floored(reference: Literal["first", "max", "ema", "mean"], ratio: float) -> Make:
+    return lambda *names: Floored(reference, ratio)
+
+
+REFERENCES: dict[str, Make] = {
+    **{f"{ratio:g} of first": _floored("first", ratio) for ratio in RATIOS},
+    **{f"{ratio:g} of ema": _floored("ema", ratio) for ratio in RATIOS},
+    **{f"{ratio:g} of mean": _floored("mean", ratio) for ratio in RATIOS},
 }
 
 
@@ -175,11 +194,12 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
 }
 
 
-def train(make: Callable[[int], Problem], method: Weighting, seed: int, steps: int | None) -> float:
+def train(make: Callable[[int], Problem], method: Make, seed: int, steps: int | None) -> float:
     """The score after training."""
     torch.manual_seed(seed)
     problem = make(seed)
-    optimizer = BalancedOptimizer(torch.optim.Adam(problem.params, lr=problem.lr), method)
+    weighting = method(*problem.losses())  # the cheap loss comes first
+    optimizer = BalancedOptimizer(torch.optim.Adam(problem.params, lr=problem.lr), weighting)
     for _ in range(problem.steps if steps is None else steps):
         optimizer.zero_grad()
         optimizer.backward(problem.losses())
@@ -187,7 +207,7 @@ def train(make: Callable[[int], Problem], method: Weighting, seed: int, steps: i
     return problem.score()
 
 
-def report(methods: dict[str, Weighting], seeds: int, steps: int | None = None) -> str:
+def report(methods: dict[str, Make], seeds: int, steps: int | None = None) -> str:
     """A table: for each method and problem the mean score and the interval of all seeds."""
     lines = ["| method | " + " | ".join(PROBLEMS) + " |", "| --- |" + " --- |" * len(PROBLEMS)]
     for name, method in methods.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moo_balance._capture import CaptureWatch
 from moo_balance._nonfinite import FaultCounts
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceError, NonFiniteError
@@ -104,6 +105,7 @@ class Record:
         accumulating: Whether ``backward`` is called within ``accumulate()``.
         moved: Whether ``first_step`` of an optimizer with two has moved the parameters.
         faults: Values masked on a device, for the next report.
+        capture: Whether one loss holds all the weight, of which there is one warning in a run.
     """
 
     names: tuple[str, ...] | None = None
@@ -121,6 +123,7 @@ class Record:
     accumulating: bool = False
     moved: bool = False
     faults: FaultCounts = field(default_factory=FaultCounts)
+    capture: CaptureWatch = field(default_factory=CaptureWatch)
 
     def __getstate__(self) -> dict[str, Any]:
         # Gradients are not copied with a parameter, so a copy cannot use what depends on them.

@@ -355,6 +355,7 @@ class BalancedOptimizer(OptimizerWrapper):
         """
         record = self._balancer.record
         values = {**record.metrics.as_floats(pairs), "skipped": float(record.skipped)}
+        record.capture.read(record.steps, self._balancer.method, values)
         if self._balancer.nonfinite == "raise":
             record.faults.raise_if_any()
         return {prefix + key: value for key, value in values.items()}

@@ -53,7 +53,7 @@ class BalancedTrajectory(LogitWeighting):
     training was seen to collapse to zero bits; the log also removes every constant factor, so that
     :math:`\lambda` in :math:`\lambda D` acts only through :math:`\lambda D + 1`.
 
-    Coefficients: sum to 1.
+    Coefficients: sum to 1. A loss may rise.
 
     Args:
         lr: :math:`\beta > 0`. Default 0.025 (paper, Section 4.1).
@@ -136,6 +136,8 @@ class AnalyticQP(GramianWeighting):
         projection: :math:`\Pi`, one of the above. Default ``"softmax"`` (paper, Eq. 13).
         shift: :math:`s \ge 0`. Default 1 (paper's footnote).
         renormalize: Multiply by :math:`c`. Default True (paper).
+        floor: :math:`\rho \ge 0`, to add :math:`\rho \max D_i` to each :math:`D_i`; see
+            :class:`SumLog`. Default 0, as published.
         preference: :math:`p_i > 0` by name, scaled to sum 1. Default None (paper): equal.
         every: Solve each n-th step only, and keep :math:`w` in between. Default 1 (paper).
 

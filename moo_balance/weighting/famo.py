@@ -185,6 +185,8 @@ class FAMO(LogitWeighting):
         logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"``
             (paper). Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning
             rate), so that plain descent with 0.025 hardly moves.
+        floor: :math:`\rho \ge 0`, to add :math:`\rho \max D_i` to each :math:`D_i`; see
+            :class:`SumLog`. Default 0, as published.
         preference: :math:`p_i > 0` by name. With logits that stay at zero the weights are
             :math:`p`, as those of :class:`SumLog`. Default None: equal.
         every: Update the logits only every n-th step. Default 1 (paper).

@@ -114,6 +114,10 @@ class SumLog(Weighting):
         bounds: :math:`b_i`, a number or one per name. Default 0 (FAMO's code).
         shift: :math:`s_i`, likewise. Default 0; 1 makes it :math:`\log(1 + L)`.
         renormalize: Multiply by :math:`c`. Default True, so that the log methods share one scale.
+        floor: :math:`\rho \ge 0`, to add :math:`\rho \max D_i` to each :math:`D_i`, where the
+            maximum is over the steps so far: no loss then counts as more than :math:`1/\rho` times
+            smaller than it was. It has no unit, so that the scale of a loss still does not matter.
+            Default 0, as published. See :ref:`captured losses <capture>`.
         preference: :math:`p_i > 0` by name, scaled to sum 1: the exponents in the product of the
             :math:`D_i` that is minimised. Default None: equal.
 

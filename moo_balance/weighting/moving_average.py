@@ -41,7 +41,7 @@ class MovingAverage(WrappingWeighting):
     among themselves.
 
     Coefficients: sum to what those of the method sum to, as long as none is negative. The weights
-    reported are :math:`\lambda`.
+    reported are :math:`\lambda`. A loss may rise, whatever the method: its weights are of the past.
 
     Args:
         weighting: The method, such as ``MGDA()``.
