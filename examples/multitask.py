@@ -31,10 +31,16 @@ WORTH = {"digit": 1.0, "parity": 1.0, "reconstruction": 1 / 4000}
 
 # Arguments of the methods that need some here; every other one has its defaults.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "COSMOS": {"preference": WORTH},
     "FixedWeights": {"values": WORTH},
+    "Lagrangian": {"targets": {"digit": 0.2, "parity": 0.2}},
     "LearningRateAnnealing": {"reference": "reconstruction"},
     "MovingAverage": {"weighting": mb.MGDA()},
     "OnlineTchebycheff": {"preference": WORTH},
+    "PBI": {"preference": WORTH},
+    "PCD": {"primary": "digit"},
+    "Rescaled": {"weighting": mb.SumLog()},
+    "Sequential": {"weightings": [mb.MGDA("l2"), mb.SumLog()], "milestones": [100]},
     "SmoothTchebycheff": {"preference": WORTH},
     "Tchebycheff": {"preference": WORTH},
 }

@@ -30,11 +30,11 @@ from moo_balance._nonfinite import (
     select_state,
     unite,
 )
-from moo_balance._record import Record, Staged, loss_positions, merge_losses, select_losses
+from moo_balance._record import Record, Staged
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._rows import look_at_rows, separate_rows
-from moo_balance._satisfied import among_declared, among_present, weigh_others
+from moo_balance._satisfied import among_declared, among_present, weigh
 from moo_balance._two_step import check_no_scaling, has_two_steps
 from moo_balance._validation import (
     Given,
@@ -335,25 +335,16 @@ class Balancer:
         valid = flags.are_clear()
         if valid is not None:
             statistics = self.mask(statistics, flags, valid, scaled, needs)
-        rows = None
-        if needs.rows is not None:
-            statistics, rows = look_at_rows(
-                needs.rows, linearization, statistics, record.rows, valid, flags.satisfied
-            )
         satisfied = flags.satisfied
         if record.satisfied is not None and not needs.gramian and needs.method.uses_gramian:
             # What is kept of the last solution knows nothing of them.
             satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-        if satisfied is None:
-            positions = loss_positions(names, present, device)
-            weights, coefficients, following = weighting.weights(
-                statistics, select_losses(state, positions)
+        rows = None
+        if needs.rows is not None:
+            statistics, rows = look_at_rows(
+                needs.rows, linearization, statistics, record.rows, valid, satisfied
             )
-            following = merge_losses(state, following, positions)
-        else:
-            weights, coefficients, following = weigh_others(
-                weighting, statistics, satisfied, names, state
-            )
+        weights, coefficients, following = weigh(weighting, statistics, satisfied, names, state)
         if valid is not None:
             following = select_state(valid, following, state)
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.

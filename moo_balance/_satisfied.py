@@ -1,8 +1,8 @@
 """Losses that count as satisfied: at their lower bound, or with a gradient of zero.
 
 A method is called without them, as without an absent loss: their coefficients are 0, their entries
-of the state stay, and the others are balanced among themselves. Used only while there may be one:
-always on an accelerator, where the host does not know.
+of the state stay, and the others are balanced among themselves. On an accelerator, where the host
+does not know which they are, there always is a mask.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
-def weigh_others(
+def weigh(
     weighting: Weighting,
     statistics: Statistics,
-    satisfied: Tensor,
+    satisfied: Tensor | None,
     names: Sequence[str],
     state: State,
 ) -> WeightingOutput:
@@ -31,11 +31,16 @@ def weigh_others(
     Args:
         weighting: The method.
         statistics: Of all K losses of the batch.
-        satisfied: Those that count as satisfied, as booleans [K].
+        satisfied: Those that count as satisfied, as booleans [K]; None for none.
         names: All declared losses.
         state: Of all of them.
     """
     device = statistics.losses.device
+    if satisfied is None:
+        positions = loss_positions(names, statistics.names, device)
+        part = state if positions is None else select_losses(state, positions)
+        output = weighting.weights(statistics, part)
+        return output._replace(state=merge_losses(state, output.state, positions))
     if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)
@@ -59,15 +64,19 @@ def weigh_others(
     return WeightingOutput(scattered[0], scattered[1], following)
 
 
-def observe_others(
+def observe(
     weighting: Weighting,
     statistics: Statistics,
-    satisfied: Tensor,
+    satisfied: Tensor | None,
     names: Sequence[str],
     state: State,
 ) -> State:
-    """The state that follows from the losses after a step; arguments as :func:`weigh_others`."""
+    """The state that follows from the losses after a step; arguments as :func:`weigh`."""
     device = statistics.losses.device
+    if satisfied is None:
+        positions = loss_positions(names, statistics.names, device)
+        part = weighting.observe(statistics, select_losses(state, positions))
+        return merge_losses(state, part, positions)
     if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state, unite
-from moo_balance._record import Staged, loss_positions, merge_losses, select_losses
+from moo_balance._record import Staged
 from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
-from moo_balance._satisfied import among_present, observe_others
+from moo_balance._satisfied import among_present, observe as observe_losses
 from moo_balance._separate_steps import take_separate_steps
 from moo_balance._validation import Given, check_closure, read_observed_losses
 from moo_balance.engine.base import is_distributed
@@ -245,10 +245,5 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     if record.satisfied is not None:
         # The method has not seen their losses before the step.
         satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-    if satisfied is None:
-        positions = loss_positions(names, present, device)
-        part = weighting.observe(statistics, select_losses(state, positions))
-        following = merge_losses(state, part, positions)
-    else:
-        following = observe_others(weighting, statistics, satisfied, names, state)
+    following = observe_losses(weighting, statistics, satisfied, names, state)
     record.state = select_state(valid, following, state)

@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 
+from benchmarks.speed.counts import HostSyncs
 from moo_balance import MGDA, BalancedOptimizer, BalanceError, MovingAverage, Rescaled, Sequential
 from moo_balance.engine import PerLoss
 from moo_balance.weighting import Statistics
 from tests.support.problems import (
     Scene,
+    SmallModel,
     assert_same_parameters,
     flat_gradient,
     gradients,
@@ -216,3 +218,22 @@ def test_losses_that_a_mask_leaves_out_have_no_part(method):
             (found.state["weights"], expected.state["weights"]),
         ):
             torch.testing.assert_close(one[~mask], other, rtol=1e-12, atol=1e-12)
+
+
+@over_rows
+def test_a_step_reads_nothing_on_the_host(method):
+    model = SmallModel().to("meta")
+    optimizer = BalancedOptimizer(sgd(model), method.make(NAMES))
+    with HostSyncs() as counted:
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.accumulate():
+                optimizer.backward(losses_on_meta(model))
+            optimizer.backward(losses_on_meta(model))
+            optimizer.step()
+    assert counted.syncs == []
+
+
+def losses_on_meta(model):
+    features = model.trunk(torch.zeros(2, 3, dtype=torch.float64, device="meta"))
+    return {name: model.heads[k](features).mean() for k, name in enumerate(NAMES)}

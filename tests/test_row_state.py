@@ -428,3 +428,26 @@ def test_every_parameter_that_a_loss_reaches_moves(method):
     train(model, optimizer, range(2))
     for own, start in zip(model.parameters(), before, strict=True):
         assert bool((own != start).any())
+
+
+# ---------------------------------------------------------------------- satisfied losses
+
+
+@pytest.mark.parametrize("method", [MoCo(lr=0.01), DBMTL(), ExcessMTL()], ids=repr)
+def test_of_a_satisfied_loss_nothing_is_kept_as_of_an_absent_one(method):
+    ends = []
+    for present in (True, False):
+        param = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        optimizer = BalancedOptimizer(torch.optim.SGD([param], lr=1e-3), method)
+        for step in range(4):
+            losses = {"a": param.square().sum(), "b": param[1] ** 2}
+            if step == 2:
+                losses["b"] = 0.0 * losses["b"]
+                if not present:
+                    del losses["b"]
+            optimizer.zero_grad()
+            optimizer.backward(losses)
+            optimizer.step()
+        saved = optimizer.state_dict()["balance"]
+        ends.append(snapshot([param, saved["rows"], saved["state"]]))
+    assert ends[0] == ends[1]

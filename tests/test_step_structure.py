@@ -70,7 +70,7 @@ def structure_of_a_step(weighting: Weighting) -> Structure:
 def test_a_step_with_a_gramian_crosses_few_modules() -> None:
     calls, crossings, modules = structure_of_a_step(MGDA())
     assert len(crossings) <= 50, "\n".join(crossings)
-    assert len(modules) <= 16, sorted(modules)
+    assert len(modules) <= 17, sorted(modules)
     assert calls <= 160, calls
 
 

@@ -31,7 +31,8 @@ def analytic_qp_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor
     ridge on the cosines. No value is copied from an accelerator to the host.
 
     Gradients that are equal up to rounding share the weight. Zero gradients, if any, share all the
-    weight.
+    weight, as in :func:`~moo_balance.functional.min_norm_weights`. The order of the gradients does
+    not matter, though many weights may be optimal where they are linearly dependent.
 
     Args:
         gramian: :math:`Q_{ij} = g_i^\top g_j`, shape ``[K, K]``; in the paper, of the gradients of
@@ -87,10 +88,39 @@ def _by_cosines(gramian: Tensor, scales: Tensor | None, eps: float, share_zeros:
     # Zero gradients, if any, are the only ones with an entry here, if they share.
     inverse = norms.amin() / lengths + zero if share_zeros else lengths.amin() / lengths
     # The ridge is well above the noise of the cosines, so that a singular matrix has a definite
-    # limit. One step of refinement then removes its first-order error where the matrix is regular.
-    ridge = 64 * len(norms) * eps
-    factor, pivots, _ = torch.linalg.lu_factor_ex(cosines.clone().fill_diagonal_(1.0 + ridge))
-    solution = torch.linalg.lu_solve(factor, pivots, inverse.unsqueeze(1))
-    correction = torch.linalg.lu_solve(factor, pivots, solution)
-    weights = solution.add(correction, alpha=ridge).squeeze(1) * inverse
+    # limit.
+    ridge = 64 * len(norms) * max(eps, 1e-14)
+    matrix = cosines.clone().fill_diagonal_(1.0 + ridge)
+    factor, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    if factor.is_cpu and factor.diagonal().abs().amin().item() > _REGULAR:
+        solution = _solve(factor, pivots, inverse, ridge)
+    else:
+        # A small pivot enlarges rounding, which depends on the order of the gradients.
+        order = _canonical_order(norms, cosines)
+        factor, pivots, _ = torch.linalg.lu_factor_ex(matrix[order][:, order])
+        solution = torch.empty_like(inverse)
+        solution[order] = _solve(factor, pivots, inverse[order], ridge)
+    weights = solution * inverse
     return share_between_equals(weights / weights.sum(), cosines, norms, eps)
+
+
+_REGULAR = 1e-4  # a pivot that enlarges rounding to 1e-12
+
+
+def _solve(factor: Tensor, pivots: Tensor, vector: Tensor, ridge: float) -> Tensor:
+    """Solve with a factorised matrix, and remove the first-order error of the ridge in it."""
+    solution: Tensor = torch.linalg.lu_solve(factor, pivots, vector.unsqueeze(1))
+    correction = torch.linalg.lu_solve(factor, pivots, solution)
+    return solution.add(correction, alpha=ridge).squeeze(1)
+
+
+def _canonical_order(norms: Tensor, cosines: Tensor) -> Tensor:
+    """An order of the gradients that does not depend on the one in which they are given.
+
+    By norm, and where norms are equal by the cosines with the others, summed in sorted order.
+    """
+    steps = torch.arange(1, len(norms) + 1, dtype=norms.dtype, device=norms.device)
+    keys = (cosines.sort(dim=1).values * steps).sum(dim=1)
+    order = keys.argsort(stable=True)
+    by_norm: Tensor = norms[order].argsort(stable=True)
+    return order[by_norm]

@@ -69,19 +69,20 @@ def project_dual_cone(gramian: Tensor, coefficients: Tensor) -> Tensor:
         raise BalanceValueError(
             f"Parameter `coefficients` should be finite. Found {start.tolist()}."
         )
-    return _project(gramian.detach(), start).to(result).to(gramian.device)
+    projected = _project(gramian.detach(), start) if len(start) else start
+    return projected.to(result).to(gramian.device)
 
 
 def _project(gramian: Tensor, start: Tensor) -> Tensor:
     if gramian.shape[0] == 2:
         pair = read_pair(gramian)
-        projected = [_project_among_two(pair, row) for row in start.view(-1, 2).tolist()]
+        projected = [_project_among_two(pair, row) for row in start.reshape(-1, 2).tolist()]
         return torch.tensor(projected, dtype=torch.float64, device="cpu").view(start.shape)
     from moo_balance.functional._cone import addition_into_dual_cone  # loads NumPy
 
     directions = start.unsqueeze(0) if start.ndim == 1 else start
     added = addition_into_dual_cone(gramian, directions, precision(gramian))
-    return start + added.view(start.shape)
+    return start + added.reshape(start.shape)
 
 
 def _project_among_two(pair: Pair, start: Sequence[float]) -> list[float]:

@@ -39,7 +39,9 @@ def min_norm_weights(gramian: Tensor, scales: Tensor | None = None) -> Tensor:
     which a ridge on :math:`C` of the size of its rounding keeps bounded where a combination of the
     gradients vanishes.
 
-    Zero gradients, if any, share all the weight, and the combination is zero. When several weights
+    Zero gradients, if any, share all the weight, and the combination is zero: that is the shortest
+    one. In a training run it would be the end, so that :class:`~moo_balance.BalancedOptimizer`
+    leaves such losses out, as satisfied. When several weights
     attain the minimum, gradients that are equal up to rounding receive equal weights.
 
     Args:

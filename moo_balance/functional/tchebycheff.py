@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import at_least_float32, check_positive
+from moo_balance.functional._checks import at_least_float32, check_positive, widest
 
 
 def tchebycheff_value(
@@ -121,7 +121,7 @@ def smooth_tchebycheff_value(
     """
     check_positive("mu", mu)
     scale = _over_range(preference, ideal, nadir)
-    return smooth_max(scale * (at_least_float32(losses) - ideal), mu)
+    return smooth_max(at_least_float32(losses) - ideal, mu, widest(scale))
 
 
 def smooth_tchebycheff(
@@ -160,18 +160,36 @@ def smooth_tchebycheff(
     """
     check_positive("mu", mu)
     scale = _over_range(preference, ideal, nadir)
-    return scale * smooth_argmax(scale * (at_least_float32(losses) - ideal), mu)
+    return scale * smooth_argmax(at_least_float32(losses) - ideal, mu, widest(scale))
 
 
-def smooth_max(values: Tensor, mu: float) -> Tensor:
-    """Smooth maximum along the first dimension; no quotient by ``mu`` overflows."""
+def smooth_max(values: Tensor, mu: float, scale: Tensor | None = None) -> Tensor:
+    """Smooth maximum of ``scale * values`` along the first dimension, in the values' dtype."""
+    highest, exponents = _exponents(values, mu, scale)
+    return (highest + mu * torch.logsumexp(exponents, dim=0)).to(values.dtype)
+
+
+def smooth_argmax(values: Tensor, mu: float, scale: Tensor | None = None) -> Tensor:
+    """Shares in :func:`smooth_max`, its gradient with respect to ``scale * values``."""
+    return torch.softmax(_exponents(values, mu, scale)[1], dim=0).to(values.dtype)
+
+
+def _exponents(values: Tensor, mu: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The maximum of ``scale * values``, and all of them minus it, over ``mu``.
+
+    The maximum goes before anything is multiplied up or divided by a small ``mu``, so that what
+    overflows is minus infinity. In float32 ``mu`` itself might be rounded to 0.
+    """
+    values = widest(values)
+    unit = None
+    if scale is not None:
+        unit = scale.abs().amax().clamp(min=1.0)
+        values = scale / unit * values
     highest = values.amax(dim=0)
-    return highest + mu * torch.logsumexp((values - highest) / mu, dim=0)
-
-
-def smooth_argmax(values: Tensor, mu: float) -> Tensor:
-    """The gradient of :func:`smooth_max`."""
-    return torch.softmax((values - values.amax(dim=0)) / mu, dim=0)
+    below = values - highest
+    if unit is not None:
+        highest, below = unit * highest, unit * below
+    return highest, below / max(mu, torch.finfo(values.dtype).tiny)
 
 
 def _over_range(preference: Tensor, ideal: Tensor | float, nadir: Tensor | float | None) -> Tensor:

@@ -30,8 +30,8 @@ class StateKeeper(ABC):
         """The state before the first call."""
 
     @abstractmethod
-    def write(self, state: State, gramian: Tensor) -> None:
-        """Set the module to a state, for a Gramian of this size and dtype."""
+    def write(self, state: State, gramian: Tensor, position: Tensor) -> None:
+        """Set the module to a state, for a Gramian of losses at these declared positions."""
 
     @abstractmethod
     def read(self) -> State:
@@ -47,7 +47,7 @@ class _GradVac(StateKeeper):
         zeros = torch.zeros(count, count, dtype=state_dtype(device), device=device)
         return {f"{self.prefix}phi": zeros}
 
-    def write(self, state: State, gramian: Tensor) -> None:
+    def write(self, state: State, gramian: Tensor, position: Tensor) -> None:
         # Written to in place.
         self.module._phi_t = state[f"{self.prefix}phi"].to(gramian.dtype, copy=True)
         self.module._state_key = (len(gramian), gramian.dtype)
@@ -63,7 +63,7 @@ class _PCD(StateKeeper):
             f"{self.prefix}calls": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def write(self, state: State, gramian: Tensor) -> None:
+    def write(self, state: State, gramian: Tensor, position: Tensor) -> None:
         self.module._sq_norm_ema = state[f"{self.prefix}squares"].to(torch.float64)
         self.module._n_steps = state[f"{self.prefix}calls"]
         self.module._state_key = len(gramian)
@@ -76,27 +76,36 @@ class _PCD(StateKeeper):
 
 
 class _NashMTL(StateKeeper):
+    """The last solution, and when it was found; the problem for the solver is no state."""
+
+    def __init__(self, module: Any, prefix: str) -> None:
+        super().__init__(module, prefix)
+        self.solved_for = 0  # losses
+
     def init(self, count: int, device: torch.device) -> State:
         return {
             f"{self.prefix}alpha": constant_state(1.0, count, device),
             f"{self.prefix}calls": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def write(self, state: State, gramian: Tensor) -> None:
-        module, calls = self.module, int(state[f"{self.prefix}calls"])
-        if len(gramian) != module.n_tasks:
-            raise ValueError(f"`n_tasks` is {module.n_tasks}, but there are {len(gramian)} losses.")
+    def write(self, state: State, gramian: Tensor, position: Tensor) -> None:
+        module, count = self.module, len(gramian)
+        if self.solved_for != count:
+            module.n_tasks = count
+            module.reset()
         module.prvs_alpha = state[f"{self.prefix}alpha"].to(torch.float64).numpy()
-        if calls == 0:
-            module.prvs_alpha = module.prvs_alpha.astype("float32")  # as it starts
-        else:
+        module.step = float(state[f"{self.prefix}calls"])
+        if self.solved_for != count and module.step:  # else it does so itself
             module._init_optim_problem()
-        module.step = float(calls)
+        self.solved_for = count
 
     def read(self) -> State:
         alpha = torch.as_tensor(self.module.prvs_alpha, dtype=torch.float64)
         calls = torch.tensor(int(self.module.step))
         return {f"{self.prefix}alpha": alpha, f"{self.prefix}calls": calls}
+
+    def reset(self) -> None:
+        """Keep the problem, which takes long to state; both are set before each call."""
 
 
 class _CRMOGM(StateKeeper):
@@ -110,16 +119,11 @@ class _CRMOGM(StateKeeper):
     def init(self, count: int, device: torch.device) -> State:
         return {f"{self.prefix}lambda": constant_state(torch.nan, count, device)}
 
-    def write(self, state: State, gramian: Tensor) -> None:
+    def write(self, state: State, gramian: Tensor, position: Tensor) -> None:
         before = state[f"{self.prefix}lambda"].to(gramian.dtype)
         initial = self.module._initial_weights
         if initial is not None:
-            if initial.shape != before.shape:
-                raise ValueError(
-                    f"`initial_weights` has shape {tuple(initial.shape)}, but there are "
-                    f"{len(before)} losses."
-                )
-            before = torch.where(before.isnan(), initial.to(before), before)
+            before = torch.where(before.isnan(), initial.to(before)[position], before)
         self.module._lambda = before
         self.hook = self.module.weighting.register_forward_hook(self._replace_missing)
 

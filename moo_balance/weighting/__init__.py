@@ -29,6 +29,7 @@ from moo_balance.weighting.grad_norm import GradNorm
 from moo_balance.weighting.gradient_norms import GradientNorms
 from moo_balance.weighting.gradvac import GradVac
 from moo_balance.weighting.imtl_l import IMTLL
+from moo_balance.weighting.lagrangian import Lagrangian
 from moo_balance.weighting.learning_rate_annealing import LearningRateAnnealing
 from moo_balance.weighting.mgda import MGDA
 from moo_balance.weighting.moco import MoCo
@@ -75,6 +76,7 @@ __all__ = [
     "GradVac",
     "GradientNorms",
     "GramianWeighting",
+    "Lagrangian",
     "LearningRateAnnealing",
     "MoCo",
     "MoDo",

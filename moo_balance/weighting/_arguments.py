@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import constant_vector
-from moo_balance.weighting.base import Statistics, Weighting, state_dtype
+from moo_balance.weighting.base import State, Statistics, Weighting, state_dtype
 
 FloatOrByName: TypeAlias = float | Mapping[str, float]
 """A number for all losses, or one for each by name."""
@@ -50,6 +50,30 @@ def shifted_losses(bounds: FloatOrByName, shift: FloatOrByName, statistics: Stat
     return statistics.losses - (
         broadcastable(bounds, statistics) - broadcastable(shift, statistics)
     )
+
+
+FLOOR = "floor"
+"""The entry of a state that :func:`raise_by_floor` needs: reference distances, NaN before there
+is one."""
+
+
+def init_floor(floor: float, count: int, device: torch.device) -> State:
+    """The part of a state that :func:`raise_by_floor` needs, before the first step."""
+    return {FLOOR: constant_state(math.nan, count, device)} if floor else {}
+
+
+def update_floor(distances: Tensor, state: State) -> State:
+    """That part of the state, with the largest distance that each loss has had so far."""
+    if FLOOR not in state:
+        return state
+    return {**state, FLOOR: torch.fmax(state[FLOOR], distances.to(state[FLOOR].dtype))}
+
+
+def raise_by_floor(floor: float, distances: Tensor, state: State) -> Tensor:
+    """Distances plus `floor` times their reference distances; as they are before there is one."""
+    if FLOOR not in state:
+        return distances
+    return distances + floor * state[FLOOR].nan_to_num(0.0).to(distances.dtype)
 
 
 def lower_limits(bounds: FloatOrByName, shift: FloatOrByName, names: Sequence[str]) -> list[float]:

@@ -131,11 +131,14 @@ def _text(value: object) -> str:
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, str, Tensor, Mapping, list, tuple, set, frozenset, type(None))
+_PLAIN = (bool, int, float, str, Tensor, Mapping, list, tuple, set, frozenset)
 
 
 def _module_text(module: nn.Module) -> str:
-    """A module's attributes and the modules inside of it; not what other packages put there."""
+    """A module's attributes and the modules inside of it.
+
+    Not those that are None, and what other packages have put there, both of which may change.
+    """
     package = type(module).__module__.partition(".")[0]
     parts = {
         name: value

@@ -20,7 +20,7 @@ from moo_balance.weighting._arguments import (
     constant_state,
     copy_mappings,
     lower_limits,
-    normalize_preference,
+    relative_preference,
     shifted_losses,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -60,6 +60,8 @@ class LearnedScaleWeighting(Weighting):
     def _first_scale(self) -> float:
         """The scale t that belongs to the number `start`."""
 
+    leaves_out_satisfied = True
+
     @property
     def uses_losses(self) -> bool:
         return self.start == "first"
@@ -93,9 +95,10 @@ class LearnedScaleWeighting(Weighting):
         # The square of what is cut off here would overflow in Adam.
         limit = torch.finfo(scales.dtype).max ** 0.5
         gradient = (raw * distances - self._pull).clamp(max=limit)
+        # Where a loss starts its own scale this is but rounding, which Adam would blow up.
+        gradient = gradient.masked_fill(state["log_scales"].isnan(), 0.0)
         following, moments = adam(scales, gradient, torch.ones_like(scales), state, self.lr)
         coefficients = raw.to(statistics.losses)
         if self.preference is not None:
-            count = len(statistics.names)
-            coefficients = count * normalize_preference(self.preference, statistics) * coefficients
+            coefficients = relative_preference(self.preference, statistics) * coefficients
         return WeightingOutput(coefficients, coefficients, {"log_scales": following, **moments})

@@ -44,13 +44,22 @@ def update_window_means(statistics: Statistics, window: int, state: State) -> St
     }
 
 
+def count_others(statistics: Statistics) -> Tensor | int:
+    """The number of losses, those not counted that are to be left out."""
+    count = len(statistics.names)
+    return count if statistics.satisfied is None else count - statistics.satisfied.sum()
+
+
 def share(logits: Tensor, preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
     r"""The shares :math:`p_i e^{x_i} / \sum_j p_j e^{x_j}` of the losses, shape [K].
 
-    A logit that has overflowed counts as the largest number.
+    A logit that has overflowed counts as the largest number. The share of a loss that is to be left
+    out is 0.
     """
     largest = torch.finfo(logits.dtype).max
     logits = logits.clamp(-largest, largest)
+    if statistics.satisfied is not None:
+        logits = logits.masked_fill(statistics.satisfied, -math.inf)
     if preference is not None:
         # The maximum goes first: next to a huge one a preference would be rounded off.
         weights = normalize_preference(preference, statistics).to(logits)

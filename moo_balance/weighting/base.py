@@ -34,7 +34,8 @@ class Statistics(NamedTuple):
         losses: Their values, shape [K], detached and unscaled. Their dtype is that of `gramian` in
             a step that has one, else float64 (float32 on Apple's "mps").
         gramian: Inner products of their gradients, shape [K, K], in the dtype of the losses; None
-            for a method that does not use it, or in a step between two refreshes (``every``).
+            for a method that does not use it, or in a step between two refreshes (``every``). With
+            ``uses_independent_batches`` an unbiased estimate, whose eigenvalues may be negative.
         step: Number of steps that have been committed so far; in ``observe``, with the one that is
             observed.
         rows: What a method that looks at single coordinates of gradients asks for, in a step with a

@@ -14,7 +14,7 @@ from moo_balance.weighting._arguments import (
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._rates import init_window_means, share, update_window_means
+from moo_balance.weighting._rates import count_others, init_window_means, share, update_window_means
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
@@ -51,7 +51,7 @@ class DWA(Weighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not positive.
+            when a loss is negative.
 
     Source: Liu, Johns, Davison, *End-to-End Multi-Task Learning with Attention* (CVPR 2019),
     arXiv 1803.10704, Equation 7.
@@ -70,6 +70,7 @@ class DWA(Weighting):
     """
 
     uses_losses = False
+    leaves_out_satisfied = True
 
     window: int = 25
     temperature: float = 2.0
@@ -95,5 +96,5 @@ class DWA(Weighting):
         state = update_window_means(statistics, self.window, state)
         rates = torch.where(state["older"].isnan(), 1.0, state["newer"] / state["older"])
         shares = share(rates / self.temperature, self.preference, statistics)
-        weights = (len(shares) * shares).to(statistics.losses)
+        weights = (count_others(statistics) * shares).to(statistics.losses)
         return WeightingOutput(weights, weights, state)

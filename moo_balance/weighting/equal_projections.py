@@ -61,6 +61,11 @@ class ConFIG(ProjectionWeighting):
     :class:`NashMTL` does, too. Solved exactly on cosines, also on an accelerator, where the
     published least squares assume gradients that are linearly independent.
 
+    The direction is as long as the projections on it sum to. For orthogonal gradients of equal
+    length it is their sum. Where lengths differ, that of the longest sets it, and a short
+    gradient gets a coefficient as large as the ratio: with plain SGD a learning rate that suits the
+    sum may be much too large then. The paper uses Adam; :class:`IMTLG` is shorter.
+
     Coefficients: sum to nothing in particular; at least to 1 if none is negative. Scaling one loss
     leaves the direction as it is.
 

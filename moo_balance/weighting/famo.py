@@ -22,10 +22,13 @@ from moo_balance.weighting._arguments import (
     check_whole,
     constant_state,
     copy_mappings,
+    init_floor,
     log_coefficients,
     lower_limits,
+    raise_by_floor,
     relative_preference,
     shifted_losses,
+    update_floor,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
@@ -41,6 +44,7 @@ class LogitWeighting(Weighting):
     shift: FloatOrByName
     bounds: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"]
+    floor: float = 0.0
     preference: Mapping[str, float] | None
     lagged: bool
 
@@ -50,6 +54,7 @@ class LogitWeighting(Weighting):
         check_range(self, "decay", 0.0)
         check_range(self, "bounds")
         check_range(self, "shift")
+        check_range(self, "floor", 0.0)
         check_choice(self, "logit_optimizer", ("adam", "sgd"))
         check_preference(self)
         check_whole(self, "every", 1)
@@ -77,11 +82,15 @@ class LogitWeighting(Weighting):
         return {
             "logits": constant_state(0.0, count, device),
             **moments,
+            **init_floor(self.floor, count, device),
             "log_distances": constant_state(math.nan, count, device),
         }
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
+        if self.floor:
+            state = update_floor(distances, state)
+            distances = raise_by_floor(self.floor, distances, state)
         if statistics.step % self.every == 0:
             log_distances = distances.log().to(state["logits"].dtype)
             if self.lagged:
@@ -96,7 +105,8 @@ class LogitWeighting(Weighting):
         return WeightingOutput(weights, log_coefficients(weights, distances), state)
 
     def observe(self, statistics: Statistics, state: State) -> State:
-        log_distances = shifted_losses(self.bounds, self.shift, statistics).log()
+        distances = shifted_losses(self.bounds, self.shift, statistics)
+        log_distances = raise_by_floor(self.floor, distances, state).log()
         return self._update(log_distances.to(state["logits"].dtype), statistics, state)
 
     def _update(self, log_distances: Tensor, statistics: Statistics, state: State) -> State:
@@ -140,9 +150,14 @@ class FAMO(LogitWeighting):
         q_i = z_i \Big(\delta_i - \sum_j z_j \delta_j\Big), \qquad
         \xi \leftarrow \xi - \beta\,(q + \gamma \xi)
 
+    (with a `preference` :math:`p`, scaled to mean 1:
+    :math:`z = \operatorname{softmax}(\xi + 2 \log p)`, :math:`\delta_i / p_i` in place of
+    :math:`\delta_i`, and :math:`d` with :math:`z_i / p_i`)
+
     where :math:`D^{+}` is evaluated on the same batch after the step. A loss that fell faster than
     the average thereby loses weight. It approaches, with one backward pass per step, the direction
-    in which all losses improve at the same relative rate.
+    in which all losses improve at the same relative rate, or at rates in proportion to the
+    preference.
 
     The losses after the step come from one of three:
 
@@ -151,7 +166,10 @@ class FAMO(LogitWeighting):
     * ``lagged=True`` takes the next batch's losses instead: no extra forward pass, more noise.
       It is what the official code does in its deterministic toy problem.
 
-    Coefficients: sum to 1.
+    A loss that did not move at all in a step, such as a constant, has no part in the comparison:
+    its logit stays.
+
+    Coefficients: sum to 1. A loss may rise.
 
     Args:
         lr: :math:`\beta > 0`. Default 0.025 (paper and code).
@@ -161,17 +179,20 @@ class FAMO(LogitWeighting):
             does, so it grows in effect as :math:`q` shrinks: in the long run any positive value
             ends where :class:`SumLog` ends.
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
-        shift: :math:`s_i`, likewise. Default 0. The code's 1e-8 is left out: a loss that is not
-            above its bound is refused instead.
+        shift: :math:`s_i`, likewise. Default 0. The official code's :math:`\epsilon` is
+            ``shift=1e-8``, which counts once a loss falls to about 1e-5. Without it a loss at its
+            bound is satisfied, and left out.
         logit_optimizer: How :math:`\xi` descends: ``"adam"`` (default, official code) or ``"sgd"``
             (paper). Not a detail: the paper drops a factor :math:`1/\alpha` (the model's learning
             rate), so that plain descent with 0.025 hardly moves.
+        preference: :math:`p_i > 0` by name. With logits that stay at zero the weights are
+            :math:`p`, as those of :class:`SumLog`. Default None: equal.
         every: Update the logits only every n-th step. Default 1 (paper).
         lagged: Compare with the next batch's losses. Default False (paper).
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
-            not above :math:`b_i - s_i`.
+            below :math:`b_i - s_i`.
 
     Source: Liu et al., *FAMO: Fast Adaptive Multitask Optimization* (NeurIPS 2023),
     arXiv 2306.03792, Algorithm 2.
@@ -191,6 +212,7 @@ class FAMO(LogitWeighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
+    floor: float = 0.0
     preference: Mapping[str, float] | None = None
     every: int = 1
     lagged: bool = False

@@ -17,11 +17,14 @@ from moo_balance.weighting._arguments import (
     check_range,
     constants_like,
     copy_mappings,
+    init_floor,
     log_coefficients,
     lower_limits,
     normalize_preference,
+    raise_by_floor,
     relative_preference,
     shifted_losses,
+    update_floor,
     values_by_name,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -132,10 +135,12 @@ class SumLog(Weighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     renormalize: bool = True
+    floor: float = 0.0
     preference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         copy_mappings(self)
+        check_range(self, "floor", 0.0)
         check_range(self, "bounds")
         check_range(self, "shift")
         check_preference(self)
@@ -144,7 +149,7 @@ class SumLog(Weighting):
         check_names("preference", self.preference, names, complete=True)
         check_names("bounds", self.bounds, names)
         check_names("shift", self.shift, names)
-        return {}
+        return init_floor(self.floor, len(names), device)
 
     bound_reason = TAKES_LOG
 
@@ -157,6 +162,9 @@ class SumLog(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
+        if self.floor:
+            state = update_floor(distances, state)
+            distances = raise_by_floor(self.floor, distances, state)
         weights = normalize_preference(self.preference, statistics)
         if self.renormalize:
             return WeightingOutput(weights, log_coefficients(weights, distances), state)

@@ -38,7 +38,7 @@ class GeometricMean(Weighting):
 
     Raises:
         BalanceValueError: `preference` is not positive or names no loss; from ``backward``, when a
-            loss is not positive.
+            loss is negative.
 
     Source: Chennupati et al., *MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss
     Strategy for Multi-Task Learning* (CVPR Workshops 2019).
@@ -51,6 +51,8 @@ class GeometricMean(Weighting):
         >>> GeometricMean().weights(statistics, {}).coefficients
         tensor([1.0000, 0.2500])
     """
+
+    leaves_out_satisfied = True
 
     preference: Mapping[str, float] | None = None
 

@@ -47,7 +47,7 @@ class IMTLL(LearnedScaleWeighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not above :math:`b_i`.
+            when a loss is below :math:`b_i`.
 
     Source: Liu et al., *Towards Impartial Multi-task Learning* (ICLR 2021), the balance of losses;
     that of gradients is another method, ``IMTLG``.

@@ -46,15 +46,23 @@ class MGDA(GramianWeighting):
     :math:`\nabla \log L_i` on both sides, :math:`d = c \sum_i w_i g_i / L_i` with
     :math:`c = 1/\sum_i (w_i / L_i)`: the direction of equal relative improvement.
 
-    Coefficients: sum to 1.
+    With a `preference` :math:`p` the gradients are divided by it, :math:`n_i p_i` in place of
+    :math:`n_i`, and the weights reported and applied are :math:`w_i / p_i`, which sum to 1 again.
+    Without normalisation :math:`g_i \cdot d \ge c\,p_i \|d\|^2`, with equality for each loss that
+    has a weight: losses improve in proportion to their preference, under ``"log"`` relative to
+    their value.
+
+    Coefficients: sum to 1. No loss rises without normalisation or with ``"log"``; with the other
+    three, whose weights are not applied to the gradients that they were solved for, one may.
 
     Args:
         normalize: One of the above. Default None (Désidéri 2012).
+        preference: :math:`p_i > 0` by name, scaled to sum 1. Default None: equal.
         every: Solve each n-th step only, and keep :math:`w` in between. Default 1.
 
     Raises:
-        BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is not
-            positive and the normalisation divides by it.
+        BalanceValueError: A hyper-parameter is out of range; from ``backward``, when a loss is
+            negative and the normalisation divides by it.
         ConvergenceError: The solver missed its tolerance (never seen; it would say by how much).
 
     Source: Désidéri, *Multiple-gradient descent algorithm* (2012); Sener & Koltun, *Multi-Task

@@ -52,7 +52,12 @@ class MovingAverage(WrappingWeighting):
 
     Source: Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
     Beyond* (NeurIPS 2022), "CR-MOGM"; the adaptive rule as in the code of AdaOMD-TCH, which counts
-    :math:`k` from 1. The published rule averages coefficients that sum to 1, and is this one.
+    :math:`k` from 1. The published rule averages coefficients that sum to 1, and is this one. Where
+    they do not, as those of :class:`Sum`, ``SumLog(renormalize=False)`` or a Nash bargaining, it
+    would average the length of the step, too: here only the shares are averaged, and the length is
+    that of the method in each step. Such a method keeps its reaction to a step in which gradients
+    suddenly differ in length; the published rule, as in TorchJD, spreads it over
+    :math:`1 / (1 - \beta)` steps.
 
     Example:
         >>> import torch

@@ -19,7 +19,7 @@ from moo_balance.weighting._arguments import (
     values_by_name,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._rates import share
+from moo_balance.weighting._rates import count_others, share
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
@@ -62,7 +62,7 @@ class ReLoBRaLo(Weighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not positive.
+            when a loss is negative.
 
     Source: Bischof & Kraus, *Multi-Objective Loss Balancing for Physics-Informed Deep Learning*
     (2021), arXiv 2110.09813. The official code starts the average at the weights of the second
@@ -80,6 +80,8 @@ class ReLoBRaLo(Weighting):
         >>> coefficients
         tensor([0.8775, 1.1225])
     """
+
+    leaves_out_satisfied = True
 
     beta: float = 0.999
     temperature: float = 0.1
@@ -110,11 +112,14 @@ class ReLoBRaLo(Weighting):
         return {"first": unknown, "last": unknown.clone(), "weights": weights}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
-        losses, mass = statistics.losses.to(state["first"]), state["weights"].sum()
-        count = len(losses)
+        losses, count = statistics.losses.to(state["first"]), count_others(statistics)
+        weights = state["weights"]
+        if statistics.satisfied is not None:
+            weights = weights.masked_fill(statistics.satisfied, 0.0)
+        mass = weights.sum()
         first = torch.where(state["first"].isnan(), losses, state["first"])
         last = torch.where(state["last"].isnan(), losses, state["last"])
-        weights = state["weights"] * (count / mass)
+        weights = weights * (count / mass)
         if self._looks_back(statistics.step):
             weights = self._balance(losses / first, statistics)
         weights = weights.lerp(self._balance(losses / last, statistics), 1.0 - self.beta)
@@ -130,4 +135,5 @@ class ReLoBRaLo(Weighting):
         return draw.item() < self.lookback
 
     def _balance(self, rates: Tensor, statistics: Statistics) -> Tensor:
-        return len(rates) * share(rates / self.temperature, self.preference, statistics)
+        shares = share(rates / self.temperature, self.preference, statistics)
+        return count_others(statistics) * shares

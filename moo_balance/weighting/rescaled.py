@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional import rescale
 from moo_balance.weighting._arguments import check_choice, check_whole
+from moo_balance.weighting._identity import method_name
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
     as_inner,
@@ -65,7 +67,8 @@ class Rescaled(WrappingWeighting):
             losses that is one more backward pass in twenty.
 
     Raises:
-        BalanceValueError: `weighting` is no method, or another argument is out of range.
+        BalanceValueError: `weighting` is no method, or another argument is out of range; a length
+            that depends on gradients around a method of independent batches (:class:`MoDo`).
 
     Example:
         >>> import torch
@@ -86,6 +89,12 @@ class Rescaled(WrappingWeighting):
         check_weighting(self, "weighting", self.weighting)
         check_choice(self, "length", ("sum", "mean", "one", "count"))
         check_whole(self, "every", 1)
+        if self.measures and self.weighting.uses_independent_batches:
+            raise BalanceValueError(
+                f"Parameter `length` of Rescaled should be 'one' or 'count' around "
+                f"{method_name(self.weighting)}, whose Gramian is an estimate that need not be one "
+                f"of lengths. Found {self.length!r}."
+            )
 
     @property
     def measures(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class SoftAdapt(Weighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not positive although it is `loss_weighted`.
+            when a loss is negative although it is `loss_weighted`.
 
     Source: Heydari, Thompson, Mehmood, *SoftAdapt: Techniques for Adaptive Loss Weighting of Neural
     Networks with Multi-Part Loss Functions* (2019), arXiv 1912.12355.
@@ -79,6 +80,7 @@ class SoftAdapt(Weighting):
     """
 
     uses_losses = False
+    leaves_out_satisfied = True
 
     window: int = 25
     temperature: float = 10.0
@@ -108,7 +110,9 @@ class SoftAdapt(Weighting):
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         state = update_window_means(statistics, self.window, state)
         newer, older = state["newer"], state["older"]
-        slopes = torch.where(older.isnan(), 0.0, newer - older)
+        if statistics.satisfied is not None:
+            newer = newer.masked_fill(statistics.satisfied, math.nan)
+        slopes = torch.where(older.isnan(), 0.0, newer - older).nan_to_num(0.0)
         if self.normalize:
             slopes = _normalize(slopes)
         logits = slopes / self.temperature

@@ -54,7 +54,7 @@ class UncertaintyWeighting(LearnedScaleWeighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not above :math:`b_i`.
+            when a loss is below :math:`b_i`.
 
     Source: Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene
     Geometry and Semantics* (CVPR 2018), arXiv 1705.07115.

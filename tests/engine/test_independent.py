@@ -22,6 +22,7 @@ from moo_balance import (
 )
 from moo_balance.engine import PerLoss, Problem, Streaming
 from moo_balance.engine.independent import BatchProducts, project_semidefinite
+from tests.support.engine_graphs import GRAPHS, assert_same, unhooked_jacobian
 from tests.support.noisy import (
     MEANS,
     NAMES,
@@ -169,6 +170,14 @@ def test_equal_batches_give_the_plain_gramian() -> None:
     optimizer = projecting.optimizer(PerLoss(unbiased=True))
     found = gramian_of_step(optimizer, projecting, 2, PATTERNS["all"])
     torch.testing.assert_close(found, expected_gramian(2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", GRAPHS.values(), ids=GRAPHS)
+def test_every_graph_in_a_window_of_equal_batches(build) -> None:
+    graph, window = build(), PerLoss(unbiased=True).window()
+    expected = 2 * unhooked_jacobian(graph)
+    window.add(graph.problem(retain_graph=True))
+    assert_same(window.close(graph.problem()).gramian(), expected @ expected.T)
 
 
 def test_linear_layers_are_multiplied_out_in_a_window() -> None:

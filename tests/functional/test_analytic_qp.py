@@ -56,6 +56,31 @@ def test_permuting_the_gradients_permutes_the_weights(rows, random):
 
 
 @property_test
+@given(jacobians(decades=3.0, degenerate=True), st.randoms(use_true_random=False))
+def test_permuting_dependent_gradients_permutes_the_weights(rows, random):
+    """Of the many weights that are optimal."""
+    order = random.sample(range(len(rows)), len(rows))
+    gramian = gramian_of(rows)
+    weights = analytic_qp_weights(gramian)
+    permuted = analytic_qp_weights(gramian[order][:, order])
+    scale = max(1.0, float(weights.abs().max()))
+    torch.testing.assert_close(permuted / scale, weights[order] / scale, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_dependent_gradients_of_equal_length_have_weights_in_any_order(count):
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(20):
+        basis = torch.randn(2, 9, generator=generator, dtype=DOUBLE)
+        rows = torch.randn(count, 2, generator=generator, dtype=DOUBLE) @ basis
+        gramian = gramian_of(rows / rows.norm(dim=1, keepdim=True)).fill_diagonal_(1.0)
+        weights, order = analytic_qp_weights(gramian), torch.randperm(count, generator=generator)
+        permuted = analytic_qp_weights(gramian[order][:, order])
+        torch.testing.assert_close(permuted, weights[order], rtol=1e-10, atol=1e-10)
+        assert float((weights @ gramian @ weights).clamp(min=0.0).sqrt()) <= 1e-6
+
+
+@property_test
 @given(jacobians(), st.integers(-30, 30))
 def test_scaling_all_gradients_together_changes_nothing(rows, exponent):
     torch.testing.assert_close(

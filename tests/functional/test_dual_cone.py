@@ -124,6 +124,15 @@ def test_two_gradients_in_closed_form_are_as_many_in_general(cosine, decades, on
     assert float(difference @ unit @ difference) <= 1e-14
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_directions_in_any_layout_is_projected(count):
+    gramian = gramian_of(normal(count, 4, seed=1))
+    starts = normal(count, 5, seed=2).T  # not contiguous
+    expected = [project_dual_cone(gramian, start) for start in starts]
+    torch.testing.assert_close(project_dual_cone(gramian, starts), torch.stack(expected))
+    assert project_dual_cone(gramian, starts[:0]).shape == (0, count)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_zero_gradient_keeps_its_coefficient(count):
     rows = normal(count, 4, seed=1)

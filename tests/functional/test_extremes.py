@@ -18,6 +18,8 @@ from moo_balance.functional import (
     min_norm_weights,
     project_dual_cone,
     scale_gramian,
+    set_tchebycheff,
+    set_tchebycheff_value,
     smooth_tchebycheff,
     smooth_tchebycheff_log,
     smooth_tchebycheff_log_value,
@@ -227,3 +229,38 @@ def test_a_loss_below_the_normal_range_writes_no_nan(method):
     result = method.weights(statistics_of([1e-315, 1.0], gramian), {})
     assert result.coefficients.isfinite().all()
     assert float(result.coefficients.sum()) == pytest.approx(1.0)
+
+
+def test_no_smoothing_is_too_small_for_any_loss():
+    """The coefficients are those of the maximum: with ties, with a nadir, and in float32."""
+    for dtype, huge in ((torch.float64, 1e300), (torch.float32, 1e30)):
+        preference = torch.tensor([0.5, 0.25, 0.25], dtype=dtype)
+        for values in ([huge, 4 * huge, 1.0], [-huge, huge, 0.0], [2.0, 4.0, 1.0], [1.0] * 3):
+            losses = torch.tensor(values, dtype=dtype)
+            expected = tchebycheff(losses, preference, 0.0)
+            for mu in (1e-300, 5e-324, 1e-46):
+                found = smooth_tchebycheff(losses, preference, 0.0, None, mu)
+                assert found.dtype == dtype
+                assert_near(found, expected, 1e-6)
+                value = smooth_tchebycheff_value(losses, preference, 0.0, None, mu)
+                assert float(value) == pytest.approx(float((preference * losses).max()))
+                ranged = smooth_tchebycheff(losses, preference, 0.0, 1e-10, mu)
+                assert_near(ranged * 1e-10, expected, 1e-6)
+
+
+def test_a_huge_smoothing_gives_the_weighted_sum():
+    for dtype in (torch.float64, torch.float32):
+        preference = torch.tensor([0.75, 0.25], dtype=dtype)
+        found = smooth_tchebycheff(
+            torch.tensor([1e30, 3.0], dtype=dtype), preference, 0, None, 1e300
+        )
+        assert_near(found, preference / 2, 1e-6)
+
+
+@pytest.mark.parametrize("mu", [1e-300, 5e-324])
+def test_sets_of_solutions_take_any_smoothing(mu):
+    for dtype, huge in ((torch.float64, 1e300), (torch.float32, 1e30)):
+        losses = torch.tensor([[0.0, huge, 1.0], [huge, 0.5, 2.0]], dtype=dtype)
+        found = set_tchebycheff(losses, torch.ones(3, dtype=dtype), 0.0, mu)
+        assert found.tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+        assert float(set_tchebycheff_value(losses, torch.ones(3, dtype=dtype), 0.0, mu)) == 1.0

@@ -13,6 +13,7 @@ from tests.support.method import (
     low,
     low_bounds_shifted,
     positive,
+    preference,
     refused,
     unfit,
 )
@@ -58,7 +59,15 @@ METHODS = [
         alone=lambda loss: 1 / loss,
         scaling="inverse",
     ),
+    Method(
+        "SumLog-preference",
+        lambda names: SumLog(preference=preference(names)),
+        bounds=positive,
+        scaling="shares",
+    ),
+    Method("SumLog-floor", lambda names: SumLog(floor=0.1), bounds=positive, scaling="shares"),
     famo("adam"),
+    famo("floor", floor=0.1),
     famo("sgd", logit_optimizer="sgd", lr=2.0),
     famo("no-decay", decay=0.0),
     famo("lagged", kind="lagged", lagged=True),
@@ -70,6 +79,13 @@ METHODS = [
         lambda names: FAMO(bounds=low(names), shift=0.5),
         kind="observing",
         bounds=low_bounds_shifted,
+    ),
+    Method(
+        "FAMO-preference",
+        lambda names: FAMO(preference=preference(names)),
+        kind="observing",
+        bounds=positive,
+        scaling="shares",
     ),
     trajectory("defaults"),
     trajectory("paper", logit_optimizer="sgd"),
@@ -89,6 +105,8 @@ METHODS = [
 REFUSALS = [
     refused(SumLog, bounds=INF),
     refused(SumLog, shift={"a": NAN}),
+    refused(SumLog, floor=-0.1),
+    refused(FAMO, floor=INF),
     unfit(SumLog, bounds={"d": 1.0}),
     unfit(SumLog, shift={"d": 1.0}),
     *(
@@ -104,6 +122,14 @@ REFUSALS = [
             ("logit_optimizer", "rmsprop"),
             ("every", 0),
             ("every", 1.5),
+        )
+    ),
+    *(
+        refusal
+        for cls in (SumLog, FAMO, BalancedTrajectory)
+        for refusal in (
+            refused(cls, preference={"a": 0.0}),
+            unfit(cls, preference={"a": 1.0}),
         )
     ),
     refused(FAMO, bounds=-INF),

@@ -186,11 +186,14 @@ REFUSALS = [
 
 FACTS = {
     "UncertaintyWeighting": Facts(
-        "scaled losses, by learned variances", "half of raw SumLog, with a lag"
+        "scaled losses, by learned variances",
+        "half of raw SumLog, with a lag",
+        total="Σ 1 / 2Lᵢ, once settled",
     ),
     "IMTLL": Facts(
         "scaled losses, by learned scales",
         "raw SumLog, with a lag; twice UncertaintyWeighting",
+        total="Σ 1 / Lᵢ, once settled",
     ),
     "DWA": Facts("relative falls of window means, softly", "SoftAdapt on quotients"),
     "SoftAdapt": Facts("slopes of window means, softly", "DWA on differences"),
@@ -198,9 +201,19 @@ FACTS = {
         "relative falls since the last and the first step, softly",
         "without memory SoftAdapt with relative slopes",
     ),
-    "GeometricMean": Facts("relative improvement", "direction of SumLog, in the unit of losses"),
-    "PBI": Facts(
-        "losses over their wanted ratio, by a penalty", "minimised along the ray of Tchebycheff"
+    "GeometricMean": Facts(
+        "minimizes the geometric mean",
+        "direction of SumLog, in the unit of losses",
+        total="the mean of GM / Lᵢ",
     ),
-    "COSMOS": Facts("losses over their wanted ratio, by a cosine", "close to PBI"),
+    "PBI": Facts(
+        "losses over their wanted ratio, by a penalty",
+        "minimized along the ray of Tchebycheff",
+        total="nothing fixed; some may be negative",
+    ),
+    "COSMOS": Facts(
+        "losses over their wanted ratio, by a cosine",
+        "close to PBI",
+        total="nothing fixed; some may be negative",
+    ),
 }

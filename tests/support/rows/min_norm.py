@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from moo_balance import MGDA, AnalyticQP
-from tests.support.method import Facts, Kind, Method, above_minus_one, positive, refused, unbounded
+from tests.support.method import (
+    Facts,
+    Kind,
+    Method,
+    above_minus_one,
+    positive,
+    preference,
+    refused,
+    unbounded,
+    unfit,
+)
 
 
 def mgda(
@@ -37,6 +47,7 @@ METHODS = [
         lambda names: AnalyticQP(projection="exact"),
         kind="gramian",
         bounds=above_minus_one,
+        never_rises=True,
     ),
     Method(
         "AnalyticQP-no-shift",
@@ -60,11 +71,30 @@ METHODS = [
         kind="gramian-every",
         bounds=above_minus_one,
     ),
+    Method(
+        "AnalyticQP-preference",
+        lambda names: AnalyticQP(preference=preference(names)),
+        kind="gramian",
+        bounds=above_minus_one,
+    ),
+    Method(
+        "AnalyticQP-floor",
+        lambda names: AnalyticQP(shift=0.0, floor=0.1, every=3),
+        kind="gramian-every",
+        bounds=positive,
+        scaling="shares",
+    ),
     mgda("none", never_rises=True),
     mgda("l2", normalize="l2", scaling="unchanged"),
     mgda("loss", normalize="loss", bounds=positive, scaling="unchanged"),
     mgda("loss+", normalize="loss+", bounds=positive),
-    mgda("log", normalize="log", bounds=positive, scaling="shares"),
+    mgda("log", normalize="log", bounds=positive, scaling="shares", never_rises=True),
+    Method(
+        "MGDA-preference",
+        lambda names: MGDA(preference=preference(names)),
+        kind="gramian",
+        never_rises=True,
+    ),
     mgda("every", kind="gramian-every", every=3),
     mgda(
         "log-every",
@@ -80,7 +110,16 @@ METHODS = [
 REFUSALS = [
     refused(AnalyticQP, projection="cone"),
     refused(AnalyticQP, shift=-1.0),
+    refused(AnalyticQP, floor=-1.0),
     refused(AnalyticQP, every=0),
+    *(
+        refusal
+        for cls in (AnalyticQP, MGDA)
+        for refusal in (
+            refused(cls, preference={"a": -1.0}),
+            unfit(cls, preference={"a": 1.0}),
+        )
+    ),
     refused(MGDA, normalize="rms"),
     refused(MGDA, every=0),
 ]

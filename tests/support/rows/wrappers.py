@@ -7,6 +7,7 @@ from moo_balance import (
     MGDA,
     AnalyticQP,
     FixedWeights,
+    MoDo,
     MovingAverage,
     Rescaled,
     Sequential,
@@ -90,6 +91,7 @@ REFUSALS = [
     refused(Rescaled, weighting=MGDA),
     refused(Rescaled, weighting=MGDA(), length="two"),
     refused(Rescaled, weighting=MGDA(), every=0),
+    refused(Rescaled, weighting=MoDo(), length="sum"),
 ]
 
 FACTS = {
