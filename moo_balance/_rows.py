@@ -51,7 +51,7 @@ def look_at_rows(
     if method.uses_magnitudes:
         told = _read_magnitudes(rows, valid)
     if method.keeps:
-        kept = _track(method, rows, statistics, state, _tracked(statistics, valid, satisfied))
+        kept = _track(method, rows, statistics, state, _changes(statistics, valid, satisfied))
         if method.uses_total:
             told = told._replace(total=_add_up(method, rows, kept, valid))
         if method.combines == "kept":
@@ -169,12 +169,12 @@ def _track(
             gradient = gradient * scalars[loss]
         before = torch.zeros_like(gradient) if before is None else before
         after, mask = method.track(before, gradient), tracked[loss]
-        return after if mask is True else torch.where(torch.as_tensor(mask), after, before)
+        return after if isinstance(mask, bool) else torch.where(mask, after, before)
 
     return rows.map(track)
 
 
-def _tracked(
+def _changes(
     statistics: Statistics, valid: Tensor | None, satisfied: Tensor | None
 ) -> Sequence[bool | Tensor]:
     """Whether each loss's row counts: a bool where the host knows it, else a mask on the device."""
