@@ -237,3 +237,18 @@ def test_a_step_reads_nothing_on_the_host(method):
 def losses_on_meta(model):
     features = model.trunk(torch.zeros(2, 3, dtype=torch.float64, device="meta"))
     return {name: model.heads[k](features).mean() for k, name in enumerate(NAMES)}
+
+
+@over_rows
+def test_gradients_of_different_batches_that_are_orthogonal_are_not_satisfied(method):
+    """As those of the rows of an embedding are."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.01), method.make(("a", "b")))
+    for _ in range(3):
+        optimizer.zero_grad()
+        with optimizer.accumulate():
+            optimizer.backward({"a": 3 * weight[0] ** 2, "b": weight[2] ** 2})
+        optimizer.backward({"a": 3 * weight[1] ** 2, "b": weight[2] ** 2})
+        assert optimizer.metrics.satisfied == ()
+        assert all(c > 0 for c in optimizer.metrics.coefficients.values())
+        optimizer.step()

@@ -204,6 +204,17 @@ def project_semidefinite(estimate: Tensor, squares: Tensor) -> tuple[Tensor, Ten
     return torch.where(finite, projected, estimate), removed
 
 
+def keep_nonzero(estimate: Tensor, squares: Tensor) -> Tensor:
+    """The estimate, in which only zero gradients have a product of exactly zero with themselves.
+
+    Those of different batches may be orthogonal, as rows of an embedding are. They are not zero:
+    they must not count as satisfied.
+    """
+    diagonal = estimate.diagonal()
+    least = squares.to(diagonal) * _LEFT**2
+    return estimate + torch.diag(torch.where(diagonal == 0, least, 0.0))
+
+
 _LEFT = 2.0**-20
 """The squared length that is left of a gradient at least, compared with what was measured."""
 

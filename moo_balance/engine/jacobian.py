@@ -35,6 +35,9 @@ from moo_balance.engine.products import (
     sparse_products,
     vector_products,
 )
+from moo_balance.errors import NonFiniteError
+
+_LARGEST = torch.finfo(torch.float32).max
 
 _SMALL = 2**15
 """Elements up to which, on the CPU, a copy costs less than products of single gradients."""
@@ -78,6 +81,8 @@ class Jacobian:
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The weighted sum of the rows, as newly allocated tensors; consumes the blocks."""
         factors = as_scalars(coefficients)
+        if coefficients.is_cpu:
+            self._check_range(factors)
         total: list[Tensor | None] = [None] * self.width
         while self.blocks:
             # Each block is freed as soon as it has been added up: its memory, still in the cache,
@@ -85,6 +90,21 @@ class Jacobian:
             for param_index, gradient in self.blocks.pop().combine(factors):
                 total[param_index] = gradient
         return total
+
+    def _check_range(self, factors: Sequence[Any]) -> None:
+        """Refuse to multiply gradients by numbers that their precision does not have."""
+        if max(map(abs, factors)) <= _LARGEST:
+            return
+        for block in self.blocks:
+            (first, *_) = block.gradients_of(block.losses[0])
+            largest = max((factors[k] for k in block.losses), key=abs)
+            if abs(largest) > torch.finfo(first.dtype).max:
+                raise NonFiniteError(
+                    f"Coefficients should be in the range of {first.dtype}. Found {largest:.3g}: "
+                    "gradients differ in length by more than 38 orders of magnitude, or are too "
+                    "short for this method. Divide the losses by constants that bring their "
+                    "gradients closer together, or train in float64."
+                )
 
 
 def inner_products(

@@ -48,6 +48,7 @@ from moo_balance.engine.independent import (
     BatchProducts,
     check_batches,
     expected_gramian,
+    keep_nonzero,
     products_of_batch,
     project_semidefinite,
 )
@@ -178,7 +179,9 @@ class PerLossLinearization(Linearization):
         problem = self.problem
         averager = None if sharded else problem.averager
         estimate = expected_gramian(gramian, within, problem.scale, averager)
-        if not problem.independent:
+        if problem.independent:
+            estimate = keep_nonzero(estimate, gramian.diagonal())
+        else:
             estimate, self.projected = project_semidefinite(estimate, gramian.diagonal())
         return estimate.to(gramian.dtype)
 

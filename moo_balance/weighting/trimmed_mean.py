@@ -58,15 +58,14 @@ class TrimmedMean(RowWeighting):
         check_whole(self, "trim", 0)
 
     def combine(self, gradients: Sequence[Tensor], draw: Callable[[], Tensor]) -> Tensor:
-        stacked = torch.stack(list(gradients))
-        there = stacked != 0
-        count = there.sum(0)
+        there = [(gradient != 0).to(torch.int32) for gradient in gradients]
+        count = torch.stack(there).sum(0)
         left_out = ((count - 1) // 2).clamp(min=0, max=self.trim)
-        ordered = stacked.where(there, torch.inf).sort(0).values
-        rank = torch.arange(len(gradients), device=count.device)
-        rank = rank.view(-1, *(1 for _ in count.shape))
-        remains = (rank >= left_out) & (rank < count - left_out)
-        total = ordered.where(remains, 0.0).sum(0)
+        ordered = _sort([gradient.where(gradient != 0, torch.inf) for gradient in gradients])
+        total = torch.zeros_like(gradients[0])
+        for rank, gradient in enumerate(ordered):
+            remains = (rank >= left_out) & (rank < count - left_out)
+            total += gradient.where(remains, 0.0)
         return total / (count - 2 * left_out).clamp(min=1)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
@@ -74,3 +73,19 @@ class TrimmedMean(RowWeighting):
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"]
+
+
+_FEW = 8
+"""Up to so many tensors, comparing them in pairs takes less time than sorting a stack of them."""
+
+
+def _sort(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The tensors in increasing order, coordinate by coordinate."""
+    count = len(tensors)
+    if count > _FEW:
+        return torch.stack(tensors).sort(0).values.unbind()
+    for turn in range(count):  # neighbours change places, those at even positions first
+        for k in range(turn % 2, count - 1, 2):
+            left, right = tensors[k], tensors[k + 1]
+            tensors[k], tensors[k + 1] = torch.minimum(left, right), torch.maximum(left, right)
+    return tensors

@@ -9,6 +9,7 @@ from torch import Tensor
 from moo_balance.engine import autograd, jacobian
 from moo_balance.engine.base import Row
 from moo_balance.engine.jacobian import Jacobian, inner_products
+from moo_balance.errors import NonFiniteError
 from tests.support.engine_graphs import drawn
 
 CPU = torch.device("cpu")
@@ -176,3 +177,16 @@ def test_blocks_are_the_same_without_the_private_function_that_copies_them(
     expected = Jacobian([list(row) for row in rows]).gramian(torch.float64, CPU)
     monkeypatch.setattr(jacobian, "flatten", autograd._concatenate)
     assert torch.equal(Jacobian([list(row) for row in rows]).gramian(torch.float64, CPU), expected)
+
+
+def test_coefficients_that_float32_does_not_hold_are_refused_and_float64_takes_them() -> None:
+    for dtype in (torch.float32, torch.float64):
+        rows = [[torch.full((3,), 1e-30, dtype=dtype)], [torch.ones(3, dtype=dtype)]]
+        jacobian = Jacobian(rows)
+        coefficients = torch.tensor([1e40, 1.0], dtype=torch.float64)
+        if dtype == torch.float32:
+            with pytest.raises(NonFiniteError, match=r"range of torch.float32. Found 1e\+40"):
+                jacobian.combine(coefficients)
+        else:
+            (total,) = jacobian.combine(coefficients)
+            assert torch.allclose(total, torch.full((3,), 1e10, dtype=dtype))
