@@ -29,7 +29,11 @@ def adam(
     Nothing changes for a loss that is not present.
     """
     seen = present.to(gradient.dtype)
-    one, two = seen * (1.0 - _BETA1), seen * (1.0 - _BETA2)
+    one: Tensor | float = 1.0 - _BETA1
+    two: Tensor | float = 1.0 - _BETA2
+    all_present = present.is_cpu and bool(present.all())  # the usual case, in fewer operations
+    if not all_present:
+        one, two = seen * one, seen * two
     moments = {
         "exp_avg": state["exp_avg"].lerp(gradient, one),
         "exp_avg_weight": state["exp_avg_weight"].lerp(seen, one),
@@ -40,4 +44,5 @@ def adam(
     # avoids 0/0.
     mean = moments["exp_avg"] / moments["exp_avg_weight"].clamp(min=1.0 - _BETA1)
     square = moments["exp_avg_sq"] / moments["exp_avg_sq_weight"].clamp(min=1.0 - _BETA2)
-    return values.addcdiv(mean.mul_(seen), square.sqrt_().add_(_EPS), value=-lr), moments
+    mean = mean if all_present else mean.mul_(seen)
+    return values.addcdiv(mean, square.sqrt_().add_(_EPS), value=-lr), moments

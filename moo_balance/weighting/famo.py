@@ -129,9 +129,9 @@ class LogitWeighting(Weighting):
         if preference is not None:
             delta = delta / preference
         delta.sub_(weights.dot(delta)).mul_(weights)
-        gradient = delta.add_(logits, alpha=self.decay).mul_(moved)
+        gradient = delta.add_(logits, alpha=self.decay)
         if self.logit_optimizer == "sgd":
-            return {**state, "logits": logits.sub(gradient, alpha=self.lr)}
+            return {**state, "logits": logits.sub(gradient.mul_(moved), alpha=self.lr)}
         logits, moments = adam(logits, gradient, moved, state, self.lr)
         return {**state, "logits": logits, **moments}
 
