@@ -58,9 +58,16 @@ def add_conflict_averse(
     radius = c * math.sqrt(square)
     matrix, ridge, pivot = make_definite(cosines, precision)
     problem = _Problem(matrix, along, divisors.min() / divisors, radius)
-    lengths = _solve(problem, cosines, 16 * len(norms) * (precision + ridge))
+    vanishes = 16 * len(norms) * (precision + ridge)
+    lengths, level = _solve(problem, cosines, vanishes)
+    # Multiples that nearly cancel have been made of rounding: a larger ridge keeps them small.
+    while level < 0.0 and ridge < 1e-6 and _vanishes(lengths, cosines, vanishes):
+        ridge *= 100
+        problem = problem._replace(matrix=cosines + ridge * np.eye(len(norms)))
+        lengths, level = _solve(problem, cosines, vanishes)
     tolerance = 1e-9 + 4 * ridge + 32 * precision
-    lacking = _lacking(problem, cosines, lengths) / float(sizes.sum() + lengths.sum())
+    lacking = level * problem.inverse - along - cosines.dot(lengths)
+    lacking = lacking / float(sizes.sum() + lengths.sum())
     _verify(problem, cosines, lengths, lacking, tolerance)
     if pivot <= 1e-9 + 1e4 * precision:
         may = (lengths > 0.0) | (lacking >= -tolerance)
@@ -68,8 +75,8 @@ def add_conflict_averse(
     return lengths * (scale / divisors)
 
 
-def _solve(problem: _Problem, cosines: Array, vanishes: float) -> Array:
-    """Find lambda by the root of the distance, which is convex and increases with it.
+def _solve(problem: _Problem, cosines: Array, vanishes: float) -> tuple[Array, float]:
+    """Find x and lambda, by the root of the distance, which is convex and increases with it.
 
     On a support of x the squared distance is a quadratic function of lambda, whose root is the
     solution if the support stays. Otherwise a step of Newton's method leads closer.
@@ -85,12 +92,12 @@ def _solve(problem: _Problem, cosines: Array, vanishes: float) -> Array:
     for _ in range(_ROUNDS):
         point = _nearest(problem, level)
         lengths, distance = point.lengths, point.distance
-        if level > 0.0 and lengths.dot(cosines.dot(lengths)) <= vanishes * lengths.sum() ** 2:
+        if level > 0.0 and _vanishes(lengths, cosines, vanishes):
             level = high = 0.0
             point = _nearest(problem, level)
             lengths, distance = point.lengths, point.distance
             if distance <= radius:
-                return lengths
+                return lengths, level
         support = lengths > 0.0
         # The root of a support that has stayed is as exact as rounding permits.
         if abs(distance - radius) <= (1e-10 if (support == before).all() else 1e-14) * radius:
@@ -103,7 +110,13 @@ def _solve(problem: _Problem, cosines: Array, vanishes: float) -> Array:
         level = following
     # Without the ridge, it is on the sphere.
     distance = math.sqrt(max(float(lengths.dot(cosines.dot(lengths))), 0.0))
-    return lengths * (radius / distance) if distance > 0.0 else lengths
+    near = abs(distance - radius) <= 1e-9 * radius
+    return (lengths * (radius / distance) if near else lengths), level
+
+
+def _vanishes(lengths: Array, cosines: Array, limit: float) -> bool:
+    """Whether a combination vanishes, up to a relative squared length."""
+    return bool(lengths.dot(cosines.dot(lengths)) <= limit * lengths.sum() ** 2)
 
 
 def _nearest(problem: _Problem, level: float) -> _Point:
@@ -143,15 +156,6 @@ def _root(problem: _Problem, support: npt.NDArray[np.intp]) -> float:
     square, half, rest = products[0, 0], products[0, 1], products[1, 1] - radius**2
     inside = half * half - square * rest
     return float((half + math.sqrt(inside)) / square) if inside >= 0.0 < square else math.nan
-
-
-def _lacking(problem: _Problem, cosines: Array, lengths: Array) -> Array:
-    """What the improvement of each unit gradient lacks of that of those with a multiple."""
-    reached = problem.along + cosines.dot(lengths)
-    weight = float(lengths.dot(problem.inverse))
-    level = float(lengths.dot(reached)) / weight if weight > 0.0 else 0.0
-    lacking: Array = level * problem.inverse - reached
-    return lacking
 
 
 def _verify(

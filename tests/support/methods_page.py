@@ -55,7 +55,7 @@ def _cells(name: str) -> list[str]:
     return [
         f"{{class}}`~moo_balance.{name}`",
         facts.equalizes,
-        facts.total or TOTALS.get(row.total, "its docstring says"),
+        facts.total or TOTALS.get(row.total, "nothing fixed"),
         "no" if row.scaling in ("inverse", "shares", "direction") else "yes",
         "no" if row.never_rises else "yes",
         facts.cost or COSTS[row.kind],

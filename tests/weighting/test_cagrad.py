@@ -234,3 +234,23 @@ def test_equal_losses_share_what_is_added() -> None:
 def test_deviation_is_measured_on_directions() -> None:
     coefficients = coefficients_of(CAGrad(), gramian_of(TWO))
     assert deviation(TWO, coefficients, 2 * coefficients) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("c", [0.4, 1.0, 1.5])
+def test_scalar_gradients_of_all_lengths_are_solved_in_float32(c: float) -> None:
+    """With a radius of 1 the ball just holds zero, the only direction without a conflict."""
+    factors = 10.0 ** torch.linspace(-6, 6, 8).double()[:, None]
+    for seed in range(20):
+        rows = (normal(8, 1, seed=seed) * factors).float()
+        found = coefficients_of(CAGrad(c), gramian_of(rows))
+        assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 1.5e-8, 1e-7, 1e-5])
+@pytest.mark.parametrize("c", [0.1, 0.4, 1.0])
+def test_almost_opposite_gradients_are_solved(angle: float, c: float) -> None:
+    """Their cosine is -1 up to rounding, from which no large multiples should follow."""
+    for seed in range(20):
+        first, second, third = normal(3, 6, seed=seed)
+        rows = torch.stack([first, -1.3 * first + angle * second, third])
+        assert coefficients_of(CAGrad(c), gramian_of(rows)).max() < 1e6

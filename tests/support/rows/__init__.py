@@ -15,17 +15,18 @@ from tests.support.rows import (
     wrappers,
 )
 
+# In the order of the manual.
 FAMILIES = (
-    bargaining,
     baselines,
-    coordinates,
-    gradient_norms,
     log_losses,
     losses,
-    min_norm,
-    stochastic,
-    surgery,
-    targets,
     tchebycheff,
+    targets,
+    gradient_norms,
+    min_norm,
+    bargaining,
+    surgery,
+    stochastic,
+    coordinates,
     wrappers,
 )
