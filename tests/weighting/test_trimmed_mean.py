@@ -13,7 +13,7 @@ def combine(rows, trim):
     return TrimmedMean(trim).combine(list(rows), lambda: torch.zeros(0))
 
 
-@pytest.mark.parametrize
+@pytest.mark.parametrize(("count", "trim"), [(1, 0), (3, 0), (3, 1), (7, 3), (8, 2), (9, 2)])
 def test_it_is_that_of_torchjd(count, trim):
     aggregation = pytest.importorskip("torchjd.aggregation")
     generator = torch.Generator().manual_seed(0)
