@@ -44,14 +44,15 @@ def look_at_rows(
         statistics: The present losses, and the Gramian.
         state: What is kept of rows so far; it does not change.
         valid: Whether the rows are finite, on the device; None where the host has checked.
-        satisfied: The losses of which nothing new is kept, as booleans [K]; None for none.
+        satisfied: Which losses count as satisfied, as booleans [K]: what is kept of them stays.
+            None for none.
     """
     rows = cast(WholeRows, linearization)
     told = RowStatistics()
     if method.uses_magnitudes:
         told = _read_magnitudes(rows, valid)
     if method.keeps:
-        kept = _track(method, rows, statistics, state, _changes(statistics, valid, satisfied))
+        kept = _track(method, rows, statistics, state, valid, satisfied)
         if method.uses_total:
             told = told._replace(total=_add_up(method, rows, kept, valid))
         if method.combines == "kept":
@@ -89,10 +90,10 @@ def separate_rows(
 ) -> SeparateRows:
     """The gradients of single losses, as they are given to an optimizer; zeros if not `valid`.
 
-    Losses of which the host knows that they are satisfied take no step.
+    Losses of which the host knows that they count as satisfied take no step.
     """
     rows = cast(WholeRows, linearization)
-    params = rows.problem.params
+    params, idle = rows.problem.params, positions_of_idle(satisfied)
 
     def part(loss: int, param_index: int) -> Tensor | None:
         gradient = rows.part(loss, param_index)
@@ -101,12 +102,11 @@ def separate_rows(
         gradient = gradient.to(params[param_index].dtype)
         return gradient if valid is None else torch.where(valid, gradient, 0.0)
 
+    taking = [k for k in range(len(names)) if k not in idle]
     parts = rows.map(part)
-    if satisfied is None or not _nonfinite.is_on_cpu(satisfied):
-        return SeparateRows(names, params, parts, shares)
-    others = [k for k, mark in enumerate(satisfied.tolist()) if not mark]
-    named = [names[k] for k in others]
-    return SeparateRows(named, params, [parts[k] for k in others], shares[others])
+    if idle:
+        parts, shares = [parts[k] for k in taking], shares[taking]
+    return SeparateRows([names[k] for k in taking], params, parts, shares)
 
 
 def _combine(
@@ -150,9 +150,11 @@ def _track(
     rows: WholeRows,
     statistics: Statistics,
     state: RowState,
-    tracked: Sequence[bool | Tensor],
+    valid: Tensor | None,
+    satisfied: Tensor | None,
 ) -> list[list[Tensor | None]]:
-    """What is kept of the rows of this step, where they are `tracked`; of the others, as before."""
+    """What is kept of the rows of this step."""
+    idle, changes = positions_of_idle(satisfied), _changes(len(rows.rows), valid, satisfied)
     names, params = statistics.names, rows.problem.params
     factors = method.row_factors(statistics)
     scalars = None if factors is None else as_scalars(factors)
@@ -161,30 +163,31 @@ def _track(
         gradient = rows.part(loss, param_index)
         kept = state.get(params[param_index], {}).get(names[loss])
         before = None if kept is None else local_part(kept[method.keeps])
-        if tracked[loss] is False or (gradient is None and before is None):
+        if (gradient is None and before is None) or loss in idle:
             return before
         if gradient is None:  # the loss no longer reaches the parameter
             gradient = torch.zeros_like(cast(Tensor, before))
         elif scalars is not None:
             gradient = gradient * scalars[loss]
         before = torch.zeros_like(gradient) if before is None else before
-        after, mask = method.track(before, gradient), tracked[loss]
-        return after if isinstance(mask, bool) else torch.where(mask, after, before)
+        after = method.track(before, gradient)
+        return after if changes is None else torch.where(changes[loss], after, before)
 
     return rows.map(track)
 
 
-def _changes(
-    statistics: Statistics, valid: Tensor | None, satisfied: Tensor | None
-) -> Sequence[bool | Tensor]:
-    """Whether each loss's row counts: a bool where the host knows it, else a mask on the device."""
-    count = len(statistics.names)
+def positions_of_idle(satisfied: Tensor | None) -> Sequence[int]:
+    """The losses of which the host knows that they count as satisfied."""
+    if satisfied is None or not _nonfinite.is_on_cpu(satisfied):
+        return ()
+    return [k for k, mark in enumerate(satisfied.tolist()) if mark]
+
+
+def _changes(count: int, valid: Tensor | None, satisfied: Tensor | None) -> Sequence[Tensor] | None:
+    """For each loss, whether what is kept of it changes, on the device; None if all does."""
     if satisfied is None:
-        return [True if valid is None else valid] * count
-    if valid is None and _nonfinite.is_on_cpu(satisfied):
-        return [not mark for mark in satisfied.tolist()]
-    counts = ~satisfied if valid is None else valid & ~satisfied
-    return counts.unbind()
+        return None if valid is None else [valid] * count
+    return (~satisfied if valid is None else valid & ~satisfied).unbind()
 
 
 def _add_up(

@@ -17,7 +17,12 @@ Length: TypeAlias = Literal["one", "count", "sum", "mean"]
 _PRECISION = torch.finfo(torch.float32).eps
 
 
-def rescale(coefficients: Tensor, length: Length, gramian: Tensor | None = None) -> Tensor:
+def rescale(
+    coefficients: Tensor,
+    length: Length,
+    gramian: Tensor | None = None,
+    combined: Tensor | None = None,
+) -> Tensor:
     r"""Multiply coefficients by the number that makes their direction as long as wanted.
 
     With :math:`d = \sum_i c_i g_i` the result is :math:`\alpha c`, where
@@ -35,6 +40,8 @@ def rescale(coefficients: Tensor, length: Length, gramian: Tensor | None = None)
         coefficients: :math:`c`, shape ``[K]``.
         length: One of the above.
         gramian: :math:`G_{ij} = g_i^\top g_j`, shape ``[K, K]``; for ``"sum"`` and ``"mean"``.
+        combined: The Gramian of what :math:`d` combines, if that is not the gradients themselves
+            but averages of them, for example; shape ``[K, K]``.
 
     Returns:
         :math:`\alpha c`, shape ``[K]``, in the dtype of ``coefficients``. They are returned as they
@@ -49,12 +56,14 @@ def rescale(coefficients: Tensor, length: Length, gramian: Tensor | None = None)
         >>> rescale(torch.tensor([0.5, 0.5]), "mean", gramian)
         tensor([0.6325, 0.6325])
     """
-    factor = _factor(widest(coefficients), length, gramian)
+    factor = _factor(widest(coefficients), length, gramian, combined)
     valid = factor.isfinite() & (factor > 0)
     return (coefficients * torch.where(valid, factor, 1.0)).to(coefficients.dtype)
 
 
-def _factor(coefficients: Tensor, length: Length, gramian: Tensor | None) -> Tensor:
+def _factor(
+    coefficients: Tensor, length: Length, gramian: Tensor | None, combined: Tensor | None
+) -> Tensor:
     if length in ("one", "count"):
         return (1.0 if length == "one" else len(coefficients)) / coefficients.abs().sum()
     if gramian is None:
@@ -63,15 +72,22 @@ def _factor(coefficients: Tensor, length: Length, gramian: Tensor | None) -> Ten
             "Pass the inner products of the gradients."
         )
     check_square(gramian)
-    gramian = widest(gramian)
-    norms = gramian.diagonal().clamp(min=0.0).sqrt()
+    ones = torch.ones_like(coefficients)
+    wanted = _length(ones, gramian) if length == "sum" else _norms(gramian).mean()
+    return wanted / _length(coefficients, gramian if combined is None else combined)
+
+
+def _norms(gramian: Tensor) -> Tensor:
+    return widest(gramian).diagonal().clamp(min=0.0).sqrt()
+
+
+def _length(coefficients: Tensor, gramian: Tensor) -> Tensor:
+    """The length of a combination, or the least that float32's rounding leaves of it."""
+    norms, size = _norms(gramian), coefficients.abs().amax()
     largest = norms.amax()
-    # Relative to the longest gradient and to the largest coefficient, so that no square overflows.
-    gramian, norms = gramian / largest / largest, norms / largest
-    size = coefficients.abs().amax()
+    # Relative to the longest gradient and the largest coefficient, so that no square overflows.
+    gramian, norms = widest(gramian) / largest / largest, norms / largest
     coefficients = coefficients / size
     square = coefficients @ gramian @ coefficients
     least = len(norms) * _PRECISION * (coefficients.abs() @ norms).square()
-    squared_sum = torch.maximum(gramian.sum(), len(norms) * _PRECISION * norms.sum().square())
-    wanted = squared_sum.sqrt() if length == "sum" else norms.mean()
-    return wanted / torch.maximum(square, least).sqrt() / size
+    return torch.maximum(square, least).sqrt() * size * largest

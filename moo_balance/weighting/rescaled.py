@@ -68,7 +68,8 @@ class Rescaled(WrappingWeighting):
 
     Raises:
         BalanceValueError: `weighting` is no method, or another argument is out of range; a length
-            that depends on gradients around a method of independent batches (:class:`MoDo`).
+            that depends on gradients around a method of independent batches (:class:`MoDo`) or of
+            single coordinates (:class:`GradDrop`).
 
     Example:
         >>> import torch
@@ -89,6 +90,17 @@ class Rescaled(WrappingWeighting):
         check_weighting(self, "weighting", self.weighting)
         check_choice(self, "length", ("sum", "mean", "one", "count"))
         check_whole(self, "every", 1)
+        rows = self.weighting.needs(0).rows
+        if (
+            self.measures
+            and rows is not None
+            and (rows.combines == "coordinates" or rows.steps_apart)
+        ):
+            raise BalanceValueError(
+                f"Parameter `length` of Rescaled should be 'one' or 'count' around "
+                f"{method_name(self.weighting)}, whose direction is no combination of the "
+                f"gradients. Found {self.length!r}."
+            )
         if self.measures and self.weighting.uses_independent_batches:
             raise BalanceValueError(
                 f"Parameter `length` of Rescaled should be 'one' or 'count' around "
@@ -127,4 +139,6 @@ class Rescaled(WrappingWeighting):
         if self.measures:
             gramian = state["gramian"] if gramian is None else gramian.to(state["gramian"].dtype)
             kept["gramian"] = gramian
-        return WeightingOutput(weights, rescale(coefficients, self.length, gramian), kept)
+        combined = None if statistics.rows is None else statistics.rows.gramian
+        coefficients = rescale(coefficients, self.length, gramian, combined)
+        return WeightingOutput(weights, coefficients, kept)

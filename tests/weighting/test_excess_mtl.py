@@ -17,14 +17,14 @@ NAMES = ("a", "b", "c")
 def test_weights_are_those_of_torchjd(warm_up):
     """Up to the 1e-7 that it adds to squares and to the unit of each loss."""
     aggregation = pytest.importorskip("torchjd.aggregation")
-    for seed in range(20):
-        scene = Scene.random(seed=seed, steps=10)
+    for seed in range(200):
+        scene = Scene.random(seed=seed, steps=4)
         theirs = aggregation.ExcessMTL(0.3, n_warmup_steps=warm_up)
         for rows, answer in zip(
             scene.jacobians, play(ExcessMTL(lr=0.3, warm_up=warm_up), scene), strict=True
         ):
             expected = theirs.weighting(rows)
-            torch.testing.assert_close(answer.coefficients, expected, rtol=2e-5, atol=0)
+            torch.testing.assert_close(answer.coefficients, expected, rtol=1e-4, atol=0)
 
 
 def test_each_step_is_the_published_rule():

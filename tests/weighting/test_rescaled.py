@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from moo_balance import FAMO, MGDA, BalancedOptimizer, FixedWeights, Rescaled, Sum, SumLog
+from moo_balance import FAMO, MGDA, BalancedOptimizer, FixedWeights, MoCo, Rescaled, Sum, SumLog
 from moo_balance.functional import rescale
 from tests.support.problems import SmallModel, flat_gradient, jacobian, sgd
 from tests.support.registry import NAMES
@@ -70,7 +70,7 @@ def test_sums_of_absolute_values() -> None:
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)
-@pytest.mark.parametrize("inner", [SumLog(), FAMO(lagged=True), MGDA("l2")], ids=repr)
+@pytest.mark.parametrize("inner", [SumLog(), FAMO(lagged=True), MGDA("l2"), MoCo()], ids=repr)
 def test_a_first_step_is_as_long_as_that_of_the_plain_sum(inner, scales) -> None:
     torch.manual_seed(0)
     model = SmallModel()

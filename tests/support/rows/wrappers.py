@@ -7,6 +7,7 @@ from moo_balance import (
     MGDA,
     AnalyticQP,
     FixedWeights,
+    GradDrop,
     MoDo,
     MovingAverage,
     Rescaled,
@@ -92,6 +93,7 @@ REFUSALS = [
     refused(Rescaled, weighting=MGDA(), length="two"),
     refused(Rescaled, weighting=MGDA(), every=0),
     refused(Rescaled, weighting=MoDo(), length="sum"),
+    refused(Rescaled, weighting=GradDrop(), length="mean"),
 ]
 
 FACTS = {
