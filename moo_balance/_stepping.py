@@ -245,5 +245,5 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     if record.satisfied is not None:
         # The method has not seen their losses before the step.
         satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-    following = observe_losses(weighting, statistics, satisfied, names, state)
+    following = observe_losses(weighting, statistics, satisfied, names, state, needs)
     record.state = select_state(valid, following, state)
