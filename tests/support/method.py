@@ -111,12 +111,16 @@ class Facts:
         equalizes: What the method makes equal, or minimizes.
         relation: Its relation to other methods; empty if there is none to tell.
         total: What the coefficients sum to, where the row cannot say it.
+        units: Whether units of a loss matter, likewise.
+        rises: Whether a loss may rise, likewise.
         cost: What it costs beyond a plain step, where the kind of the row cannot say it.
     """
 
     equalizes: str
     relation: str = ""
     total: str | None = None
+    units: str | None = None
+    rises: str | None = None
     cost: str | None = None
 
 

@@ -118,7 +118,9 @@ REFUSALS = [
 
 FACTS: dict[str, Facts] = {
     "MoCo": Facts("improvement of the losses, with gradients averaged over steps", "`MGDA` slowly"),
-    "DBMTL": Facts("lengths of averaged log gradients", "`GradientNorms` on `log` losses"),
+    "DBMTL": Facts(
+        "lengths of averaged log gradients", "`GradientNorms` on log losses", units="no"
+    ),
     "ExcessMTL": Facts("minimizes the largest excess risk", "as `OnlineTchebycheff`, on risks"),
     "GradDrop": Facts("signs within each coordinate", "`Sum` where no signs conflict"),
     "SeparateMoments": Facts(

@@ -113,10 +113,12 @@ FACTS: dict[str, Facts] = {
     "PCGrad": Facts(
         equalizes="removes from each gradient its components against the others",
         relation="the first step of GradVac",
+        total="K or more",
     ),
     "GradVac": Facts(
         equalizes="cosines of gradients, raised to their moving averages",
         relation="PCGrad where the targets are 0",
+        total="K or more",
     ),
     "CAGrad": Facts(
         equalizes="maximizes the worst improvement, near the mean gradient",

@@ -101,15 +101,24 @@ FACTS = {
         "what the method inside does, with weights averaged over steps",
         "CR-MOGM where coefficients sum to 1",
         total="as the method inside",
+        units="as the method inside",
+        rises="yes",
         cost="as the method inside",
     ),
     "Sequential": Facts(
-        "one method after another", total="as the method in use", cost="as the method in use"
+        "one method after another",
+        "phases, as of `torch.optim.lr_scheduler.SequentialLR`",
+        total="as the method in use",
+        units="as the method in use",
+        rises="as the method in use",
+        cost="as the method in use",
     ),
     "Rescaled": Facts(
         "the length of the step",
         "any method; `length` chooses",
         total="what the length needs",
+        units="as the method inside",
+        rises="as the method inside",
         cost="a Gramian in each 20th step, none with `length='one'` or `'count'`",
     ),
 }
