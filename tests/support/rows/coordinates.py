@@ -77,12 +77,14 @@ METHODS = [
         lambda names: SeparateMoments(),
         kind="gramian",
         scaling="unchanged",
+        host_reads=6,  # those of the wrapped optimizer
     ),
     Method(
         "SeparateMoments-preference",
         lambda names: SeparateMoments(preference(names)),
         kind="gramian",
         scaling="unchanged",
+        host_reads=6,  # those of the wrapped optimizer
     ),
 ]
 

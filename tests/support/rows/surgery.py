@@ -32,6 +32,7 @@ METHODS = [
         kind="gramian",
         total=None,
         equivariant=False,
+        host_reads=3,
     ),
     Method(
         "GradVac-every",
@@ -39,6 +40,7 @@ METHODS = [
         kind="gramian-every",
         total=None,
         equivariant=False,
+        host_reads=3,
     ),
     Method("AlignedMTL", lambda names: AlignedMTL(), kind="gramian", total=None, negative=True),
     Method(
@@ -63,13 +65,14 @@ METHODS = [
         alone=lambda loss: 2.5 / 3.25,
         never_rises=True,
     ),
-    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None),
+    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None, host_reads=5),
     Method(
         "PCD-cone",
         lambda names: PCD(first(names), tau=0.0, beta=0.5),
         kind="gramian",
         total=None,
         never_rises=True,
+        host_reads=5,
     ),
 ]
 

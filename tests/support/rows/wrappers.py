@@ -54,8 +54,9 @@ METHODS = [
     Method("Sequential", lambda names: Sequential([MGDA(), SumLog()], [2]), kind="gramian-every"),
     Method(
         "Sequential-FAMO",
-        lambda names: Sequential([FixedWeights(fixed(names)), FAMO(every=2)], [1]),
+        lambda names: Sequential([FAMO(every=2), FixedWeights(fixed(names))], [3]),
         kind="observing",
+        bounds=positive,
         total=None,
     ),
     Method(
