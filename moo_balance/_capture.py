@@ -21,13 +21,18 @@ _FALL = 0.01
 class CaptureWatch:
     """What was logged since one loss has had nearly all the weight.
 
+    The share of a loss is that of its coefficient relative to the first one that was logged, so
+    that units do not matter, and a method whose coefficients stay does not capture anything.
+
     Args:
+        first: The first coefficient of each loss that was logged and not zero.
         name: The loss; None for none.
         since: The step of the first reading.
         others: The values of every other loss that has a coefficient, reading by reading.
         has_warned: Whether there was a warning, of which there is one in a run.
     """
 
+    first: dict[str, float] = field(default_factory=dict)
     name: str | None = None
     since: int = 0
     others: list[dict[str, float]] = field(default_factory=list)
@@ -43,7 +48,7 @@ class CaptureWatch:
         """
         if self.has_warned:
             return
-        coefficients = _by_name(figures, "coefficient/")
+        coefficients = self._relative(_by_name(figures, "coefficient/"))
         total = sum(map(abs, coefficients.values()))
         largest = max(coefficients, key=lambda name: abs(coefficients[name]), default=None)
         if largest is None or not abs(coefficients[largest]) > _SHARE * total:
@@ -66,6 +71,12 @@ class CaptureWatch:
                 "has converged, there is nothing to do."
             )
         self.since, self.others = step, []
+
+    def _relative(self, coefficients: Mapping[str, float]) -> dict[str, float]:
+        for name, value in coefficients.items():
+            if value:
+                self.first.setdefault(name, value)
+        return {name: value / self.first.get(name, 1.0) for name, value in coefficients.items()}
 
     def _has_fallen(self, name: str) -> bool:
         values, half = [reading[name] for reading in self.others], len(self.others) // 2

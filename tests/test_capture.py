@@ -23,6 +23,7 @@ CAPTIVE = {"kl": 0.999, "rest": 0.001}
 
 def read(values, coefficients=CAPTIVE, every=10):
     watch = CaptureWatch()
+    watch.read(0, "SumLog", figures({"kl": 0.5, "rest": 0.5}, kl=1.0, rest=1.0))
     for step, value in enumerate(values):
         watch.read(every * step, "SumLog", figures(coefficients, kl=1e-9, rest=value))
     return watch
@@ -48,6 +49,14 @@ def test_there_is_no_warning_without_a_reason(values, coefficients, every):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read(values, coefficients, every)
+
+
+def test_constant_weights_capture_nothing_whatever_the_units():
+    watch = CaptureWatch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(0, 1000, 10):
+            watch.read(step, "FixedWeights", figures(CAPTIVE, kl=1.0, rest=1.0))
 
 
 def test_a_change_of_the_loss_begins_anew():

@@ -52,7 +52,9 @@ class Lagrangian(Weighting):
       bound is exactly 0.
     * :math:`\kappa` damps: without it losses and multipliers oscillate. It acts as a quadratic
       penalty on the violation, and as the proportional part of a PI controller, which is the same.
-    * No unit matters: violations are relative, and multipliers are in units of :math:`F / |t_i|`.
+    * No unit matters: violations are relative, and multipliers are in units of :math:`F / |t_i|`,
+      where :math:`F` counts as at least a thousandth of its largest value so far: an objective that
+      has gone to zero does not free the bounds.
       Scaling the objective, or a loss with its target, changes no direction. A target of 0 is
       compared with the first value of its loss instead. The objective should not be zero at the
       solution: add a constant to one that changes its sign.
@@ -152,6 +154,7 @@ class Lagrangian(Weighting):
             "mean": constant_state(math.nan, count, device),
             "first": constant_state(math.nan, count, device),
             "scale": torch.full((), math.nan, dtype=dtype, device=device),
+            "largest_scale": torch.zeros((), dtype=dtype, device=device),
         }
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
@@ -177,14 +180,22 @@ class Lagrangian(Weighting):
         if any(self._objective_weights(names)):
             scale = self._average(scale, (objective * losses).abs().sum())
         integral = integral.clamp(min=0.0)
-        following = {"integral": integral, "mean": mean, "first": first, "scale": scale}
+        following = {
+            "integral": integral,
+            "mean": mean,
+            "first": first,
+            "scale": scale,
+            "largest_scale": torch.fmax(state["largest_scale"], scale),
+        }
         dtype = statistics.losses.dtype
         return WeightingOutput(weights.to(dtype), coefficients.to(dtype), following)
 
     def _multipliers(self, violations: Tensor, state: State) -> Tensor:
         """The multipliers times their units, from violations that are NaN before the first loss."""
         proportional = self.damping * violations.clamp(-1.0, 1.0).nan_to_num(0.0)
-        return (state["integral"] + proportional).clamp(min=0.0) * state["scale"].nan_to_num(1.0)
+        # Where the objective has gone to zero a bound needs a unit all the same.
+        scale = torch.maximum(state["scale"], _LEAST_SCALE * state["largest_scale"])
+        return (state["integral"] + proportional).clamp(min=0.0) * scale.nan_to_num(1.0)
 
     def _average(self, before: Tensor, value: Tensor) -> Tensor:
         return torch.where(before.isnan(), value, before.lerp(value, 1.0 - self.beta))
@@ -222,6 +233,10 @@ class Lagrangian(Weighting):
                 )
             copied[name] = dict(target) if isinstance(target, Mapping) else target
         object.__setattr__(self, "targets", copied)
+
+
+_LEAST_SCALE = 1e-3
+"""The least unit of a multiplier, relative to the largest one that it has had."""
 
 
 def _is_step(value: object) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import check_range, constant_state
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
@@ -18,6 +19,7 @@ from moo_balance.weighting._wrapping import (
     inner_state,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
+from moo_balance.weighting.rescaled import Rescaled
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class MovingAverage(WrappingWeighting):
 
     def __post_init__(self) -> None:
         check_weighting(self, "weighting", self.weighting)
+        if isinstance(self.weighting, Rescaled):
+            raise BalanceValueError(
+                "Parameter `weighting` of MovingAverage should be the method itself, as averaged "
+                "shares would meet the length of another step. Found Rescaled. Write "
+                "Rescaled(MovingAverage(...))."
+            )
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, below=1.0, text="adaptive")
 

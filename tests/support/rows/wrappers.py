@@ -80,6 +80,7 @@ METHODS = [
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
 REFUSALS = [
     refused(MovingAverage, weighting="MGDA"),
+    refused(MovingAverage, weighting=Rescaled(SumLog())),
     refused(MovingAverage, weighting=MGDA(), beta=1.0),
     refused(MovingAverage, weighting=MGDA(), beta="fast"),
     refused(Sequential, milestones=[5], weightings="MGDA"),
