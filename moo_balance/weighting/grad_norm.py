@@ -152,9 +152,6 @@ class GradNorm(GramianWeighting):
         weights = _sum_to(part.sum(), learned * part, part)
         return {"weights": weights.to(statistics.losses.dtype)}
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
     def _note_first(
         self, statistics: Statistics, norms: Tensor, moves: Tensor, state: State
     ) -> State:

@@ -256,9 +256,6 @@ class GradientNorms(GramianWeighting):
             met = met & ~statistics.satisfied
         return {"weights": self._weights(statistics, state, met.to(state["average"].dtype))}
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
     @property
     def _reference_loss(self) -> str | None:
         """The loss whose norm is the reference, if one is."""

@@ -128,9 +128,6 @@ class LearningRateAnnealing(RowWeighting):
     def keep(self, statistics: Statistics, state: State) -> State:
         return {"weights": self._weights(statistics, state)}
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
     def _weights(self, statistics: Statistics, state: State) -> Tensor:
         names, weights, dtype = statistics.names, state["lambda"], statistics.losses.dtype
         if self.preference is not None:

@@ -158,9 +158,6 @@ class PCD(GramianWeighting):
             follow_primary(gradients, primary, np.array(sizes), np.array(least), rounding)
         )
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
 
 def _solve_two(
     pair: Pair, primary: int, size: float, least: float, precision: float
