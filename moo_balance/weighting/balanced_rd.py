@@ -18,6 +18,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -175,6 +176,7 @@ class AnalyticQP(GramianWeighting):
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_range(self, "floor", 0.0)
+        check_flag(self, "renormalize")
         check_whole(self, "every", 1)
 
     bound_reason = TAKES_LOG

@@ -205,7 +205,7 @@ class GradientNorms(GramianWeighting):
         if self.max_weight is not None:
             check_range(self, "max_weight", 0.0, open=True)
         if self.initial is not None:
-            check_range(self, "initial", 0.0)
+            check_range(self, "initial", 0.0, named=True)
             if self.smooth == "norms":
                 raise BalanceValueError(
                     'Parameter `initial` of GradientNorms should come with smooth="weights", '

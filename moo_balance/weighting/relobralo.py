@@ -94,7 +94,7 @@ class ReLoBRaLo(Weighting):
         copy_mappings(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "temperature", 0.0, open=True)
-        check_range(self, "lookback", 0.0, below=1.0)
+        check_range(self, "lookback", 0.0, high=1.0)
         check_preference(self)
         check_whole(self, "seed", 0)
 
