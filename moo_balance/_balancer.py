@@ -343,7 +343,12 @@ class Balancer:
         rows = None
         if needs.rows is not None:
             statistics, rows = look_at_rows(
-                needs.rows, linearization, statistics, record.rows, valid, satisfied
+                needs.rows,
+                linearization,
+                statistics,
+                record.rows_of(needs.method),
+                valid,
+                satisfied,
             )
         weights, coefficients, following = weigh(
             weighting, statistics, satisfied, names, state, needs
@@ -376,6 +381,7 @@ class Balancer:
             metrics,
             valid,
             needs.observes,
+            needs.method,
             satisfied,
             rows=rows,
             separate=separate,

@@ -53,7 +53,8 @@ def take_step(
             return result
         if staged.separate is not None:
             output = None
-            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, record.rows)
+            kept = record.rows_of(staged.method)
+            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, kept)
         else:
             output = balancer.optimizer.step() if take is None else take()
     except BaseException:
