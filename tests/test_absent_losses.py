@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moo_balance import BalanceValueError
+from moo_balance import IMTLG, BalanceValueError, GradientNorms, LearningRateAnnealing
+from moo_balance.weighting import GramianWeighting
+from moo_balance.weighting._reduction import ReductionWeighting
 from tests.support.problems import (
     as_vector,
     flat_gradient,
@@ -18,7 +21,13 @@ from tests.support.problems import (
     train,
     whole_state,
 )
-from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
+from tests.support.registry import (
+    FIRST_OF_EACH,
+    NAMES,
+    over_each_method,
+    over_kinds,
+    over_some,
+)
 
 pytestmark = pytest.mark.capability("losses that are absent from a batch")
 
@@ -179,3 +188,64 @@ def test_parameters_that_only_an_absent_loss_reaches_stay_as_they_are(method):
     before = snapshot(model.heads[2].state_dict())
     train(model, optimizer, range(3), ("a", "b"))
     assert snapshot(model.heads[2].state_dict()) == before
+
+
+# ---------------------------------------------------------------------- between two refreshes
+
+
+def refreshed_rarely():
+    """Each Gramian method that can keep its weights, with an `every` of 3."""
+    for method in FIRST_OF_EACH:
+        weighting = method.make(NAMES)
+        fields = {field.name for field in dataclasses.fields(weighting)}
+        if isinstance(weighting, GramianWeighting) and "every" in fields:
+            rarely = dataclasses.replace(weighting, every=3)
+            yield dataclasses.replace(method, make=lambda names, rarely=rarely: rarely)
+
+
+over_kept = pytest.mark.parametrize("method", list(refreshed_rarely()), ids=repr)
+
+
+def play_standing(method, *presences):
+    """The coefficients of steps on the same batch, with a learning rate of 0."""
+    model, optimizer = setup(method, optimizer=standing, loss_names=NAMES)
+    for present in presences:
+        train(model, optimizer, [0], present)
+        yield as_vector(optimizer.metrics.coefficients)
+
+
+def standing(model):
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+@over_kept
+def test_a_loss_that_returns_finds_its_kept_weight(method):
+    *_, straight = play_standing(method, NAMES, NAMES, NAMES)
+    for present in SUBSETS:
+        *_, actual = play_standing(method, NAMES, present, NAMES)
+        torch.testing.assert_close(actual, straight, rtol=1e-12, atol=0.0)
+
+
+@over_kept
+def test_kept_weights_make_up_for_an_absent_loss(method):
+    weighting, present = method.make(NAMES), ("a", "c")
+    before, actual = play_standing(method, NAMES, present)
+    if method.total is not None:
+        assert float(actual.sum()) == pytest.approx(method.total(present, actual))
+    elif isinstance(weighting, IMTLG):
+        assert float(actual.sum()) == pytest.approx(1.0)
+    elif isinstance(weighting, ReductionWeighting):
+        shares, others = (weighting.shares(names) for names in (NAMES, present))
+        expected = before[[0, 2]] / shares[0] * others[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0.0)
+
+
+@over_kept
+def test_a_loss_that_no_solution_has_had_gets_no_weight_of_its_own(method):
+    """Its share where weights are shares, else zero: its scale is not known."""
+    weighting = method.make(NAMES)
+    *_, actual = play_standing(method, ("a", "b"), NAMES)
+    if isinstance(weighting, ReductionWeighting):
+        assert float(actual[2]) == weighting.shares(NAMES)[2]
+    elif method.total is None and not isinstance(weighting, GradientNorms | LearningRateAnnealing):
+        assert float(actual[2]) == 0.0

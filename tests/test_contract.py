@@ -103,6 +103,30 @@ def test_refused_configurations_name_the_argument(refusal):
             refusal.make()
 
 
+def misfits(weighting):
+    """Arguments by name, with a value of another kind than their own."""
+    for field in dataclasses.fields(weighting):
+        own = getattr(weighting, field.name)
+        if isinstance(own, bool):
+            yield field.name, "yes"
+            yield field.name, None
+        elif isinstance(own, (int, float)):
+            yield field.name, True
+            if "ByName" not in field.type and "Mapping" not in field.type:
+                yield field.name, {}
+                yield field.name, {"a": 0.5, "b": 0.5, "c": 0.5}
+        elif isinstance(own, tuple):
+            yield field.name, 3
+
+
+@over_all(lambda method: method in METHODS)
+def test_a_value_of_another_kind_is_refused_by_name(method):
+    weighting = method.make(NAMES)
+    for name, value in misfits(weighting):
+        with pytest.raises(BalanceValueError, match=rf"`{name}\b"):
+            dataclasses.replace(weighting, **{name: value})
+
+
 # ---------------------------------------------------------------------- configurations are values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -193,6 +193,11 @@ def check_names(argument: str, value: object, names: Sequence[str], complete: bo
         )
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a hyper-parameter is a number, which a flag is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_range(
     weighting: Weighting,
     argument: str,
@@ -200,8 +205,10 @@ def check_range(
     below: float = math.inf,
     open: bool = False,
     text: str = "",
+    high: float = math.inf,
+    named: bool = False,
 ) -> None:
-    """Refuse a hyper-parameter, or an entry of a named one, outside [low, below).
+    """Refuse a hyper-parameter outside [low, high], and not below `below`.
 
     Args:
         weighting: The method.
@@ -210,24 +217,30 @@ def check_range(
         below: The number that it should be below.
         open: Exclude `low`.
         text: A text that stands for another choice, and is checked elsewhere.
+        high: The largest number.
+        named: Allow a mapping, each entry of which is checked.
     """
     value = getattr(weighting, argument)
-    entries = value.items() if isinstance(value, Mapping) else [("", value)]
+    entries = value.items() if named and isinstance(value, Mapping) else [("", value)]
     for name, number in entries:
-        valid = isinstance(number, (int, float)) and math.isfinite(number)
-        if not valid or not (low < number if open else low <= number) or not number < below:
+        valid = is_number(number) and math.isfinite(number) and number < below and number <= high
+        if not valid or not (low < number if open else low <= number):
             where = f"`{argument}[{name!r}]`" if name else f"`{argument}`"
             raise BalanceValueError(
                 f"Parameter {where} of {type(weighting).__name__} should be a finite number"
-                f"{_describe_range(low, below, open)}{f', or {text!r}' if text else ''}. "
+                f"{_describe_range(low, below, open, high)}{f', or {text!r}' if text else ''}. "
                 f"Found {number!r}."
             )
 
 
-def _describe_range(low: float, below: float, open: bool) -> str:
-    least = f"{'above' if open else 'at least'} {low:g}" if low > -math.inf else ""
-    limits = [limit for limit in (least, f"below {below:g}" if below < math.inf else "") if limit]
-    return f", {' and '.join(limits)}" if limits else ""
+def _describe_range(low: float, below: float, open: bool, high: float) -> str:
+    limits = (
+        (f"{'above' if open else 'at least'} {low:g}", low > -math.inf),
+        (f"below {below:g}", below < math.inf),
+        (f"at most {high:g}", high < math.inf),
+    )
+    listed = " and ".join(limit for limit, given in limits if given)
+    return f", {listed}" if listed else ""
 
 
 def check_mapping(weighting: Weighting, argument: str, **limits: Any) -> None:
@@ -238,7 +251,7 @@ def check_mapping(weighting: Weighting, argument: str, **limits: Any) -> None:
             f"Parameter `{argument}` of {type(weighting).__name__} should map each loss's name to "
             f"a finite number. Found {value!r}."
         )
-    check_range(weighting, argument, **limits)
+    check_range(weighting, argument, named=True, **limits)
 
 
 def check_preference(weighting: Weighting) -> None:
@@ -260,8 +273,19 @@ def check_choice(weighting: Weighting, argument: str, choices: Sequence[object])
 def check_whole(weighting: Weighting, argument: str, least: int) -> None:
     """Refuse a hyper-parameter that is not a whole number of at least `least`."""
     value = getattr(weighting, argument)
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise BalanceValueError(
             f"Parameter `{argument}` of {type(weighting).__name__} should be a whole number, "
             f"at least {least}. Found {value!r}."
         )
+
+
+def check_flag(weighting: Weighting, *arguments: str) -> None:
+    """Refuse hyper-parameters that are neither True nor False."""
+    for argument in arguments:
+        value = getattr(weighting, argument)
+        if not isinstance(value, bool):
+            raise BalanceValueError(
+                f"Parameter `{argument}` of {type(weighting).__name__} should be True or False. "
+                f"Found {value!r}."
+            )

@@ -44,7 +44,7 @@ class LearnedScaleWeighting(Weighting):
         check_range(self, "lr", 0.0, open=True)
         if self.start != "first":
             check_range(self, "start", text="first")
-        check_range(self, "bounds")
+        check_range(self, "bounds", named=True)
         check_preference(self)
 
     @property

@@ -44,12 +44,6 @@ def update_window_means(statistics: Statistics, window: int, state: State) -> St
     }
 
 
-def count_others(statistics: Statistics) -> Tensor | int:
-    """The number of losses, those not counted that are to be left out."""
-    count = len(statistics.names)
-    return count if statistics.satisfied is None else count - statistics.satisfied.sum()
-
-
 def share(logits: Tensor, preference: Mapping[str, float] | None, statistics: Statistics) -> Tensor:
     r"""The shares :math:`p_i e^{x_i} / \sum_j p_j e^{x_j}` of the losses, shape [K].
 

@@ -14,23 +14,16 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     check_choice,
-    check_names,
     check_preference,
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._reduction import (
-    Reduction,
-    check_reduction,
-    reduction_shares,
-    shares_by_name,
-    start_from_shares,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting.base import State, Statistics
 
 
 @dataclass(frozen=True)
-class AlignedMTL(GramianWeighting):
+class AlignedMTL(ReductionWeighting):
     r"""Independent component alignment: all principal components of the gradients equally long.
 
     With the eigenvalues :math:`s_r` and eigenvectors :math:`V` of the Gramian :math:`G`,
@@ -88,14 +81,9 @@ class AlignedMTL(GramianWeighting):
         check_preference(self)
         check_whole(self, "every", 1)
 
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        shares = shares_by_name(self.reduction, self.preference, names)
-        return start_from_shares(super().init(names, device), shares)
-
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
-        shares = reduction_shares(self.reduction, self.preference, statistics)
+        shares = self.shares(statistics.names)
         dtype, rounding = torch.promote_types(gramian.dtype, torch.float32), precision(gramian)
         if len(shares) == 1:
             return {"weights": gramian.new_tensor(shares, dtype=dtype)}
@@ -108,9 +96,6 @@ class AlignedMTL(GramianWeighting):
 
         aligned = align(directions(gramian), self.scale, rounding).dot(shares)
         return {"weights": torch.from_numpy(aligned).to(gramian.device, dtype)}
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
 
 def _align_two(pair: Pair, shares: Sequence[float], mean: bool, precision: float) -> list[float]:

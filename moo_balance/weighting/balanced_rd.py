@@ -18,6 +18,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -33,6 +34,7 @@ from moo_balance.weighting._arguments import (
     renormalize,
     update_floor,
 )
+from moo_balance.weighting._shares import start_from_shares
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 from moo_balance.weighting.famo import LogitWeighting
 
@@ -174,6 +176,7 @@ class AnalyticQP(GramianWeighting):
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_range(self, "floor", 0.0)
+        check_flag(self, "renormalize")
         check_whole(self, "every", 1)
 
     bound_reason = TAKES_LOG
@@ -187,7 +190,9 @@ class AnalyticQP(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return {**super().init(names, device), **init_floor(self.floor, len(names), device)}
+        shares = [1.0 / len(names)] * len(names)
+        state = start_from_shares(super().init(names, device), shares)
+        return {**state, **init_floor(self.floor, len(names), device)}
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         distances = statistics.losses + self.shift

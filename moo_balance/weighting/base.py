@@ -190,8 +190,8 @@ class GramianWeighting(Weighting):
     gets what was kept of the last solution.
 
     What is kept is what :meth:`Weighting.init` has an entry for: the weights where ``every`` is
-    above 1. A method that keeps more, or starts each solve from the last solution, overrides it.
-    Entries keep the dtype that ``init`` gave them.
+    above 1, NaN for a loss that no solution has had yet. A method that keeps more, or starts each
+    solve from the last solution, overrides it. Entries keep the dtype that ``init`` gave them.
     """
 
     @property
@@ -205,31 +205,41 @@ class GramianWeighting(Weighting):
         `state` is what was kept of the solution before. Entries that are not returned stay.
         """
 
-    @abstractmethod
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        """What multiplies the raw gradients, shape [K], given the (last) solution.
+        """What multiplies the raw gradients, shape [K], given the (last) solution: the weights.
 
         ``statistics.gramian`` may be None here.
         """
+        return state["weights"]
 
     def keep(self, statistics: Statistics, state: State) -> State:
         """The solution in a step between two refreshes: unchanged.
 
-        A method whose weights sum to 1 restores that here, as a loss may be absent. Entries that
-        are not returned stay.
+        A method whose weights sum to 1 restores that here, as a loss may be absent. The weights are
+        for this step; those of the solution stay kept. Of a loss that no solution has had yet they
+        are 0 in `state`. Entries that are not returned stay.
         """
         return state
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         if self.every == 1:
             return {}
-        count, dtype = len(names), state_dtype(device)
-        return {"weights": torch.full((count,), 1.0 / count, dtype=dtype, device=device)}
+        dtype = state_dtype(device)
+        return {"weights": torch.full((len(names),), torch.nan, dtype=dtype, device=device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         if statistics.gramian is None:
-            solution = {**state, **self.keep(statistics, state)}
-        else:
-            solution = {**state, **self.solve(statistics, statistics.gramian, state)}
+            return self._reuse(statistics, state)
+        solution = {**state, **self.solve(statistics, statistics.gramian, state)}
         kept = {key: solution[key].to(value.dtype) for key, value in state.items()}
+        return WeightingOutput(solution["weights"], self.coefficients(statistics, solution), kept)
+
+    def _reuse(self, statistics: Statistics, state: State) -> WeightingOutput:
+        """A step between two refreshes. Those after it may have losses that this one lacks."""
+        solution = state
+        if "weights" in state:
+            solution = {**state, "weights": state["weights"].nan_to_num(nan=0.0)}
+        solution = {**solution, **self.keep(statistics, solution)}
+        following = {**solution, "weights": state.get("weights", solution["weights"])}
+        kept = {key: following[key].to(value.dtype) for key, value in state.items()}
         return WeightingOutput(solution["weights"], self.coefficients(statistics, solution), kept)

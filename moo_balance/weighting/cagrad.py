@@ -14,24 +14,17 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     check_choice,
-    check_names,
     check_preference,
     check_range,
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._reduction import (
-    Reduction,
-    check_reduction,
-    reduction_shares,
-    shares_by_name,
-    start_from_shares,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting.base import State, Statistics
 
 
 @dataclass(frozen=True)
-class CAGrad(GramianWeighting):
+class CAGrad(ReductionWeighting):
     r"""Conflict-Averse Gradient Descent: the best worst improvement, near the mean gradient.
 
     With the mean gradient :math:`g_0`,
@@ -100,16 +93,12 @@ class CAGrad(GramianWeighting):
         check_preference(self)
         check_whole(self, "every", 1)
 
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        shares = shares_by_name(self.reduction, self.preference, names)
-        return start_from_shares(super().init(names, device), shares)
-
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
-        shares = reduction_shares("mean", self.preference, statistics)
+        shares = self.shares(statistics.names)
         count, dtype = len(shares), torch.promote_types(gramian.dtype, torch.float32)
-        factor = self._factor(count)
+        whole = sum(shares)
+        shares, factor = [share / whole for share in shares], whole * self._factor
         if count == 1:
             return {"weights": gramian.new_tensor([factor * (1.0 + self.c)], dtype=dtype)}
         if count == 2:
@@ -124,12 +113,9 @@ class CAGrad(GramianWeighting):
         found = add_conflict_averse(directions(gramian), shares, self.c, precision(gramian))
         return {"weights": torch.from_numpy(factor * (found + shares)).to(gramian.device, dtype)}
 
-    def _factor(self, count: int) -> float:
-        divisor = {None: 1.0, "1+c": 1.0 + self.c, "1+c^2": 1.0 + self.c**2}[self.rescale]
-        return (count if self.reduction == "sum" else 1.0) / divisor
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
+    @property
+    def _factor(self) -> float:
+        return 1.0 / {None: 1.0, "1+c": 1.0 + self.c, "1+c^2": 1.0 + self.c**2}[self.rescale]
 
 
 _PARALLEL = 1 - 1e-4

@@ -14,6 +14,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -57,14 +58,14 @@ class DBMTL(RowWeighting):
         beta: :math:`\beta \in [0, 1)`, the weight of the past. Default 0.9 (paper and code, whose
             further argument ``beta_sigma`` lets it shrink with the step, and is 0 by default).
         shift: :math:`s_i`, a number or one per name. Default 0. The code's 1e-8 is left out: a loss
-            that is not positive is refused instead.
+            at 0 counts as satisfied instead.
         debiased: Divide the averages by :math:`1 - \beta^t`. Default False (paper and code).
         preference: Lengths in proportion, by name, in place of equal ones; their mean is as above.
             Default None, equal.
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range, or does not fit the losses; from
-            ``backward``, when a loss is not above :math:`-s_i`.
+            ``backward``, when a loss is below :math:`-s_i`.
 
     Source: Lin et al., *Dual-Balancing for Multi-Task Learning* (2023), arXiv 2308.12029,
     Algorithm 1.
@@ -87,7 +88,8 @@ class DBMTL(RowWeighting):
     def __post_init__(self) -> None:
         copy_mappings(self)
         check_range(self, "beta", 0.0, below=1.0)
-        check_range(self, "shift")
+        check_range(self, "shift", named=True)
+        check_flag(self, "debiased")
         check_preference(self)
 
     leaves_out_satisfied = True

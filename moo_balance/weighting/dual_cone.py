@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +10,16 @@ from torch import Tensor
 
 from moo_balance.functional import project_dual_cone
 from moo_balance.weighting._arguments import (
-    check_names,
     check_preference,
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._reduction import Reduction, check_reduction, reduction_shares
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting.base import State, Statistics
 
 
-class ConeWeighting(GramianWeighting):
+class ConeWeighting(ReductionWeighting):
     """What :class:`UPGrad` and :class:`DualProj` share: their arguments."""
-
-    preference: Mapping[str, float] | None
-    reduction: Reduction
 
     def __post_init__(self) -> None:
         copy_mappings(self)
@@ -31,17 +27,9 @@ class ConeWeighting(GramianWeighting):
         check_preference(self)
         check_whole(self, "every", 1)
 
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
     def _combination(self, statistics: Statistics) -> Tensor:
         """Weights of the gradients in their plain combination, shape [K]."""
-        shares = reduction_shares(self.reduction, self.preference, statistics)
-        return torch.tensor(shares, dtype=torch.float64, device="cpu")
+        return torch.tensor(self.shares(statistics.names), dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from moo_balance.weighting._arguments import (
     check_whole,
     copy_mappings,
 )
-from moo_balance.weighting._rates import count_others, init_window_means, share, update_window_means
+from moo_balance.weighting._rates import init_window_means, share, update_window_means
+from moo_balance.weighting._shares import count_others
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 

@@ -41,9 +41,6 @@ class ProjectionWeighting(GramianWeighting):
             preference = normalize_preference(self.preference, statistics)
         return {"weights": equal_projections(gramian, preference, self.length)}
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
 
 @dataclass(frozen=True)
 class ConFIG(ProjectionWeighting):
@@ -148,3 +145,10 @@ class IMTLG(ProjectionWeighting):
     every: int = 1
 
     length = "imtl_g"
+
+    def keep(self, statistics: Statistics, state: State) -> State:
+        weights = state["weights"]
+        total = weights.sum()
+        # As in a solution: negative weights may hold the sum below 1.
+        least = torch.where(weights.amin() < 0, 1.0, 0.0)
+        return {"weights": torch.where(total > least, weights / total, weights)}

@@ -42,9 +42,6 @@ class FairWeighting(GramianWeighting):
             preference = normalize_preference(self.preference, statistics)
         return {"weights": fair_weights(gramian, self.alpha, preference)}
 
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
-
 
 @dataclass(frozen=True)
 class NashMTL(FairWeighting):

@@ -16,6 +16,7 @@ from moo_balance.weighting._arguments import (
     FloatOrByName,
     advise,
     check_choice,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -52,12 +53,13 @@ class LogitWeighting(Weighting):
         copy_mappings(self)
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "decay", 0.0)
-        check_range(self, "bounds")
-        check_range(self, "shift")
+        check_range(self, "bounds", named=True)
+        check_range(self, "shift", named=True)
         check_range(self, "floor", 0.0)
         check_choice(self, "logit_optimizer", ("adam", "sgd"))
         check_preference(self)
         check_whole(self, "every", 1)
+        check_flag(self, "lagged")
 
     @property
     def observes_step(self) -> bool:

@@ -11,6 +11,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    check_flag,
     check_mapping,
     check_names,
     check_preference,
@@ -145,8 +146,9 @@ class SumLog(Weighting):
     def __post_init__(self) -> None:
         copy_mappings(self)
         check_range(self, "floor", 0.0)
-        check_range(self, "bounds")
-        check_range(self, "shift")
+        check_range(self, "bounds", named=True)
+        check_range(self, "shift", named=True)
+        check_flag(self, "renormalize")
         check_preference(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

@@ -77,8 +77,7 @@ class GradDrop(RowWeighting):
 
     def __post_init__(self) -> None:
         copy_mappings(self)
-        check_range(self, "leak", 0.0)
-        check_range(self, "leak", below=1.0 + 2**-52)
+        check_range(self, "leak", 0.0, high=1.0)
         check_preference(self)
         check_whole(self, "seed", 0)
 

@@ -65,7 +65,7 @@ class GradNorm(GramianWeighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range or names no loss; from ``backward``,
-            when a loss is not positive and `alpha` is.
+            when a loss is negative and `alpha` is not 0.
 
     Source: Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
     Multitask Networks* (ICML 2018), arXiv 1711.02257, Algorithm 1. LibMTL takes K times a softmax
@@ -151,9 +151,6 @@ class GradNorm(GramianWeighting):
             part = part.masked_fill(satisfied, 0.0)
         weights = _sum_to(part.sum(), learned * part, part)
         return {"weights": weights.to(statistics.losses.dtype)}
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
     def _note_first(
         self, statistics: Statistics, norms: Tensor, moves: Tensor, state: State

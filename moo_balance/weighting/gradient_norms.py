@@ -205,7 +205,7 @@ class GradientNorms(GramianWeighting):
         if self.max_weight is not None:
             check_range(self, "max_weight", 0.0, open=True)
         if self.initial is not None:
-            check_range(self, "initial", 0.0)
+            check_range(self, "initial", 0.0, named=True)
             if self.smooth == "norms":
                 raise BalanceValueError(
                     'Parameter `initial` of GradientNorms should come with smooth="weights", '
@@ -255,9 +255,6 @@ class GradientNorms(GramianWeighting):
         if statistics.satisfied is not None:
             met = met & ~statistics.satisfied
         return {"weights": self._weights(statistics, state, met.to(state["average"].dtype))}
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
     @property
     def _reference_loss(self) -> str | None:

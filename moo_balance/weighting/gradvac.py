@@ -13,25 +13,18 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.functional.gramian import equality_tolerance
 from moo_balance.weighting._arguments import (
-    check_names,
     check_preference,
     check_range,
     check_whole,
     copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import (
-    Reduction,
-    check_reduction,
-    reduction_shares,
-    shares_by_name,
-    start_from_shares,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics, state_dtype
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting.base import State, Statistics, state_dtype
 
 
 @dataclass(frozen=True)
-class GradVac(GramianWeighting):
+class GradVac(ReductionWeighting):
     r"""Gradient Vaccine: raises the cosine of two gradients to what it usually is.
 
     Starting from :math:`v_i = g_i`, each gradient meets all others in a random order of its own.
@@ -101,16 +94,13 @@ class GradVac(GramianWeighting):
         check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
         shape = (len(names), len(names))
         targets = torch.zeros(shape, dtype=state_dtype(device), device=device)
-        shares = shares_by_name(self.reduction, self.preference, names)
-        state = start_from_shares(super().init(names, device), shares)
-        return {**state, "cosines": targets}
+        return {**super().init(names, device), "cosines": targets}
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
-        shares = reduction_shares(self.reduction, self.preference, statistics)
+        shares = self.shares(statistics.names)
         dtype = torch.promote_types(gramian.dtype, torch.float32)
         if len(shares) == 1:
             return {"weights": gramian.new_tensor(shares, dtype=dtype)}
@@ -142,9 +132,6 @@ class GradVac(GramianWeighting):
             return weights, targets
         past, met = self.beta, (1.0 - self.beta) * pair.cosine
         return weights, targets.new_tensor([[0.0, past * first + met], [past * second + met, 0.0]])
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
 
 def _multiple(cosine: float, target: float, precision: float) -> float:

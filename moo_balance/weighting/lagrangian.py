@@ -12,12 +12,14 @@ from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import (
+    check_flag,
     check_mapping,
     check_names,
     check_range,
     constant_state,
     constants_like,
     copy_mappings,
+    is_number,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput, state_dtype
 
@@ -81,7 +83,9 @@ class Lagrangian(Weighting):
     Args:
         targets: :math:`t_i` by name, or ``{step: t_i, ...}`` with an entry for step 0.
         objective: The loss to minimise, or several with weights :math:`w_j > 0` by name; it may
-            have a target, too. Default None: the sum of all losses that have no target.
+            have a target, too. Default None: the sum of all losses that have no target. Where each
+            loss has one, any point within the bounds will do, and the coefficients of the first
+            step are 0.
         lr: :math:`\eta > 0`. Default 0.01: one step changes :math:`\mu` by no more, so it suits
             runs of thousands of steps. On random quadratics with gradient descent and Adam, with
             noise and without, 0.003 was slow, and 0.03 won where a run takes hundreds of steps.
@@ -140,6 +144,7 @@ class Lagrangian(Weighting):
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "damping", 0.0)
         check_range(self, "beta", 0.0, below=1.0)
+        check_flag(self, "renormalize")
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("targets", self.targets, names)
@@ -244,7 +249,7 @@ def _is_step(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _choose_units(targets: Tensor, first: Tensor) -> Tensor:

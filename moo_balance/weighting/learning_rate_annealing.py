@@ -99,7 +99,7 @@ class LearningRateAnnealing(RowWeighting):
             )
         check_choice(self, "form", ("paper", "code"))
         check_range(self, "beta", 0.0, below=1.0)
-        check_range(self, "initial", 0.0, open=True)
+        check_range(self, "initial", 0.0, open=True, named=True)
         check_preference(self)
         check_whole(self, "every", 1)
 
@@ -127,9 +127,6 @@ class LearningRateAnnealing(RowWeighting):
 
     def keep(self, statistics: Statistics, state: State) -> State:
         return {"weights": self._weights(statistics, state)}
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
     def _weights(self, statistics: Statistics, state: State) -> Tensor:
         names, weights, dtype = statistics.names, state["lambda"], statistics.losses.dtype

@@ -25,6 +25,7 @@ from moo_balance.weighting._arguments import (
     relative_preference,
     renormalize,
 )
+from moo_balance.weighting._shares import start_from_shares
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 
 
@@ -104,7 +105,7 @@ class MGDA(GramianWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
+        return start_from_shares(super().init(names, device), [1.0 / len(names)] * len(names))
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         scales, preference = None, None

@@ -9,20 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moo_balance.functional import project_simplex
-from moo_balance.functional._checks import widest
+from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
     advise,
     check_choice,
     check_names,
     check_preference,
     check_range,
-    constant_state,
     constants_like,
     copy_mappings,
-    renormalize,
     values_by_name,
 )
+from moo_balance.weighting._shares import initial_weights, present_weights
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowWeighting, rows_of
 
@@ -65,7 +63,7 @@ class MoCo(RowWeighting):
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range, or does not fit the losses; from
-            ``backward``, when a loss is not positive with ``length="loss"``.
+            ``backward``, when a loss is negative with ``length="loss"``.
 
     Source: Fernando et al., *Mitigating Gradient Bias in Multi-objective Learning: A Provably
     Convergent Approach* (ICLR 2023), Algorithm 1.
@@ -109,7 +107,7 @@ class MoCo(RowWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return {"weights": constant_state(1.0 / len(names), len(names), device)}
+        return {"learned": initial_weights(None, names, device)}
 
     def row_factors(self, statistics: Statistics) -> Tensor | None:
         if self.length == "gradient" and self.preference is None:
@@ -131,16 +129,17 @@ class MoCo(RowWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         tracked = rows_of(statistics, self).gramian
         assert tracked is not None
-        weights, satisfied = state["weights"], statistics.satisfied
-        if satisfied is not None:
-            weights = weights.masked_fill(satisfied, 0.0)
-        weights = renormalize(weights)
-        slopes = widest(tracked) @ weights + self.rho * weights
-        weights = weights - self.lr * slopes
-        if satisfied is not None:  # a step of 1 below the largest is projected to 0
-            weights = weights.masked_fill(satisfied, -torch.inf)
-            weights = weights.masked_fill(satisfied, 0.0).where(~satisfied, weights.amax() - 2.0)
-        return {"weights": project_simplex(weights)}
+        weights, mass = present_weights(state["learned"], statistics.satisfied)
+        following = projected_descent(
+            tracked.to(weights),
+            torch.zeros_like(weights),
+            weights,
+            self.lr,
+            ridge=self.rho,
+            left_out=statistics.satisfied,
+        )
+        # The present losses share what they hold; that of absent ones is kept for them.
+        return {"weights": following, "learned": following * mass}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         return state["weights"].to(statistics.losses)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
@@ -16,15 +15,9 @@ from moo_balance.weighting._arguments import (
     check_whole,
     copy_mappings,
     normalize_preference,
-    renormalize,
 )
-from moo_balance.weighting.base import (
-    State,
-    Statistics,
-    Weighting,
-    WeightingOutput,
-    state_dtype,
-)
+from moo_balance.weighting._shares import initial_weights, present_weights
+from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ class MoDo(Weighting):
         check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
         return {"weights": initial_weights(self.preference, names, device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
@@ -124,27 +118,3 @@ class MoDo(Weighting):
             )
         used = weights.to(statistics.losses)
         return WeightingOutput(used, used, {"weights": following * mass})
-
-
-def initial_weights(
-    preference: Mapping[str, float] | None, names: Sequence[str], device: torch.device
-) -> Tensor:
-    """The preference as weights [K] that sum to 1, in a state's dtype."""
-    check_names("preference", preference, names, complete=True)
-    values = torch.ones(len(names), dtype=state_dtype(device), device=device)
-    return normalize_preference(preference, Statistics(tuple(names), values)).clone()
-
-
-def present_weights(weights: Tensor, left_out: Tensor | None) -> tuple[Tensor, float | Tensor]:
-    """Weights that sum to 1 over the losses that are present and not left out; their sum before."""
-    if left_out is None and weights.is_cpu:
-        values = weights.tolist()
-        total = sum(values)
-        shares = [v / total for v in values] if total > 0.0 else [1.0 / len(values)] * len(values)
-        return torch.tensor(shares, dtype=weights.dtype, device="cpu"), total
-    if left_out is None:
-        return renormalize(weights), weights.sum()
-    others = (~left_out).to(weights)
-    weights = weights * others
-    mass = weights.sum()
-    return torch.where(mass > 0, weights / mass, others / others.sum()), mass

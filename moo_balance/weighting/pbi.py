@@ -72,7 +72,7 @@ class PBI(Weighting):
         copy_mappings(self)
         check_range(self, "penalty", 0.0)
         check_preference(self)
-        check_range(self, "ideal")
+        check_range(self, "ideal", named=True)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

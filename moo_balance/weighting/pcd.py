@@ -95,7 +95,7 @@ class PCD(GramianWeighting):
             raise BalanceValueError(
                 f"Parameter `primary` of PCD should be the name of a loss. Found {self.primary!r}."
             )
-        check_range(self, "tau", 0.0)
+        check_range(self, "tau", 0.0, named=True)
         check_range(self, "beta", 0.0, below=1.0)
         check_whole(self, "every", 1)
 
@@ -110,8 +110,9 @@ class PCD(GramianWeighting):
         check_square(gramian)
         squares = gramian.diagonal().to("cpu", torch.float64).tolist()
         averages = self._follow(squares, state)
+        # An average of the least squares may vanish: then the length is taken for the usual one.
         sizes = [
-            math.sqrt(square * mass / average) if square > 0.0 else 0.0
+            math.sqrt(square * mass / average) if average > 0.0 else float(square > 0.0)
             for square, average, mass in zip(squares, *averages, strict=True)
         ]
         weights = self._solve(statistics.names, gramian, sizes)
@@ -157,9 +158,6 @@ class PCD(GramianWeighting):
         return torch.from_numpy(
             follow_primary(gradients, primary, np.array(sizes), np.array(least), rounding)
         )
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
 
 def _solve_two(

@@ -11,24 +11,17 @@ from torch import Tensor
 from moo_balance.functional._checks import check_square
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.weighting._arguments import (
-    check_names,
     check_preference,
     check_whole,
     copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import (
-    Reduction,
-    check_reduction,
-    reduction_shares,
-    shares_by_name,
-    start_from_shares,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting.base import State, Statistics
 
 
 @dataclass(frozen=True)
-class PCGrad(GramianWeighting):
+class PCGrad(ReductionWeighting):
     r"""Projecting Conflicting Gradients: each gradient without its components against the others.
 
     Starting from :math:`v_i = g_i`, each gradient meets all others in a random order of its own,
@@ -82,14 +75,9 @@ class PCGrad(GramianWeighting):
         check_whole(self, "seed", 0)
         check_whole(self, "every", 1)
 
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        shares = shares_by_name(self.reduction, self.preference, names)
-        return start_from_shares(super().init(names, device), shares)
-
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
-        shares = reduction_shares(self.reduction, self.preference, statistics)
+        shares = self.shares(statistics.names)
         dtype = torch.promote_types(gramian.dtype, torch.float32)
         if len(shares) == 1:
             return {"weights": gramian.new_tensor(shares, dtype=dtype)}
@@ -103,9 +91,6 @@ class PCGrad(GramianWeighting):
         parts = _surgery.project_conflicts(gradients.cosines, order)
         added = _surgery.add_corrections(parts, gradients.norms, shares)
         return {"weights": torch.from_numpy(added).to(gramian.device, dtype)}
-
-    def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"]
 
 
 def _project_two(gramian: Tensor, shares: Sequence[float]) -> list[float]:

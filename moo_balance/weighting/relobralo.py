@@ -19,7 +19,8 @@ from moo_balance.weighting._arguments import (
     values_by_name,
 )
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._rates import count_others, share
+from moo_balance.weighting._rates import share
+from moo_balance.weighting._shares import count_others, present_weights
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
 
@@ -93,7 +94,7 @@ class ReLoBRaLo(Weighting):
         copy_mappings(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "temperature", 0.0, open=True)
-        check_range(self, "lookback", 0.0, below=1.0)
+        check_range(self, "lookback", 0.0, high=1.0)
         check_preference(self)
         check_whole(self, "seed", 0)
 
@@ -113,13 +114,10 @@ class ReLoBRaLo(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         losses, count = statistics.losses.to(state["first"]), count_others(statistics)
-        weights = state["weights"]
-        if statistics.satisfied is not None:
-            weights = weights.masked_fill(statistics.satisfied, 0.0)
-        mass = weights.sum()
+        weights, mass = present_weights(state["weights"], statistics.satisfied)
         first = torch.where(state["first"].isnan(), losses, state["first"])
         last = torch.where(state["last"].isnan(), losses, state["last"])
-        weights = weights * (count / mass)
+        weights = weights * count
         if self._looks_back(statistics.step):
             weights = self._balance(losses / first, statistics)
         weights = weights.lerp(self._balance(losses / last, statistics), 1.0 - self.beta)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
+    check_names,
     check_preference,
     check_range,
     check_whole,
     copy_mappings,
     normalize_preference,
 )
+from moo_balance.weighting._shares import initial_weights, present_weights
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
-from moo_balance.weighting.modo import initial_weights, present_weights
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class SDMGrad(Weighting):
         check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
+        check_names("preference", self.preference, names, complete=True)
         return {"weights": initial_weights(self.preference, names, device)}
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moo_balance.weighting._arguments import (
     advise,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -92,6 +93,7 @@ class SoftAdapt(Weighting):
         copy_mappings(self)
         check_whole(self, "window", 1)
         check_range(self, "temperature", 0.0, open=True)
+        check_flag(self, "normalize", "loss_weighted")
         check_preference(self)
 
     bound_reason = "multiplies by its mean"

@@ -17,6 +17,7 @@ from moo_balance.weighting._arguments import (
     FloatOrByName,
     advise,
     broadcastable,
+    check_flag,
     check_names,
     check_preference,
     check_range,
@@ -72,7 +73,7 @@ class Tchebycheff(Weighting):
         copy_mappings(self)
         check_preference(self)
         if self.ideal != "running":
-            check_range(self, "ideal", text="running")
+            check_range(self, "ideal", text="running", named=True)
         check_range(self, "augment", 0.0)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
@@ -153,11 +154,12 @@ class SmoothTchebycheff(Weighting):
         copy_mappings(self)
         check_range(self, "mu", 0.0, open=True)
         check_preference(self)
-        check_range(self, "ideal")
+        check_range(self, "ideal", named=True)
         if self.nadir is not None:
-            check_range(self, "nadir")
+            check_range(self, "nadir", named=True)
             self._check_nadir()
         check_whole(self, "warmup_steps", 0)
+        check_flag(self, "log")
         if self.nadir is not None and self.warmup_steps:
             raise BalanceValueError(
                 "Parameters `nadir` and `warmup_steps` of SmoothTchebycheff should not both be "

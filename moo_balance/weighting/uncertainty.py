@@ -83,7 +83,8 @@ class UncertaintyWeighting(LearnedScaleWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = self.classification
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not all(isinstance(name, str) for name in names):
             raise BalanceValueError(
                 "Parameter `classification` of UncertaintyWeighting should be a sequence of names "
                 f"of losses. Found {names!r}."

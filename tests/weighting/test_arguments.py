@@ -13,8 +13,10 @@ from moo_balance import (
     FAMO,
     BalanceValueError,
     FixedWeights,
+    GradDrop,
     MovingAverage,
     RandomWeights,
+    ReLoBRaLo,
     SumLog,
     Tchebycheff,
 )
@@ -98,10 +100,10 @@ def test_names_that_do_not_fit_are_named(value: dict[str, float], fault: str) ->
 def test_the_entry_out_of_range_is_named() -> None:
     weighting = FixedWeights({"a": 1.0, "b": 7.0})
     with pytest.raises(BalanceValueError, match=r"`values\['b'\]` of FixedWeights.*Found 7"):
-        check_range(weighting, "values", 0.0, 5.0)
-    check_range(weighting, "values", 1.0, 7.5)
+        check_range(weighting, "values", 0.0, 5.0, named=True)
+    check_range(weighting, "values", 1.0, 7.5, named=True)
     with pytest.raises(BalanceValueError, match=r"finite number, above 1\. Found 1"):
-        check_range(weighting, "values", 1.0, open=True)
+        check_range(weighting, "values", 1.0, open=True, named=True)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,9 @@ def test_a_preference_is_positive_or_left_out() -> None:
     check_preference(SumLog())
     with pytest.raises(BalanceValueError, match=r"`preference\['a'\]`.*number, above 0. Found 0"):
         Tchebycheff(preference={"a": 0.0})
+
+
+def test_a_refusal_states_a_range_that_includes_its_end() -> None:
+    with pytest.raises(BalanceValueError, match=r"at least 0 and at most 1\. Found 1\.5"):
+        GradDrop(leak=1.5)
+    assert GradDrop(leak=1.0).leak == ReLoBRaLo(lookback=1.0).lookback == 1.0

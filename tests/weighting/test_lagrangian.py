@@ -278,10 +278,13 @@ def test_all_losses_without_a_target_are_summed_and_weights_are_allowed() -> Non
 
 
 def test_with_bounds_only_it_looks_for_a_feasible_point() -> None:
+    weighting = Lagrangian({"a": 2.5, "b": 2.5})
+    first = weighting.weights(statistics_of((5.0, 17.0)), initial_state(weighting, 2))
+    assert first.coefficients.tolist() == [0.0, 0.0]
     _, history, _ = train(
         lambda at, step: {"a": (at - 1).square().sum() + 1, "b": (at + 1).square().sum() + 1},
         vector((3.0,)),
-        Lagrangian({"a": 2.5, "b": 2.5}),
+        weighting,
         500,
         descent(0.1),
     )

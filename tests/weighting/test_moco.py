@@ -7,7 +7,7 @@ import torch
 
 from moo_balance import MGDA, BalancedOptimizer, MoCo
 from moo_balance.functional import min_norm_weights, project_simplex
-from moo_balance.weighting import Statistics
+from moo_balance.weighting import RowStatistics, Statistics
 from tests.support.naive_rows import NaiveRows
 from tests.support.problems import Scene, SmallModel, flat_gradient, jacobian, play, sgd
 
@@ -123,3 +123,31 @@ def test_averages_remove_noise_that_batches_share_with_their_own_weights():
     }
     assert error["MoCo"] < 0.1
     assert error["MGDA"] > 3 * error["MoCo"]
+
+
+def test_an_absent_loss_finds_its_share_again():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), MoCo(lr=1e-12))
+    for present in (NAMES, ("a",), ("a", "c"), NAMES):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(0, present))
+        optimizer.step()
+        weights = torch.stack([*optimizer.metrics.weights.values()])
+        torch.testing.assert_close(
+            weights, torch.full_like(weights, 1 / len(present)), atol=1e-6, rtol=0
+        )
+
+
+@pytest.mark.parametrize("learned", [(0.2, 0.5, 0.3), (0.0, 1.0, 0.0)])
+def test_a_loss_that_a_mask_leaves_out_has_no_part(learned):
+    weighting, mask = MoCo(rho=0.1), torch.tensor([False, True, False])
+    learned = torch.tensor(learned, dtype=torch.float64)
+    gramian = G @ G.T
+    hidden = gramian.masked_fill(mask[:, None] | mask, 0.0)
+    marked = Statistics(NAMES, LOSSES, hidden, 1, RowStatistics(gramian=gramian), mask)
+    kept = gramian[~mask][:, ~mask]
+    rest = Statistics(("a", "c"), LOSSES[~mask], kept, 1, RowStatistics(gramian=kept))
+    found = weighting.weights(marked, {"learned": learned})
+    expected = weighting.weights(rest, {"learned": learned[~mask]})
+    torch.testing.assert_close(found.coefficients[~mask], expected.coefficients)
+    torch.testing.assert_close(found.state["learned"][~mask], expected.state["learned"])

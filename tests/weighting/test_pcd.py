@@ -245,3 +245,11 @@ def test_a_float32_gramian_is_solved_to_its_precision(tau: float) -> None:
         exact = coefficients_of(PCD("a", tau), gramian_of(rows)) @ rows
         single = coefficients_of(PCD("a", tau), gramian_of(rows.float())).double() @ rows
         assert_near(single, exact, 1e-4)
+
+
+def test_an_average_of_the_least_squares_may_vanish() -> None:
+    """The square of a length of 1e-161 is a number, and a thousandth of it is none."""
+    rule = PCD("a")
+    gramian = torch.eye(2, dtype=torch.float64) * 1e-321
+    answer = rule.weights(statistics_of((1.0, 1.0), gramian), initial_state(rule, 2))
+    assert bool(answer.coefficients.isfinite().all())

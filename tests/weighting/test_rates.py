@@ -244,3 +244,16 @@ def test_a_resumed_run_repeats_the_draws() -> None:
     _, whole = runner(range(12))
     middle, _ = runner(range(7))
     assert torch.equal(runner(range(7, 12), middle)[1], whole)
+
+
+def test_relobralo_shares_equally_where_the_losses_present_have_no_weight_left() -> None:
+    rule = ReLoBRaLo(beta=0.0)
+    state = initial_state(rule, 2)
+    for losses in (1.0, 1.0), (1.0, 2000.0):
+        state = rule.weights(statistics_of(losses), state).state
+    assert state["weights"].tolist() == [0.0, 2.0]
+    alone = {key: value[:1] for key, value in state.items()}
+    for _ in range(2):
+        answer = rule.weights(statistics_of((1.0,)), alone)
+        assert answer.coefficients.tolist() == [1.0]
+        alone = answer.state

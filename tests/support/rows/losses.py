@@ -170,7 +170,7 @@ REFUSALS = [
             ("beta", 1.0),
             ("beta", -0.1),
             ("temperature", 0.0),
-            ("lookback", 1.0),
+            ("lookback", 1.1),
             ("lookback", -0.1),
             ("seed", -1),
         )
