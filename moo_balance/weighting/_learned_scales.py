@@ -35,15 +35,15 @@ class LearnedScaleWeighting(Weighting):
     """
 
     lr: float
-    start: float | Literal["first"]
+    initial: float | Literal["first"]
     bounds: FloatOrByName
     preference: Mapping[str, float] | None
 
     def __post_init__(self) -> None:
         copy_mappings(self)
         check_range(self, "lr", 0.0, open=True)
-        if self.start != "first":
-            check_range(self, "start", text="first")
+        if self.initial != "first":
+            check_range(self, "initial", text="first")
         check_range(self, "bounds", named=True)
         check_preference(self)
 
@@ -58,13 +58,13 @@ class LearnedScaleWeighting(Weighting):
 
     @abstractmethod
     def _first_scale(self) -> float:
-        """The scale t that belongs to the number `start`."""
+        """The scale t that belongs to the number `initial`."""
 
     leaves_out_satisfied = True
 
     @property
     def uses_losses(self) -> bool:
-        return self.start == "first"
+        return self.initial == "first"
 
     bound_reason = "learns the scale of its distance to that bound, which has no end below it"
 
@@ -78,7 +78,7 @@ class LearnedScaleWeighting(Weighting):
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("bounds", self.bounds, names)
         check_names("preference", self.preference, names, complete=True)
-        start = math.nan if self.start == "first" else self._first_scale()
+        start = math.nan if self.initial == "first" else self._first_scale()
         return {
             "log_scales": constant_state(start, len(names), device),
             **init_adam(len(names), device),
@@ -88,7 +88,7 @@ class LearnedScaleWeighting(Weighting):
         scales = state["log_scales"]
         distances = shifted_losses(self.bounds, 0.0, statistics).to(scales)
         factors = self._factors(statistics).to(scales)
-        if self.start == "first":
+        if self.initial == "first":
             stationary = math.log(self._pull) - factors.log() - distances.log()
             scales = torch.where(scales.isnan(), stationary, scales)
         raw = factors * scales.exp()

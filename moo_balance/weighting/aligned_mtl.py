@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -71,7 +71,7 @@ class AlignedMTL(ReductionWeighting):
 
     scale: Literal["min", "median", "rmse"] = "min"
     reduction: Reduction = "sum"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -83,7 +83,7 @@ class BalancedTrajectory(LogitWeighting):
     decay: float = 1e-3
     shift: float = 1.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
     lagged: bool = False
 
@@ -166,8 +166,8 @@ class AnalyticQP(GramianWeighting):
     projection: Literal["softmax", "simplex", "exact"] = "softmax"
     shift: float = 1.0
     renormalize: bool = True
-    floor: float = 0.0
-    preference: Mapping[str, float] | None = None
+    floor: float = field(default=0.0, kw_only=True)
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:

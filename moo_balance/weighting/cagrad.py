@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -82,7 +82,7 @@ class CAGrad(ReductionWeighting):
     c: float = 0.4
     rescale: Literal["1+c", "1+c^2"] | None = None
     reduction: Reduction = "mean"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:

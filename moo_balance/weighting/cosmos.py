@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -61,7 +61,7 @@ class COSMOS(Weighting):
     """
 
     penalty: float = 1.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         copy_mappings(self)

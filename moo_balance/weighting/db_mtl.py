@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -83,7 +83,7 @@ class DBMTL(RowWeighting):
     beta: float = 0.9
     shift: FloatOrByName = 0.0
     debiased: bool = False
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         copy_mappings(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class UPGrad(ConeWeighting):
     """
 
     reduction: Reduction = "mean"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
@@ -128,7 +128,7 @@ class DualProj(ConeWeighting):
     """
 
     reduction: Reduction = "mean"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:

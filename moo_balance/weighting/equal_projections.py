@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -92,7 +92,7 @@ class ConFIG(ProjectionWeighting):
         tensor([1.5000, 0.7500])
     """
 
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     length = "config"
@@ -141,7 +141,7 @@ class IMTLG(ProjectionWeighting):
         tensor([0.6667, 0.3333])
     """
 
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     length = "imtl_g"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class ExcessMTL(RowWeighting):
     where :math:`S_i` and the sum are over single coordinates. A loss that cannot be learned, as one
     with noisy labels, has a large value but a small excess risk, and does not take over.
 
-    :math:`r_i^{(0)}` is the mean over the first `warm_up` steps of a loss, in which its weight
+    :math:`r_i^{(0)}` is the mean over the first `warmup_steps` steps of a loss, in which its weight
     stays. The codes add 1e-7 to :math:`S` and to :math:`r^{(0)}`; here a coordinate, or a loss,
     that never had a gradient counts as having none, so that units do not matter. They keep
     :math:`S`; we keep its root, which neither over- nor underflows.
@@ -51,9 +51,10 @@ class ExcessMTL(RowWeighting):
 
     Args:
         lr: :math:`\eta > 0`. Default 0.01 (official code and LibMTL; TorchJD has 1).
-        warm_up: Steps whose mean is the unit of a loss, a whole number ≥ 1. Default 1 (official
-            code and LibMTL; the paper, Appendix C.1, has the steps of 3 epochs). In TorchJD it is
-            ``n_warmup_steps``, whose 0 applies the first risk in the units of the loss.
+        warmup_steps: Steps whose mean is the unit of a loss, a whole number ≥ 1. Default 1
+            (official code and LibMTL; the paper, Appendix C.1, has the steps of 3 epochs). In
+            TorchJD it is ``n_warmup_steps``, whose 0 applies the first risk in the units of the
+            loss.
         reduction: Weights that sum to 1 (``"mean"``) or to K (``"sum"``). Default ``"mean"`` (paper
             and TorchJD; the official code and LibMTL begin with ones).
         preference: Shares at the start, by name. Default None, equal.
@@ -80,15 +81,15 @@ class ExcessMTL(RowWeighting):
     leaves_out_satisfied = True
 
     lr: float = 0.01
-    warm_up: int = 1
+    warmup_steps: int = 1
     reduction: Reduction = "mean"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:
         copy_mappings(self)
         check_range(self, "lr", 0.0, open=True)
-        check_whole(self, "warm_up", 1)
+        check_whole(self, "warmup_steps", 1)
         check_reduction(self)
         check_preference(self)
         check_whole(self, "every", 1)
@@ -112,8 +113,8 @@ class ExcessMTL(RowWeighting):
         risks, counts = rows_of(statistics, self).total, state["counts"]
         assert risks is not None
         risks = risks.to(counts)
-        warms_up = counts < self.warm_up
-        first = torch.where(warms_up, state["first"] + risks / self.warm_up, state["first"])
+        warms_up = counts < self.warmup_steps
+        first = torch.where(warms_up, state["first"] + risks / self.warmup_steps, state["first"])
         relative = torch.where(warms_up, 0.0, risks / first)
         logits = state["logits"] + self.lr * relative
         # A loss without a gradient has no unit yet.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class NashMTL(FairWeighting):
         tensor([0.7071, 0.4714])
     """
 
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
 
@@ -145,5 +145,5 @@ class FairGrad(FairWeighting):
     """
 
     alpha: float = 2.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -216,7 +216,7 @@ class FAMO(LogitWeighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     logit_optimizer: Literal["adam", "sgd"] = "adam"
-    floor: float = 0.0
-    preference: Mapping[str, float] | None = None
+    floor: float = field(default=0.0, kw_only=True)
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
     lagged: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -140,8 +140,8 @@ class SumLog(Weighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     renormalize: bool = True
-    floor: float = 0.0
-    preference: Mapping[str, float] | None = None
+    floor: float = field(default=0.0, kw_only=True)
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         copy_mappings(self)

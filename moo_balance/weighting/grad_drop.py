@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class GradDrop(RowWeighting):
     leaves_out_satisfied = True
 
     leak: float = 0.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -87,7 +87,7 @@ class GradNorm(GramianWeighting):
     alpha: float = 1.5
     lr: float = 0.025
     weight_optimizer: Literal["adam", "sgd"] = "adam"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:

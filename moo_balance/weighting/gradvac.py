@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class GradVac(ReductionWeighting):
 
     beta: float = 0.99
     reduction: Reduction = "sum"
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     seed: int = 0
     every: int = 1
 

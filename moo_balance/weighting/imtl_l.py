@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from moo_balance.weighting.base import Statistics
 class IMTLL(LearnedScaleWeighting):
     r"""IMTL-L, impartial learning of losses: each loss has a scale, which is learned.
 
-    With :math:`D_i = L_i - b_i` and log-scales :math:`s_i`, which start at `start`,
+    With :math:`D_i = L_i - b_i` and log-scales :math:`s_i`, which start at `initial`,
 
     .. math::
         d = \sum_i e^{s_i} g_i, \qquad
@@ -38,8 +38,8 @@ class IMTLL(LearnedScaleWeighting):
         lr: Learning rate of Adam on :math:`s`. Default 0.025, as for :class:`UncertaintyWeighting`
             (paper and LibMTL train :math:`s` with the model, at its learning rate). There is no
             weight decay on :math:`s`.
-        start: :math:`s_i` before the first step. Default 0 (paper, LibMTL, TorchJD). ``"first"`` is
-            :math:`-\log D_i` of the first loss, so that no unit matters.
+        initial: :math:`s_i` before the first step. Default 0 (paper, LibMTL, TorchJD). ``"first"``
+            is :math:`-\log D_i` of the first loss, so that no unit matters.
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
             For a loss below it :math:`s` would grow without end; it is refused.
         preference: :math:`p_i > 0` by name, scaled to sum 1: the loss counts :math:`K p_i` times.
@@ -56,16 +56,16 @@ class IMTLL(LearnedScaleWeighting):
         >>> import torch
         >>> from moo_balance import IMTLL
         >>> from moo_balance.weighting import Statistics
-        >>> rule = IMTLL(start="first")
+        >>> rule = IMTLL(initial="first")
         >>> state = rule.init(("a", "b"), torch.device("cpu"))
         >>> rule.weights(Statistics(("a", "b"), torch.tensor([0.5, 2.0])), state).coefficients
         tensor([2.0000, 0.5000])
     """
 
     lr: float = 0.025
-    start: float | Literal["first"] = 0.0
+    initial: float | Literal["first"] = 0.0
     bounds: FloatOrByName = 0.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     _pull = 1.0
 
@@ -73,4 +73,4 @@ class IMTLL(LearnedScaleWeighting):
         return torch.ones_like(statistics.losses)
 
     def _first_scale(self) -> float:
-        return float(self.start)
+        return float(self.initial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -87,7 +87,7 @@ class LearningRateAnnealing(RowWeighting):
     form: Literal["paper", "code"] = "paper"
     beta: float = 0.9
     initial: FloatOrByName = 1.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 10
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -81,7 +81,7 @@ class MGDA(GramianWeighting):
     leaves_out_satisfied = True
 
     normalize: Literal["l2", "loss", "loss+", "log"] | None = None
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
     def __post_init__(self) -> None:

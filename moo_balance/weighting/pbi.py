@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -65,7 +65,7 @@ class PBI(Weighting):
     """
 
     penalty: float = 5.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     ideal: FloatOrByName = 0.0
 
     def __post_init__(self) -> None:

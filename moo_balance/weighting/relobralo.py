@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class ReLoBRaLo(Weighting):
     beta: float = 0.999
     temperature: float = 0.1
     lookback: float = 0.01
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class SoftAdapt(Weighting):
     temperature: float = 10.0
     normalize: bool = False
     loss_weighted: bool = False
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         copy_mappings(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from moo_balance.weighting.base import State, Statistics
 class UncertaintyWeighting(LearnedScaleWeighting):
     r"""Uncertainty weighting: each loss has a variance, which is learned.
 
-    With :math:`D_i = L_i - b_i` and log-variances :math:`s_i`, which start at `start`,
+    With :math:`D_i = L_i - b_i` and log-variances :math:`s_i`, which start at `initial`,
 
     .. math::
         d = \sum_i f_i\, e^{-s_i} g_i, \qquad
@@ -41,9 +41,10 @@ class UncertaintyWeighting(LearnedScaleWeighting):
         lr: Learning rate of Adam on :math:`s`. Default 0.025 (the codes of Nash-MTL and FAMO; the
             paper and LibMTL train :math:`s` with the model, at its learning rate). Adam without
             weight decay: whatever the wrapped optimizer decays, :math:`s` is not pulled to 0.
-        start: :math:`s_i` before the first step. Default 0 (paper, Nash-MTL, FAMO, TorchJD; LibMTL
-            has -0.5). ``"first"`` is :math:`\log (2 f_i D_i)` of the first loss, so that no unit
-            matters: from 0 a loss of 1e6 needs hundreds of steps, in which the others do not count.
+        initial: :math:`s_i` before the first step. Default 0 (paper, Nash-MTL, FAMO, TorchJD;
+            LibMTL has -0.5). ``"first"`` is :math:`\log (2 f_i D_i)` of the first loss, so that no
+            unit matters: from 0 a loss of 1e6 needs hundreds of steps, in which the others do not
+            count.
         classification: Names of the losses with :math:`f_i = 1`, such as a cross-entropy. Default
             none. The stationary coefficient is the same.
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
@@ -73,10 +74,10 @@ class UncertaintyWeighting(LearnedScaleWeighting):
     """
 
     lr: float = 0.025
-    start: float | Literal["first"] = 0.0
+    initial: float | Literal["first"] = 0.0
     classification: Sequence[str] = ()
     bounds: FloatOrByName = 0.0
-    preference: Mapping[str, float] | None = None
+    preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     _pull = 0.5
 
@@ -102,4 +103,4 @@ class UncertaintyWeighting(LearnedScaleWeighting):
         )
 
     def _first_scale(self) -> float:
-        return -float(self.start)
+        return -float(self.initial)

@@ -13,15 +13,15 @@ from tests.support.problems import Scene, SmallModel, jacobian, play, sgd
 NAMES = ("a", "b", "c")
 
 
-@pytest.mark.parametrize("warm_up", [1, 2])
-def test_weights_are_those_of_torchjd(warm_up):
+@pytest.mark.parametrize("warmup_steps", [1, 2])
+def test_weights_are_those_of_torchjd(warmup_steps):
     """Up to the 1e-7 that it adds to squares and to the unit of each loss."""
     aggregation = pytest.importorskip("torchjd.aggregation")
     for seed in range(200):
         scene = Scene.random(seed=seed, steps=4)
-        theirs = aggregation.ExcessMTL(0.3, n_warmup_steps=warm_up)
+        theirs = aggregation.ExcessMTL(0.3, n_warmup_steps=warmup_steps)
         for rows, answer in zip(
-            scene.jacobians, play(ExcessMTL(lr=0.3, warm_up=warm_up), scene), strict=True
+            scene.jacobians, play(ExcessMTL(lr=0.3, warmup_steps=warmup_steps), scene), strict=True
         ):
             expected = theirs.weighting(rows)
             torch.testing.assert_close(answer.coefficients, expected, rtol=1e-4, atol=0)

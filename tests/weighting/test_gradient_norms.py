@@ -271,7 +271,7 @@ def test_pina(alpha: float) -> None:
             weights[name] = alpha * weights[name] + (1 - alpha) * sum(norms.values()) / norm
         return weights
 
-    compare(GradientNorms.pina(alpha=alpha), weigh)
+    compare(GradientNorms.pina(beta=alpha), weigh)
 
 
 @pytest.mark.parametrize("most", [1e4, 0.5])

@@ -35,7 +35,7 @@ def settle(weighting: Weighting, losses: Tensor, steps: int = 1000) -> Tensor:
 def test_uncertainty_is_adam_on_the_published_sum(factors: tuple[float, ...], start: float) -> None:
     """Against autograd and torch's Adam, on losses that change in each step."""
     names = [name for name, factor in zip("abc", factors, strict=True) if factor == 1.0]
-    weighting = UncertaintyWeighting(lr=0.05, start=start, classification=names)
+    weighting = UncertaintyWeighting(lr=0.05, initial=start, classification=names)
     sequence, scale = normal(100, 3).exp(), vector(factors)
     variances = torch.full((3,), start, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([variances], lr=0.05)
@@ -49,7 +49,7 @@ def test_uncertainty_is_adam_on_the_published_sum(factors: tuple[float, ...], st
 
 
 def test_imtl_l_is_adam_on_the_published_sum() -> None:
-    weighting, sequence = IMTLL(lr=0.05, start=0.3), normal(100, 3).exp()
+    weighting, sequence = IMTLL(lr=0.05, initial=0.3), normal(100, 3).exp()
     scales = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([scales], lr=0.05)
     for losses, found in zip(sequence, run(weighting, sequence), strict=True):
@@ -110,7 +110,7 @@ def test_started_at_the_first_losses_it_is_the_raw_sum_of_logs_at_once(
     cls: type[Weighting],
 ) -> None:
     losses = vector((1e-300, 1.0, 1e6, 1e300))
-    found = run(cls(start="first"), losses.expand(50, -1))
+    found = run(cls(initial="first"), losses.expand(50, -1))
     factor = 1.0 if cls is IMTLL else 0.5
     torch.testing.assert_close(found[0], factor / losses, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(found[-1], factor / losses, rtol=1e-2, atol=0.0)
@@ -119,8 +119,8 @@ def test_started_at_the_first_losses_it_is_the_raw_sum_of_logs_at_once(
 def test_imtl_l_is_twice_uncertainty_weighting() -> None:
     sequence = normal(100, 3).exp()
     for one, two in zip(
-        run(UncertaintyWeighting(start=-0.5), sequence),
-        run(IMTLL(start=0.5), sequence),
+        run(UncertaintyWeighting(initial=-0.5), sequence),
+        run(IMTLL(initial=0.5), sequence),
         strict=True,
     ):
         assert_near(two, 2 * one, 1e-6)  # Adam's 1e-8 is not relative to the gradient
@@ -143,7 +143,7 @@ def test_the_step_uses_the_scales_from_before_its_batch(cls: type[Weighting]) ->
         for losses in ((1.0, 2.0), (5.0, 1e-3))
     )
     assert torch.equal(first.coefficients, other.coefficients)
-    assert cls(start="first").uses_losses
+    assert cls(initial="first").uses_losses
 
 
 @over_both
@@ -189,7 +189,7 @@ def test_an_absent_loss_keeps_its_scale_and_starts_with_its_first_loss(
 ) -> None:
     point = torch.nn.Parameter(vector((1.0, 2.0, 3.0)))
     optimizer = BalancedOptimizer(
-        torch.optim.SGD([point], lr=0.01), cls(start="first"), loss_names=["a", "b", "c"]
+        torch.optim.SGD([point], lr=0.01), cls(initial="first"), loss_names=["a", "b", "c"]
     )
 
     def step(present: str) -> dict[str, float]:

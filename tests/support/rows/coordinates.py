@@ -19,7 +19,7 @@ METHODS = [
     Method("MoCo", lambda names: MoCo(lr=0.01), kind="gramian"),
     Method(
         "MoCo-loss",
-        lambda names: MoCo(0.9, 0.2, 0.1, "loss", preference(names)),
+        lambda names: MoCo(0.9, 0.2, 0.1, "loss", preference=preference(names)),
         kind="gramian",
         bounds=positive,
     ),
@@ -52,7 +52,7 @@ METHODS = [
     Method("ExcessMTL", lambda names: ExcessMTL(lr=0.5), kind="gramian", scaling="unchanged"),
     Method(
         "ExcessMTL-every",
-        lambda names: ExcessMTL(1.0, 2, "sum", preference(names), every=2),
+        lambda names: ExcessMTL(1.0, 2, "sum", preference=preference(names), every=2),
         kind="gramian-every",
         total=count,
         scaling="unchanged",
@@ -60,7 +60,7 @@ METHODS = [
     Method("GradDrop", lambda names: GradDrop(), kind="gramian", total=count, scaling="unchanged"),
     Method(
         "GradDrop-leak",
-        lambda names: GradDrop(0.3, preference(names), seed=5),
+        lambda names: GradDrop(0.3, preference=preference(names), seed=5),
         kind="gramian",
         total=count,
         scaling="unchanged",
@@ -81,7 +81,7 @@ METHODS = [
     ),
     Method(
         "SeparateMoments-preference",
-        lambda names: SeparateMoments(preference(names)),
+        lambda names: SeparateMoments(preference=preference(names)),
         kind="gramian",
         scaling="unchanged",
         host_reads=6,  # those of the wrapped optimizer
@@ -102,7 +102,7 @@ REFUSALS = [
     unfit(DBMTL, preference={"a": 1.0}),
     unfit(DBMTL, shift={"d": 1.0}),
     refused(ExcessMTL, lr=INF),
-    refused(ExcessMTL, warm_up=0),
+    refused(ExcessMTL, warmup_steps=0),
     refused(ExcessMTL, reduction="max"),
     refused(ExcessMTL, preference={"a": -1.0}),
     refused(ExcessMTL, every=0),

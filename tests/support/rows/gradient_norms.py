@@ -39,7 +39,7 @@ METHODS = [
     Method("GradNorm", lambda names: GradNorm(), kind="gramian", bounds=positive, total=count),
     Method(
         "GradNorm-sgd",
-        lambda names: GradNorm(0.0, 0.1, "sgd", preference(names), every=2),
+        lambda names: GradNorm(0.0, 0.1, "sgd", preference=preference(names), every=2),
         kind="gramian-every",
         total=count,
     ),

@@ -40,7 +40,7 @@ METHODS = [
         "UncertaintyWeighting-first",
         lambda names: UncertaintyWeighting(
             lr=0.1,
-            start="first",
+            initial="first",
             classification=[name for name in names if name == "b"],
             preference=preference(names),
         ),
@@ -51,7 +51,7 @@ METHODS = [
     ),
     Method(
         "UncertaintyWeighting-bounds",
-        lambda names: UncertaintyWeighting(start=-0.5, bounds=low(names)),
+        lambda names: UncertaintyWeighting(initial=-0.5, bounds=low(names)),
         kind="known",
         bounds=lambda names: [*low(names).values()],
         total=None,
@@ -60,7 +60,7 @@ METHODS = [
     Method("IMTLL", lambda names: IMTLL(), kind="known", bounds=positive, total=None),
     Method(
         "IMTLL-first",
-        lambda names: IMTLL(lr=0.1, start="first"),
+        lambda names: IMTLL(lr=0.1, initial="first"),
         bounds=positive,
         total=None,
         alone=lambda loss: 1 / loss,
@@ -85,7 +85,7 @@ METHODS = [
     Method("SoftAdapt", lambda names: SoftAdapt(window=2), kind="known"),
     Method(
         "SoftAdapt-variants",
-        lambda names: SoftAdapt(1, 0.5, True, True, preference(names)),
+        lambda names: SoftAdapt(1, 0.5, True, True, preference=preference(names)),
         kind="known",
         bounds=positive,
     ),
@@ -108,7 +108,7 @@ METHODS = [
     ),
     Method(
         "GeometricMean-preference",
-        lambda names: GeometricMean(preference(names)),
+        lambda names: GeometricMean(preference=preference(names)),
         bounds=positive,
         total=None,
         scaling="direction",
@@ -116,14 +116,14 @@ METHODS = [
     Method("PBI", lambda names: PBI(), total=None, negative=True),
     Method(
         "PBI-preference",
-        lambda names: PBI(0.5, preference(names), ideal(names)),
+        lambda names: PBI(0.5, preference=preference(names), ideal=ideal(names)),
         total=None,
         negative=True,
     ),
     Method("COSMOS", lambda names: COSMOS(), total=None, negative=True),
     Method(
         "COSMOS-preference",
-        lambda names: COSMOS(8.0, preference(names)),
+        lambda names: COSMOS(8.0, preference=preference(names)),
         total=None,
         negative=True,
     ),
@@ -150,8 +150,8 @@ REFUSALS = [
         for argument, value in (
             ("lr", 0.0),
             ("lr", INF),
-            ("start", "last"),
-            ("start", NAN),
+            ("initial", "last"),
+            ("initial", NAN),
             ("bounds", -INF),
         )
     ),

@@ -45,7 +45,7 @@ METHODS = [
     Method("AlignedMTL", lambda names: AlignedMTL(), kind="gramian", total=None, negative=True),
     Method(
         "AlignedMTL-median",
-        lambda names: AlignedMTL("median", "mean", preference(names)),
+        lambda names: AlignedMTL("median", "mean", preference=preference(names)),
         kind="gramian",
         total=None,
         negative=True,
@@ -59,7 +59,7 @@ METHODS = [
     ),
     Method(
         "CAGrad-wide",
-        lambda names: CAGrad(1.5, "1+c^2", "sum", preference(names)),
+        lambda names: CAGrad(1.5, "1+c^2", "sum", preference=preference(names)),
         kind="gramian",
         total=None,
         alone=lambda loss: 2.5 / 3.25,
