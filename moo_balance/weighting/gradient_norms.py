@@ -141,18 +141,18 @@ class GradientNorms(GramianWeighting):
     def pina(
         cls,
         *,
-        alpha: float = 0.0,
+        beta: float = 0.0,
         preference: Mapping[str, float] | None = None,
         every: int = 1,
     ) -> GradientNorms:
         r"""PINA's self-adaptive weights, :math:`\sum_j n_j / n_i`.
 
-        With `alpha` they are averaged from 1 on. PINA's NTK weights do so with 0.5, but are
+        With `beta` they are averaged from 1 on. PINA's NTK weights do so with 0.5, but are
         *proportional* to the norms, against the paper that they cite; these are not. PINA counts
         epochs, `every` counts steps.
         """
-        initial = 1.0 if alpha else None
-        return cls("total", alpha, "weights", initial, preference=preference, every=every)
+        initial = 1.0 if beta else None
+        return cls("total", beta, "weights", initial, preference=preference, every=every)
 
     @classmethod
     def vqgan(

@@ -40,17 +40,17 @@ class MoDo(Weighting):
     either, so that all of these can serve. (Its official code has two batches and takes the new
     weights on their sum, LibMTL takes them on a third.)
 
-    :math:`\lambda` → the state, from :math:`p` on; :math:`\gamma` → `gamma`; :math:`\rho` → `rho`;
+    :math:`\lambda` → the state, from :math:`p` on; :math:`\gamma` → `lr`; :math:`\rho` → `rho`;
     :math:`p` → `preference`. On gradients that stay the same, small steps end at the min-norm
     weights of :class:`MGDA`, regularised by :math:`\tfrac{\rho}{2} \|\lambda - p\|^2`. The step
-    :math:`\gamma \hat M` has a unit: where gradients are long, `gamma` should be small.
+    :math:`\gamma \hat M` has a unit: where gradients are long, `lr` should be small.
 
     A loss may rise, even to first order: the weights lag.
 
     Coefficients: sum to 1.
 
     Args:
-        gamma: :math:`\gamma`, step of the weights, above 0. Default 0.1 (official configuration;
+        lr: :math:`\gamma`, step of the weights, above 0. Default 0.1 (official configuration;
             LibMTL has 1e-3).
         rho: :math:`\rho \ge 0`, pull towards `preference`. Default 0.1 (official configuration and
             LibMTL; 0 in parts of the analysis).
@@ -87,14 +87,14 @@ class MoDo(Weighting):
     uses_independent_batches = True
     leaves_out_satisfied = True
 
-    gamma: float = 0.1
+    lr: float = 0.1
     rho: float = 0.1
     preference: Mapping[str, float] | None = None
     every: int = 1
 
     def __post_init__(self) -> None:
         copy_mappings(self)
-        check_range(self, "gamma", 0.0, open=True)
+        check_range(self, "lr", 0.0, open=True)
         check_range(self, "rho", 0.0)
         check_preference(self)
         check_whole(self, "every", 1)
@@ -112,7 +112,7 @@ class MoDo(Weighting):
                 gramian.to(weights),
                 -self.rho * preference,
                 weights,
-                self.gamma,
+                self.lr,
                 ridge=self.rho,
                 left_out=statistics.satisfied,
             )

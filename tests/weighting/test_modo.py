@@ -29,7 +29,7 @@ def run(weighting: MoDo, gramians: list[Tensor]) -> list[State]:
 
 def test_a_step_by_hand() -> None:
     # M λ = (-2, 8), so λ moves to (.52, .42), which the projection lifts to a sum of 1.
-    (state,) = run(MoDo(gamma=0.01), [TWO])
+    (state,) = run(MoDo(lr=0.01), [TWO])
     assert_near(state["weights"], (0.55, 0.45), 1e-15)
     (state,) = run(MoDo(), [TWO])
     assert_near(state["weights"], (1.0, 0.0), 1e-15)
@@ -48,7 +48,7 @@ def test_the_direction_has_the_weights_from_before_the_step() -> None:
 @given(seed=st.integers(0, 10_000), rho=st.floats(0.0, 2.0))
 def test_without_a_preference_the_pull_is_the_published_one(seed: int, rho: float) -> None:
     matrix = normal(3, 3, seed=seed)
-    (state,) = run(MoDo(gamma=0.2, rho=rho), [matrix + matrix.T])
+    (state,) = run(MoDo(lr=0.2, rho=rho), [matrix + matrix.T])
     before = vector([1 / 3] * 3)
     expected = project_simplex(before - 0.2 * ((matrix + matrix.T) @ before + rho * before))
     assert_near(state["weights"], expected, 1e-12)
@@ -59,7 +59,7 @@ def test_small_steps_without_noise_end_at_the_weights_of_mgda(seed: int, count: 
     rows = normal(count, 4 * count, seed=seed)
     gramian = gramian_of(rows)
     gamma = 1.0 / float(torch.linalg.matrix_norm(gramian, 2))
-    state = run(MoDo(gamma=gamma, rho=0.0), [gramian] * 400)[-1]
+    state = run(MoDo(lr=gamma, rho=0.0), [gramian] * 400)[-1]
     expected = coefficients_of(MGDA(), gramian)
     assert_near(state["weights"], expected, 1e-6)
 
@@ -69,7 +69,7 @@ def test_the_limit_is_regularised_towards_the_preference(seed: int) -> None:
     gramian, names = gramian_of(normal(3, 9, seed=seed)), ("a", "b", "c")
     preference = dict(zip(names, (1.0, 2.0, 5.0), strict=True))
     gamma = 0.5 / float(torch.linalg.matrix_norm(gramian, 2))
-    weighting = MoDo(gamma=gamma, rho=2.0, preference=preference)
+    weighting = MoDo(lr=gamma, rho=2.0, preference=preference)
     assert_near(initial_state(weighting, 3)["weights"], (1 / 8, 2 / 8, 5 / 8), 1e-15)
     weights = run(weighting, [gramian] * 600)[-1]["weights"]
     slope = gramian @ weights + 2.0 * (weights - vector([1 / 8, 2 / 8, 5 / 8]))
@@ -82,7 +82,7 @@ def test_it_agrees_with_torchjd() -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
     worst = 0.0
     for rows in random_jacobians():
-        oracle, weighting = aggregation.MoDoWeighting(gamma=0.01), MoDo(gamma=0.01)
+        oracle, weighting = aggregation.MoDoWeighting(gamma=0.01), MoDo(lr=0.01)
         gramians = [gramian_of(rows), gramian_of(rows.flip(1) + rows), gramian_of(rows.roll(1, 1))]
         for gramian, state in zip(gramians, run(weighting, gramians), strict=True):
             worst = max(worst, float((oracle(gramian) - state["weights"]).abs().max()))
@@ -94,7 +94,7 @@ def test_noise_does_not_draw_weight_to_or_from_a_loss() -> None:
     mean = vector([1.0, 0.0, 0.0])
     drawn = []
     for independent in (True, False):
-        generator, weighting = torch.Generator().manual_seed(0), MoDo(gamma=0.005, rho=0.5)
+        generator, weighting = torch.Generator().manual_seed(0), MoDo(lr=0.005, rho=0.5)
         state, total = initial_state(weighting, 2), vector([0.0, 0.0])
         for step in range(1500):
             noise = torch.randn(2, 3, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_noise_does_not_draw_weight_to_or_from_a_loss() -> None:
 
 
 def test_an_absent_loss_keeps_its_share() -> None:
-    weighting = MoDo(gamma=0.01, preference={"a": 1.0, "b": 1.0, "c": 2.0})
+    weighting = MoDo(lr=0.01, preference={"a": 1.0, "b": 1.0, "c": 2.0})
     state = initial_state(weighting, 3)
     part = {"weights": state["weights"][:2]}
     answer = weighting.weights(statistics_of([1.0, 1.0], TWO), part)

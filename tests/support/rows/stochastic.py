@@ -9,7 +9,7 @@ METHODS = [
     Method("MoDo", lambda names: MoDo(), kind="gramian", independent=True),
     Method(
         "MoDo-preference-every",
-        lambda names: MoDo(gamma=0.01, preference=preference(names), every=2),
+        lambda names: MoDo(lr=0.01, preference=preference(names), every=2),
         kind="gramian-every",
         independent=True,
     ),
@@ -24,7 +24,7 @@ METHODS = [
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
 REFUSALS = [
-    refused(MoDo, gamma=0.0),
+    refused(MoDo, lr=0.0),
     refused(MoDo, rho=-0.1),
     refused(MoDo, preference={"a": 0.0}),
     refused(MoDo, every=0),
@@ -41,7 +41,7 @@ REFUSALS = [
 FACTS: dict[str, Facts] = {
     "MoDo": Facts(
         "minimizes the norm of the combined expected gradients, a step at a time",
-        "MGDA's weights with noise-free gradients and a small `gamma`",
+        "MGDA's weights with noise-free gradients and a small `lr`",
         cost="one backward pass per loss, at least two batches in each step",
     ),
     "SDMGrad": Facts(
