@@ -51,7 +51,7 @@ class UPGrad(ConeWeighting):
 
     Coefficients: sum to at least 1 (``"mean"``) or K (``"sum"``); none is negative.
 
-    May a loss rise: not to first order.
+    No loss rises, to first order.
 
     Args:
         reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, paper and TorchJD), or ``"sum"``,
@@ -100,7 +100,7 @@ class DualProj(ConeWeighting):
 
     Coefficients: sum to at least 1 (``"mean"``) or K (``"sum"``); none is negative.
 
-    May a loss rise: not to first order.
+    No loss rises, to first order.
 
     Args:
         reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, TorchJD), or ``"sum"``,

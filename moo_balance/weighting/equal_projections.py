@@ -66,9 +66,9 @@ class ConFIG(ProjectionWeighting):
     Coefficients: sum to nothing in particular; at least to 1 if none is negative. Scaling one loss
     leaves the direction as it is.
 
-    May a loss rise: not to first order, while the gradients are linearly independent. If they
-    depend on each other, as with more losses than parameters or with one loss that is the sum of
-    two others, least squares stand for the equation, and a loss may rise.
+    No loss rises, to first order, while the gradients are linearly independent. If they depend on
+    each other, as with more losses than parameters or with one loss that is the sum of two others,
+    least squares stand for the equation, and a loss may rise.
 
     Args:
         preference: Positive numbers by name: the projection on each unit gradient is proportional
@@ -119,7 +119,7 @@ class IMTLG(ProjectionWeighting):
     Coefficients: sum to 1, or to less where the direction would be too long. Scaling one loss
     leaves the direction as it is.
 
-    May a loss rise: as for :class:`ConFIG`.
+    No loss rises, to first order, where none does for :class:`ConFIG`.
 
     Args:
         preference: Positive numbers by name: the projection on each unit gradient is proportional

@@ -18,6 +18,7 @@ from moo_balance.weighting._arguments import (
     values_by_name,
 )
 from moo_balance.weighting._reduction import Reduction, check_reduction
+from moo_balance.weighting._shares import count_others
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowWeighting, rows_of
 
@@ -126,12 +127,7 @@ class ExcessMTL(RowWeighting):
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         weights = state["weights"].to(statistics.losses)
-        if self.reduction == "mean":
-            return weights
-        count: Tensor | int = len(weights)
-        if statistics.satisfied is not None:
-            count = count - statistics.satisfied.sum()
-        return weights * count
+        return weights if self.reduction == "mean" else weights * count_others(statistics)
 
 
 def _weights(statistics: Statistics, logits: Tensor) -> State:

@@ -68,7 +68,7 @@ class NashMTL(FairWeighting):
     Coefficients: sum to nothing in particular; all are positive. Scaling a loss divides its
     coefficient.
 
-    May a loss rise: not to first order.
+    No loss rises, to first order.
 
     Args:
         preference: Positive numbers by name, the bargaining power of each loss. Default None,
@@ -119,7 +119,7 @@ class FairGrad(FairWeighting):
 
     Coefficients: sum to nothing in particular; all are positive.
 
-    May a loss rise: not to first order.
+    No loss rises, to first order.
 
     Args:
         alpha: :math:`\alpha > 0`. Default 2 (all run scripts of the official code; its class

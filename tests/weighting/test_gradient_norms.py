@@ -261,17 +261,17 @@ def test_jaxpi(reference: str) -> None:
     compare(GradientNorms.jaxpi(reference=reference, every=4), weigh)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_pina(alpha: float) -> None:
-    """All norms over the own one; with `alpha` averaged with the weights before, from 1 on."""
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_pina(beta: float) -> None:
+    """All norms over the own one; with `beta` averaged with the weights before, from 1 on."""
     weights = dict.fromkeys("abc", 1.0)
 
     def weigh(step: int, norms: Mapping[str, float]) -> Mapping[str, float]:
         for name, norm in norms.items():
-            weights[name] = alpha * weights[name] + (1 - alpha) * sum(norms.values()) / norm
+            weights[name] = beta * weights[name] + (1 - beta) * sum(norms.values()) / norm
         return weights
 
-    compare(GradientNorms.pina(beta=alpha), weigh)
+    compare(GradientNorms.pina(beta=beta), weigh)
 
 
 @pytest.mark.parametrize("most", [1e4, 0.5])

@@ -82,7 +82,7 @@ def test_it_agrees_with_torchjd() -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
     worst = 0.0
     for rows in random_jacobians():
-        oracle, weighting = aggregation.MoDoWeighting(lr=0.01), MoDo(lr=0.01)
+        oracle, weighting = aggregation.MoDoWeighting(gamma=0.01), MoDo(lr=0.01)
         gramians = [gramian_of(rows), gramian_of(rows.flip(1) + rows), gramian_of(rows.roll(1, 1))]
         for gramian, state in zip(gramians, run(weighting, gramians), strict=True):
             worst = max(worst, float((oracle(gramian) - state["weights"]).abs().max()))

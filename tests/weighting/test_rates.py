@@ -139,7 +139,7 @@ def test_softadapt_is_the_formula(
     loss_weighted: bool, normalize: bool, preference: dict[str, float] | None
 ) -> None:
     sequence = normal(12, 3).exp()
-    weighting = SoftAdapt(3, 0.4, normalize, loss_weighted, preference)
+    weighting = SoftAdapt(3, 0.4, normalize, loss_weighted, preference=preference)
     shares = np.full(3, 1 / 3) if preference is None else SHARES.numpy()
     means = sequence.view(4, 3, 3).mean(1).numpy()
     for index in (2, 3):

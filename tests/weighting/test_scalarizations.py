@@ -85,7 +85,7 @@ def pbi_value(losses: Tensor, direction: Tensor, ideal: Tensor, penalty: float) 
 @pytest.mark.parametrize("penalty", [0.0, 0.5, 5.0])
 def test_pbi_is_the_gradient_of_its_value(penalty: float) -> None:
     ideal = vector((-1.0, 0.0, 0.05))
-    weighting = PBI(penalty, PREFERENCE, {"a": -1.0, "c": 0.05})
+    weighting = PBI(penalty, preference=PREFERENCE, ideal={"a": -1.0, "c": 0.05})
     for seed in range(20):
         losses = normal(3, seed=seed).requires_grad_()
         expected = gradient(pbi_value(losses, 1 / VALUES, ideal, penalty), losses)
@@ -111,7 +111,7 @@ def test_on_the_ray_pbi_is_the_weighted_sum(values: list[float], exponent: float
     direction = 1 / vector(values)
     losses = direction * 10**exponent
     expected = direction / direction.norm()
-    assert_near(coefficients(PBI(5.0, preference), losses), expected, 1e-12)
+    assert_near(coefficients(PBI(5.0, preference=preference), losses), expected, 1e-12)
     worst = coefficients(Tchebycheff(preference), losses)
     assert float(worst.max()) > 0
 
@@ -156,7 +156,7 @@ def test_cosmos_is_the_gradient_of_its_value(penalty: float) -> None:
     for seed in range(20):
         losses = normal(3, seed=seed).requires_grad_()
         expected = gradient(cosmos_value(losses, VALUES / 8, penalty), losses)
-        found = coefficients(COSMOS(penalty, PREFERENCE), losses.detach())
+        found = coefficients(COSMOS(penalty, preference=PREFERENCE), losses.detach())
         assert_near(found, expected, 1e-13)
 
 
@@ -167,7 +167,7 @@ def test_cosmos_is_that_of_torchjd() -> None:
         preference = dict(zip("abcd", values.tolist(), strict=True))
         losses = normal(4, seed=seed).exp().requires_grad_()
         expected = gradient(peer_of(2.0, values / values.sum())(losses), losses)
-        assert_near(coefficients(COSMOS(2.0, preference), losses.detach()), expected, 1e-13)
+        assert_near(coefficients(COSMOS(2.0, preference=preference), losses.detach()), expected, 1e-13)
 
 
 @property_test
@@ -178,7 +178,7 @@ def test_along_the_preference_cosmos_is_the_weighted_sum(
     preference = dict(zip("abcde", values, strict=False))
     losses = vector(values) * 10**exponent
     expected = vector(values) / sum(values)
-    assert_near(coefficients(COSMOS(8.0, preference), losses), expected, 1e-12)
+    assert_near(coefficients(COSMOS(8.0, preference=preference), losses), expected, 1e-12)
 
 
 def test_cosmos_raises_a_loss_that_is_too_small() -> None:
