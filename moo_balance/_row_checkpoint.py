@@ -1,8 +1,7 @@
 """What is kept of rows in a checkpoint: by the parameter's position, the loss and a name.
 
 Positions count the parameters of the wrapped optimizer, group after group, as its own state dict
-does. Nothing is copied: a kept row is never written to, and a state of the optimizer is written to
-by its next step, as one in its own state dict is.
+does. Nothing is copied, as what is kept is never written to.
 """
 
 from __future__ import annotations
