@@ -88,6 +88,7 @@ class Balancer:
     last_params: Sequence[Tensor] = field(default=(), init=False)
     node_hooks: Sequence[int] = field(default=(), init=False)
     known_writes: KnownWrites = field(default_factory=KnownWrites, init=False)
+    checked: tuple[Weighting | None, int] = field(default=(None, 0), init=False)
 
     def __post_init__(self) -> None:
         self.method = type(self.weighting).__name__
@@ -342,9 +343,16 @@ class Balancer:
         rows = None
         if needs.rows is not None:
             statistics, rows = look_at_rows(
-                needs.rows, linearization, statistics, record.rows, valid, satisfied
+                needs.rows,
+                linearization,
+                statistics,
+                record.rows_of(needs.method),
+                valid,
+                satisfied,
             )
-        weights, coefficients, following = weigh(weighting, statistics, satisfied, names, state)
+        weights, coefficients, following = weigh(
+            weighting, statistics, satisfied, names, state, needs
+        )
         if valid is not None:
             following = select_state(valid, following, state)
             # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
@@ -373,6 +381,7 @@ class Balancer:
             metrics,
             valid,
             needs.observes,
+            needs.method,
             satisfied,
             rows=rows,
             separate=separate,
@@ -504,9 +513,12 @@ class Balancer:
             check_static_graph(problem.losses, self.method)
 
     def check_ranks(self, ranks: Ranks) -> None:
-        """Compare the ranks after each of the first three steps and every so many."""
+        """Compare the ranks after the first three steps with a method, and every so many."""
         steps, every = self.record.steps, self.check_ranks_every
-        if every and (steps <= 3 or steps % every == 0):
+        method = self.weighting.needs(steps - 1).method
+        if method is not self.checked[0]:  # it may average gradients where that before did not
+            self.checked = method, steps
+        if every and (steps - self.checked[1] < 3 or steps % every == 0):
             ranks.check_drift(self.params, self.record.state or {}, self.device)
 
     # ------------------------------------------------------------ checkpoints

@@ -45,11 +45,13 @@ class Checkpoint(NamedTuple):
     awaiting: tuple[str, ...] | None
     satisfied: Tensor | None
     rows: RowState
+    rows_method: Weighting
 
     def restore(self, record: Record) -> None:
         """Replace what the record has committed, and drop the step in progress."""
         record.drop_step()
-        record.names, record.state, record.rows = self.names, self.state, self.rows
+        record.names, record.state = self.names, self.state
+        record.rows, record.rows_method = self.rows, self.rows_method
         record.steps, record.skipped, record.awaiting = self.steps, self.skipped, self.awaiting
         record.satisfied, record.loaded_at = self.satisfied, self.steps
 
@@ -110,7 +112,8 @@ def validate_checkpoint(
         raise _bad_entry("awaiting", f"name some of the losses {list(names)}", unknown or "none")
     differing = _compare_settings(entry, weighting)
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
-    method = weighting.needs(max(steps - 1, 0)).rows  # in the last step that was taken
+    last = weighting.needs(max(steps - 1, 0))  # in the last step that was taken
+    method = last.rows
     if steps and method is not None and method.keeps and not entry.get("rows"):
         raise _bad_entry("rows", f"hold what {type(method).__name__} keeps of gradients", "none")
     of_optimizer = method is not None and method.steps_apart
@@ -125,7 +128,14 @@ def validate_checkpoint(
     awaiting = awaiting if weighting.observes_step else None
     satisfied = _read_satisfied(entry, names, device)
     return Checkpoint(
-        names or record.names, state if steps else None, steps, skipped, awaiting, satisfied, rows
+        names=names or record.names,
+        state=state if steps else None,
+        steps=steps,
+        skipped=skipped,
+        awaiting=awaiting,
+        satisfied=satisfied,
+        rows=rows,
+        rows_method=last.method,
     )
 
 

@@ -17,7 +17,7 @@ from moo_balance._nonfinite import FaultCounts
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
-from moo_balance.weighting.base import State
+from moo_balance.weighting.base import State, Weighting
 
 if TYPE_CHECKING:
     from moo_balance._accumulation import Accumulation
@@ -41,6 +41,7 @@ class Staged:
         metrics: What ``optimizer.metrics`` will show; of a step that must be skipped, its losses.
         valid: Whether the values were finite, on the device; None where the host has checked.
         observes: Whether the method needs the losses after the step.
+        method: The method in use, one of several in a run with phases.
         satisfied: Which of the declared losses count as satisfied after it; None for none.
         skip: The host found a value that is not finite: the step must not be taken.
         combined: Made by ``combined_loss``, whose backward pass the caller runs.
@@ -58,6 +59,7 @@ class Staged:
     metrics: StepMetrics = field(default_factory=StepMetrics)
     valid: Tensor | None = None
     observes: bool = False
+    method: Weighting | None = None
     satisfied: Tensor | None = None
     skip: bool = False
     combined: bool = False
@@ -94,6 +96,7 @@ class Record:
         satisfied: Which of the declared losses counted as satisfied in the last step that had them;
             None for none.
         rows: What the method keeps of rows, by parameter and loss.
+        rows_method: The method that has kept them; another phase of a run has another one.
         steps: Steps taken.
         skipped: Steps that were skipped for a value that is not finite.
         skipped_in_a_row: How many of them since the last step that was taken.
@@ -112,6 +115,7 @@ class Record:
     state: State | None = None
     satisfied: Tensor | None = None
     rows: RowState = field(default_factory=dict)
+    rows_method: Weighting | None = None
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -148,14 +152,18 @@ class Record:
             self.window.remove_mark()
             self.window = None
 
+    def rows_of(self, method: Weighting | None) -> RowState:
+        """What this method has kept of rows."""
+        return self.rows if method is self.rows_method else {}
+
     def commit(self, staged: Staged) -> None:
         """Apply a staged step once the wrapped optimizer has taken it."""
         if staged.observes:
             self.awaiting = staged.present
         self.names, self.state, self.staged = staged.names, staged.state, None
         self.satisfied = staged.satisfied
-        if staged.rows is not None:
-            self.rows = staged.rows
+        if staged.rows is not None or staged.method is not self.rows_method:
+            self.rows, self.rows_method = staged.rows or {}, staged.method
         self.moved = False
         self.steps += 1
         self.skipped_in_a_row = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from moo_balance import _nonfinite
 from moo_balance._record import loss_positions, merge_losses, select_losses
 from moo_balance.functional._checks import constant_vector
-from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
+from moo_balance.weighting.base import Needs, State, Statistics, Weighting, WeightingOutput
 
 
 def weigh(
@@ -25,6 +25,7 @@ def weigh(
     satisfied: Tensor | None,
     names: Sequence[str],
     state: State,
+    needs: Needs,
 ) -> WeightingOutput:
     """Weights and coefficients [K] of the losses of a batch, and the state that follows.
 
@@ -34,6 +35,7 @@ def weigh(
         satisfied: Those that count as satisfied, as booleans [K]; None for none.
         names: All declared losses.
         state: Of all of them.
+        needs: Of the method in the step.
     """
     device = statistics.losses.device
     if satisfied is None:
@@ -41,10 +43,10 @@ def weigh(
         part = state if positions is None else select_losses(state, positions)
         output = weighting.weights(statistics, part)
         return output._replace(state=merge_losses(state, output.state, positions))
-    if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
+    if needs.method.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)
-        marked = _mark(statistics, satisfied, weighting.lower_bounds(statistics.names))
+        marked = _mark(statistics, satisfied, needs.method.lower_bounds(statistics.names))
         weights, coefficients, following = weighting.weights(marked, part)
         following = merge_losses(state, _keep(satisfied, following, part), present)
         hidden = [values.masked_fill(satisfied, 0.0) for values in (weights, coefficients)]
@@ -70,6 +72,7 @@ def observe(
     satisfied: Tensor | None,
     names: Sequence[str],
     state: State,
+    needs: Needs,
 ) -> State:
     """The state that follows from the losses after a step; arguments as :func:`weigh`."""
     device = statistics.losses.device
@@ -77,10 +80,10 @@ def observe(
         positions = loss_positions(names, statistics.names, device)
         part = weighting.observe(statistics, select_losses(state, positions))
         return merge_losses(state, part, positions)
-    if weighting.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
+    if needs.method.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)
-        marked = _mark(statistics, satisfied, weighting.lower_bounds(statistics.names))
+        marked = _mark(statistics, satisfied, needs.method.lower_bounds(statistics.names))
         following = weighting.observe(marked, part)
         return merge_losses(state, _keep(satisfied, following, part), present)
     others = _positions_of_others(satisfied)

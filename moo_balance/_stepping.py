@@ -53,7 +53,8 @@ def take_step(
             return result
         if staged.separate is not None:
             output = None
-            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, record.rows)
+            kept = record.rows_of(staged.method)
+            staged.rows = take_separate_steps(balancer.optimizer, staged.separate, kept)
         else:
             output = balancer.optimizer.step() if take is None else take()
     except BaseException:
@@ -245,5 +246,5 @@ def _update(balancer: Balancer, statistics: Statistics) -> None:
     if record.satisfied is not None:
         # The method has not seen their losses before the step.
         satisfied = unite(satisfied, among_present(record.satisfied, names, present, device))
-    following = observe_losses(weighting, statistics, satisfied, names, state)
+    following = observe_losses(weighting, statistics, satisfied, names, state, needs)
     record.state = select_state(valid, following, state)

@@ -89,7 +89,7 @@ def test_a_row_states_the_needs_and_bounds_of_its_method(method):
     assert (method.kind == "gramian-every") == (
         method.gramian and not all(each.gramian for each in needs)
     )
-    assert weighting.lower_bounds(NAMES) == method.bounds(NAMES)
+    assert needs[0].method.lower_bounds(NAMES) == method.bounds(NAMES)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.argument)

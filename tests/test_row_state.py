@@ -362,7 +362,7 @@ def test_a_distributed_checkpoint_needs_names():
 
 @pytest.mark.parametrize("inner", [MoCo(lr=0.01), GradDrop(), ExcessMTL()], ids=repr)
 def test_a_moving_average_and_phases_pass_the_rows_on(inner):
-    for method in (MovingAverage(inner), Sequential([inner, Sum()], [2])):
+    for method in (MovingAverage(inner), Sequential([Sum(), inner], [2])):
         model, optimizer = setup(method)
         train(model, optimizer, range(4))
         assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -451,3 +451,43 @@ def test_of_a_satisfied_loss_nothing_is_kept_as_of_an_absent_one(method):
         saved = optimizer.state_dict()["balance"]
         ends.append(snapshot([param, saved["rows"], saved["state"]]))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [DBMTL(), MoCo(lr=0.01)],
+        [MoCo(lr=0.01), MoCo(lr=0.01)],
+        [SeparateMoments(), ExcessMTL()],
+        [MoCo(lr=0.01), SeparateMoments()],
+    ],
+    ids=repr,
+)
+def test_each_phase_keeps_rows_of_its_own(phases):
+    def run(model, optimizer, steps):
+        for step in steps:
+            train(model, optimizer, [step])
+
+    whole, parts, resumed = SmallModel(), SmallModel(), SmallModel()
+    optimizer = BalancedOptimizer(adam(whole), Sequential(phases, [3]))
+    run(whole, optimizer, range(3))
+    first = BalancedOptimizer(adam(parts), phases[0])
+    run(parts, first, range(3))
+    second = BalancedOptimizer(first.optimizer, phases[1])
+    resumed.load_state_dict(whole.state_dict())
+    other = BalancedOptimizer(adam(resumed), Sequential(phases, [3]))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(whole, optimizer, range(3, 6))
+    run(parts, second, range(3, 6))
+    run(resumed, other, range(3, 6))
+    assert snapshot(whole.state_dict()) == snapshot(parts.state_dict())
+    assert snapshot(whole.state_dict()) == snapshot(resumed.state_dict())
+
+
+def test_a_phase_that_keeps_nothing_drops_what_the_one_before_has_kept():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(adam(model), Sequential([MoCo(lr=0.01), Sum()], [2]))
+    train(model, optimizer, [0, 1])
+    assert optimizer.state_dict()["balance"]["rows"]
+    train(model, optimizer, [2])
+    assert "rows" not in optimizer.state_dict()["balance"]

@@ -8,15 +8,15 @@ from moo_balance.functional._directions import Array, Mask
 from moo_balance.functional._nnls import EPS, nonnegative_quadratic
 
 _DAMPING = 1e-5
-_ROUNDS = 3
+_ROUNDS = 30
 
 
 def least_norm(lengths: Array, cosines: Array, may: Mask, precision: float) -> Array:
     r"""The least :math:`\lVert y \rVert` with :math:`y \ge 0` and the direction of `lengths`.
 
-    It is unique, so that the order of gradients does not matter where some depend on others. Three
-    damped steps on the projection onto the span reach it to the third power of the damping, however
-    small the other eigenvalues are.
+    It is unique, so that the order of gradients does not matter where some depend on others. Damped
+    steps on the projection onto the span reach it, each closer by the damping where no multiple
+    becomes zero, however small the other eigenvalues are.
 
     Args:
         lengths: Non-negative multiples of unit gradients, shape [K].
@@ -35,7 +35,9 @@ def least_norm(lengths: Array, cosines: Array, may: Mask, precision: float) -> A
     matrix = span.dot(span.T) + _DAMPING * np.eye(count)
     found: Array = np.zeros(count)
     for _ in range(_ROUNDS):
-        found = nonnegative_quadratic(matrix, target + _DAMPING * found)
+        before, found = found, nonnegative_quadratic(matrix, target + _DAMPING * found)
+        if np.abs(found - before).max() <= 1e-10:
+            break
     shortest: Array = np.zeros(len(lengths))
     shortest[chosen] = found * total
     return shortest

@@ -30,9 +30,10 @@ def rescale(
     * ``"one"``, ``"count"``: :math:`\alpha \sum_i |c_i| = 1`, or :math:`K`;
     * ``"sum"``: :math:`\alpha \lVert d \rVert = \lVert \sum_i g_i \rVert`, the length of the plain
       sum's gradient;
-    * ``"mean"``: :math:`\alpha \lVert d \rVert = \frac1K \sum_i \lVert g_i \rVert`.
+    * ``"mean"``: :math:`\alpha \lVert d \rVert` is the mean of the :math:`\lVert g_i \rVert`.
 
-    Where the gradients cancel in :math:`d`, its length counts as at least
+    A gradient that is zero, or whose squared norm is NaN because it is not known, counts in neither
+    length. Where the gradients cancel in :math:`d`, its length counts as at least
     :math:`\sqrt{K \varepsilon} \sum_i |c_i| \lVert g_i \rVert` with float32's
     :math:`\varepsilon`: what is shorter is rounding error, which must not be magnified.
 
@@ -45,7 +46,7 @@ def rescale(
 
     Returns:
         :math:`\alpha c`, shape ``[K]``, in the dtype of ``coefficients``. They are returned as they
-        are where :math:`d` is zero by its coefficients or gradients, or the Gramian is not finite.
+        are where :math:`d` is zero by its coefficients or gradients, or no gradient is known.
 
     Raises:
         BalanceValueError: ``gramian`` is missing or not square.
@@ -72,21 +73,30 @@ def _factor(
             "Pass the inner products of the gradients."
         )
     check_square(gramian)
-    ones = torch.ones_like(coefficients)
-    wanted = _length(ones, gramian) if length == "sum" else _norms(gramian).mean()
+    if len(coefficients) == 1:
+        return 1.0 / coefficients.abs().squeeze()
+    norms = _known(gramian).diagonal().clamp(min=0.0).sqrt()
+    if length == "sum":
+        wanted = _length(torch.ones_like(coefficients), gramian)
+    else:
+        wanted = norms.sum() / (norms > 0).sum()
     return wanted / _length(coefficients, gramian if combined is None else combined)
 
 
-def _norms(gramian: Tensor) -> Tensor:
-    return widest(gramian).diagonal().clamp(min=0.0).sqrt()
+def _known(gramian: Tensor) -> Tensor:
+    """Zeros for the products that are not known."""
+    gramian = widest(gramian)
+    unknown = gramian.diagonal().isnan()
+    return gramian.masked_fill(unknown.unsqueeze(1) | unknown | gramian.isnan(), 0.0)
 
 
 def _length(coefficients: Tensor, gramian: Tensor) -> Tensor:
     """The length of a combination, or the least that float32's rounding leaves of it."""
-    norms, size = _norms(gramian), coefficients.abs().amax()
+    gramian = _known(gramian)
+    norms, size = gramian.diagonal().clamp(min=0.0).sqrt(), coefficients.abs().amax()
     largest = norms.amax()
     # Relative to the longest gradient and the largest coefficient, so that no square overflows.
-    gramian, norms = widest(gramian) / largest / largest, norms / largest
+    gramian, norms = gramian / largest / largest, norms / largest
     coefficients = coefficients / size
     square = coefficients @ gramian @ coefficients
     least = len(norms) * _PRECISION * (coefficients.abs() @ norms).square()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting.base import Needs, State, Statistics, Weighting
 
 
 class WrappingWeighting(Weighting):
-    """A method around another one, its field ``weighting``, whose needs it has.
+    """A method around another one, its field ``weighting``, whose needs and bounds it has.
 
     The state of the other method is part of its own.
     """
@@ -38,17 +36,6 @@ class WrappingWeighting(Weighting):
     @property
     def every(self) -> int:
         return self.weighting.every
-
-    @property
-    def bound_reason(self) -> str:
-        return self.weighting.bound_reason
-
-    @property
-    def bound_advice(self) -> str:
-        return self.weighting.bound_advice
-
-    def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return self.weighting.lower_bounds(names)
 
     def observe(self, statistics: Statistics, state: State) -> State:
         inner = self.weighting.observe(statistics, inner_state(state))

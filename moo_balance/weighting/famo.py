@@ -115,8 +115,8 @@ class LogitWeighting(Weighting):
         A loss that is exactly what it was cannot be improved, such as a constant: compared with
         others it would be the slowest for ever, and get all the weight.
         """
-        logits, before = state["logits"], state["log_distances"]
-        moved = (before == before) & (before != log_distances)  # and is not NaN
+        logits, delta = state["logits"], state["log_distances"] - log_distances
+        moved = delta.abs() > 0.0  # nor NaN, as for a loss that was not present before
         if statistics.satisfied is not None:
             moved = moved & ~statistics.satisfied
         preference, dual = None, logits
@@ -125,7 +125,7 @@ class LogitWeighting(Weighting):
             dual = logits + 2.0 * preference.log()
         weights = torch.softmax(dual.masked_fill(~moved, -math.inf), 0)
         weights = weights.nan_to_num_(0.0)  # the softmax over no loss at all
-        delta = (before - log_distances).nan_to_num_(0.0)
+        delta = delta.nan_to_num_(0.0)
         if preference is not None:
             delta = delta / preference
         delta.sub_(weights.dot(delta)).mul_(weights)

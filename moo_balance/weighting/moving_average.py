@@ -81,10 +81,6 @@ class MovingAverage(WrappingWeighting):
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, below=1.0, text="adaptive")
 
-    @property
-    def leaves_out_satisfied(self) -> bool:
-        return self.weighting.leaves_out_satisfied
-
     def init(self, names: Sequence[str], device: torch.device) -> State:
         shares = constant_state(math.nan, len(names), device)
         return {"shares": shares, **as_inner(self.weighting.init(names, device))}

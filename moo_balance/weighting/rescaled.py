@@ -140,5 +140,14 @@ class Rescaled(WrappingWeighting):
             gramian = state["gramian"] if gramian is None else gramian.to(state["gramian"].dtype)
             kept["gramian"] = gramian
         combined = None if statistics.rows is None else statistics.rows.gramian
-        coefficients = rescale(coefficients, self.length, gramian, combined)
+        satisfied = statistics.satisfied
+        if satisfied is not None:
+            coefficients = coefficients.masked_fill(satisfied, 0.0)
+            if gramian is not None:  # the kept one still has their products
+                gramian = gramian.masked_fill(satisfied.unsqueeze(1) | satisfied, 0.0)
+        if self.length == "count":
+            total = len(coefficients) if satisfied is None else (~satisfied).sum()
+            coefficients = rescale(coefficients, "one") * total
+        else:
+            coefficients = rescale(coefficients, self.length, gramian, combined)
         return WeightingOutput(weights, coefficients, kept)

@@ -89,16 +89,9 @@ class Sequential(Weighting):
     def uses_independent_batches(self) -> bool:
         return any(weighting.uses_independent_batches for weighting in self.weightings)
 
-    @property
-    def leaves_out_satisfied(self) -> bool:
-        return all(weighting.leaves_out_satisfied for weighting in self.weightings)
-
     def needs(self, step: int) -> Needs:
         position, start = self._phase(step)
         return self.weightings[position].needs(step - start)
-
-    def lower_bounds(self, names: Sequence[str]) -> list[float]:
-        return self.weightings[0].lower_bounds(names)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         state: State = {}

@@ -73,6 +73,8 @@ class Method:
             "unchanged"; "inverse", that loss's is divided by s; "shares", that, and then all are
             divided by their sum; "direction", that, and then all are multiplied by some number.
             None if unstated.
+        host_reads: How often a step reads the host on an accelerator at most, where that is more
+            than once besides the mask of satisfied losses.
         independent: Whether it needs gradients of at least two batches in each step. Tests of
             single batches leave such rows out.
     """
@@ -87,6 +89,7 @@ class Method:
     never_rises: bool = False
     equivariant: bool = True
     scaling: Literal["unchanged", "inverse", "shares", "direction"] | None = None
+    host_reads: int | None = None
     independent: bool = False
 
     def __repr__(self) -> str:
@@ -111,12 +114,16 @@ class Facts:
         equalizes: What the method makes equal, or minimizes.
         relation: Its relation to other methods; empty if there is none to tell.
         total: What the coefficients sum to, where the row cannot say it.
+        units: Whether units of a loss matter, likewise.
+        rises: Whether a loss may rise, likewise.
         cost: What it costs beyond a plain step, where the kind of the row cannot say it.
     """
 
     equalizes: str
     relation: str = ""
     total: str | None = None
+    units: str | None = None
+    rises: str | None = None
     cost: str | None = None
 
 

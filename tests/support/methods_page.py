@@ -2,8 +2,8 @@
 
     python -m tests.support.methods_page
 
-A row of the table says what the default configuration of a method promises; the contract tests
-show it.
+A row of the table says what the first configuration of a method in the registry promises; the
+contract tests show it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOTALS = {count: "K", one: "1", average: "1/K"}
 
 
 def default_row(name: str) -> Method:
-    """The first row of a class: its default configuration."""
+    """The first row of a class, as a rule its default configuration."""
     return next(row for row in METHODS if row.id.split("-")[0] == name)
 
 
@@ -56,8 +56,8 @@ def _cells(name: str) -> list[str]:
         f"{{class}}`~moo_balance.{name}`",
         facts.equalizes,
         facts.total or TOTALS.get(row.total, "nothing fixed"),
-        "no" if row.scaling in ("inverse", "shares", "direction") else "yes",
-        "no" if row.never_rises else "yes",
+        facts.units or ("no" if row.scaling in ("inverse", "shares", "direction") else "yes"),
+        facts.rises or ("no" if row.never_rises else "yes"),
         facts.cost or COSTS[row.kind],
         facts.relation,
     ]

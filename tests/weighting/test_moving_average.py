@@ -85,7 +85,7 @@ def test_the_method_inside_keeps_its_state_needs_and_bounds() -> None:
     assert weighting.observes_step
     assert weighting.every == 2
     assert not weighting.uses_gramian
-    assert weighting.lower_bounds("abc") == [-1.0] * 3
+    assert weighting.needs(0).method.lower_bounds("abc") == [-1.0] * 3
     assert MovingAverage(MGDA(every=3)).uses_gramian
     assert not MovingAverage(RandomWeights()).uses_losses
 

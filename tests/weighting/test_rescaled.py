@@ -101,3 +101,40 @@ def test_the_plain_sum_keeps_its_length() -> None:
     optimizer.backward(model.losses())
     values = list(optimizer.metrics.coefficients.values())
     assert torch.allclose(torch.stack(values), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_loss_that_no_measurement_has_met_counts_in_neither_length() -> None:
+    """Alternating losses, of which the second is absent in each step that measures."""
+    rows = normal(3, 6)
+    weighting = Rescaled(SumLog(), every=2)
+    state = initial_state(weighting, 3)
+    first = statistics_of([1.0, 2.0], rows[:2] @ rows[:2].T)
+    part = {key: value[:2, :2] for key, value in state.items()}
+    kept = weighting.weights(first, part).state["gramian"]
+    state = {"gramian": torch.full((3, 3), torch.nan, dtype=torch.float64)}
+    state["gramian"][:2, :2] = kept
+    losses = [1.0, 2.0, 1e-9]
+    answer = weighting.weights(statistics_of(losses, step=1), state).coefficients
+    length = float((answer[:2] @ rows[:2]).norm())
+    assert length == pytest.approx(float(rows[:2].sum(0).norm()), rel=1e-3)
+    alone = Rescaled(FixedWeights({"a": 5.0}))
+    one = alone.weights(statistics_of([2.0], step=1), initial_state(alone, 1))
+    assert one.coefficients.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("length", ["sum", "mean", "one", "count"])
+def test_losses_that_are_marked_as_satisfied_count_as_absent_ones(length) -> None:
+    rows = normal(3, 6)
+    rows[1] = 0.0
+    gramian = rows @ rows.T
+    weighting = Rescaled(SumLog(), length)
+    state = initial_state(weighting, 3)
+    mask = torch.tensor([False, True, False])
+    marked = statistics_of([1.0, 1.0, 4.0], gramian)._replace(satisfied=mask)
+    masked = weighting.weights(marked, state).coefficients
+    others = [0, 2]
+    part = {key: value[others][:, others] for key, value in state.items()}
+    absent = statistics_of([1.0, 4.0], gramian[others][:, others])
+    expected = weighting.weights(absent, part).coefficients
+    assert masked[1] == 0.0
+    assert torch.allclose(masked[others], expected, rtol=1e-6)

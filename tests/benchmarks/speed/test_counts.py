@@ -12,7 +12,7 @@ from benchmarks.speed.counts import MODES, HostSyncs, PeakElements, held_element
 from benchmarks.speed.implementations import Setup
 from moo_balance import MGDA, BalancedOptimizer
 from moo_balance.engine import Problem, Streaming
-from tests.support.registry import NAMES, over_methods
+from tests.support.registry import NAMES, over
 
 META = torch.device("meta")
 
@@ -37,9 +37,12 @@ def rename(losses):
     return dict(zip(names, losses.values(), strict=False))
 
 
-@over_methods
+@over(lambda method: not method.id.startswith("GradDrop"))  # "meta" draws nothing
 def test_two_losses_do_not_synchronize_and_more_do_at_most_once(method):
     """One more, and one with two losses, where a method does not leave out satisfied losses."""
+    if method.host_reads is not None:
+        assert len(syncs(method.make(NAMES), 3)) <= method.host_reads
+        return
     reads_mask = int(not method.make(NAMES).leaves_out_satisfied)
     assert len(syncs(method.make(NAMES[:2]), 2)) <= 2 * reads_mask
     assert len(syncs(method.make(NAMES), 3)) <= 1 + reads_mask

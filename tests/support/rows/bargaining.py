@@ -34,6 +34,7 @@ def projections(id: str, weighting: type[Weighting], preferring: bool = False) -
         total=None,
         negative=True,
         scaling="direction",
+        host_reads=3 if preferring else None,
     )
 
 

@@ -77,12 +77,14 @@ METHODS = [
         lambda names: SeparateMoments(),
         kind="gramian",
         scaling="unchanged",
+        host_reads=6,  # those of the wrapped optimizer
     ),
     Method(
         "SeparateMoments-preference",
         lambda names: SeparateMoments(preference(names)),
         kind="gramian",
         scaling="unchanged",
+        host_reads=6,  # those of the wrapped optimizer
     ),
 ]
 
@@ -118,7 +120,9 @@ REFUSALS = [
 
 FACTS: dict[str, Facts] = {
     "MoCo": Facts("improvement of the losses, with gradients averaged over steps", "`MGDA` slowly"),
-    "DBMTL": Facts("lengths of averaged log gradients", "`GradientNorms` on `log` losses"),
+    "DBMTL": Facts(
+        "lengths of averaged log gradients", "`GradientNorms` on log losses", units="no"
+    ),
     "ExcessMTL": Facts("minimizes the largest excess risk", "as `OnlineTchebycheff`, on risks"),
     "GradDrop": Facts("signs within each coordinate", "`Sum` where no signs conflict"),
     "SeparateMoments": Facts(

@@ -97,6 +97,7 @@ FACTS = {
     "GradientNorms": Facts(
         equalizes="the lengths of the weighted gradients",
         relation="where `GradNorm(alpha=0)` settles; for two losses the direction of `IMTLG`",
+        total="nothing fixed: together as long as the plain gradients",
     ),
     "GradNorm": Facts(
         equalizes="the rates at which losses train, by the lengths of the weighted gradients",
@@ -105,5 +106,6 @@ FACTS = {
     "LearningRateAnnealing": Facts(
         equalizes="mean elements of the weighted gradients with the largest one of a reference",
         relation="`GradientNorms` with other norms: the largest element, and the mean magnitude",
+        total="nothing fixed; the reference has 1",
     ),
 }

@@ -32,6 +32,7 @@ METHODS = [
         kind="gramian",
         total=None,
         equivariant=False,
+        host_reads=3,
     ),
     Method(
         "GradVac-every",
@@ -39,6 +40,7 @@ METHODS = [
         kind="gramian-every",
         total=None,
         equivariant=False,
+        host_reads=3,
     ),
     Method("AlignedMTL", lambda names: AlignedMTL(), kind="gramian", total=None, negative=True),
     Method(
@@ -63,13 +65,14 @@ METHODS = [
         alone=lambda loss: 2.5 / 3.25,
         never_rises=True,
     ),
-    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None),
+    Method("PCD", lambda names: PCD(first(names)), kind="gramian", total=None, host_reads=5),
     Method(
         "PCD-cone",
         lambda names: PCD(first(names), tau=0.0, beta=0.5),
         kind="gramian",
         total=None,
         never_rises=True,
+        host_reads=5,
     ),
 ]
 
@@ -113,10 +116,12 @@ FACTS: dict[str, Facts] = {
     "PCGrad": Facts(
         equalizes="removes from each gradient its components against the others",
         relation="the first step of GradVac",
+        total="K or more",
     ),
     "GradVac": Facts(
         equalizes="cosines of gradients, raised to their moving averages",
         relation="PCGrad where the targets are 0",
+        total="K or more",
     ),
     "CAGrad": Facts(
         equalizes="maximizes the worst improvement, near the mean gradient",

@@ -54,8 +54,9 @@ METHODS = [
     Method("Sequential", lambda names: Sequential([MGDA(), SumLog()], [2]), kind="gramian-every"),
     Method(
         "Sequential-FAMO",
-        lambda names: Sequential([FixedWeights(fixed(names)), FAMO(every=2)], [1]),
+        lambda names: Sequential([FAMO(every=2), FixedWeights(fixed(names))], [3]),
         kind="observing",
+        bounds=positive,
         total=None,
     ),
     Method(
@@ -101,15 +102,24 @@ FACTS = {
         "what the method inside does, with weights averaged over steps",
         "CR-MOGM where coefficients sum to 1",
         total="as the method inside",
+        units="as the method inside",
+        rises="yes",
         cost="as the method inside",
     ),
     "Sequential": Facts(
-        "one method after another", total="as the method in use", cost="as the method in use"
+        "one method after another",
+        "phases, as of `torch.optim.lr_scheduler.SequentialLR`",
+        total="as the method in use",
+        units="as the method in use",
+        rises="as the method in use",
+        cost="as the method in use",
     ),
     "Rescaled": Facts(
         "the length of the step",
         "any method; `length` chooses",
         total="what the length needs",
+        units="as the method inside",
+        rises="as the method inside",
         cost="a Gramian in each 20th step, none with `length='one'` or `'count'`",
     ),
 }
