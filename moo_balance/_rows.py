@@ -60,7 +60,7 @@ def look_at_rows(
             told = told._replace(gramian=rows.products(kept))
         state = _following(method.keeps, rows.problem.params, statistics.names, kept, state)
     if method.combines == "coordinates":
-        draw = partial(draw_coordinates, getattr(method, "seed", 0), statistics.step)
+        draw = partial(draw_coordinates, method.seed, statistics.step)
         rows.combination = partial(_combine, method, draw)
     return statistics._replace(rows=told), state
 
