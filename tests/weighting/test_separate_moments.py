@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from moo_balance import BalancedOptimizer, BalanceValueError, SeparateMoments
+from moo_balance import BalancedOptimizer, BalanceValueError, SeparateMoments, Sequential, Sum
 from tests.support.companions import SAM
 from tests.support.problems import SmallModel, snapshot, train, train_plainly
 from tests.support.registry import NAMES
@@ -233,6 +233,15 @@ def test_an_optimizer_with_two_steps_is_refused():
     inner = SAM(SmallModel().parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(BalanceValueError, match=r"SeparateMoments.*takes two"):
         BalancedOptimizer(inner, SeparateMoments())
+    model = SmallModel()
+    inner = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer = BalancedOptimizer(inner, Sequential([Sum(), SeparateMoments()], [1]))
+    optimizer.backward(model.losses())
+    optimizer.first_step(zero_grad=True)
+    optimizer.backward(model.losses())
+    optimizer.second_step(zero_grad=True)
+    with pytest.raises(BalanceValueError, match=r"SeparateMoments.*takes two"):
+        optimizer.backward(model.losses(1))
 
 
 def test_zeros_of_a_compiled_model_are_no_gradients():
