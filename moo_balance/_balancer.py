@@ -35,7 +35,7 @@ from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._rows import look_at_rows, separate_rows
 from moo_balance._satisfied import among_declared, among_present, weigh
-from moo_balance._two_step import check_no_scaling, has_two_steps
+from moo_balance._two_step import check_no_scaling, check_not_apart, has_two_steps
 from moo_balance._validation import (
     Given,
     check_no_closure,
@@ -210,6 +210,7 @@ class Balancer:
         record.check_observed(self.method, self.lagged)
         if self.two_steps:
             check_no_scaling(self.optimizer, scaling)
+            check_not_apart(self.optimizer, self.needs.rows)
         if combined:
             record.check_no_window()
             check_no_closure(losses)

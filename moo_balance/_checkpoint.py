@@ -11,6 +11,7 @@ from torch import Tensor
 from moo_balance._record import Record
 from moo_balance._row_checkpoint import (
     fill_outline,
+    find_keeping,
     outline_rows,
     read_rows,
     save_rows,
@@ -66,7 +67,9 @@ def save_checkpoint(
         weighting: The method.
         params: All parameters of the wrapped optimizer.
     """
-    rows = {"rows": save_rows(record.rows, params)} if record.rows else {}
+    # Present even if empty, to tell it from one that was lost.
+    holds = find_keeping(weighting, record.steps) is not None
+    rows = {"rows": save_rows(record.rows, params)} if holds else {}
     return {
         "format": _FORMAT,
         "weighting": method_name(weighting),
@@ -113,11 +116,12 @@ def validate_checkpoint(
     differing = _compare_settings(entry, weighting)
     state = _read_state(entry["state"], names if steps else (), weighting, device, differing)
     last = weighting.needs(max(steps - 1, 0))  # in the last step that was taken
-    method = last.rows
-    if steps and method is not None and method.keeps and not entry.get("rows"):
+    rows: RowState = {}
+    method = find_keeping(weighting, steps)
+    if method is not None and "rows" not in entry:
         raise _bad_entry("rows", f"hold what {type(method).__name__} keeps of gradients", "none")
-    of_optimizer = method is not None and method.steps_apart
-    rows = read_rows(entry.get("rows", {}), names, params, of_optimizer)
+    if method is not None:
+        rows = read_rows(entry["rows"], names, params, method.keeps)
     skipped = _read_count(entry, "skipped")
     if differing:
         warn(

@@ -1,8 +1,7 @@
 """What is kept of rows in a checkpoint: by the parameter's position, the loss and a name.
 
 Positions count the parameters of the wrapped optimizer, group after group, as its own state dict
-does. Nothing is copied: a kept row is never written to, and a state of the optimizer is written to
-by its next step, as one in its own state dict is.
+does. Nothing is copied, as what is kept is never written to.
 """
 
 from __future__ import annotations
@@ -18,8 +17,19 @@ from moo_balance._torch_internals import as_plain
 from moo_balance.engine.distributed import is_sharded, local_part
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting.base import Weighting
+from moo_balance.weighting.rows import RowWeighting
 
 SavedRows: TypeAlias = dict[int, dict[str, dict[str, Tensor]]]
+
+
+def find_keeping(weighting: Weighting, steps: int) -> RowWeighting | None:
+    """The method that keeps something of rows after so many steps; None for none."""
+    if not steps:
+        return None
+    method = weighting.needs(steps - 1).method  # `rows` is None between two refreshes
+    if isinstance(method, RowWeighting) and (method.keeps or method.steps_apart):
+        return method
+    return None
 
 
 def save_rows(rows: RowState, params: Sequence[Tensor]) -> SavedRows:
@@ -27,19 +37,17 @@ def save_rows(rows: RowState, params: Sequence[Tensor]) -> SavedRows:
     return {k: dict(rows[param]) for k, param in enumerate(params) if param in rows}
 
 
-def read_rows(
-    saved: object, names: Sequence[str], params: Sequence[Tensor], of_optimizer: bool
-) -> RowState:
+def read_rows(saved: object, names: Sequence[str], params: Sequence[Tensor], key: str) -> RowState:
     """What was kept, for these parameters; an error if it does not fit them.
 
     Args:
         saved: What :func:`save_rows` gave.
         names: The losses.
         params: All parameters of the wrapped optimizer.
-        of_optimizer: Whether the entries are states of the wrapped optimizer, which may hold
+        key: What the method keeps; empty for states of the wrapped optimizer, which may hold
             anything.
     """
-    read = _read_entry if of_optimizer else _read
+    read = _read if key else _read_entry
     rows: RowState = {}
     for position, by_loss in _items(saved, "rows"):
         if type(position) is not int or not 0 <= position < len(params):
@@ -49,10 +57,12 @@ def read_rows(
         for name, entries in _items(by_loss, f"rows[{position}]"):
             if name not in names:
                 raise _misfit(f"entries for the losses {list(names)}", f"one for {name!r}")
+            where = f"rows[{position}][{name!r}]"
             rows[param][name] = {
-                key: read(value, param, f"rows[{position}][{name!r}]")
-                for key, value in _items(entries, f"rows[{position}][{name!r}]")
+                entry: read(value, param, where) for entry, value in _items(entries, where)
             }
+            if key and list(rows[param][name]) != [key]:
+                raise _misfit(f"`{key}` at `{where}`", f"{list(rows[param][name])}")
     return rows
 
 
@@ -126,6 +136,8 @@ def _read(value: object, param: Tensor, where: str) -> Tensor:
     """A kept row as a tensor like its parameter, in float32 or better."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         raise _misfit(f"dense tensors at `{where}`", type(value).__name__)
+    if not value.is_floating_point() and not value.is_complex():
+        raise _misfit(f"floating-point numbers at `{where}`", f"{value.dtype}")
     if value.shape != param.shape or value.is_complex() != param.is_complex():
         raise _misfit(
             f"a tensor of shape {tuple(param.shape)} at `{where}`", f"{tuple(value.shape)}"

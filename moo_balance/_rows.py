@@ -60,7 +60,7 @@ def look_at_rows(
             told = told._replace(gramian=rows.products(kept))
         state = _following(method.keeps, rows.problem.params, statistics.names, kept, state)
     if method.combines == "coordinates":
-        draw = partial(draw_coordinates, getattr(method, "seed", 0), statistics.step)
+        draw = partial(draw_coordinates, method.seed, statistics.step)
         rows.combination = partial(_combine, method, draw)
     return statistics._replace(rows=told), state
 
@@ -90,10 +90,11 @@ def separate_rows(
 ) -> SeparateRows:
     """The gradients of single losses, as they are given to an optimizer; zeros if not `valid`.
 
-    Losses of which the host knows that they count as satisfied take no step.
+    Losses that count as satisfied take no step. Which they are is read from a device: what an
+    optimizer counts on the host cannot be masked.
     """
     rows = cast(WholeRows, linearization)
-    params, idle = rows.problem.params, positions_of_idle(satisfied)
+    params, idle = rows.problem.params, _positions(satisfied)
 
     def part(loss: int, param_index: int) -> Tensor | None:
         gradient = rows.part(loss, param_index)
@@ -180,7 +181,12 @@ def positions_of_idle(satisfied: Tensor | None) -> Sequence[int]:
     """The losses of which the host knows that they count as satisfied."""
     if satisfied is None or not _nonfinite.is_on_cpu(satisfied):
         return ()
-    return [k for k, mark in enumerate(satisfied.tolist()) if mark]
+    return _positions(satisfied)
+
+
+def _positions(marks: Tensor | None) -> Sequence[int]:
+    """Which losses are marked; none without marks. Synchronizes."""
+    return () if marks is None else [k for k, mark in enumerate(marks.tolist()) if mark]
 
 
 def _changes(count: int, valid: Tensor | None, satisfied: Tensor | None) -> Sequence[Tensor] | None:

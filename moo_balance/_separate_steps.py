@@ -34,23 +34,21 @@ def take_separate_steps(optimizer: Optimizer, separate: SeparateRows, state: Row
         optimizer: The wrapped optimizer. Its own state stays as it is; a copy of it is what the
             state of a loss starts from.
         separate: The gradients.
-        state: Of the optimizer, by parameter and loss; its tensors are written to.
+        state: Of the optimizer, by parameter and loss. It does not change: a step that fails can be
+            taken again.
     """
     reached = _gradients_by_param(separate, state)
     shares = _relative_shares(reached, separate)
     following = {param: dict(by_loss) for param, by_loss in state.items()}
     moved: dict[Tensor, Tensor] = {}
-    options = [dict(group) for group in optimizer.param_groups]
-    with _borrow(optimizer, list(reached)) as (start, own):
+    with _borrow(optimizer, list(reached)) as (start, own, options):
         for k, name in enumerate(separate.names):
             mine = {param: rows[k] for param, rows in reached.items() if k in rows}
             states = {}
             for param in mine:
                 known = following.get(param, {}).get(name)
-                states[param] = deepcopy(own.get(param, {})) if known is None else known
-            for group, before in zip(optimizer.param_groups, options, strict=True):
-                group.clear()  # some optimizers count steps in it
-                group.update(before)
+                states[param] = _copy(own.get(param, {}) if known is None else known)
+            _set_options(optimizer, options)  # some optimizers count steps in it
             _take_step(optimizer, mine, states)
             for param in mine:
                 following.setdefault(param, {})[name] = dict(optimizer.state.pop(param, {}))
@@ -59,6 +57,20 @@ def take_separate_steps(optimizer: Optimizer, separate: SeparateRows, state: Row
     for param, target in moved.items():
         param.copy_(target)
     return following
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in state.items()
+    }
+
+
+def _set_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
+    """Give the groups of an optimizer the options that they had."""
+    for group, before in zip(optimizer.param_groups, options, strict=True):
+        group.clear()
+        group.update(before)
 
 
 def _add(moved: dict[Tensor, Tensor], param: Tensor, start: Tensor, share: Tensor | None) -> None:
@@ -126,17 +138,22 @@ def _take_step(
 @contextmanager
 def _borrow(
     optimizer: Optimizer, params: Sequence[Tensor]
-) -> Iterator[tuple[dict[Tensor, Tensor], dict[Tensor, Any]]]:
-    """Where parameters start from, and the optimizer's own state; gradients and it are put back."""
+) -> Iterator[tuple[dict[Tensor, Tensor], dict[Tensor, Any], list[dict[str, Any]]]]:
+    """Where parameters start from, the optimizer's own state and the options of its groups.
+
+    Gradients and the state are put back at the end; after an error parameters and options are, too.
+    """
+    options = [dict(group) for group in optimizer.param_groups]
     everything = [param for group in optimizer.param_groups for param in group["params"]]
     grads = [param.grad for param in everything]
     own = {param: optimizer.state.pop(param) for param in params if param in optimizer.state}
     start = {param: param.detach().clone() for param in params}
     try:
-        yield start, own
+        yield start, own, options
     except BaseException:
         for param, value in start.items():
             param.copy_(value)
+        _set_options(optimizer, options)
         raise
     finally:
         for param, grad in zip(everything, grads, strict=True):

@@ -20,6 +20,7 @@ from moo_balance._stepping import must_skip, take_step
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.weighting._identity import lagged_form
 from moo_balance.weighting.base import Weighting
+from moo_balance.weighting.rows import RowWeighting
 
 if TYPE_CHECKING:
     from moo_balance._balancer import Balancer
@@ -31,18 +32,22 @@ def has_two_steps(optimizer: Optimizer) -> bool:
     return all(map(callable, steps))
 
 
+def check_not_apart(optimizer: Optimizer, method: RowWeighting | None) -> None:
+    """Refuse a method that takes the step of the optimizer for each loss."""
+    if method is not None and method.steps_apart:
+        raise BalanceValueError(
+            f"Parameter `optimizer` should take a single step with {type(method).__name__}, "
+            f"which takes it for each loss. Found {type(optimizer).__name__}, which takes two. "
+            "Use an optimizer without `first_step`."
+        )
+
+
 def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> None:
     """Refuse an optimizer whose step cannot be called, skipped or observed where it should be."""
     if has_two_steps(optimizer):
         if weighting.observes_step:
             raise _not_observable(optimizer, weighting)
-        rows = weighting.needs(0).rows
-        if rows is not None and rows.steps_apart:
-            raise BalanceValueError(
-                f"Parameter `optimizer` should take a single step with {type(rows).__name__}, "
-                f"which takes it for each loss. Found {type(optimizer).__name__}, which takes two. "
-                "Use an optimizer without `first_step`."
-            )
+        check_not_apart(optimizer, weighting.needs(0).rows)
         if nonfinite == "skip":
             raise BalanceValueError(
                 f"Parameter `nonfinite` should be 'raise' with {type(optimizer).__name__}, whose "

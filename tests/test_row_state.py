@@ -324,9 +324,13 @@ def broken(edit):
         (lambda rows: rows[0].update({"d": rows[0].pop("a")}), "entries for the losses"),
         (lambda rows: rows[0]["a"].update(tracked=torch.zeros(3)), r"shape \(4, 3\)"),
         (lambda rows: rows[0]["a"].update(tracked="text"), "dense tensors"),
+        (lambda rows: rows[0]["a"].update(tracked=torch.zeros(4, 3).long()), "floating-point"),
+        (lambda rows: rows[0]["a"].update(other=rows[0]["a"].pop("tracked")), "`tracked`"),
+        (lambda rows: rows[0]["a"].update(other=rows[0]["a"]["tracked"]), "`tracked`"),
+        (lambda rows: rows[0]["a"].clear(), "`tracked`"),
         (lambda rows: rows[0]["a"]["tracked"].fill_(float("nan")), "finite numbers"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 def test_a_malformed_entry_is_refused_before_anything_changes(edit, message):
     model, optimizer, state = broken(edit)
@@ -336,7 +340,9 @@ def test_a_malformed_entry_is_refused_before_anything_changes(edit, message):
     assert whole_state(model, optimizer) == before
 
 
-@pytest.mark.parametrize("method", [*KEEPING[:3], MovingAverage(MoCo(lr=0.01))], ids=repr)
+@pytest.mark.parametrize(
+    "method", [*KEEPING, ExcessMTL(every=3), MovingAverage(MoCo(lr=0.01))], ids=repr
+)
 def test_a_checkpoint_without_rows_is_refused(method):
     model, optimizer = setup(method)
     train(model, optimizer, range(2))
@@ -344,6 +350,15 @@ def test_a_checkpoint_without_rows_is_refused(method):
     del state["balance"]["rows"]
     with pytest.raises(BalanceValueError, match="`rows`"):
         setup(method)[1].load_state_dict(state)
+
+
+def test_nothing_is_kept_where_all_losses_were_satisfied():
+    model, optimizer = setup(MoCo(lr=0.01))
+    optimizer.backward({name: 0.0 * loss for name, loss in model.losses().items()})
+    optimizer.step()
+    other = setup(MoCo(lr=0.01))[1]
+    other.load_state_dict(optimizer.state_dict())
+    assert rows_in(other) == {}
 
 
 def test_a_distributed_checkpoint_needs_names():

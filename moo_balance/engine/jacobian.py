@@ -183,7 +183,8 @@ class Block(NamedTuple):
         rows = list(zip(*self.gradients, strict=True))
         total = list(torch._foreach_mul(rows[0], scale[0]))
         for row, factor in zip(rows[1:], scale[1:], strict=True):
-            if isinstance(factor, float):
+            # A float16 takes no `alpha` above 65504, whatever the product is.
+            if isinstance(factor, float) and total[0].dtype != torch.float16:
                 torch._foreach_add_(total, row, alpha=factor)
             else:
                 torch._foreach_add_(total, torch._foreach_mul(row, factor))
@@ -337,7 +338,7 @@ def _add(total: Tensor, gradient: Tensor, factor: float | Tensor) -> Tensor:
     """Add into `total`, or the other way round: a sparse tensor cannot take in a dense one."""
     if total.is_sparse and not gradient.is_sparse:
         return (gradient * factor).add_(total)
-    if isinstance(factor, float):
+    if isinstance(factor, float) and total.dtype != torch.float16:  # as in `Block.combine`
         return total.add_(gradient, alpha=factor)
     return total.add_(gradient * factor)
 

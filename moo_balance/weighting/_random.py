@@ -32,10 +32,23 @@ def draw_coordinates(
         shape: Its shape.
         like: Says dtype and device.
     """
-    generator = torch.Generator(like.device).manual_seed(_mix(_mix(seed, step), position))
+    number = _mix(_scramble(_mix(seed, step)), position)
+    generator = torch.Generator(like.device).manual_seed(number)
     return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _mix(seed: int, number: int) -> int:
     # Multiples of an odd number are all different modulo 2^63, and consecutive ones lie far apart.
     return (seed + number * _GOLDEN_RATIO_64) % 2**63
+
+
+def _scramble(number: int) -> int:
+    """A one-to-one function on 64 bits without order.
+
+    Two numbers that are mixed in one after another would only enter by their sum. These are the
+    last steps of SplitMix64 (Steele, Lea & Flood 2014).
+    """
+    number = (number + _GOLDEN_RATIO_64) % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return number ^ (number >> 31)

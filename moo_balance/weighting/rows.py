@@ -45,7 +45,7 @@ class RowStatistics(NamedTuple):
 class RowWeighting(GramianWeighting):
     """A weighting that looks at single coordinates of gradients.
 
-    It needs the K gradients whole, so its engine is ``PerLoss``. Five properties say what it does
+    It needs the K gradients whole, so its engine is ``PerLoss``. Six properties say what it does
     with them; a subclass overrides them as those of :class:`Weighting`. The functions below are
     applied to what this rank holds of one parameter, in float32 or better and without the loss
     scale; they must not write into what they are given.
@@ -83,6 +83,11 @@ class RowWeighting(GramianWeighting):
         The steps are averaged with the coefficients, which sum to 1.
         """
         return False
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is drawn for :meth:`combine`."""
+        return 0
 
     def needs(self, step: int) -> Needs:
         needs = super().needs(step)

@@ -43,12 +43,12 @@ class SeparateMoments(RowWeighting):
 
     A loss may rise.
 
-    Memory: K states of the optimizer, and K gradients between ``backward`` and ``step``. The states
-    are in the ``"balance"`` entry of ``state_dict()``. That of the wrapped optimizer stays as it
-    is; each of them begins with a copy of it, as after a plain run.
+    Memory: K states of the optimizer, once more during a step, and K gradients between ``backward``
+    and ``step``. The states are in the ``"balance"`` entry of ``state_dict()``. That of the wrapped
+    optimizer stays as it is; each of them begins with a copy of it, as after a plain run.
     ``torch.distributed.checkpoint`` does not read them into a new optimizer. Step hooks of the
     wrapped optimizer run K times; its options that count steps (schedule-free optimizers) count
-    one. SAM and other optimizers with two steps are refused.
+    one. SAM and other optimizers with two steps are refused. On an accelerator a step synchronizes.
 
     Args:
         preference: :math:`w_i` in proportion, by name. Default None, equal (MultiAdam).

@@ -20,12 +20,15 @@ class TrimmedMean(RowWeighting):
     .. math:: d = \frac{1}{k - 2n} \sum_{j = n + 1}^{k - n} g_{(j)}
 
     with those :math:`k` gradients of a coordinate that are not zero, in increasing order. A robust
-    rule of distributed learning: no :math:`n` losses, whatever their gradients are, pull a
-    coordinate beyond the range of the others. A zero does not count, as most are of losses that do
-    not reach the parameter: that of a head has the gradient of its loss. Of fewer than
-    :math:`2n + 1` gradients as many are left out as leave one or two: the median.
+    rule of distributed learning: where :math:`k > 2n`, no :math:`n` losses, whatever their
+    gradients are, pull a coordinate beyond the range of the others. A zero does not count, as most
+    are of losses that do not reach the parameter: that of a head has the gradient of its loss. Of
+    fewer than :math:`2n + 1` gradients as many are left out as leave one or two: the median, which
+    for two is their mean.
 
-    Coefficients: K ones (they sum to K), which multiply gradients before they are sorted.
+    Coefficients: K ones (they sum to K), which multiply gradients before they are sorted. The
+    direction is a mean: with ``trim=0``, the sum of the losses' gradients divided by the number of
+    those that are not zero.
 
     A loss may rise.
 

@@ -190,3 +190,11 @@ def test_coefficients_that_float32_does_not_hold_are_refused_and_float64_takes_t
         else:
             (total,) = jacobian.combine(coefficients)
             assert torch.allclose(total, torch.full((3,), 1e10, dtype=dtype))
+
+
+@pytest.mark.parametrize("compared", [(0, 1, 2), ()])
+def test_coefficients_that_float16_does_not_hold_multiply_its_short_gradients(compared) -> None:
+    parts = [torch.ones(2), torch.ones(3), torch.ones(70_000)]
+    rows = [[(size * part).half() for part in parts] for size in (2.0, 1e-4)]
+    for row in Jacobian(rows, compared).combine(torch.tensor([0.5, 1e5])):
+        torch.testing.assert_close(row, torch.full_like(row, 11.0), rtol=1e-2, atol=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moo_balance import BalancedOptimizer, GradDrop
+from moo_balance.weighting._random import draw_coordinates, step_generator
 from tests.support.problems import SmallModel, flat_gradient, jacobian, setup, sgd, train
 from tests.support.registry import METHODS, NAMES
 
@@ -102,6 +103,17 @@ def test_two_parameters_have_draws_of_their_own():
     optimizer = BalancedOptimizer(torch.optim.SGD([a, b], lr=0.1), GradDrop())
     optimizer.backward({"up": a.sum() + b.sum(), "down": -a.sum() - b.sum()})
     assert not torch.equal(a.grad, b.grad)
+
+
+def test_draws_of_all_steps_and_parameters_differ():
+    shape, like = torch.Size([4]), torch.zeros(())
+    first = {tuple(torch.rand(4, generator=step_generator(0, step)).tolist()) for step in range(9)}
+    draws = {
+        tuple(draw_coordinates(0, step, position, shape, like).tolist())
+        for step in range(9)
+        for position in range(9)
+    }
+    assert len(draws | first) == 90
 
 
 def test_a_resumed_run_draws_what_the_first_would_have_drawn():

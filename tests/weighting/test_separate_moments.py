@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from moo_balance import BalancedOptimizer, BalanceValueError, SeparateMoments
+from moo_balance import BalancedOptimizer, BalanceValueError, SeparateMoments, Sequential, Sum
 from tests.support.companions import SAM
 from tests.support.problems import SmallModel, snapshot, train, train_plainly
 from tests.support.registry import NAMES
@@ -145,13 +145,21 @@ def test_a_scheduler_counts_steps_once():
     assert {float(s["step"]) for each in states(optimizer).values() for s in each.values()} == {2.0}
 
 
-class Counting(torch.optim.SGD):
+class _Counting:
     """Counts its steps in an option of the group, as schedule-free optimizers do."""
 
     def step(self, closure=None):
         for group in self.param_groups:
             group["k"] = group.get("k", 0) + 1
         return super().step(closure)
+
+
+class Counting(_Counting, torch.optim.SGD):
+    pass
+
+
+class CountingAdam(_Counting, torch.optim.Adam):
+    pass
 
 
 def test_options_that_count_steps_count_once():
@@ -170,28 +178,70 @@ def test_an_absent_loss_keeps_its_state():
     assert snapshot({k: each.get("b") for k, each in states(optimizer).items()}) == before
 
 
-def test_a_step_that_fails_leaves_parameters_and_gradients(monkeypatch):
-    model = SmallModel()
-    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SeparateMoments())
-    optimizer.backward(model.losses())
-    before = snapshot([(p, p.grad) for p in model.parameters()])
-    calls, step = [], optimizer.optimizer.step
+def test_a_step_that_fails_leaves_all_as_it_was(monkeypatch):
+    """And can be taken again."""
+    ends = []
+    for fails in (False, True):
+        model = SmallModel()
+        optimizer = BalancedOptimizer(CountingAdam(model.parameters(), lr=0.1), SeparateMoments())
+        train(model, optimizer, range(2))
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(2))
+        before = snapshot([[(p, p.grad) for p in model.parameters()], optimizer.state_dict()])
+        if fails:
+            calls, step = [], optimizer.optimizer.step
 
-    def fail():
-        calls.append(step())
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
+            def fail():
+                calls.append(step())  # noqa: B023
+                if len(calls) == 2:  # noqa: B023
+                    raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(optimizer.optimizer, "step", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+            with monkeypatch.context() as patch:
+                patch.setattr(optimizer.optimizer, "step", fail)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    optimizer.step()
+            after = snapshot([[(p, p.grad) for p in model.parameters()], optimizer.state_dict()])
+            assert after == before
         optimizer.step()
-    assert snapshot([(p, p.grad) for p in model.parameters()]) == before
+        ends.append(snapshot([model.state_dict(), optimizer.state_dict()]))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "device"])
+def test_the_state_of_a_satisfied_loss_stays_as_that_of_an_absent_one(on_device, monkeypatch):
+    if on_device:
+        monkeypatch.setattr("moo_balance._nonfinite.is_on_cpu", lambda tensor: False)
+    ends = []
+    for present in (True, False):
+        model = SmallModel()
+        inner = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = BalancedOptimizer(inner, SeparateMoments(), loss_names=NAMES)
+        for step in range(4):
+            losses = model.losses(step)
+            if step == 2:
+                losses["b"] = 0.0 * losses["b"]
+                if not present:
+                    del losses["b"]
+            optimizer.zero_grad()
+            optimizer.backward(losses)
+            optimizer.step()
+        ends.append(snapshot([model.state_dict(), states(optimizer)]))
+    assert ends[0] == ends[1]
 
 
 def test_an_optimizer_with_two_steps_is_refused():
     inner = SAM(SmallModel().parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(BalanceValueError, match=r"SeparateMoments.*takes two"):
         BalancedOptimizer(inner, SeparateMoments())
+    model = SmallModel()
+    inner = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer = BalancedOptimizer(inner, Sequential([Sum(), SeparateMoments()], [1]))
+    optimizer.backward(model.losses())
+    optimizer.first_step(zero_grad=True)
+    optimizer.backward(model.losses())
+    optimizer.second_step(zero_grad=True)
+    with pytest.raises(BalanceValueError, match=r"SeparateMoments.*takes two"):
+        optimizer.backward(model.losses(1))
 
 
 def test_zeros_of_a_compiled_model_are_no_gradients():
