@@ -36,7 +36,11 @@ def transformation(rows: Tensor, scale: str = "min") -> Tensor:
     shares = torch.eye(count).double() + 0.5
     found = [
         coefficients_of(
-            AlignedMTL(scale, "mean", dict(zip(names(count), share.tolist(), strict=True))),
+            AlignedMTL(
+                scale,
+                "mean",
+                preference=dict(zip(names(count), share.tolist(), strict=True)),
+            ),
             gramian_of(rows),
         )
         for share in shares / shares.sum(1)

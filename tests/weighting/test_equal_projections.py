@@ -64,7 +64,7 @@ def test_config_agrees_with_two_others() -> None:
 
 def test_a_preference_is_that_of_torchjd() -> None:
     peer = pytest.importorskip("torchjd.aggregation").ConFIG(vector((1.0, 2.0, 4.0)))
-    along = direction(ConFIG({"a": 1.0, "b": 2.0, "c": 4.0}), THREE)
+    along = direction(ConFIG(preference={"a": 1.0, "b": 2.0, "c": 4.0}), THREE)
     assert_near(along, peer(THREE), 1e-12)
     projections = THREE @ along / THREE.norm(dim=1)
     assert_near(projections / projections[0], (1.0, 2.0, 4.0), 1e-12)

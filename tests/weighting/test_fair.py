@@ -35,8 +35,10 @@ def test_golden_values() -> None:
 def test_nash_is_fairgrad_with_alpha_1() -> None:
     preference = {"a": 1.0, "b": 2.0, "c": 4.0}
     for shares in (None, preference):
-        nash = coefficients_of(NashMTL(shares), gramian_of(THREE))
-        assert torch.equal(nash, coefficients_of(FairGrad(1.0, shares), gramian_of(THREE)))
+        nash = coefficients_of(NashMTL(preference=shares), gramian_of(THREE))
+        assert torch.equal(
+            nash, coefficients_of(FairGrad(1.0, preference=shares), gramian_of(THREE))
+        )
 
 
 def test_nash_has_the_direction_of_config_for_two_losses() -> None:
@@ -78,7 +80,7 @@ def test_nash_solves_its_equation_at_any_scale() -> None:
 def test_a_preference_multiplies_the_contributions_to_the_length(count: int) -> None:
     rows = normal(count, 5, seed=1)
     preference = dict(zip("abc"[:count], (1.0, 2.0, 6.0), strict=False))
-    weights = coefficients_of(NashMTL(preference), gramian_of(rows))
+    weights = coefficients_of(NashMTL(preference=preference), gramian_of(rows))
     shares = vector(preference.values())
     assert_near(weights * (gramian_of(rows) @ weights), shares / shares.mean(), 1e-12)
     assert float((weights @ rows).square().sum()) == pytest.approx(count)
@@ -111,7 +113,7 @@ def test_equal_losses_get_equal_coefficients() -> None:
 
 
 def test_every_keeps_the_coefficients_and_preferences_of_the_present() -> None:
-    weighting = NashMTL({"a": 1.0, "b": 1.0, "c": 8.0}, every=2)
+    weighting = NashMTL(preference={"a": 1.0, "b": 1.0, "c": 8.0}, every=2)
     first = weighting.weights(
         statistics_of((1.0, 2.0, 3.0), gramian_of(THREE)), initial_state(weighting, 3)
     )

@@ -61,7 +61,7 @@ def train_by_hand(
 def test_weights_are_those_of_a_plain_loop(
     alpha: float, lr: float, optimizer: str, preference: dict[str, float] | None, layer: bool
 ) -> None:
-    rule = GradNorm(alpha, lr, optimizer, preference)
+    rule = GradNorm(alpha, lr, optimizer, preference=preference)
     model = SmallModel()
     balanced = BalancedOptimizer(
         descent(model, 1e-4), rule, shared_params=[model.trunk.weight] if layer else None
@@ -93,7 +93,8 @@ def test_with_alpha_zero_it_settles_where_gradient_norms_are(
     optimizer: str, preference: dict[str, float] | None
 ) -> None:
     norms = (1.0, 2.0, 8.0)
-    learned, _ = settle(GradNorm(0.0, 5e-3, optimizer, preference), norms, (1.0, 1.0, 1.0))
+    rule = GradNorm(0.0, 5e-3, optimizer, preference=preference)
+    learned, _ = settle(rule, norms, (1.0, 1.0, 1.0))
     rule = GradientNorms(preference=preference)
     statistics = statistics_of([1.0] * 3, torch.diag(vector(norms)).square())
     direct = rule.weights(statistics, initial_state(rule, 3)).coefficients

@@ -191,8 +191,8 @@ def test_a_preference_is_the_share_of_a_corrected_gradient(count: int) -> None:
     preference = {name: 1.0 + k for k, name in enumerate(names)}
     gramian = gramian_of(normal(count, 3))
     for reduction in ("sum", "mean"):
-        expected = coefficients_of(PCGrad(reduction, preference), gramian)
-        found = coefficients_of(GradVac(0.5, reduction, preference), gramian)
+        expected = coefficients_of(PCGrad(reduction, preference=preference), gramian)
+        found = coefficients_of(GradVac(0.5, reduction, preference=preference), gramian)
         assert_near(found, expected, 1e-12)
 
 

@@ -19,6 +19,7 @@ from moo_balance import (
     BalanceValueError,
     FixedWeights,
     MovingAverage,
+    Sequential,
     Sum,
 )
 from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
@@ -106,7 +107,7 @@ def test_a_description_has_all_hyper_parameters_and_no_address(value: object, te
 def test_methods_that_differ_are_described_differently(method: Any) -> None:
     weighting = method.make(NAMES)
     assert describe(weighting) == describe(method.make(NAMES))
-    assert describe(MovingAverage(weighting)) != describe(weighting)
+    assert describe(Sequential([weighting], [])) != describe(weighting)
     assert describe(FixedWeights({"a": 1.0, "b": 2.0})) != describe(FixedWeights({"a": 1.0}))
 
 

@@ -167,7 +167,9 @@ def test_cosmos_is_that_of_torchjd() -> None:
         preference = dict(zip("abcd", values.tolist(), strict=True))
         losses = normal(4, seed=seed).exp().requires_grad_()
         expected = gradient(peer_of(2.0, values / values.sum())(losses), losses)
-        assert_near(coefficients(COSMOS(2.0, preference=preference), losses.detach()), expected, 1e-13)
+        assert_near(
+            coefficients(COSMOS(2.0, preference=preference), losses.detach()), expected, 1e-13
+        )
 
 
 @property_test

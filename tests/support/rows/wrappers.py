@@ -21,7 +21,6 @@ from tests.support.method import (
     above_minus_one,
     adversarial,
     count,
-    fixed,
     positive,
     refused,
 )
@@ -54,10 +53,10 @@ METHODS = [
     Method("Sequential", lambda names: Sequential([MGDA(), SumLog()], [2]), kind="gramian-every"),
     Method(
         "Sequential-FAMO",
-        lambda names: Sequential([FAMO(every=2), FixedWeights(fixed(names))], [3]),
+        lambda names: Sequential([FAMO(every=2), SumLog()], [3]),
         kind="observing",
         bounds=positive,
-        total=None,
+        scaling="shares",
     ),
     Method(
         "Rescaled",
