@@ -53,9 +53,12 @@ def check_optimizer(optimizer: object) -> None:
 def check_method(weighting: object, engine: object) -> None:
     """Refuse what is no weighting or no engine."""
     if not isinstance(weighting, Weighting):
+        hint = ""
+        if type(weighting).__module__.startswith("torchjd"):
+            hint = " Wrap it in moo_balance.integrations.torchjd.TorchJD."
         raise BalanceValueError(
             "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
-            f"Found {weighting!r}."
+            f"Found {weighting!r}.{hint}"
         )
     if engine is not None and not isinstance(engine, Engine):
         raise BalanceValueError(

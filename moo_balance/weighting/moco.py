@@ -59,7 +59,8 @@ class MoCo(RowWeighting):
             ``"gradient"`` (paper; the official code and LibMTL rescale). As :math:`\gamma` has
             the unit of an inverse squared gradient, rescaling makes it comparable between models.
         preference: How much each loss should improve in proportion to the others, by name: the
-            rows are :math:`g_i / p_i`. Default None, equal.
+            weights are those of the rows :math:`y_i / p_i`, from :math:`\lambda \propto p_i^2` on,
+            and the coefficients :math:`\lambda_i / p_i`, divided by their sum. Default None, equal.
 
     Raises:
         BalanceValueError: A hyper-parameter is out of range, or does not fit the losses; from
@@ -107,21 +108,15 @@ class MoCo(RowWeighting):
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)
-        return {"learned": initial_weights(None, names, device)}
+        preference = self.preference and {name: p**2 for name, p in self.preference.items()}
+        return {"learned": initial_weights(preference, names, device)}
 
     def row_factors(self, statistics: Statistics) -> Tensor | None:
-        if self.length == "gradient" and self.preference is None:
+        if self.length == "gradient":
             return None
-        factors = torch.ones_like(statistics.losses)
-        if self.length == "loss":
-            assert statistics.gramian is not None
-            norms = statistics.gramian.diagonal().sqrt()
-            factors = torch.where(norms > 0, statistics.losses / norms, 0.0)
-        if self.preference is not None:  # in proportion to all, as averages go over steps
-            mean = sum(self.preference.values()) / len(self.preference)
-            values = values_by_name(self.preference, statistics.names)
-            factors = factors * constants_like([mean / value for value in values], factors)
-        return factors
+        assert statistics.gramian is not None
+        norms = statistics.gramian.diagonal().sqrt()
+        return torch.where(norms > 0, statistics.losses / norms, 0.0)
 
     def track(self, kept: Tensor, gradient: Tensor) -> Tensor:
         return kept.lerp(gradient, 1.0 - self.beta)
@@ -130,8 +125,12 @@ class MoCo(RowWeighting):
         tracked = rows_of(statistics, self).gramian
         assert tracked is not None
         weights, mass = present_weights(state["learned"], statistics.satisfied)
+        tracked = tracked.to(weights)
+        if self.preference is not None:
+            inverse = self._inverse_preference(statistics.names, weights)
+            tracked = tracked * inverse.unsqueeze(1) * inverse
         following = projected_descent(
-            tracked.to(weights),
+            tracked,
             torch.zeros_like(weights),
             weights,
             self.lr,
@@ -142,4 +141,14 @@ class MoCo(RowWeighting):
         return {"weights": following, "learned": following * mass}
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
-        return state["weights"].to(statistics.losses)
+        weights = state["weights"]
+        if self.preference is not None:
+            weights = weights * self._inverse_preference(statistics.names, weights)
+            weights = weights / weights.sum()
+        return weights.to(statistics.losses)
+
+    def _inverse_preference(self, names: Sequence[str], like: Tensor) -> Tensor:
+        """In proportion to the mean of all losses, so that a step does not depend on the unit."""
+        assert self.preference is not None
+        mean = sum(self.preference.values()) / len(self.preference)
+        return constants_like([mean / p for p in values_by_name(self.preference, names)], like)

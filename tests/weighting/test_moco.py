@@ -151,3 +151,12 @@ def test_a_loss_that_a_mask_leaves_out_has_no_part(learned):
     expected = weighting.weights(rest, {"learned": learned[~mask]})
     torch.testing.assert_close(found.coefficients[~mask], expected.coefficients)
     torch.testing.assert_close(found.state["learned"][~mask], expected.state["learned"])
+
+
+def test_a_preferred_loss_has_more_of_the_gradient_from_the_first_step_on():
+    w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    method = MoCo(preference={"a": 4.0, "b": 1.0, "c": 1.0}, lr=1e-9)
+    optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), method)
+    optimizer.backward({"a": w[0] ** 2, "b": w[1] ** 2, "c": w[2] ** 2})
+    torch.testing.assert_close(w.grad / w.grad.sum(), torch.tensor([4.0, 1.0, 1.0]).double() / 6)
+    assert optimizer.metrics.coefficients["a"].item() == pytest.approx(4 / 6)

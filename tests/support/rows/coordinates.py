@@ -130,5 +130,9 @@ FACTS: dict[str, Facts] = {
         "`Sum` with one loss",
         cost="one backward pass and one optimizer step per loss",
     ),
-    "TrimmedMean": Facts("minimizes the pull of extreme gradients", "a median for `trim` large"),
+    "TrimmedMean": Facts(
+        "minimizes the pull of extreme gradients",
+        "a median for `trim` large; `Sum` / K for `trim=0`",
+        total="1: it is a mean",
+    ),
 }
