@@ -57,7 +57,7 @@ class UPGrad(ConeWeighting):
         reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, paper and TorchJD), or ``"sum"``,
             :math:`\sum_i p_i = K`, as long as the plain sum where there is no conflict.
         preference: Positive numbers by name, proportional to :math:`p`. Default None, equal. It is
-            TorchJD's `pref_vector`.
+            TorchJD's `pref_vector` divided by its sum.
         every: Solve each n-th step only, and keep the coefficients in between. Default 1.
 
     Raises:
@@ -106,7 +106,7 @@ class DualProj(ConeWeighting):
         reduction: ``"mean"``, :math:`\sum_i p_i = 1` (default, TorchJD), or ``"sum"``,
             :math:`\sum_i p_i = K`.
         preference: Positive numbers by name, proportional to :math:`p`. Default None, equal. It is
-            TorchJD's `pref_vector`.
+            TorchJD's `pref_vector` divided by its sum.
         every: Solve each n-th step only, and keep the coefficients in between. Default 1.
 
     Raises:
