@@ -26,6 +26,7 @@ from moo_balance._nonfinite import (
     flag_gradients,
     flag_losses,
     is_on_cpu,
+    mask_coefficients,
     replace_nonfinite,
     select_state,
     unite,
@@ -356,9 +357,7 @@ class Balancer:
         )
         if valid is not None:
             following = select_state(valid, following, state)
-            # Without a scaler the step is taken with zero gradients. With one, NaN makes it skip.
-            nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
-            coefficients = torch.where(valid, coefficients, nothing)
+            coefficients = mask_coefficients(valid, coefficients, scaled)
         separate = None
         if needs.rows is not None and needs.rows.steps_apart:
             separate = separate_rows(linearization, present, coefficients, valid, satisfied)
@@ -369,21 +368,21 @@ class Balancer:
             measured.losses,
             weights,
             coefficients,
-            satisfied,
-            projected,
+            _satisfied=satisfied,
+            projected=projected,
         )
         if satisfied is not None or record.satisfied is not None:
             satisfied = among_declared(satisfied, record.satisfied, names, present)
         return Staged(
-            names,
-            present,
-            following,
-            coefficients,
-            metrics,
-            valid,
-            needs.observes,
-            needs.method,
-            satisfied,
+            names=names,
+            present=present,
+            state=following,
+            coefficients=coefficients,
+            metrics=metrics,
+            valid=valid,
+            observes=needs.observes,
+            method=needs.method,
+            satisfied=satisfied,
             rows=rows,
             separate=separate,
         )

@@ -189,6 +189,15 @@ def select_state(valid: Tensor | None, following: State, before: State) -> State
     return {key: torch.where(valid, value, before[key]) for key, value in following.items()}
 
 
+def mask_coefficients(valid: Tensor, coefficients: Tensor, scaled: bool) -> Tensor:
+    """Coefficients of a step that was not valid: zeros, with which it is taken without effect.
+
+    With a scaler they are NaN, which makes it skip the step.
+    """
+    nothing = torch.full_like(coefficients, math.nan if scaled else 0.0)
+    return torch.where(valid, coefficients, nothing)
+
+
 class FaultCounts:
     """How often each loss was flagged, counted on the device until the host reads it."""
 
