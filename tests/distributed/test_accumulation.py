@@ -21,7 +21,7 @@ from tests.support.distributed import (
     train,
 )
 from tests.support.problems import snapshot
-from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
+from tests.support.registry import NAMES, over_kinds, over_some
 
 MICRO, STEPS = 2, 3
 
@@ -53,7 +53,7 @@ def check(model, method, without_sync=nullcontext):
 
 
 @pytest.mark.capability("gradient accumulation under DDP")
-@over_each_method
+@over_kinds
 def test_windows_in_data_parallel(method):
     check(DDP(Net()), method)
 

@@ -25,7 +25,7 @@ from tests.support.distributed import (
 )
 from tests.support.problems import snapshot
 from tests.support.rank_plugin import begin, own_rank
-from tests.support.registry import NAMES, over_each_method, over_some
+from tests.support.registry import NAMES, over_kinds, over_some
 
 pytestmark = pytest.mark.capability("distributed checkpoints, any number of ranks")
 
@@ -113,7 +113,7 @@ def test_two_ranks_save_for_one_and_one_saves_for_two(method, make, tmp_path, re
     assert state_of(model, optimizer) == end
 
 
-@over_each_method
+@over_kinds
 def test_the_balance_is_saved_and_loaded_by_itself(method):
     """As a state dict of its own, for shards that are saved by other means."""
     model, optimizer = replicated(method)
