@@ -37,7 +37,7 @@ from tests.support.distributed import (
     share,
     train,
 )
-from tests.support.registry import NAMES, over_kinds, over_some
+from tests.support.registry import NAMES, over_each_method, over_kinds, over_some
 
 over_some_kinds = over_some("SumLog", "FAMO-adam", "AnalyticQP")
 over_steps = pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def check(model, method, step=by_closure, dtype=torch.float64):
 
 
 @pytest.mark.capability("FSDP2")
-@over_kinds
+@over_each_method
 def test_every_method(method):
     model = Net()
     fully_shard(model)
