@@ -77,14 +77,14 @@ METHODS = [
         lambda names: SeparateMoments(),
         kind="gramian",
         scaling="unchanged",
-        host_reads=6,  # those of the wrapped optimizer
+        host_reads=7,  # the mask of satisfied losses, and those of the wrapped optimizer
     ),
     Method(
         "SeparateMoments-preference",
         lambda names: SeparateMoments(preference=preference(names)),
         kind="gramian",
         scaling="unchanged",
-        host_reads=6,  # those of the wrapped optimizer
+        host_reads=7,  # the mask of satisfied losses, and those of the wrapped optimizer
     ),
 ]
 
