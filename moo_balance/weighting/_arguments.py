@@ -177,6 +177,16 @@ def copy_mappings(weighting: Weighting) -> None:
 # ---------------------------------------------------------------------- checks
 
 
+def check_common(weighting: Weighting) -> None:
+    """Copy the mappings, and check the hyper-parameters that mean the same in every method.
+
+    They are ``preference`` and ``every``, where a method has them.
+    """
+    copy_mappings(weighting)
+    check_preference(weighting)
+    check_whole(weighting, "every", 1)
+
+
 def check_names(argument: str, value: object, names: Sequence[str], complete: bool = False) -> None:
     """Refuse a mapping with names that are no losses, or one that is not `complete`."""
     if not isinstance(value, Mapping):

@@ -14,11 +14,10 @@ from moo_balance.weighting._adam import adam, init_adam
 from moo_balance.weighting._arguments import (
     FloatOrByName,
     advise,
+    check_common,
     check_names,
-    check_preference,
     check_range,
     constant_state,
-    copy_mappings,
     lower_limits,
     relative_preference,
     shifted_losses,
@@ -40,12 +39,11 @@ class LearnedScaleWeighting(Weighting):
     preference: Mapping[str, float] | None
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "lr", 0.0, open=True)
         if self.initial != "first":
             check_range(self, "initial", text="first")
         check_range(self, "bounds", named=True)
-        check_preference(self)
 
     @property
     @abstractmethod

@@ -14,9 +14,7 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     check_choice,
-    check_preference,
-    check_whole,
-    copy_mappings,
+    check_common,
 )
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
 from moo_balance.weighting.base import State, Statistics
@@ -75,11 +73,9 @@ class AlignedMTL(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_choice(self, "scale", ("min", "median", "rmse"))
         check_reduction(self)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

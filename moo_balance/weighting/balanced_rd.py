@@ -18,12 +18,10 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_common,
     check_flag,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
-    copy_mappings,
     init_floor,
     left_of_two,
     log_coefficients,
@@ -171,13 +169,11 @@ class AnalyticQP(GramianWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
-        check_preference(self)
+        check_common(self)
         check_choice(self, "projection", ("softmax", "simplex", "exact"))
         check_range(self, "shift", 0.0)
         check_range(self, "floor", 0.0)
         check_flag(self, "renormalize")
-        check_whole(self, "every", 1)
 
     bound_reason = TAKES_LOG
 

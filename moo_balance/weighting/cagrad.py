@@ -14,10 +14,8 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     check_choice,
-    check_preference,
+    check_common,
     check_range,
-    check_whole,
-    copy_mappings,
 )
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
 from moo_balance.weighting.base import State, Statistics
@@ -86,12 +84,10 @@ class CAGrad(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "c", 0.0)
         check_choice(self, "rescale", (None, "1+c", "1+c^2"))
         check_reduction(self)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

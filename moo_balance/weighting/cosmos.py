@@ -9,10 +9,9 @@ import torch
 
 from moo_balance.functional._checks import precision, widest
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting._perpendicular import normalize, perpendicular
@@ -64,9 +63,8 @@ class COSMOS(Weighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "penalty", 0.0)
-        check_preference(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

@@ -14,12 +14,11 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    check_common,
     check_flag,
     check_names,
-    check_preference,
     check_range,
     constant_state,
-    copy_mappings,
     lower_limits,
     relative_preference,
     shifted_losses,
@@ -86,11 +85,10 @@ class DBMTL(RowWeighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "shift", named=True)
         check_flag(self, "debiased")
-        check_preference(self)
 
     leaves_out_satisfied = True
 

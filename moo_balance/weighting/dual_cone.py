@@ -10,9 +10,7 @@ from torch import Tensor
 
 from moo_balance.functional import project_dual_cone
 from moo_balance.weighting._arguments import (
-    check_preference,
-    check_whole,
-    copy_mappings,
+    check_common,
 )
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
 from moo_balance.weighting.base import State, Statistics
@@ -22,10 +20,8 @@ class ConeWeighting(ReductionWeighting):
     """What :class:`UPGrad` and :class:`DualProj` share: their arguments."""
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_reduction(self)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def _combination(self, statistics: Statistics) -> Tensor:
         """Weights of the gradients in their plain combination, shape [K]."""

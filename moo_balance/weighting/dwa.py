@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
     check_whole,
-    copy_mappings,
 )
 from moo_balance.weighting._rates import init_window_means, share, update_window_means
 from moo_balance.weighting._shares import count_others
@@ -78,10 +77,9 @@ class DWA(Weighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_whole(self, "window", 1)
         check_range(self, "temperature", 0.0, open=True)
-        check_preference(self)
 
     bound_reason = "divides by its mean"
     bound_advice = "Give a loss that stays positive."

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from moo_balance.functional import equal_projections
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
-    check_whole,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -27,9 +25,7 @@ class ProjectionWeighting(GramianWeighting):
     length: ClassVar[Literal["config", "imtl_g"]]
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
-        check_preference(self)
-        check_whole(self, "every", 1)
+        check_common(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

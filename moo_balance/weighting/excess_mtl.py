@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
     check_whole,
     constant_state,
-    copy_mappings,
     values_by_name,
 )
 from moo_balance.weighting._reduction import Reduction, check_reduction
@@ -88,12 +87,10 @@ class ExcessMTL(RowWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "lr", 0.0, open=True)
         check_whole(self, "warmup_steps", 1)
         check_reduction(self)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

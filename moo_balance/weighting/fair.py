@@ -10,11 +10,9 @@ from torch import Tensor
 
 from moo_balance.functional import fair_weights
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -27,10 +25,8 @@ class FairWeighting(GramianWeighting):
     preference: Mapping[str, float] | None
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "alpha", 0.0, open=True)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

@@ -16,13 +16,11 @@ from moo_balance.weighting._arguments import (
     FloatOrByName,
     advise,
     check_choice,
+    check_common,
     check_flag,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
     constant_state,
-    copy_mappings,
     init_floor,
     log_coefficients,
     lower_limits,
@@ -50,15 +48,13 @@ class LogitWeighting(Weighting):
     lagged: bool
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "decay", 0.0)
         check_range(self, "bounds", named=True)
         check_range(self, "shift", named=True)
         check_range(self, "floor", 0.0)
         check_choice(self, "logit_optimizer", ("adam", "sgd"))
-        check_preference(self)
-        check_whole(self, "every", 1)
         check_flag(self, "lagged")
 
     @property

@@ -11,10 +11,10 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    check_common,
     check_flag,
     check_mapping,
     check_names,
-    check_preference,
     check_range,
     constants_like,
     copy_mappings,
@@ -144,12 +144,11 @@ class SumLog(Weighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "floor", 0.0)
         check_range(self, "bounds", named=True)
         check_range(self, "shift", named=True)
         check_flag(self, "renormalize")
-        check_preference(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

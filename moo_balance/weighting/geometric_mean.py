@@ -10,9 +10,8 @@ import torch
 from moo_balance.functional._checks import widest
 from moo_balance.weighting._arguments import (
     TAKES_LOG,
+    check_common,
     check_names,
-    check_preference,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -57,8 +56,7 @@ class GeometricMean(Weighting):
     preference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
-        check_preference(self)
+        check_common(self)
 
     bound_reason = TAKES_LOG
     bound_advice = "Give a loss that stays positive."

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
     check_whole,
-    copy_mappings,
     relative_preference,
 )
 from moo_balance.weighting.base import State, Statistics
@@ -76,9 +75,8 @@ class GradDrop(RowWeighting):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "leak", 0.0, high=1.0)
-        check_preference(self)
         check_whole(self, "seed", 0)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

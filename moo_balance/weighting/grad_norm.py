@@ -14,12 +14,10 @@ from moo_balance.weighting._adam import adam, init_adam
 from moo_balance.weighting._arguments import (
     advise,
     check_choice,
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
     constant_state,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -91,12 +89,10 @@ class GradNorm(GramianWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "alpha", 0.0)
         check_range(self, "lr", 0.0, open=True)
         check_choice(self, "weight_optimizer", ("adam", "sgd"))
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     bound_reason = "divides by its first value"
     leaves_out_satisfied = True

@@ -14,13 +14,11 @@ from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import (
     FloatOrByName,
     check_choice,
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
     constant_state,
     constants_like,
-    copy_mappings,
     normalize_preference,
     relative_preference,
     values_by_name,
@@ -193,15 +191,13 @@ class GradientNorms(GramianWeighting):
         return cls(total_norm, beta, preference=preference, every=every)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         if not isinstance(self.reference, str):
             check_range(self, "reference", 0.0, open=True, text="mean")
         check_range(self, "beta", 0.0, below=1.0)
         check_choice(self, "smooth", ("norms", "weights"))
         check_range(self, "eps", 0.0)
         check_range(self, "relative_eps", 0.0)
-        check_preference(self)
-        check_whole(self, "every", 1)
         if self.max_weight is not None:
             check_range(self, "max_weight", 0.0, open=True)
         if self.initial is not None:

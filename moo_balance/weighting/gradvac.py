@@ -13,10 +13,9 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.functional.gramian import equality_tolerance
 from moo_balance.weighting._arguments import (
-    check_preference,
+    check_common,
     check_range,
     check_whole,
-    copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
@@ -86,12 +85,10 @@ class GradVac(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_reduction(self)
-        check_preference(self)
         check_whole(self, "seed", 0)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         shape = (len(names), len(names))

@@ -13,13 +13,11 @@ from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import (
     FloatOrByName,
     check_choice,
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
     constant_state,
     constants_like,
-    copy_mappings,
     values_by_name,
 )
 from moo_balance.weighting.base import State, Statistics
@@ -91,7 +89,7 @@ class LearningRateAnnealing(RowWeighting):
     every: int = 10
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         if not isinstance(self.reference, str):
             raise BalanceValueError(
                 "Parameter `reference` of LearningRateAnnealing should be the name of a loss. "
@@ -100,8 +98,6 @@ class LearningRateAnnealing(RowWeighting):
         check_choice(self, "form", ("paper", "code"))
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "initial", 0.0, open=True, named=True)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("reference", {self.reference: 1.0}, names)

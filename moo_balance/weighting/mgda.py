@@ -16,10 +16,8 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     advise,
     check_choice,
+    check_common,
     check_names,
-    check_preference,
-    check_whole,
-    copy_mappings,
     left_of_two,
     log_coefficients,
     relative_preference,
@@ -85,10 +83,8 @@ class MGDA(GramianWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_choice(self, "normalize", (None, "l2", "loss", "loss+", "log"))
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     @property
     def bound_reason(self) -> str:

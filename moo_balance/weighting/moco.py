@@ -13,11 +13,10 @@ from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
     advise,
     check_choice,
+    check_common,
     check_names,
-    check_preference,
     check_range,
     constants_like,
-    copy_mappings,
     values_by_name,
 )
 from moo_balance.weighting._shares import initial_weights, present_weights
@@ -90,12 +89,11 @@ class MoCo(RowWeighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "rho", 0.0)
         check_choice(self, "length", ("gradient", "loss"))
-        check_preference(self)
 
     bound_reason = "takes it as the length of its gradient"
 

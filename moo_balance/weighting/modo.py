@@ -9,11 +9,9 @@ import torch
 
 from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    check_whole,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting._shares import initial_weights, present_weights
@@ -93,11 +91,9 @@ class MoDo(Weighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "rho", 0.0)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

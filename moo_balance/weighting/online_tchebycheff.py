@@ -11,11 +11,10 @@ import torch
 from moo_balance.functional import project_simplex
 from moo_balance.weighting._arguments import (
     check_choice,
+    check_common,
     check_names,
-    check_preference,
     check_range,
     constant_state,
-    copy_mappings,
     normalize_preference,
     renormalize,
 )
@@ -69,10 +68,9 @@ class OnlineTchebycheff(Weighting):
     preference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "lr", 0.0, open=True)
         check_choice(self, "update", ("mirror", "projected"))
-        check_preference(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

@@ -11,10 +11,9 @@ from moo_balance.functional._checks import precision, widest
 from moo_balance.weighting._arguments import (
     FloatOrByName,
     broadcastable,
+    check_common,
     check_names,
-    check_preference,
     check_range,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting._perpendicular import normalize, perpendicular
@@ -69,9 +68,8 @@ class PBI(Weighting):
     ideal: FloatOrByName = 0.0
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "penalty", 0.0)
-        check_preference(self)
         check_range(self, "ideal", named=True)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

@@ -14,11 +14,10 @@ from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     FloatOrByName,
+    check_common,
     check_names,
     check_range,
-    check_whole,
     constant_state,
-    copy_mappings,
     values_by_name,
 )
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
@@ -90,14 +89,13 @@ class PCD(GramianWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         if not isinstance(self.primary, str) or not self.primary:
             raise BalanceValueError(
                 f"Parameter `primary` of PCD should be the name of a loss. Found {self.primary!r}."
             )
         check_range(self, "tau", 0.0, named=True)
         check_range(self, "beta", 0.0, below=1.0)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("primary", {self.primary: 1.0}, names)

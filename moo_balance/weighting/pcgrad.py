@@ -11,9 +11,8 @@ from torch import Tensor
 from moo_balance.functional._checks import check_square
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.weighting._arguments import (
-    check_preference,
+    check_common,
     check_whole,
-    copy_mappings,
 )
 from moo_balance.weighting._random import step_generator
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
@@ -69,11 +68,9 @@ class PCGrad(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_reduction(self)
-        check_preference(self)
         check_whole(self, "seed", 0)
-        check_whole(self, "every", 1)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
     check_whole,
     constant_state,
-    copy_mappings,
     values_by_name,
 )
 from moo_balance.weighting._random import step_generator
@@ -91,11 +90,10 @@ class ReLoBRaLo(Weighting):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "beta", 0.0, below=1.0)
         check_range(self, "temperature", 0.0, open=True)
         check_range(self, "lookback", 0.0, high=1.0)
-        check_preference(self)
         check_whole(self, "seed", 0)
 
     bound_reason = "divides by it in the next step"

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from moo_balance.functional._projected_descent import projected_descent
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
     check_range,
     check_whole,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting._shares import initial_weights, present_weights
@@ -97,13 +96,11 @@ class SDMGrad(Weighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "pull", 0.0)
         check_range(self, "lr", 0.0, open=True)
         check_range(self, "momentum", 0.0, below=1.0)
         check_whole(self, "iterations", 1)
-        check_preference(self)
-        check_whole(self, "every", 1)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

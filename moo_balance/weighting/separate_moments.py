@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from moo_balance.weighting._arguments import (
+    check_common,
     check_names,
-    check_preference,
-    copy_mappings,
     normalize_preference,
 )
 from moo_balance.weighting.base import State, Statistics
@@ -78,8 +77,7 @@ class SeparateMoments(RowWeighting):
     preference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
-        check_preference(self)
+        check_common(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from moo_balance.weighting._arguments import (
     advise,
+    check_common,
     check_flag,
     check_names,
-    check_preference,
     check_range,
     check_whole,
-    copy_mappings,
 )
 from moo_balance.weighting._rates import init_window_means, share, update_window_means
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -90,11 +89,10 @@ class SoftAdapt(Weighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_whole(self, "window", 1)
         check_range(self, "temperature", 0.0, open=True)
         check_flag(self, "normalize", "loss_weighted")
-        check_preference(self)
 
     bound_reason = "multiplies by its mean"
 

@@ -17,13 +17,12 @@ from moo_balance.weighting._arguments import (
     FloatOrByName,
     advise,
     broadcastable,
+    check_common,
     check_flag,
     check_names,
-    check_preference,
     check_range,
     check_whole,
     constant_state,
-    copy_mappings,
     normalize_preference,
     values_by_name,
 )
@@ -70,8 +69,7 @@ class Tchebycheff(Weighting):
     augment: float = 0.0
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
-        check_preference(self)
+        check_common(self)
         if self.ideal != "running":
             check_range(self, "ideal", text="running", named=True)
         check_range(self, "augment", 0.0)
@@ -151,9 +149,8 @@ class SmoothTchebycheff(Weighting):
     log: bool = False
 
     def __post_init__(self) -> None:
-        copy_mappings(self)
+        check_common(self)
         check_range(self, "mu", 0.0, open=True)
-        check_preference(self)
         check_range(self, "ideal", named=True)
         if self.nadir is not None:
             check_range(self, "nadir", named=True)
