@@ -8,7 +8,7 @@ does not know which they are, there always is a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,33 +37,14 @@ def weigh(
         state: Of all of them.
         needs: Of the method in the step.
     """
-    device = statistics.losses.device
-    if satisfied is None:
-        positions = loss_positions(names, statistics.names, device)
-        part = state if positions is None else select_losses(state, positions)
-        output = weighting.weights(statistics, part)
-        return output._replace(state=merge_losses(state, output.state, positions))
-    if needs.method.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
-        present = loss_positions(names, statistics.names, device)
-        part = select_losses(state, present)
-        marked = _mark(statistics, satisfied, needs.method.lower_bounds(statistics.names))
-        weights, coefficients, following = weighting.weights(marked, part)
-        following = merge_losses(state, _keep(satisfied, following, part), present)
-        hidden = [values.masked_fill(satisfied, 0.0) for values in (weights, coefficients)]
-        return WeightingOutput(hidden[0], hidden[1], following)
-    others = _positions_of_others(satisfied)
-    if not others:
-        nothing = torch.zeros_like(statistics.losses)
-        return WeightingOutput(nothing, nothing, state)
-    rest, positions = _select(statistics, others), torch.tensor(others, device=device)
-    declared = loss_positions(names, rest.names, device)
-    weights, coefficients, following = weighting.weights(rest, select_losses(state, declared))
-    scattered = [
-        values.new_zeros(len(satisfied)).index_copy(0, positions, values)
-        for values in (weights, coefficients)
-    ]
-    following = merge_losses(state, following, declared)
-    return WeightingOutput(scattered[0], scattered[1], following)
+
+    def call(statistics: Statistics, state: State) -> tuple[Sequence[Tensor], State]:
+        weights, coefficients, following = weighting.weights(statistics, state)
+        return (weights, coefficients), following
+
+    vectors, following = _call_without(call, statistics, satisfied, names, state, needs)
+    weights, coefficients = vectors or [torch.zeros_like(statistics.losses)] * 2
+    return WeightingOutput(weights, coefficients, following)
 
 
 def observe(
@@ -75,24 +56,53 @@ def observe(
     needs: Needs,
 ) -> State:
     """The state that follows from the losses after a step; arguments as :func:`weigh`."""
+
+    def call(statistics: Statistics, state: State) -> tuple[Sequence[Tensor], State]:
+        return (), weighting.observe(statistics, state)
+
+    return _call_without(call, statistics, satisfied, names, state, needs)[1]
+
+
+def _call_without(
+    call: Callable[[Statistics, State], tuple[Sequence[Tensor], State]],
+    statistics: Statistics,
+    satisfied: Tensor | None,
+    names: Sequence[str],
+    state: State,
+    needs: Needs,
+) -> tuple[Sequence[Tensor], State]:
+    """Call a method without the losses that count as satisfied.
+
+    `call` takes statistics and the state of their losses, and returns vectors with an entry for
+    each of these, and the state that follows. All others are as for :func:`weigh`.
+
+    Returns:
+        The vectors, shape [K], zero for the satisfied losses; none if all are satisfied. And the
+        state of all declared losses.
+    """
     device = statistics.losses.device
     if satisfied is None:
         positions = loss_positions(names, statistics.names, device)
-        part = weighting.observe(statistics, select_losses(state, positions))
-        return merge_losses(state, part, positions)
+        part = state if positions is None else select_losses(state, positions)
+        vectors, following = call(statistics, part)
+        return vectors, merge_losses(state, following, positions)
     if needs.method.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)
         marked = _mark(statistics, satisfied, needs.method.lower_bounds(statistics.names))
-        following = weighting.observe(marked, part)
-        return merge_losses(state, _keep(satisfied, following, part), present)
+        vectors, following = call(marked, part)
+        hidden = [values.masked_fill(satisfied, 0.0) for values in vectors]
+        return hidden, merge_losses(state, _keep(satisfied, following, part), present)
     others = _positions_of_others(satisfied)
     if not others:
-        return state
-    rest = _select(statistics, others)
+        return (), state
+    rest, positions = _select(statistics, others), torch.tensor(others, device=device)
     declared = loss_positions(names, rest.names, device)
-    following = weighting.observe(rest, select_losses(state, declared))
-    return merge_losses(state, following, declared)
+    vectors, following = call(rest, select_losses(state, declared))
+    scattered = [
+        values.new_zeros(len(satisfied)).index_copy(0, positions, values) for values in vectors
+    ]
+    return scattered, merge_losses(state, following, declared)
 
 
 def among_declared(
