@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from moo_balance.weighting._arguments import check_choice, check_names, values_by_name
+from moo_balance.weighting._arguments import check_choice, check_common, check_names, values_by_name
 from moo_balance.weighting._shares import start_from_shares
 from moo_balance.weighting.base import (
     GramianWeighting,
@@ -35,6 +35,10 @@ class ReductionWeighting(GramianWeighting):
 
     reduction: Reduction
     preference: Mapping[str, float] | None
+
+    def __post_init__(self) -> None:
+        check_common(self)
+        check_reduction(self)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:
         check_names("preference", self.preference, names, complete=True)

@@ -12,12 +12,8 @@ from torch import Tensor
 
 from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import Pair, read_pair
-from moo_balance.weighting._arguments import (
-    check_choice,
-    check_common,
-    check_range,
-)
-from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting._arguments import check_choice, check_range
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting
 from moo_balance.weighting.base import State, Statistics
 
 
@@ -84,10 +80,9 @@ class CAGrad(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_common(self)
+        super().__post_init__()
         check_range(self, "c", 0.0)
         check_choice(self, "rescale", (None, "1+c", "1+c^2"))
-        check_reduction(self)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)

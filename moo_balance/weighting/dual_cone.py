@@ -9,27 +9,12 @@ import torch
 from torch import Tensor
 
 from moo_balance.functional import project_dual_cone
-from moo_balance.weighting._arguments import (
-    check_common,
-)
-from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting
 from moo_balance.weighting.base import State, Statistics
 
 
-class ConeWeighting(ReductionWeighting):
-    """What :class:`UPGrad` and :class:`DualProj` share: their arguments."""
-
-    def __post_init__(self) -> None:
-        check_common(self)
-        check_reduction(self)
-
-    def _combination(self, statistics: Statistics) -> Tensor:
-        """Weights of the gradients in their plain combination, shape [K]."""
-        return torch.tensor(self.shares(statistics.names), dtype=torch.float64, device="cpu")
-
-
 @dataclass(frozen=True)
-class UPGrad(ConeWeighting):
+class UPGrad(ReductionWeighting):
     r"""Unconflicting Projection of Gradients: project each gradient, then average.
 
     .. math::
@@ -78,12 +63,12 @@ class UPGrad(ConeWeighting):
     every: int = 1
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        projected = project_dual_cone(gramian, torch.diag(self._combination(statistics)))
+        projected = project_dual_cone(gramian, torch.diag(_shares(self, statistics)))
         return {"weights": projected.sum(0).to(statistics.losses.dtype)}
 
 
 @dataclass(frozen=True)
-class DualProj(ConeWeighting):
+class DualProj(ReductionWeighting):
     r"""Project the mean of the gradients onto the cone of directions along which no loss rises.
 
     .. math::
@@ -128,5 +113,11 @@ class DualProj(ConeWeighting):
     every: int = 1
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        projected = project_dual_cone(gramian, self._combination(statistics))
+        projected = project_dual_cone(gramian, _shares(self, statistics))
         return {"weights": projected.to(statistics.losses.dtype)}
+
+
+def _shares(weighting: ReductionWeighting, statistics: Statistics) -> Tensor:
+    """Weights of the gradients in their plain combination, shape [K]."""
+    shares = weighting.shares(statistics.names)
+    return torch.tensor(shares, dtype=torch.float64, device="cpu")

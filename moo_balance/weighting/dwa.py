@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_names,
-    check_range,
-    check_whole,
-)
+from moo_balance.weighting._arguments import check_common, check_names, check_range, check_whole
 from moo_balance.weighting._rates import init_window_means, share, update_window_means
 from moo_balance.weighting._shares import count_others
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput

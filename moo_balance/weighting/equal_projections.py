@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from moo_balance.functional import equal_projections
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_names,
-    normalize_preference,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
-
-
-class ProjectionWeighting(GramianWeighting):
-    """What :class:`ConFIG` and :class:`IMTLG` share. A subclass gives the length."""
-
-    preference: Mapping[str, float] | None
-    length: ClassVar[Literal["config", "imtl_g"]]
-
-    def __post_init__(self) -> None:
-        check_common(self)
-
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
-
-    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        preference = None
-        if self.preference is not None:
-            preference = normalize_preference(self.preference, statistics)
-        return {"weights": equal_projections(gramian, preference, self.length)}
+from moo_balance.weighting._preferred import PreferredWeighting
+from moo_balance.weighting.base import State, Statistics
 
 
 @dataclass(frozen=True)
-class ConFIG(ProjectionWeighting):
+class ConFIG(PreferredWeighting):
     r"""Conflict-Free Inverse Gradients: the same projection on each unit gradient.
 
     With the unit gradients :math:`u_i = g_i / \lVert g_i \rVert`,
@@ -91,11 +66,12 @@ class ConFIG(ProjectionWeighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
-    length = "config"
+    def _weigh(self, gramian: Tensor, preference: Tensor | None) -> Tensor:
+        return equal_projections(gramian, preference, "config")
 
 
 @dataclass(frozen=True)
-class IMTLG(ProjectionWeighting):
+class IMTLG(PreferredWeighting):
     r"""Impartial Multi-Task Learning, gradients: equal projections, by weights that sum to 1.
 
     .. math::
@@ -140,7 +116,8 @@ class IMTLG(ProjectionWeighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
-    length = "imtl_g"
+    def _weigh(self, gramian: Tensor, preference: Tensor | None) -> Tensor:
+        return equal_projections(gramian, preference, "imtl_g")
 
     def keep(self, statistics: Statistics, state: State) -> State:
         weights = state["weights"]

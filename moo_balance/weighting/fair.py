@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from moo_balance.functional import fair_weights
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_names,
-    check_range,
-    normalize_preference,
-)
-from moo_balance.weighting.base import GramianWeighting, State, Statistics
-
-
-class FairWeighting(GramianWeighting):
-    """What :class:`NashMTL` and :class:`FairGrad` share. A subclass gives alpha."""
-
-    alpha: float = 1.0
-    preference: Mapping[str, float] | None
-
-    def __post_init__(self) -> None:
-        check_common(self)
-        check_range(self, "alpha", 0.0, open=True)
-
-    def init(self, names: Sequence[str], device: torch.device) -> State:
-        check_names("preference", self.preference, names, complete=True)
-        return super().init(names, device)
-
-    def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        preference = None
-        if self.preference is not None:
-            preference = normalize_preference(self.preference, statistics)
-        return {"weights": fair_weights(gramian, self.alpha, preference)}
+from moo_balance.weighting._arguments import check_range
+from moo_balance.weighting._preferred import PreferredWeighting
 
 
 @dataclass(frozen=True)
-class NashMTL(FairWeighting):
+class NashMTL(PreferredWeighting):
     r"""Nash bargaining: the direction with the largest product of improvements.
 
     .. math::
@@ -92,9 +65,12 @@ class NashMTL(FairWeighting):
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
 
+    def _weigh(self, gramian: Tensor, preference: Tensor | None) -> Tensor:
+        return fair_weights(gramian, 1.0, preference)
+
 
 @dataclass(frozen=True)
-class FairGrad(FairWeighting):
+class FairGrad(PreferredWeighting):
     r"""Alpha-fair improvement: the larger alpha, the more the slowest loss counts.
 
     .. math::
@@ -143,3 +119,10 @@ class FairGrad(FairWeighting):
     alpha: float = 2.0
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
     every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "alpha", 0.0, open=True)
+
+    def _weigh(self, gramian: Tensor, preference: Tensor | None) -> Tensor:
+        return fair_weights(gramian, self.alpha, preference)

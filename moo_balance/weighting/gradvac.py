@@ -12,13 +12,9 @@ from torch import Tensor
 from moo_balance.functional._checks import check_square, precision
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.functional.gramian import equality_tolerance
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_range,
-    check_whole,
-)
+from moo_balance.weighting._arguments import check_range, check_whole
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting
 from moo_balance.weighting.base import State, Statistics, state_dtype
 
 
@@ -85,9 +81,8 @@ class GradVac(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_common(self)
+        super().__post_init__()
         check_range(self, "beta", 0.0, below=1.0)
-        check_reduction(self)
         check_whole(self, "seed", 0)
 
     def init(self, names: Sequence[str], device: torch.device) -> State:

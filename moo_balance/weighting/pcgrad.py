@@ -10,12 +10,9 @@ from torch import Tensor
 
 from moo_balance.functional._checks import check_square
 from moo_balance.functional._pair import add_multiples, read_pair
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_whole,
-)
+from moo_balance.weighting._arguments import check_whole
 from moo_balance.weighting._random import step_generator
-from moo_balance.weighting._reduction import Reduction, ReductionWeighting, check_reduction
+from moo_balance.weighting._reduction import Reduction, ReductionWeighting
 from moo_balance.weighting.base import State, Statistics
 
 
@@ -68,8 +65,7 @@ class PCGrad(ReductionWeighting):
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_common(self)
-        check_reduction(self)
+        super().__post_init__()
         check_whole(self, "seed", 0)
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:

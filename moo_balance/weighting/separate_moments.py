@@ -8,11 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moo_balance.weighting._arguments import (
-    check_common,
-    check_names,
-    normalize_preference,
-)
+from moo_balance.weighting._arguments import check_common, check_names, normalize_preference
 from moo_balance.weighting.base import State, Statistics
 from moo_balance.weighting.rows import RowWeighting
 
