@@ -171,7 +171,7 @@ class Balancer:
     ) -> tuple[Losses, Batch]:
         """The losses as given, and the batch; nothing is differentiated yet."""
         record, needs = self.record, self.needs
-        read = partial(self._read_batch, losses, scaling, features, combined)
+        read = partial(self._read_batch, losses, scaling, features, combined, needs)
         call = "accumulate" if record.accumulating else "backward"
         given, stacked, values = self.read(read, call)
         params, compared = self.params, None  # which the closure may have frozen
@@ -204,6 +204,7 @@ class Balancer:
         scaling: Scaling | None,
         features: Features | Callable[[], Features],
         combined: bool,
+        needs: Needs,
     ) -> Given:
         """Evaluate and validate a batch. What one rank alone may refuse is refused here."""
         record = self.record
@@ -211,7 +212,7 @@ class Balancer:
         record.check_observed(self.method, self.lagged)
         if self.two_steps:
             check_no_scaling(self.optimizer, scaling)
-            check_not_apart(self.optimizer, self.needs.rows)
+            check_not_apart(self.optimizer, needs.rows)
         if combined:
             record.check_no_window()
             check_no_closure(losses)
@@ -219,8 +220,8 @@ class Balancer:
         if callable(features):
             features = features()
         read: tuple[Tensor, ...] = ()
-        if self.needs.rows is not None:
-            check_whole_rows(self.needs.rows, self.engine, features is not None)
+        if needs.rows is not None:
+            check_whole_rows(needs.rows, self.engine, features is not None)
         if features is not None:
             read = read_features(features, self.shared_params is not None, record.in_window)
         present = read_losses(returned, record.names)

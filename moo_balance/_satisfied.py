@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,9 @@ def weigh(
         state: Of all of them.
         needs: Of the method in the step.
     """
-
-    def call(statistics: Statistics, state: State) -> tuple[Sequence[Tensor], State]:
-        weights, coefficients, following = weighting.weights(statistics, state)
-        return (weights, coefficients), following
-
-    vectors, following = _call_without(call, statistics, satisfied, names, state, needs)
+    vectors, following = _call_without(
+        weighting.weights, statistics, satisfied, names, state, needs
+    )
     weights, coefficients = vectors or [torch.zeros_like(statistics.losses)] * 2
     return WeightingOutput(weights, coefficients, following)
 
@@ -57,14 +55,14 @@ def observe(
 ) -> State:
     """The state that follows from the losses after a step; arguments as :func:`weigh`."""
 
-    def call(statistics: Statistics, state: State) -> tuple[Sequence[Tensor], State]:
-        return (), weighting.observe(statistics, state)
+    def call(statistics: Statistics, state: State) -> tuple[State]:
+        return (weighting.observe(statistics, state),)
 
     return _call_without(call, statistics, satisfied, names, state, needs)[1]
 
 
 def _call_without(
-    call: Callable[[Statistics, State], tuple[Sequence[Tensor], State]],
+    call: Callable[[Statistics, State], tuple[Any, ...]],
     statistics: Statistics,
     satisfied: Tensor | None,
     names: Sequence[str],
@@ -74,7 +72,7 @@ def _call_without(
     """Call a method without the losses that count as satisfied.
 
     `call` takes statistics and the state of their losses, and returns vectors with an entry for
-    each of these, and the state that follows. All others are as for :func:`weigh`.
+    each of these, if any, and last the state that follows. All others are as for :func:`weigh`.
 
     Returns:
         The vectors, shape [K], zero for the satisfied losses; none if all are satisfied. And the
@@ -84,13 +82,13 @@ def _call_without(
     if satisfied is None:
         positions = loss_positions(names, statistics.names, device)
         part = state if positions is None else select_losses(state, positions)
-        vectors, following = call(statistics, part)
+        *vectors, following = call(statistics, part)
         return vectors, merge_losses(state, following, positions)
     if needs.method.leaves_out_satisfied and not _nonfinite.is_on_cpu(satisfied):
         present = loss_positions(names, statistics.names, device)
         part = select_losses(state, present)
         marked = _mark(statistics, satisfied, needs.method.lower_bounds(statistics.names))
-        vectors, following = call(marked, part)
+        *vectors, following = call(marked, part)
         hidden = [values.masked_fill(satisfied, 0.0) for values in vectors]
         return hidden, merge_losses(state, _keep(satisfied, following, part), present)
     others = _positions_of_others(satisfied)
@@ -98,7 +96,7 @@ def _call_without(
         return (), state
     rest, positions = _select(statistics, others), torch.tensor(others, device=device)
     declared = loss_positions(names, rest.names, device)
-    vectors, following = call(rest, select_losses(state, declared))
+    *vectors, following = call(rest, select_losses(state, declared))
     scattered = [
         values.new_zeros(len(satisfied)).index_copy(0, positions, values) for values in vectors
     ]

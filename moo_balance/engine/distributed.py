@@ -18,11 +18,13 @@ from moo_balance.engine.base import (
     deliver,
     gradients_of,
     precomputed_gradient,
+    remove_loss_scale,
     weighted_backward,
     weighted_root,
     weighted_sum,
 )
 from moo_balance.engine.jacobian import inner_products
+from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError
 
 T = TypeVar("T", Tensor, "Tensor | None")
@@ -238,6 +240,21 @@ def sharded_inner_products(
             dist.all_reduce(products, group=mesh.get_group(dim))
         total = total.to(products) + products
     return total
+
+
+def sharded_gramian(
+    rows: Sequence[Row],
+    compared: Collection[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`sharded_inner_products` without the loss scale, in `dtype` or in one that holds it."""
+
+    def products(dtype: torch.dtype) -> Tensor:
+        return remove_loss_scale(sharded_inner_products(rows, compared, dtype, device), scale)
+
+    return products_in_range(products, dtype)
 
 
 def _complete(gradient: Tensor | None) -> Tensor | None:

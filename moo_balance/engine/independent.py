@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moo_balance.engine.base import Problem, Row, remove_loss_scale
-from moo_balance.engine.distributed import RowAverager, sharded_inner_products
+from moo_balance.engine.distributed import RowAverager, sharded_gramian
 from moo_balance.engine.jacobian import inner_products
 from moo_balance.engine.products import index_tensor, is_all_zero, products_in_range
 from moo_balance.errors import BalanceError
@@ -68,8 +68,7 @@ def products_of_batch(
 ) -> Tensor:
     """Inner products [K, K] of the rows of one batch, in the widest dtype of the device."""
     if sharded:
-        take = partial(sharded_inner_products, rows, compared, device=device)
-        return widest(products_in_range(lambda dtype: take(dtype=dtype), dtype))
+        return widest(sharded_gramian(rows, compared, dtype, device))
     positions = range(len(rows[0])) if compared is None else compared
 
     def is_zero(loss: int) -> bool:

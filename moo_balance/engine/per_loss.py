@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import is_
 
 import torch
@@ -31,7 +32,6 @@ from moo_balance.engine.base import (
     is_distributed,
     node_hooks_error,
     precomputed_gradient,
-    remove_loss_scale,
     weighted_backward,
     weighted_sum,
 )
@@ -41,7 +41,7 @@ from moo_balance.engine.distributed import (
     combined_sum,
     is_flattened,
     is_sharded,
-    sharded_inner_products,
+    sharded_gramian,
 )
 from moo_balance.engine.features import FeatureGramian
 from moo_balance.engine.independent import (
@@ -59,7 +59,6 @@ from moo_balance.engine.linear import (
     find_linear_layers,
     gramian_in_range,
 )
-from moo_balance.engine.products import products_in_range
 from moo_balance.engine.rows import WholeRows
 from moo_balance.errors import BalanceError
 
@@ -153,32 +152,40 @@ class PerLossLinearization(Linearization):
         if problem.measured and (unbiased or problem.independent):
             self.within = BatchProducts()
 
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether a parameter is sharded; not asked where no gradient per loss is taken."""
+        return _has_shards(self.problem)
+
     def gramian(self) -> Tensor:
         problem, dtype = self.problem, self.dtype
         device, scale = problem.losses[0].device, problem.scale
         compared = None if problem.compared is None else frozenset(problem.compared)
-        sharded = _has_shards(problem)
-        if self.within is not None:
-            self._check_batches(sharded)
-        rows = self._rows(sharded)
-        if sharded:
-            gramian = products_in_range(
-                lambda dtype: remove_loss_scale(
-                    sharded_inner_products(rows, compared, dtype, device), scale
-                ),
-                dtype,
-            )
+        rows = self.take_rows()
+        if self.sharded:
+            gramian = sharded_gramian(rows, compared, dtype, device, scale)
             self.jacobian = Jacobian(rows, ())
         else:
             self.jacobian = Jacobian(rows, compared)
             gramian = gramian_in_range(self.jacobian, self.layers, compared, dtype, device, scale)
-        return gramian if self.within is None else self._remove_bias(gramian, self.within, sharded)
+        return gramian if self.within is None else self.correct(gramian)
 
-    def _remove_bias(self, gramian: Tensor, within: BatchProducts, sharded: bool) -> Tensor:
-        """The Gramian of the expected gradients; projected, unless a method wants it as it is."""
+    def take_rows(self) -> list[list[Tensor | None]]:
+        """The K rows, of as many batches as are needed."""
+        if self.within is not None:
+            self._check_batches(self.within)
+        return self._rows()
+
+    def correct(self, gramian: Tensor) -> Tensor:
+        """The Gramian of the rows, without bias if that is wanted.
+
+        It is projected, unless a method wants it as it is.
+        """
+        if self.within is None:
+            return gramian
         problem = self.problem
-        averager = None if sharded else problem.averager
-        estimate = expected_gramian(gramian, within, problem.scale, averager)
+        averager = None if self.sharded else problem.averager
+        estimate = expected_gramian(gramian, self.within, problem.scale, averager)
         if problem.independent:
             estimate = keep_nonzero(estimate, gramian.diagonal())
         else:
@@ -202,27 +209,14 @@ class PerLossLinearization(Linearization):
         value = weighted_sum(problem, coefficients).detach()
         return precomputed_gradient(value, gradients, problem)
 
-    def take_rows(self) -> list[list[Tensor | None]]:
-        """The K rows themselves; they are not combined here then."""
-        sharded = _has_shards(self.problem)
-        self._check_batches(sharded)
-        return self._rows(sharded)
+    def _check_batches(self, within: BatchProducts) -> None:
+        problem, sharded = self.problem, self.sharded
+        batches = [*within.batches, tuple(problem.names)]
+        check_batches(problem, batches, None if sharded else problem.averager, sharded)
 
-    def correct(self, gramian: Tensor) -> Tensor:
-        """The Gramian of the rows that were taken, without bias if that is wanted."""
-        if self.within is None:
-            return gramian
-        return self._remove_bias(gramian, self.within, _has_shards(self.problem))
-
-    def _check_batches(self, sharded: bool) -> None:
-        problem = self.problem
-        if self.within is not None:
-            batches = [*self.within.batches, tuple(problem.names)]
-            check_batches(problem, batches, None if sharded else problem.averager, sharded)
-
-    def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
+    def _rows(self) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
-        problem = self.problem
+        problem, sharded = self.problem, self.sharded
         if self.within is None:
             layers = None if problem.whole_rows else self.layers
             rows = differentiate(problem, sharded, layers)
@@ -319,10 +313,11 @@ class _ClosedWindow(PerLossLinearization):
 
     def add_to_grad(self, coefficients: Tensor) -> None:
         if self.jacobian is None:
-            self.jacobian = Jacobian(self._rows(_has_shards(self.problem)), ())
+            self.jacobian = Jacobian(self._rows(), ())
         super().add_to_grad(coefficients)
 
-    def _rows(self, sharded: bool) -> list[list[Tensor | None]]:
+    def _rows(self) -> list[list[Tensor | None]]:
+        sharded = self.sharded
         rows, within = self.window.rows_with(self.last, self.problem.params, sharded)
         if self.within is not None:
             self.within = within

@@ -22,7 +22,6 @@ from moo_balance.engine.base import (
     Row,
     deliver,
     precomputed_gradient,
-    remove_loss_scale,
     weighted_sum,
 )
 from moo_balance.engine.distributed import (
@@ -30,12 +29,11 @@ from moo_balance.engine.distributed import (
     is_sharded,
     local_part,
     sharded_as,
-    sharded_inner_products,
+    sharded_gramian,
     sharding_of,
 )
 from moo_balance.engine.jacobian import Jacobian, as_scalars
 from moo_balance.engine.linear import gramian_in_range
-from moo_balance.engine.products import products_in_range
 from moo_balance.errors import BalanceError
 from moo_balance.functional._checks import at_least_float32, widest_dtype
 
@@ -76,12 +74,7 @@ class WholeRows(Linearization):
         device = problem.losses[0].device
         compared = None if problem.compared is None else frozenset(problem.compared)
         if is_sharded(problem.params):
-            return products_in_range(
-                lambda dtype: remove_loss_scale(
-                    sharded_inner_products(rows, compared, dtype, device), scale
-                ),
-                dtype,
-            )
+            return sharded_gramian(rows, compared, dtype, device, scale)
         jacobian = Jacobian([list(row) for row in rows], compared)
         return gramian_in_range(jacobian, (), compared, dtype, device, scale)
 
