@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moo_balance._nonfinite import names_of
 from moo_balance._record import Record
 from moo_balance._row_checkpoint import (
     fill_outline,
@@ -18,7 +19,6 @@ from moo_balance._row_checkpoint import (
     spread_rows,
 )
 from moo_balance._rows import RowState
-from moo_balance._satisfied import names_of
 from moo_balance._torch_internals import as_plain
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceValueError

@@ -55,6 +55,13 @@ def unite(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one | other
 
 
+def names_of(names: Sequence[str], marks: Tensor | None) -> tuple[str, ...]:
+    """The losses that a mask marks; None marks none. Synchronizes."""
+    if marks is None:
+        return ()
+    return tuple(name for name, mark in zip(names, marks.tolist(), strict=True) if mark)
+
+
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether a value can be read without a synchronization."""
     return tensor.is_cpu

@@ -140,13 +140,6 @@ def among_present(
     return satisfied if positions is None else satisfied.index_select(0, positions)
 
 
-def names_of(names: Sequence[str], satisfied: Tensor | None) -> tuple[str, ...]:
-    """The losses that a mask marks. Synchronizes."""
-    if satisfied is None:
-        return ()
-    return tuple(name for name, mark in zip(names, satisfied.tolist(), strict=True) if mark)
-
-
 # ------------------------------------------------------------ on the host
 
 

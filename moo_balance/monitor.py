@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moo_balance._nonfinite import names_of
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import at_least_float32
 
@@ -65,10 +66,7 @@ class StepMetrics:
 
         Such a loss equals its lower bound, or its gradient is zero; its coefficient is 0.
         """
-        if self._satisfied is None:
-            return ()
-        marks = self._satisfied.tolist()
-        return tuple(name for name, mark in zip(self.names, marks, strict=True) if mark)
+        return names_of(self.names, self._satisfied)
 
     @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:

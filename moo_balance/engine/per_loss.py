@@ -153,7 +153,7 @@ class PerLossLinearization(Linearization):
             self.within = BatchProducts()
 
     @cached_property
-    def sharded(self) -> bool:
+    def has_shards(self) -> bool:
         """Whether a parameter is sharded; not asked where no gradient per loss is taken."""
         return _has_shards(self.problem)
 
@@ -162,7 +162,7 @@ class PerLossLinearization(Linearization):
         device, scale = problem.losses[0].device, problem.scale
         compared = None if problem.compared is None else frozenset(problem.compared)
         rows = self.take_rows()
-        if self.sharded:
+        if self.has_shards:
             gramian = sharded_gramian(rows, compared, dtype, device, scale)
             self.jacobian = Jacobian(rows, ())
         else:
@@ -184,7 +184,7 @@ class PerLossLinearization(Linearization):
         if self.within is None:
             return gramian
         problem = self.problem
-        averager = None if self.sharded else problem.averager
+        averager = None if self.has_shards else problem.averager
         estimate = expected_gramian(gramian, self.within, problem.scale, averager)
         if problem.independent:
             estimate = keep_nonzero(estimate, gramian.diagonal())
@@ -210,13 +210,13 @@ class PerLossLinearization(Linearization):
         return precomputed_gradient(value, gradients, problem)
 
     def _check_batches(self, within: BatchProducts) -> None:
-        problem, sharded = self.problem, self.sharded
+        problem, sharded = self.problem, self.has_shards
         batches = [*within.batches, tuple(problem.names)]
         check_batches(problem, batches, None if sharded else problem.averager, sharded)
 
     def _rows(self) -> list[list[Tensor | None]]:
         """The K rows, averaged if there are ranks to average over."""
-        problem, sharded = self.problem, self.sharded
+        problem, sharded = self.problem, self.has_shards
         if self.within is None:
             layers = None if problem.whole_rows else self.layers
             rows = differentiate(problem, sharded, layers)
@@ -317,7 +317,7 @@ class _ClosedWindow(PerLossLinearization):
         super().add_to_grad(coefficients)
 
     def _rows(self) -> list[list[Tensor | None]]:
-        sharded = self.sharded
+        sharded = self.has_shards
         rows, within = self.window.rows_with(self.last, self.problem.params, sharded)
         if self.within is not None:
             self.within = within

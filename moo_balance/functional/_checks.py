@@ -17,6 +17,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def result_dtype(gramian: Tensor) -> torch.dtype:
+    """The dtype of what is computed from a Gramian: its own, or float32 if that is wider."""
+    return torch.promote_types(gramian.dtype, torch.float32)
+
+
 @lru_cache(maxsize=1024)
 def constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of constants, not to be written to.

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moo_balance.errors import ConvergenceError
 from moo_balance.functional._directions import Array, Directions, directions
-from moo_balance.functional._nnls import EPS, make_definite, nonnegative_quadratics
+from moo_balance.functional._nnls import EPS, check_residual, make_definite, nonnegative_quadratics
 
 # Below this pivot solutions have lost more digits than a ridge of the size of _RIDGE costs.
 _SINGULAR = 1e-7
@@ -70,9 +69,5 @@ def _verify(cosines: Array, lengths: Array, added: Array, tolerance: float) -> N
     totals[totals == 0.0] = 1.0
     along = ((lengths + added) / totals).dot(cosines)
     residual = np.maximum(-along, added / totals * np.abs(along)).max()
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"The dual-cone projection should satisfy its conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {lengths.shape[1]} gradients. "
-            "Compute the Gramian in float64."
-        )
+    what = "The dual-cone projection should satisfy its conditions"
+    check_residual(what, float(residual), tolerance, lengths.shape[1])

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moo_balance.errors import ConvergenceError
 from moo_balance.functional._directions import Array, Directions
 from moo_balance.functional._least_norm import least_norm
-from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
+from moo_balance.functional._nnls import check_residual, make_definite, nonnegative_quadratic
 
 _ROUNDS = 100
 _TINY = 1e-290
@@ -166,9 +165,5 @@ def _verify(
     worst = np.maximum(lacking, lengths / max(total, _TINY) * np.abs(lacking)).max()
     distance = math.sqrt(max(float(lengths.dot(cosines.dot(lengths))), 0.0))
     residual = max(float(worst), (distance - problem.radius) / (total + problem.radius))
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"The direction of CAGrad should satisfy its conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(lengths)} gradients. "
-            "Compute the Gramian in float64."
-        )
+    what = "The direction of CAGrad should satisfy its conditions"
+    check_residual(what, residual, tolerance, len(lengths))

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moo_balance.errors import ConvergenceError
 from moo_balance.functional._directions import Array, directions
-from moo_balance.functional._nnls import EPS, make_definite, nonnegative_quadratic
+from moo_balance.functional._nnls import EPS, check_residual, make_definite, nonnegative_quadratic
 from moo_balance.functional.fair import SHORTEST
 
 _STEPS = 60
@@ -184,14 +183,7 @@ def _minimize(barrier: Barrier) -> Array:
         for ridge in (*_RIDGES, 0.0):
             matrix = barrier.matrix + ridge * np.eye(len(start))
             solution = barrier._replace(matrix=matrix).minimize(solution)
-        _verify(barrier.residual(solution), len(start))
+        what = "Fair weights should satisfy their equation"
+        advice = "Choose `alpha` closer to 1, or compute the Gramian in float64."
+        check_residual(what, barrier.residual(solution), _TOLERANCE, len(start), advice)
     return solution
-
-
-def _verify(residual: float, count: int) -> None:
-    if not residual <= _TOLERANCE:
-        raise ConvergenceError(
-            f"Fair weights should satisfy their equation to {_TOLERANCE:.1e}. "
-            f"Found a residual of {residual:.3e} for {count} gradients. "
-            "Choose `alpha` closer to 1, or compute the Gramian in float64."
-        )

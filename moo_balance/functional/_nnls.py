@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moo_balance.errors import BalanceValueError
+from moo_balance.errors import BalanceValueError, ConvergenceError
 from moo_balance.functional._directions import Array, Mask
 
 EPS = float(np.finfo(np.float64).eps)
@@ -23,6 +23,21 @@ class Definite(NamedTuple):
     matrix: Array
     ridge: float
     pivot: float
+
+
+def check_residual(
+    what: str,
+    residual: float,
+    tolerance: float,
+    count: int,
+    advice: str = "Compute the Gramian in float64.",
+) -> None:
+    """Refuse a solution for `count` gradients that misses its conditions."""
+    if not residual <= tolerance:
+        raise ConvergenceError(
+            f"{what} to {tolerance:.1e}. Found a residual of {residual:.3e} for {count} gradients. "
+            f"{advice}"
+        )
 
 
 def make_definite(cosines: Array, precision: float) -> Definite:

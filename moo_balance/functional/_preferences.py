@@ -9,7 +9,7 @@ from torch import Tensor
 from moo_balance.errors import BalanceValueError
 
 
-def relative_preference(preference: Tensor | None, gramian: Tensor) -> list[float] | None:
+def read_preference(preference: Tensor | None, gramian: Tensor) -> list[float] | None:
     """Preferences of mean 1, or None for equal ones; refuse what does not match the Gramian."""
     if preference is None:
         return None

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moo_balance.errors import BalanceValueError, ConvergenceError
+from moo_balance.errors import BalanceValueError
 from moo_balance.functional._directions import Array, Directions, directions
-from moo_balance.functional._nnls import make_definite, nonnegative_quadratic
+from moo_balance.functional._nnls import check_residual, make_definite, nonnegative_quadratic
 from moo_balance.functional.gramian import equality_tolerance, share_between_equals
 
 _TINY = 1e-290
@@ -79,12 +79,8 @@ def _share(weights: Array, gradients: Directions, precision: float) -> Array:
 def _verify_min_norm(cosines: Array, inverse: Array, shares: Array, tolerance: float) -> None:
     """Raise unless the optimality conditions hold."""
     residual = _min_norm_residual(cosines, inverse, shares)
-    if not residual <= tolerance:
-        raise ConvergenceError(
-            f"Minimum-norm weights should satisfy their optimality conditions to {tolerance:.1e}. "
-            f"Found a residual of {residual:.3e} for {len(shares)} gradients. "
-            "Compute the Gramian in float64."
-        )
+    what = "Minimum-norm weights should satisfy their optimality conditions"
+    check_residual(what, residual, tolerance, len(shares))
 
 
 def _min_norm_residual(cosines: Array, inverse: Array, shares: Array) -> float:

@@ -12,6 +12,7 @@ from moo_balance.functional._checks import (
     check_scales,
     precision,
     relative_scales,
+    result_dtype,
     widest,
 )
 from moo_balance.functional._two import weights_of_two
@@ -70,7 +71,7 @@ def affine_weights(gramian: Tensor, scales: Tensor | None, share_zeros: bool) ->
     if gramian.shape == (2, 2):
         return weights_of_two(gramian, scales, convex=False)
     check_gramian(gramian)
-    result = torch.promote_types(gramian.dtype, torch.float32)
+    result = result_dtype(gramian)
     if gramian.shape[0] == 1:
         return torch.ones(1, dtype=result, device=gramian.device)
     wide = widest(gramian.detach())

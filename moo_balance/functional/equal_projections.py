@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import check_gramian, precision
+from moo_balance.functional._checks import check_gramian, precision, result_dtype
 from moo_balance.functional._pair import Pair, read_pair
-from moo_balance.functional._preferences import relative_preference
+from moo_balance.functional._preferences import read_preference
 
 _LENGTHS = ("config", "imtl_g")
 
@@ -86,8 +86,8 @@ def equal_projections(
             f"Found {length!r}."
         )
     check_gramian(gramian)
-    targets = relative_preference(preference, gramian)
-    result = torch.promote_types(gramian.dtype, torch.float32)
+    targets = read_preference(preference, gramian)
+    result = result_dtype(gramian)
     to_sum = length == "imtl_g"
     if gramian.shape[0] == 2:
         both = _of_two(read_pair(gramian), targets or [1.0, 1.0], precision(gramian), to_sum)

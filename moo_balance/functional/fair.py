@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_gramian, check_positive, precision
+from moo_balance.functional._checks import check_gramian, check_positive, precision, result_dtype
 from moo_balance.functional._pair import Pair, read_pair
-from moo_balance.functional._preferences import relative_preference
+from moo_balance.functional._preferences import read_preference
 
 SHORTEST = 1e-4
 """Where unit gradients have a shorter convex combination, the direction fades out."""
@@ -73,8 +73,8 @@ def fair_weights(gramian: Tensor, alpha: float = 1.0, preference: Tensor | None 
     """
     check_positive("alpha", alpha)
     check_gramian(gramian)
-    values = relative_preference(preference, gramian)
-    result = torch.promote_types(gramian.dtype, torch.float32)
+    values = read_preference(preference, gramian)
+    result = result_dtype(gramian)
     if gramian.shape[0] == 2:
         both = _of_two(read_pair(gramian), 1 / alpha, values or [1.0, 1.0])
         weights = torch.tensor(both, dtype=torch.float64, device="cpu")

@@ -12,6 +12,7 @@ from moo_balance.functional._checks import (
     check_scales,
     check_square,
     precision,
+    result_dtype,
 )
 from moo_balance.functional._two import weights_of_two
 
@@ -85,7 +86,7 @@ def convex_weights(gramian: Tensor, scales: Tensor | None, share_zeros: bool = T
     if gramian.shape == (2, 2):
         return weights_of_two(gramian, scales, convex=True)
     check_square(gramian)
-    result = torch.promote_types(gramian.dtype, torch.float32)
+    result = result_dtype(gramian)
     if gramian.shape[0] == 1:
         check_gramian(gramian)
         return torch.ones(1, dtype=result, device=gramian.device)

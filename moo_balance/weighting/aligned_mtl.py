@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._checks import check_square, precision, result_dtype
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import check_choice
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting
@@ -76,7 +76,7 @@ class AlignedMTL(ReductionWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
         shares = self.shares(statistics.names)
-        dtype, rounding = torch.promote_types(gramian.dtype, torch.float32), precision(gramian)
+        dtype, rounding = result_dtype(gramian), precision(gramian)
         if len(shares) == 1:
             return {"weights": gramian.new_tensor(shares, dtype=dtype)}
         if len(shares) == 2:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._checks import check_square, precision, result_dtype
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import check_choice, check_range
 from moo_balance.weighting._reduction import Reduction, ReductionWeighting
@@ -87,7 +87,7 @@ class CAGrad(ReductionWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
         shares = self.shares(statistics.names)
-        count, dtype = len(shares), torch.promote_types(gramian.dtype, torch.float32)
+        count, dtype = len(shares), result_dtype(gramian)
         whole = sum(shares)
         shares, factor = [share / whole for share in shares], whole * self._factor
         if count == 1:

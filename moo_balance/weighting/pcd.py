@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import check_square, precision
+from moo_balance.functional._checks import check_square, precision, result_dtype
 from moo_balance.functional._pair import Pair, read_pair
 from moo_balance.weighting._arguments import (
     FloatOrByName,
@@ -116,9 +116,7 @@ class PCD(GramianWeighting):
         weights = self._solve(statistics.names, gramian, sizes)
         keys = "squares", "mass"
         return {
-            "weights": weights.to(
-                gramian.device, torch.promote_types(gramian.dtype, torch.float32)
-            ),
+            "weights": weights.to(gramian.device, result_dtype(gramian)),
             **{k: state[k].new_tensor(v) for k, v in zip(keys, averages, strict=True)},
         }
 

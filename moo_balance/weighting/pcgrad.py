@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moo_balance.functional._checks import check_square
+from moo_balance.functional._checks import check_square, result_dtype
 from moo_balance.functional._pair import add_multiples, read_pair
 from moo_balance.weighting._arguments import check_whole
 from moo_balance.weighting._random import step_generator
@@ -71,7 +71,7 @@ class PCGrad(ReductionWeighting):
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         check_square(gramian)
         shares = self.shares(statistics.names)
-        dtype = torch.promote_types(gramian.dtype, torch.float32)
+        dtype = result_dtype(gramian)
         if len(shares) == 1:
             return {"weights": gramian.new_tensor(shares, dtype=dtype)}
         if len(shares) == 2:
