@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Jacobian:
     def combine(self, coefficients: Tensor) -> list[Tensor | None]:
         """The weighted sum of the rows, as newly allocated tensors; consumes the blocks."""
         factors = as_scalars(coefficients)
-        if coefficients.is_cpu:
+        if coefficients.is_cpu and max(map(abs, cast(list[float], factors))) > _LARGEST:
             self._check_range(factors)
         total: list[Tensor | None] = [None] * self.width
         while self.blocks:
@@ -93,8 +93,6 @@ class Jacobian:
 
     def _check_range(self, factors: Sequence[Any]) -> None:
         """Refuse to multiply gradients by numbers that their precision does not have."""
-        if max(map(abs, factors)) <= _LARGEST:
-            return
         for block in self.blocks:
             (first, *_) = block.gradients_of(block.losses[0])
             largest = max((factors[k] for k in block.losses), key=abs)

@@ -52,28 +52,34 @@ def shifted_losses(bounds: FloatOrByName, shift: FloatOrByName, statistics: Stat
     )
 
 
-FLOOR = "floor"
+_FLOOR = "floor"
 """The entry of a state that :func:`raise_by_floor` needs: reference distances, NaN before there
 is one."""
 
 
 def init_floor(floor: float, count: int, device: torch.device) -> State:
     """The part of a state that :func:`raise_by_floor` needs, before the first step."""
-    return {FLOOR: constant_state(math.nan, count, device)} if floor else {}
+    return {_FLOOR: constant_state(math.nan, count, device)} if floor else {}
 
 
-def update_floor(distances: Tensor, state: State) -> State:
+def apply_floor(floor: float, distances: Tensor, state: State) -> tuple[Tensor, State]:
+    """Distances of a step raised by the largest so far, and the state that has these."""
+    state = _update_floor(distances, state)
+    return raise_by_floor(floor, distances, state), state
+
+
+def _update_floor(distances: Tensor, state: State) -> State:
     """That part of the state, with the largest distance that each loss has had so far."""
-    if FLOOR not in state:
+    if _FLOOR not in state:
         return state
-    return {**state, FLOOR: torch.fmax(state[FLOOR], distances.to(state[FLOOR].dtype))}
+    return {**state, _FLOOR: torch.fmax(state[_FLOOR], distances.to(state[_FLOOR].dtype))}
 
 
 def raise_by_floor(floor: float, distances: Tensor, state: State) -> Tensor:
     """Distances plus `floor` times their reference distances; as they are before there is one."""
-    if FLOOR not in state:
+    if _FLOOR not in state:
         return distances
-    return distances + floor * state[FLOOR].nan_to_num(0.0).to(distances.dtype)
+    return distances + floor * state[_FLOOR].nan_to_num(0.0).to(distances.dtype)
 
 
 def lower_limits(bounds: FloatOrByName, shift: FloatOrByName, names: Sequence[str]) -> list[float]:

@@ -14,27 +14,25 @@ from moo_balance.functional import project_simplex
 from moo_balance.functional.analytic_qp import affine_weights
 from moo_balance.functional.min_norm import convex_weights
 from moo_balance.weighting._arguments import (
-    FLOOR,
     TAKES_LOG,
     advise,
+    apply_floor,
     check_choice,
     check_common,
     check_flag,
     check_names,
     check_range,
     init_floor,
-    left_of_two,
     log_coefficients,
     lower_limits,
     normalize_preference,
     raise_by_floor,
-    relative_preference,
     renormalize,
-    update_floor,
 )
 from moo_balance.weighting._shares import start_from_shares
 from moo_balance.weighting.base import GramianWeighting, State, Statistics
 from moo_balance.weighting.famo import LogitWeighting
+from moo_balance.weighting.mgda import solve_preferred
 
 
 @dataclass(frozen=True)
@@ -192,23 +190,10 @@ class AnalyticQP(GramianWeighting):
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
         distances = statistics.losses + self.shift
-        kept = {}
-        if self.floor:
-            kept = {FLOOR: update_floor(distances, state)[FLOOR]}
-        scales = raise_by_floor(self.floor, distances, kept)
-        preference, left_out = None, statistics.satisfied
-        if self.preference is not None:
-            preference = relative_preference(self.preference, statistics)
-            scales = scales * preference
-        if self.projection == "exact":
-            weights = convex_weights(gramian, scales, share_zeros=left_out is None)
-            weights = weights if left_out is None else left_of_two(weights, left_out)
-        else:
-            weights = affine_weights(gramian, scales, share_zeros=left_out is None)
-        if preference is not None:
-            weights = weights / preference
-            weights = weights / weights.sum()
-        return {"weights": self._project(weights, statistics), **kept}
+        scales, state = apply_floor(self.floor, distances, state)
+        solve = convex_weights if self.projection == "exact" else affine_weights
+        weights = solve_preferred(solve, gramian, scales, self.preference, statistics)
+        return {**state, "weights": self._project(weights, statistics)}
 
     def _project(self, affine: Tensor, statistics: Statistics) -> Tensor:
         """Bring affine weights to the simplex, without the losses that are left out."""

@@ -15,6 +15,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    apply_floor,
     check_choice,
     check_common,
     check_flag,
@@ -27,7 +28,6 @@ from moo_balance.weighting._arguments import (
     raise_by_floor,
     relative_preference,
     shifted_losses,
-    update_floor,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
 
@@ -86,9 +86,7 @@ class LogitWeighting(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
-        if self.floor:
-            state = update_floor(distances, state)
-            distances = raise_by_floor(self.floor, distances, state)
+        distances, state = apply_floor(self.floor, distances, state)
         if statistics.step % self.every == 0:
             log_distances = distances.log().to(state["logits"].dtype)
             if self.lagged:

@@ -11,6 +11,7 @@ from moo_balance.weighting._arguments import (
     TAKES_LOG,
     FloatOrByName,
     advise,
+    apply_floor,
     check_common,
     check_flag,
     check_mapping,
@@ -22,10 +23,8 @@ from moo_balance.weighting._arguments import (
     log_coefficients,
     lower_limits,
     normalize_preference,
-    raise_by_floor,
     relative_preference,
     shifted_losses,
-    update_floor,
     values_by_name,
 )
 from moo_balance.weighting.base import State, Statistics, Weighting, WeightingOutput
@@ -167,9 +166,7 @@ class SumLog(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         distances = shifted_losses(self.bounds, self.shift, statistics)
-        if self.floor:
-            state = update_floor(distances, state)
-            distances = raise_by_floor(self.floor, distances, state)
+        distances, state = apply_floor(self.floor, distances, state)
         weights = normalize_preference(self.preference, statistics)
         if self.renormalize:
             return WeightingOutput(weights, log_coefficients(weights, distances), state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -104,19 +104,12 @@ class MGDA(GramianWeighting):
         return start_from_shares(super().init(names, device), [1.0 / len(names)] * len(names))
 
     def solve(self, statistics: Statistics, gramian: Tensor, state: State) -> State:
-        scales, preference = None, None
+        scales = None
         if self.normalize is not None:
             scales = gradient_scales(widest(statistics.losses), gramian, self.normalize)
-        if self.preference is not None:
-            preference = relative_preference(self.preference, statistics)
-            scales = preference if scales is None else scales * preference
-        weights = convex_weights(gramian, scales, share_zeros=statistics.satisfied is None)
-        if statistics.satisfied is not None:
-            weights = left_of_two(weights, statistics.satisfied)
-        if preference is not None:
-            weights = weights / preference
-            weights = weights / weights.sum()
-        return {"weights": weights}
+        return {
+            "weights": solve_preferred(convex_weights, gramian, scales, self.preference, statistics)
+        }
 
     def coefficients(self, statistics: Statistics, state: State) -> Tensor:
         if self.normalize == "log":
@@ -125,3 +118,32 @@ class MGDA(GramianWeighting):
 
     def keep(self, statistics: Statistics, state: State) -> State:
         return {"weights": renormalize(state["weights"], statistics.satisfied)}
+
+
+def solve_preferred(
+    solve: Callable[[Tensor, Tensor | None, bool], Tensor],
+    gramian: Tensor,
+    scales: Tensor | None,
+    preference: Mapping[str, float] | None,
+    statistics: Statistics,
+) -> Tensor:
+    r"""Weights of gradients that are divided by preferences, then divided by these, of sum 1.
+
+    Args:
+        solve: The weights of gradients divided by scales; whether zero gradients share them.
+        gramian: Inner products, shape [K, K].
+        scales: What the gradients are divided by, too, shape [K]; None for ones.
+        preference: By name; None for equal ones, with which the weights are those of `solve`.
+        statistics: Of the step.
+    """
+    relative, left_out = None, statistics.satisfied
+    if preference is not None:
+        relative = relative_preference(preference, statistics)
+        scales = relative if scales is None else scales * relative
+    weights = solve(gramian, scales, left_out is None)
+    if left_out is not None:
+        weights = left_of_two(weights, left_out)
+    if relative is None:
+        return weights
+    weights = weights / relative
+    return weights / weights.sum()
