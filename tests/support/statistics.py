@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from moo_balance.weighting import State, Statistics, Weighting
+from moo_balance.weighting import State, Statistics, Weighting, WeightingOutput
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,24 @@ def statistics_of(
 
 def initial_state(weighting: Weighting, count: int) -> State:
     return weighting.init(names(count), CPU)
+
+
+def run_steps(
+    weighting: Weighting,
+    losses: Sequence[Tensor | Sequence[float]] | None = None,
+    gramians: Sequence[Tensor | None] | None = None,
+    state: State | None = None,
+) -> list[WeightingOutput]:
+    """The output of each step, from losses, Gramians (with losses that are all 1), or both."""
+    if losses is None:
+        losses = [[1.0] * len(gramians[0])] * len(gramians)
+    each = [None] * len(losses) if gramians is None else gramians
+    state = initial_state(weighting, len(losses[0])) if state is None else state
+    outputs = []
+    for step, (values, gramian) in enumerate(zip(losses, each, strict=True)):
+        outputs.append(weighting.weights(statistics_of(values, gramian, step), state))
+        state = outputs[-1].state
+    return outputs
 
 
 def assert_near(actual: Tensor, expected: Iterable[float] | Tensor, atol: float) -> None:

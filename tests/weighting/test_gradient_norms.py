@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from moo_balance import BalancedOptimizer, GradientNorms
 from moo_balance.weighting import State, Weighting
 from tests.support.problems import Losses, SmallModel, assert_same_parameters, sgd, train
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 Norms = Sequence[float]
 
@@ -27,12 +34,12 @@ def gramian_of(norms: Norms, seed: int = 0) -> Tensor:
 
 def run(weighting: Weighting, norms: Sequence[Norms]) -> tuple[list[Tensor], State]:
     """Coefficients of successive steps with gradients of these norms."""
-    state, seen = initial_state(weighting, len(norms[0])), []
-    for step, row in enumerate(norms):
-        gramian = gramian_of(row, step) if step % weighting.every == 0 else None
-        answer = weighting.weights(statistics_of([1.0] * len(row), gramian, step), state)
-        state, seen = answer.state, [*seen, answer.coefficients]
-    return seen, state
+    gramians = [
+        gramian_of(row, step) if step % weighting.every == 0 else None
+        for step, row in enumerate(norms)
+    ]
+    outputs = run_steps(weighting, gramians=gramians)
+    return [output.coefficients for output in outputs], outputs[-1].state
 
 
 def first(weighting: Weighting, norms: Norms) -> Tensor:

@@ -12,7 +12,14 @@ from moo_balance.functional._surgery import draw_order
 from moo_balance.weighting import State, step_generator
 from tests.support.gradients import gramian_of, jacobians, property_test
 from tests.support.oracle import coefficients_of, deviation, random_jacobians
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 TWO = vector([-4, 1, 1, 6, 1, 1]).reshape(2, 3)
 
@@ -35,12 +42,8 @@ def by_vectors(rows: Tensor, targets: Tensor, step: int, beta: float) -> Tensor:
 
 def run(weighting: GradVac, batches: list[Tensor]) -> list[tuple[Tensor, State]]:
     """Coefficients and state after each batch."""
-    state, answers = initial_state(weighting, len(batches[0])), []
-    for step, rows in enumerate(batches):
-        statistics = statistics_of([1.0] * len(rows), gramian_of(rows), step)
-        _, coefficients, state = weighting.weights(statistics, state)
-        answers.append((coefficients, state))
-    return answers
+    outputs = run_steps(weighting, gramians=list(map(gramian_of, batches)))
+    return [(output.coefficients, output.state) for output in outputs]
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])

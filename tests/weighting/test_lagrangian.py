@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moo_balance import BalancedOptimizer, BalanceValueError, Lagrangian
 from moo_balance.weighting import State
-from tests.support.statistics import assert_near, initial_state, statistics_of, vector
+from tests.support.statistics import assert_near, initial_state, run_steps, statistics_of, vector
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -206,12 +206,8 @@ def test_the_problem_can_be_turned_around() -> None:
 
 
 def play(weighting: Lagrangian, losses: list[list[float]]) -> tuple[list[Tensor], State]:
-    state, found = initial_state(weighting, len(losses[0])), []
-    for step, values in enumerate(losses):
-        answer = weighting.weights(statistics_of(values, step=step), state)
-        state = answer.state
-        found.append(answer.weights)
-    return found, state
+    outputs = run_steps(weighting, losses)
+    return [output.weights for output in outputs], outputs[-1].state
 
 
 def test_the_update_is_the_documented_one_and_lags_by_a_step() -> None:

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from moo_balance import IMTLL, BalancedOptimizer, BalanceValueError, SumLog, UncertaintyWeighting
 from moo_balance.weighting import State, Weighting
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 over_both = pytest.mark.parametrize("cls", [UncertaintyWeighting, IMTLL])
 
 
 def run(weighting: Weighting, sequence: Tensor, state: State | None = None) -> list[Tensor]:
     """Coefficients of each step, losses [T, K] given."""
-    state = initial_state(weighting, sequence.shape[1]) if state is None else state
-    found = []
-    for step, losses in enumerate(sequence):
-        answer = weighting.weights(statistics_of(losses, step=step), state)
-        state = answer.state
-        found.append(answer.coefficients)
-    return found
+    return [output.coefficients for output in run_steps(weighting, sequence, state=state)]
 
 
 def settle(weighting: Weighting, losses: Tensor, steps: int = 1000) -> Tensor:

@@ -15,7 +15,14 @@ from moo_balance.functional import project_dual_cone
 from moo_balance.weighting import State
 from tests.support.gradients import gramian_of, jacobians, property_test
 from tests.support.oracle import coefficients_of, deviation, random_jacobians
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 TWO = vector([-4, 1, 1, 6, 1, 1]).reshape(2, 3)
 THREE = vector([1, 2, 0, -1, 0, -1, 1, 0.5, -2, 0.5, 0.3, 1]).reshape(3, 4)
@@ -25,12 +32,8 @@ shares = st.sampled_from([0.0, 0.02, 0.3, 1.0])
 
 def run(weighting: PCD, batches: Sequence[Tensor]) -> list[tuple[Tensor, State]]:
     """Coefficients and state after each batch."""
-    state, answers = initial_state(weighting, len(batches[0])), []
-    for step, rows in enumerate(batches):
-        statistics = statistics_of([1.0] * len(rows), gramian_of(rows), step)
-        _, coefficients, state = weighting.weights(statistics, state)
-        answers.append((coefficients, state))
-    return answers
+    outputs = run_steps(weighting, gramians=list(map(gramian_of, batches)))
+    return [(output.coefficients, output.state) for output in outputs]
 
 
 def test_golden_values() -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from moo_balance import DWA, BalancedOptimizer, ReLoBRaLo, SoftAdapt, SumLog
 from moo_balance.weighting import Weighting, step_generator
 from tests.support.gradients import property_test
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 PREFERENCE = {"a": 1.0, "b": 2.0, "c": 5.0}
 SHARES = vector((1 / 8, 2 / 8, 5 / 8))
@@ -23,13 +30,7 @@ windowed = pytest.mark.parametrize("cls", [DWA, SoftAdapt])
 
 def run(weighting: Weighting, sequence: Tensor) -> Tensor:
     """Coefficients [T, K], losses [T, K] given."""
-    state = initial_state(weighting, sequence.shape[1])
-    found = []
-    for step, losses in enumerate(sequence):
-        answer = weighting.weights(statistics_of(losses, step=step), state)
-        state = answer.state
-        found.append(answer.coefficients)
-    return torch.stack(found)
+    return torch.stack([output.coefficients for output in run_steps(weighting, sequence)])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,18 +12,20 @@ from moo_balance.functional import min_norm_weights
 from moo_balance.weighting import State
 from tests.support.gradients import gramian_of
 from tests.support.oracle import coefficients_of, random_jacobians
-from tests.support.statistics import assert_near, initial_state, normal, statistics_of, vector
+from tests.support.statistics import (
+    assert_near,
+    initial_state,
+    normal,
+    run_steps,
+    statistics_of,
+    vector,
+)
 
 TWO = vector([1.0, 0.0, 0.0, 3.0]).view(2, 2)
 
 
 def run(weighting: SDMGrad, gramians: list[Tensor]) -> list[State]:
-    state, states = initial_state(weighting, len(gramians[0])), []
-    for step, gramian in enumerate(gramians):
-        statistics = statistics_of([1.0] * len(gramian), gramian, step)
-        state = weighting.weights(statistics, state).state
-        states.append(state)
-    return states
+    return [output.state for output in run_steps(weighting, gramians=gramians)]
 
 
 def test_one_inner_iteration_by_hand() -> None:
