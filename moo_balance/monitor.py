@@ -20,6 +20,7 @@ from moo_balance.functional._checks import at_least_float32
 _FEW_LOSSES = 8
 """Up to so many losses the cosine of each pair is listed, 28 of them, by default."""
 
+_ALIGNMENT = "alignment"
 _PROJECTED = "gramian/projected"
 
 
@@ -79,11 +80,35 @@ class StepMetrics:
         pairs = combinations(self.names, 2)
         return dict(zip(pairs, self._all_cosines(self.gramian).unbind(), strict=True))
 
+    @property
+    def alignment(self) -> Tensor | None:
+        r"""How far the gradients point in one direction, from -1 to 1; a 0-d tensor.
+
+        .. math::
+
+            A = 2 \left\| \frac{1}{K} \sum_{k=1}^K \frac{g_k}{\|g_k\|} \right\|^2 - 1
+              = \frac{2 (K - 1)}{K} \bar c - \frac{K - 2}{K},
+
+        where :math:`g_k` are the gradients of the :math:`K` losses and :math:`\bar c` is the mean
+        of their :attr:`cosines`. For two losses it is their cosine. It is 1 if all gradients have
+        the same direction, -1 if the unit gradients cancel, and :math:`2 / K - 1` if the gradients
+        are perpendicular to each other, so that scores of different :math:`K` are not comparable.
+
+        A zero gradient counts as in :attr:`cosines`, as perpendicular to all others. NaN if a
+        gradient was not finite. None without a Gramian and, as there is no pair, with one loss.
+
+        Source: Wang, Bhartari, Li, Perdikaris, *Gradient Alignment in Physics-informed Neural
+        Networks: A Second-Order Optimization Perspective* (NeurIPS 2025), arXiv 2502.00604.
+        """
+        if self.gramian is None or len(self.names) < 2:
+            return None
+        return _score_alignment(self._all_cosines(self.gramian), len(self.names))
+
     def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
         r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
 
-        ``satisfied`` is the number of :attr:`satisfied` losses, and ``gramian/projected`` is
-        :attr:`projected`.
+        ``alignment`` is :attr:`alignment`, ``gramian/projected`` is :attr:`projected`, and
+        ``satisfied`` is the number of :attr:`satisfied` losses.
 
         Args:
             pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
@@ -139,9 +164,9 @@ class StepMetrics:
         parts = list(self._vectors().values())
         if self.gramian is not None and len(self.names) > 1:
             cosines = self._all_cosines(self.gramian)
-            if not self._lists_pairs(pairs):
-                cosines = torch.stack([cosines.amin(), cosines.mean()])
-            parts.append(cosines)
+            listed = self._lists_pairs(pairs)
+            parts.append(cosines if listed else torch.stack([cosines.amin(), cosines.mean()]))
+            parts.append(_score_alignment(cosines, len(self.names)).reshape(1))
         if self.projected is not None:
             parts.append(self.projected.reshape(1))
         count = self._count_satisfied()
@@ -169,6 +194,8 @@ class StepMetrics:
         """The value under a key of :meth:`as_dict`; None where there is none."""
         if key == "satisfied":
             return self._count_satisfied()
+        if key == _ALIGNMENT:
+            return self.alignment
         kind, _, name = key.partition("/")
         vector = self._vectors().get(kind)
         if vector is not None:
@@ -200,6 +227,13 @@ def _cosines(gramian: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tens
     return (cosines / 2).clamp(-1.0, 1.0)
 
 
+def _score_alignment(cosines: Tensor, count: int) -> Tensor:
+    """:attr:`StepMetrics.alignment` of `count` gradients, from the cosines of all pairs."""
+    # In this form the score of two gradients is their cosine bit for bit.
+    score = cosines.mean() * (2 * (count - 1) / count) - (count - 2) / count
+    return score.clamp(-1.0, 1.0)
+
+
 @lru_cache(maxsize=8)
 def _list_keys(
     names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool
@@ -208,6 +242,7 @@ def _list_keys(
     if cosines and len(names) > 1:
         labels = _positions_of_pairs(names) if pairs else ("min", "mean")
         keys += [f"cosine/{label}" for label in labels]
+        keys.append(_ALIGNMENT)
     return tuple(keys)
 
 
@@ -297,12 +332,13 @@ class History:
     def plot(self, kind: str = "weight", ax: Any = None) -> Any:
         """Draw all series of a kind (``"loss"``, ``"weight"``, ``"coefficient"``, ``"cosine"``).
 
-        Needs matplotlib, which is imported here and nowhere else. Returns the axes.
+        ``"alignment"`` and ``"satisfied"`` have one series each. Needs matplotlib, which is
+        imported here and nowhere else. Returns the axes.
 
         Raises:
             BalanceValueError: No step has a series of that kind.
         """
-        keys = [key for key in self.keys() if key.startswith(f"{kind}/")]
+        keys = [key for key in self.keys() if key.partition("/")[0] == kind]
         if not keys:
             self._check_empty("kind", kind, dict.fromkeys(k.partition("/")[0] for k in self.keys()))
         import matplotlib.pyplot as plt

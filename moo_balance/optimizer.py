@@ -339,11 +339,13 @@ class BalancedOptimizer(OptimizerWrapper):
     def log_dict(self, prefix: str = "moo/", pairs: bool | None = None) -> dict[str, float]:
         """Return :attr:`metrics` as a flat dict of floats, for any logger.
 
-        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``, ``satisfied`` and
-        ``skipped`` after the prefix. ``satisfied`` is how many losses counted as satisfied: they
-        equal their lower bound, or have no gradient. The last is the number of steps that
-        ``nonfinite="skip"`` has skipped since the start, without those that a GradScaler has
-        skipped. Synchronizes with the device, once.
+        Keys are ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``, ``alignment``,
+        ``satisfied`` and ``skipped`` after the prefix. ``alignment`` is how far the gradients point
+        in one direction, from -1 to 1 (:attr:`StepMetrics.alignment`); it and the cosines are there
+        in steps with a Gramian of at least two losses. ``satisfied`` is how many losses counted as
+        satisfied: they equal their lower bound, or have no gradient. The last is the number of
+        steps that ``nonfinite="skip"`` has skipped since the start, without those that a GradScaler
+        has skipped. Synchronizes with the device, once.
 
         Args:
             prefix: Prefix of the keys.

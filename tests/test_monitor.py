@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moo_balance import (
@@ -18,6 +20,7 @@ from moo_balance import (
     Sum,
 )
 from moo_balance.functional import cosine_similarity
+from tests.support.gradients import gramian_of, jacobians, property_test
 from tests.support.problems import SmallModel, jacobian, setup, sgd, snapshot, train
 from tests.support.registry import NAMES, over_kinds, over_some
 
@@ -39,16 +42,18 @@ def test_the_metrics_are_those_of_the_last_backward(method):
         assert all(value.shape == () and not value.requires_grad for value in figures.values())
     if balance.gramian is None:
         assert balance.cosines == {}
+        assert balance.alignment is None
     else:
         torch.testing.assert_close(balance.gramian, rows @ rows.T, rtol=1e-10, atol=1e-12)
         assert list(balance.cosines) == PAIRS
         cosine = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0)
         torch.testing.assert_close(balance.cosines["a", "b"], cosine)
+        torch.testing.assert_close(balance.alignment, naive_alignment(rows))
 
 
 def test_metrics_are_empty_before_the_first_backward():
     balance = StepMetrics()
-    assert (balance.names, balance.gramian) == ((), None)
+    assert (balance.names, balance.gramian, balance.alignment) == ((), None, None)
     assert balance.losses == balance.weights == balance.coefficients == balance.cosines == {}
     assert balance.as_floats() == {}
     assert BalancedOptimizer(sgd(SmallModel()), Sum()).log_dict() == {"moo/skipped": 0.0}
@@ -72,7 +77,7 @@ def test_log_dict_is_flat_floats(method):
     figures = optimizer.log_dict()
     expected = {f"moo/{kind}/{n}" for kind in ("loss", "weight", "coefficient") for n in NAMES}
     if method.gramian:
-        expected |= {f"moo/cosine/{a},{b}" for a, b in PAIRS}
+        expected |= {f"moo/cosine/{a},{b}" for a, b in PAIRS} | {"moo/alignment"}
     assert set(figures) == expected | {"moo/satisfied", "moo/skipped"}
     assert all(type(value) is float and math.isfinite(value) for value in figures.values())
     for name in NAMES:
@@ -190,7 +195,7 @@ def test_log_dict_passes_the_choice_of_cosines_on():
 def test_names_of_any_characters_have_keys_of_their_own(names):
     metrics = random_metrics(4, names)
     whole = metrics.as_floats(True)
-    assert len(whole) == 3 * 4 + 6 + 1
+    assert len(whole) == 3 * 4 + 6 + 2
     assert not whole.keys() & {"cosine/min", "cosine/mean", "skipped"}
     history = History()
     history.append(metrics)
@@ -207,6 +212,106 @@ def test_the_cosine_of_names_with_commas_is_that_of_their_gradients():
     assert figures[r"cosine/a,b\,c"] == pytest.approx(math.sqrt(0.5))
     assert figures[r"cosine/a\,b,c"] == 0.0
     assert figures["cosine/a,c"] == -1.0
+
+
+# ---------------------------------------------------------------------- alignment
+
+
+def naive_alignment(rows):
+    """The score from the gradients, of which none is zero."""
+    units = rows / rows.norm(dim=1, keepdim=True)
+    return 2 * units.mean(0).square().sum() - 1
+
+
+def metrics_of(rows):
+    return StepMetrics(tuple(f"loss {k}" for k in range(len(rows))), gramian_of(rows))
+
+
+@property_test
+@given(jacobians(counts=(2, 12), decades=3.0, degenerate=True))
+def test_the_alignment_is_that_of_the_unit_gradients(rows):
+    # In place of a zero gradient stands one in a direction that no other gradient has.
+    apart = torch.cat([rows, (rows == 0).all(1, keepdim=True).diag_embed()[:, 0].to(rows)], dim=1)
+    metrics = metrics_of(rows)
+    score = metrics.alignment
+    assert score.shape == ()
+    torch.testing.assert_close(score, naive_alignment(apart), rtol=0, atol=1e-12)
+    assert -1.0 <= score.item() <= 1.0
+    if len(rows) == 2:
+        assert torch.equal(score, metrics.cosines["loss 0", "loss 1"])
+    for pairs in (None, True, False):
+        assert torch.equal(metrics.as_dict(pairs)["alignment"], score)
+        assert metrics.as_floats(pairs)["alignment"] == pytest.approx(score.item(), abs=1e-6)
+    history = History()
+    history.append(metrics)
+    assert history.series("alignment") == ([0], [pytest.approx(score.item(), abs=1e-6)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [2, 3, 7, 50])
+def test_gradients_along_one_line_or_perpendicular_have_known_alignments(count, dtype):
+    names = tuple(map(str, range(count)))
+    equal, diagonal = torch.ones(count, count, dtype=dtype), torch.eye(count, dtype=dtype)
+    assert StepMetrics(names, equal).alignment.item() == pytest.approx(1.0, abs=1e-6)
+    assert StepMetrics(names, diagonal).alignment.item() == pytest.approx(2 / count - 1, abs=1e-6)
+    # Unit vectors to the corners of a regular simplex cancel.
+    simplex = (count * diagonal.double() - equal.double()) / (count - 1)
+    assert StepMetrics(names, simplex).alignment.item() == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("pairs", [None, True, False])
+def test_one_loss_has_no_alignment(pairs):
+    metrics = random_metrics(1)
+    assert metrics.alignment is None
+    assert list(metrics.as_floats(pairs)) == ["loss/loss 0", "weight/loss 0"]
+    history = History()
+    history.append(metrics)
+    with pytest.raises(BalanceValueError, match="Found 'alignment'"):
+        history.series("alignment")
+
+
+def test_a_zero_gradient_counts_as_perpendicular_to_the_others():
+    along = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    assert metrics_of(along[1:]).alignment == 0.0
+    assert metrics_of(along).alignment.item() == pytest.approx(1 / 9)
+    assert metrics_of(torch.zeros(3, 2)).alignment.item() == pytest.approx(-1 / 3)
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = BalancedOptimizer(torch.optim.SGD([parameter], lr=0.1), MGDA())
+    x, y = parameter
+    optimizer.backward({"a": x, "b": 3 * x, "c": 0 * y})
+    assert optimizer.metrics.satisfied == ("c",)
+    assert optimizer.log_dict("")["alignment"] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_the_alignment_is_nan_where_a_gradient_is_not_finite(value):
+    gramian = torch.eye(3)
+    gramian[1, 1] = value
+    metrics = StepMetrics(NAMES, gramian)
+    assert metrics.alignment.isnan()
+    for pairs in (True, False):
+        assert math.isnan(metrics.as_floats(pairs)["alignment"])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "cosines"),
+    [
+        (None, ["cosine/a,b", "cosine/a,c", "cosine/b,c"]),
+        (True, ["cosine/a,b", "cosine/a,c", "cosine/b,c"]),
+        (False, ["cosine/min", "cosine/mean"]),
+    ],
+)
+def test_the_keys_of_a_step_with_a_gramian_in_order(pairs, cosines):
+    metrics = dataclasses.replace(random_metrics(3, NAMES), projected=torch.tensor(0.25))
+    vectors = [f"{kind}/{name}" for kind in ("loss", "weight", "coefficient") for name in NAMES]
+    expected = [*vectors, *cosines, "alignment", "gramian/projected", "satisfied"]
+    assert list(metrics.as_dict(pairs)) == list(metrics.as_floats(pairs)) == expected
+    values = metrics.as_floats(pairs)
+    assert values["alignment"] == metrics.alignment.item()
+    assert (values["gramian/projected"], values["satisfied"]) == (0.25, 0.0)
+    history = History()
+    history.append(metrics)
+    assert history.keys(pairs) == expected
 
 
 # ---------------------------------------------------------------------- history
@@ -238,6 +343,9 @@ def test_a_history_keeps_the_steps_at_which_a_figure_was_present(method):
     else:
         cosines = {"MGDA-none": [0, 2, 3], "MGDA-every": [0, 3]}[method.id]
         assert history.series("cosine/a,c")[0] == cosines
+        steps, values = history.series("alignment")
+        assert steps == {"MGDA-none": [0, 1, 2, 3], "MGDA-every": [0, 3]}[method.id]
+        assert values[-1] == pytest.approx(optimizer.metrics.alignment.item(), rel=1e-6)
 
 
 def test_a_history_is_not_changed_by_later_steps():
@@ -311,7 +419,13 @@ def test_a_history_keeps_no_more_than_the_metrics_of_each_step():
 @over_some("MGDA-none")
 @pytest.mark.parametrize(
     ("kind", "labels"),
-    [("weight", [*NAMES]), ("loss", [*NAMES]), ("cosine", ["a,b", "a,c", "b,c"])],
+    [
+        ("weight", [*NAMES]),
+        ("loss", [*NAMES]),
+        ("cosine", ["a,b", "a,c", "b,c"]),
+        ("alignment", ["alignment"]),
+        ("satisfied", ["satisfied"]),
+    ],
 )
 def test_a_plot_has_a_line_for_each_series(method, kind, labels):
     plt.switch_backend("Agg")

@@ -41,9 +41,11 @@ def test_one_chart_for_each_kind(method, tmp_path):
     optimizer.step(lambda: model(0))
     with SummaryWriter(tmp_path) as writer:
         add_metrics(writer, optimizer, 5, prefix="", grouped=True)
-    assert read(tmp_path) == {"satisfied": [(5, 0.0)], "skipped": [(5, 0.0)]}
+    figures = optimizer.log_dict("")
+    singles = {key: [(5, figures[key])] for key in ("alignment", "satisfied", "skipped")}
+    assert read(tmp_path) == singles
     # A curve of a shared chart is a file of its own.
     curves = read(tmp_path / "weight_b")
-    assert curves == {"weight": [(5, optimizer.log_dict("")["weight/b"])]}
+    assert curves == {"weight": [(5, figures["weight/b"])]}
     kinds = {folder.name.split("_")[0] for folder in tmp_path.iterdir() if folder.is_dir()}
     assert kinds == {"loss", "weight", "coefficient", "cosine"}
