@@ -13,10 +13,10 @@ DEV      := $(VENV)/.dev
 INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lic-report test check lint types doctest docs bench clean
+.PHONY: help demo lic-report test check lint types doctest docs worth worth-full bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and compare (about five minutes)
 	$(BIN)/python -m examples.lic
@@ -41,6 +41,12 @@ doctest: $(DEV)  ## run every docstring example
 
 docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumented public name fails
 	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
+
+worth: $(DEV)  ## measure on three problems what a balanced run saves of a weight search (minutes)
+	$(BIN)/python -m benchmarks.worth --short
+
+worth-full: $(DEV)  ## measure it on all problems and write docs/worth.md (up to three hours; resumes)
+	$(BIN)/python -m benchmarks.worth --docs docs
 
 bench: $(DEV)  ## measure what balancing costs, and write docs/benchmarks.md
 	$(BIN)/python -m benchmarks.speed --threads $(THREADS)

@@ -1,0 +1,79 @@
+"""Candidates for a default method, besides the published methods and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moo_balance as mb
+from moo_balance import Weighting
+
+Candidate = tuple[type[Weighting], dict[str, Any], str]
+"""A method, its arguments, and the method whose learning rate it takes."""
+
+
+@dataclass(frozen=True)
+class TemperedNorms(mb.GradientNorms):
+    """`GradientNorms` with each ratio raised to a power: between the plain sum and equal norms."""
+
+    power: float = 0.5
+
+    def _ratios(self, norms: Tensor, length: Tensor) -> Tensor:
+        return super()._ratios(norms, length) ** self.power
+
+
+@dataclass(frozen=True)
+class NormsIfFar(mb.GradientNorms):
+    """The plain sum while norms lie within a factor, else `GradientNorms`."""
+
+    factor: float = 10.0
+
+    def _ratios(self, norms: Tensor, length: Tensor) -> Tensor:
+        ratios = super()._ratios(norms, length)
+        near = ratios.amax() < self.factor * ratios.amin()
+        return torch.where(near, torch.ones_like(ratios), ratios)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "AnalyticQP(shift=0, floor=0.1)": (
+        mb.AnalyticQP,
+        {"shift": 0.0, "floor": 0.1},
+        "AnalyticQP",
+    ),
+    "AnalyticQP(shift=0, floor=1)": (
+        mb.AnalyticQP,
+        {"shift": 0.0, "floor": 1.0},
+        "AnalyticQP",
+    ),
+    'AnalyticQP("simplex", shift=0, floor=0.1)': (
+        mb.AnalyticQP,
+        {"projection": "simplex", "shift": 0.0, "floor": 0.1},
+        "AnalyticQP",
+    ),
+    "GradientNorms(relative_eps=0.1, every=10)": (
+        mb.GradientNorms,
+        {"relative_eps": 0.1, "every": 10},
+        "GradientNorms",
+    ),
+    "GradientNorms(relative_eps=0.01, every=10)": (
+        mb.GradientNorms,
+        {"relative_eps": 0.01, "every": 10},
+        "GradientNorms",
+    ),
+    "GradientNorms, square root, every=10": (TemperedNorms, {"every": 10}, "GradientNorms"),
+    "GradientNorms if 10 times apart, every=10": (NormsIfFar, {"every": 10}, "GradientNorms"),
+    "SumLog(floor=0.1)": (mb.SumLog, {"floor": 0.1}, "SumLog"),
+    "AnalyticQP, then Sum": (
+        mb.Sequential,
+        {"weightings": [mb.Rescaled(mb.AnalyticQP()), mb.Sum()], "milestones": [0.5]},
+        "AnalyticQP",
+    ),
+    "GradientNorms, then Sum": (
+        mb.Sequential,
+        {"weightings": [mb.GradientNorms(every=10), mb.Sum()], "milestones": [0.5]},
+        "GradientNorms",
+    ),
+}

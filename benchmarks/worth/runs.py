@@ -1,0 +1,271 @@
+"""The runs of the comparison: which there are, which are done, and two processes that do the rest.
+
+Results lie in one JSON file per problem. They are keyed by the versions of the library and of
+PyTorch, and by the source of the problem and of the training loop: where one differs, the runs of
+that problem start afresh.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import moo_balance
+from benchmarks.settings import Settings, environment
+from benchmarks.worth import training
+from benchmarks.worth.arms import NULL, SEARCH, every_arm
+from benchmarks.worth.measure import Floats, Search
+from benchmarks.worth.problems import PROBLEMS
+from benchmarks.worth.training import Outcome
+
+RESULTS = Path(__file__).parent / "results"
+SAVE_EVERY = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Args:
+        trials: Trials of the search for static weights, M.
+        pilots: Of these, those that are run at each learning rate, to choose it.
+        seeds: Runs of each method at the learning rate that one pilot each has chosen.
+        steps: Steps of each run; None for those of the problem.
+        problems: Names of the problems.
+        arms: Names of the methods.
+    """
+
+    trials: int = 48
+    pilots: int = 12
+    seeds: int = 8
+    steps: int | None = None
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    arms: tuple[str, ...] = field(default_factory=lambda: tuple(every_arm()))
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    problem: str
+    arm: str
+    lr: float
+    seed: int
+    steps: int | None
+
+
+class Store:
+    """The outcomes of all runs of a problem, in a file."""
+
+    def __init__(self, problem: str, folder: Path = RESULTS) -> None:
+        self.path = folder / f"{problem}.json"
+        self.key = {
+            "library": moo_balance.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "source": _digest(problem),
+        }
+        self.runs: dict[str, dict[str, list[Any]]] = {}
+        self.environment: dict[str, object] = {}
+        if self.path.exists():
+            saved = json.loads(self.path.read_text())
+            if saved["key"] == self.key:
+                self.runs, self.environment = saved["runs"], saved["environment"]
+
+    @staticmethod
+    def _setting(job: Job) -> str:
+        steps = "" if job.steps is None else f" | {job.steps} steps"
+        return f"{job.arm} | {job.lr:g}{steps}"
+
+    def __contains__(self, job: Job) -> bool:
+        return str(job.seed) in self.runs.get(self._setting(job), {})
+
+    def __getitem__(self, job: Job) -> Outcome:
+        validation, test, *rest = self.runs[self._setting(job)][str(job.seed)]
+        return Outcome(float(validation), float(test), *rest)
+
+    def add(self, job: Job, outcome: Outcome) -> None:
+        scores = [float(f"{score:.6g}") for score in outcome[:3]]
+        # JSON has no infinity.
+        entry: list[Any] = [score if abs(score) < 1e300 else "inf" for score in scores]
+        if outcome.error:
+            entry.append(outcome.error[:160])
+        self.runs.setdefault(self._setting(job), {})[str(job.seed)] = entry
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(
+            f"{json.dumps(setting)}: {json.dumps(dict(sorted(self.runs[setting].items())))}"
+            for setting in sorted(self.runs)
+        )
+        head = f'"key": {json.dumps(self.key)},\n"environment": {json.dumps(self.environment)}'
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(f'{{{head},\n"runs": {{\n{lines}\n}}}}\n')
+        temporary.replace(self.path)
+
+
+def _digest(problem: str) -> str:
+    """Of the code that a run depends on, without docstrings and comments."""
+    folder = Path(__file__).parent
+    shared = sorted((folder / "problems").glob("_[a-z]*.py"))
+    text = (folder / "problems" / f"{problem}.py").read_text()
+    used = [path for path in shared if path.stem in text]
+    digest = hashlib.sha256()
+    for path in [folder / "problems" / f"{problem}.py", *used, Path(training.__file__)]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                body[0].value = ast.Constant(0)
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+class Comparison:
+    """The runs of a plan, and what is known from them."""
+
+    def __init__(self, plan: Plan, folder: Path = RESULTS) -> None:
+        self.plan = plan
+        self.stores = {name: Store(name, folder) for name in plan.problems}
+
+    # ------------------------------------------------------------ which runs there are
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each method with each problem that it can be applied to: bounds need targets."""
+        return [
+            (arm, problem)
+            for arm in self.plan.arms
+            for problem in self.plan.problems
+            if arm != "Lagrangian" or PROBLEMS[problem].targets
+        ]
+
+    def _job(self, problem: str, arm: str, lr: float, seed: int) -> Job:
+        return Job(problem, arm, lr, seed, self.plan.steps)
+
+    def search_pilots(self, problem: str) -> list[Job]:
+        rates = PROBLEMS[problem].rates
+        seeds = range(self.plan.pilots)
+        return [self._job(problem, SEARCH.name, lr, seed) for seed in seeds for lr in rates]
+
+    def pilots(self, problem: str, arm: str) -> list[Job]:
+        """One run at each learning rate, with a seed that no counted run has."""
+        arm = getattr(every_arm()[arm], "tuned_as", None) or arm
+        if arm == NULL.name:
+            return []
+        return [self._job(problem, arm, lr, 0) for lr in PROBLEMS[problem].rates]
+
+    def trials(self, problem: str) -> list[Job]:
+        lr = self.search_rate(problem)
+        return [self._job(problem, SEARCH.name, lr, seed) for seed in range(self.plan.trials)]
+
+    def counted(self, problem: str, arm: str) -> list[Job]:
+        lr = self.rate(problem, arm)
+        return [self._job(problem, arm, lr, seed) for seed in range(1, 1 + self.plan.seeds)]
+
+    def stages(self) -> Iterator[list[Job]]:
+        """Lists of jobs; each may depend on the outcomes of those before."""
+        problems = self.plan.problems
+        yield [job for problem in problems for job in self.search_pilots(problem)]
+        yield [job for problem in problems for job in self.trials(problem)]
+        yield [job for arm, problem in self.pairs for job in self.pilots(problem, arm)]
+        counted = [self.counted(problem, arm) for arm, problem in self.pairs]
+        yield [jobs[k] for k in range(self.plan.seeds) for jobs in counted]
+
+    # ------------------------------------------------------------ what is known from them
+
+    def search_rate(self, problem: str) -> float:
+        """The learning rate at which a search of four trials is expected to rank best.
+
+        Ranks are those among the pilots of all learning rates, by their validation scores.
+        """
+        pilots = {
+            lr: [self._job(problem, SEARCH.name, lr, seed) for seed in range(self.plan.pilots)]
+            for lr in PROBLEMS[problem].rates
+        }
+        scores = {lr: self._validation(jobs) for lr, jobs in pilots.items()}
+        everything = Search(*2 * [np.concatenate(list(scores.values()))])
+
+        def expected_rank(lr: float) -> float:
+            search = Search(scores[lr], scores[lr])
+            return float(search.expected(everything.ranks(scores[lr]), 4.0)[0])
+
+        return min(scores, key=expected_rank)
+
+    def _validation(self, jobs: list[Job]) -> Floats:
+        return np.array([outcome.validation for outcome in self.known(jobs)], dtype=np.float64)
+
+    def rate(self, problem: str, arm: str) -> float:
+        """The learning rate with the best validation score in the pilots."""
+        jobs = [job for job in self.pilots(problem, arm) if job in self.stores[problem]]
+        if not jobs:
+            return self.search_rate(problem)
+        return min(jobs, key=lambda job: self.stores[problem][job].validation).lr
+
+    def known(self, jobs: Iterable[Job]) -> list[Outcome]:
+        """The outcomes of those that are done."""
+        return [self.stores[job.problem][job] for job in jobs if job in self.stores[job.problem]]
+
+    def search(self, problem: str) -> Search:
+        outcomes = self.known(self.trials(problem))
+        columns = np.array([outcome[:2] for outcome in outcomes], dtype=np.float64)
+        return Search(columns[:, 0], columns[:, 1])
+
+    # ------------------------------------------------------------ running
+
+    def run(self, workers: int, hours: float = 3.0) -> bool:
+        """Run what is missing. False if the time was up before; the next call goes on."""
+        deadline = time.monotonic() + 3600 * hours
+        try:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                for stage in self.stages():
+                    missing = [job for job in stage if job not in self.stores[job.problem]]
+                    if not self._run_all(pool, missing, deadline, 2 * workers):
+                        return False
+        finally:
+            self.save()
+        return True
+
+    def _run_all(
+        self, pool: ProcessPoolExecutor, jobs: list[Job], deadline: float, ahead: int
+    ) -> bool:
+        waiting, running = iter(jobs), {}
+        done, saved = 0, time.monotonic()
+        while True:
+            while len(running) < ahead and time.monotonic() < deadline:
+                job = next(waiting, None)
+                if job is None:
+                    break
+                running[pool.submit(run, job)] = job
+            if not running:
+                return done == len(jobs)
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                self.stores[job.problem].add(job, future.result())
+                done += 1
+            if time.monotonic() - saved > SAVE_EVERY:
+                saved = time.monotonic()
+                self.save()
+                print(f"{done} of {len(jobs)} runs of this stage", flush=True)
+
+    def save(self) -> None:
+        for store in self.stores.values():
+            store.environment = environment(Settings())
+            store.save()
+
+
+def run(job: Job) -> Outcome:
+    """Do one run, in this process, on one thread."""
+    torch.set_num_threads(1)
+    arm = SEARCH if job.arm == SEARCH.name else every_arm()[job.arm]
+    return training.train(PROBLEMS[job.problem], arm, job.lr, job.seed, job.steps)
