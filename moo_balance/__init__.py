@@ -1,6 +1,8 @@
 """Balance the gradients of several losses, around any ``torch.optim`` optimizer."""
 
 from moo_balance import weighting
+from moo_balance._reports import ConflictReport, SuggestedWeights
+from moo_balance.diagnosis import diagnose, suggest_weights
 from moo_balance.errors import BalanceError, BalanceValueError, ConvergenceError, NonFiniteError
 from moo_balance.monitor import History, StepMetrics
 from moo_balance.optimizer import BalancedOptimizer
@@ -12,9 +14,13 @@ __all__ = [
     "BalanceError",
     "BalanceValueError",
     "BalancedOptimizer",
+    "ConflictReport",
     "ConvergenceError",
     "History",
     "NonFiniteError",
     "StepMetrics",
+    "SuggestedWeights",
+    "diagnose",
+    "suggest_weights",
 ]
 __all__ += weighting.__all__

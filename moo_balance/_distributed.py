@@ -167,7 +167,7 @@ class Ranks:
         """The names that all ranks start from, in the order of rank 0."""
         own = f"{type(fault).__name__}: {fault}" if fault else None
         own = str(fault) if isinstance(fault, BalanceError) else own
-        reports = self._gather((list(declared or losses), own))
+        reports = self.gather((list(declared or losses), own))
         if fault is not None:
             raise fault
         first_names, _ = reports[0]
@@ -182,7 +182,7 @@ class Ranks:
         self._check_position(step_id)
         return first_names
 
-    def _gather(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks."""
         values = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)
@@ -190,7 +190,7 @@ class Ranks:
 
     def _check_position(self, step_id: StepId) -> None:
         """Refuse ranks at different positions, and name the first that differs."""
-        first, *others = self._gather(step_id)
+        first, *others = self.gather(step_id)
         for rank, other in enumerate(others, start=1):
             if other.trainable != first.trainable:
                 raise BalanceError(

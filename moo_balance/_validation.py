@@ -123,6 +123,11 @@ def check_options(
             "Parameter `check_ranks_every` should be a whole number of steps, 0 for never. "
             f"Found {check_ranks_every!r}."
         )
+    check_process_group(process_group)
+
+
+def check_process_group(process_group: object) -> None:
+    """Refuse what names no ranks."""
     if not (process_group in (None, "auto") or _is_group(process_group)):
         raise BalanceValueError(
             "Parameter `process_group` should be 'auto', None, or a torch.distributed.ProcessGroup "
@@ -160,6 +165,45 @@ def read_shared_params(
             f"Found {value}. Pass a module or parameters that were given to the optimizer too."
         )
     return shared
+
+
+def read_named_params(params: object) -> list[tuple[str, Tensor]]:
+    """The parameters that train, each once, with their names; the names may be empty.
+
+    Args:
+        params: A module, an iterable of parameters, or one of names and parameters.
+    """
+    if isinstance(params, nn.Module):
+        params = _unwrap(params).named_parameters()
+    if isinstance(params, (Tensor, str, Mapping)) or not isinstance(params, Iterable):
+        raise _no_params(f"{type(params).__name__}")
+    named: dict[Tensor, str] = {}
+    for entry in params:
+        pair = entry if isinstance(entry, tuple) else ("", entry)
+        if not (len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            raise _no_params(f"{entry!r:.60}")
+        if not (pair[1].is_leaf or not pair[1].requires_grad):
+            raise _no_params(f"the result of an operation, of shape {tuple(pair[1].shape)}")
+        if pair[1].requires_grad:
+            named.setdefault(pair[1], pair[0])
+    if not named:
+        raise _no_params("none that requires a gradient")
+    return [(name, param) for param, name in named.items()]
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers for data parallelism and compilation."""
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return _unwrap(module.module)
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else _unwrap(inner)
+
+
+def _no_params(value: str) -> BalanceValueError:
+    return BalanceValueError(
+        "Parameter `params` should be a module, or a list of parameters that train. Found "
+        f"{value}. Pass for example `model`, `model.encoder` or `model.named_parameters()`."
+    )
 
 
 # ------------------------------------------------------------ losses
@@ -312,6 +356,29 @@ def _bad_loss(name: str, loss: object) -> BalanceValueError:
     return BalanceValueError(
         f"Loss `{name}` should be a real floating-point tensor. Found {loss.dtype}.{advice}"
     )
+
+
+def read_batch_losses(losses: object, expected: Sequence[str], number: int) -> dict[str, Tensor]:
+    """The losses of one batch as 0-d tensors with a graph.
+
+    Args:
+        losses: What ``losses_fn`` returned.
+        expected: The names of the first batch; empty for the first.
+        number: How many batches came before.
+    """
+    if not isinstance(losses, Mapping) or not losses:
+        value = "none" if isinstance(losses, Mapping) else type(losses).__name__
+        raise BalanceValueError(
+            "Parameter `losses_fn` should return a mapping from a name to a scalar tensor. Found "
+            f'{value}. Return `{{"rate": rate, "distortion": distortion}}`.'
+        )
+    if expected and set(losses) != set(expected):
+        raise BalanceValueError(
+            "Parameter `losses_fn` should return the same losses for each batch. Found "
+            f"{_quote(list(losses))} for batch {number} and {_quote(expected)} for batch 0. Leave "
+            "out batches that lack a loss."
+        )
+    return read_losses(losses, expected or None)
 
 
 # ------------------------------------------------------------ features

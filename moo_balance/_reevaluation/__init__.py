@@ -1,6 +1,7 @@
 """Evaluates the losses of a batch again after the step: from the same state, and with no trace.
 
 evaluation     the two evaluations of a closure, and what is put back after the second
+trials         evaluations of many batches, all of which are undone
 writes         which tensors operators write in place
 copies         copies of these, each made before the first write
 module_state   attributes of modules, memory and gradients of their tensors
@@ -16,3 +17,4 @@ from moo_balance._reevaluation.evaluation import (
     evaluate as evaluate,
     repeat_all as repeat_all,
 )
+from moo_balance._reevaluation.trials import Trials as Trials

@@ -82,7 +82,7 @@ class Reevaluation:
             # the step; afterwards it would hold casts of this evaluation's graph.
             torch.clear_autocast_cache()
             watch = self._known.watch_second(copies, self._modules, self._written)
-            with watch, self._autocast.restore(), _without_synchronization(self._modules):
+            with watch, self._autocast.restore(), without_synchronization(self._modules):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -199,7 +199,7 @@ def add_losses(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_synchronization(modules: Iterable[nn.Module]) -> Iterator[None]:
+def without_synchronization(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Keep DistributedDataParallel from expecting a backward pass of what runs inside."""
     loaded = sys.modules.get("torch.nn.parallel.distributed")
     if loaded is None or not is_distributed():
