@@ -59,10 +59,10 @@ def page(comparison: Comparison, results: Results) -> str:
             f"{DECADES:g} decades, weights and initial weights of the model drawn anew.",
             f"Methods: {plan.seeds} seeds each, with the arguments that are named and otherwise "
             "the defaults.",
-            f"Learning rate: of three, for the search the one at which four of {plan.pilots} pilot "
-            "trials are expected to validate best, for each method the one with the best validation "
-            "score in one pilot run, with a seed that is not counted. `every=10` takes the rate "
-            "of its method.",
+            f"Learning rate: of three. For the search, the one at which four of {plan.pilots} "
+            "pilot trials are expected to validate best; for each method, the one with the best "
+            "validation score in one pilot run each, with a seed that is not counted. Other "
+            "settings of a method, such as `every=10`, take its rate.",
             "Adam, with a cosine schedule to 0, on one thread; each side has the same number of "
             "steps.",
         ]

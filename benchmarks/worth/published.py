@@ -1,4 +1,4 @@
-"""Burgers' equation at the size of ConFIG's notebook: the plain sum and ConFIG, beside its figures.
+"""Burgers' equation at the size of the notebook of ConFIG: the plain sum and ConFIG.
 
 python -m benchmarks.worth.published [--seeds 3] [--steps 5000] [--every 10]
 

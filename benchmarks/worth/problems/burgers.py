@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.worth.problem import Problem, Training
-from benchmarks.worth.problems._pinn import gradient, relative_l2, tanh_network
+from benchmarks.worth.problems._pinn import differentiate, relative_l2, tanh_network
 
 VISCOSITY = 0.01 / math.pi
 WIDTH, DEPTH = 24, 3
@@ -52,18 +52,15 @@ def draw(interior: int, boundary: int, initial: int) -> Batch:
     return Batch(points, interior, boundary)
 
 
-def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    points = batch.points.requires_grad_()
-    u = network(points)[:, 0]
-    inside, walls = batch.interior, batch.interior + batch.boundary
-    u_x, u_t = gradient(u[:inside], points)[:inside].unbind(1)
-    u_xx = gradient(u_x, points)[:inside, 0]
-    residual = u_t + u[:inside] * u_x - VISCOSITY * u_xx
-    wanted = -torch.sin(math.pi * points[walls:, 0])
+def losses(network: nn.Sequential, batch: Batch) -> dict[str, Tensor]:
+    inside, edges = batch.points[: batch.interior], batch.points[batch.interior :]
+    u, (u_x, u_t), (u_xx,) = differentiate(network, inside, twice=1)
+    walls, beginning = network(edges)[:, 0].tensor_split([batch.boundary])
+    wanted = -torch.sin(math.pi * edges[batch.boundary :, 0])
     return {
-        "pde": residual.square().mean(),
-        "boundary": u[inside:walls].square().mean(),
-        "initial": (u[walls:] - wanted).square().mean(),
+        "pde": (u_t + u * u_x - VISCOSITY * u_xx).square().mean(),
+        "boundary": walls.square().mean(),
+        "initial": (beginning - wanted).square().mean(),
     }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.worth.problem import Problem, Training
-from benchmarks.worth.problems._pinn import Standardise, gradient, relative_l2, tanh_network
+from benchmarks.worth.problems._pinn import Standardise, differentiate, relative_l2, tanh_network
 
 WAVES = (1, 2)
 INTERIOR = 128
@@ -47,14 +47,11 @@ def draw() -> Batch:
     return Batch(points, (laplacian + 1) * solution(points[:INTERIOR]))
 
 
-def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    points = batch.points.requires_grad_()
-    u = network(points)[:, 0]
-    u_x, u_y = gradient(u[:INTERIOR], points).unbind(1)
-    laplacian = gradient(u_x, points)[:INTERIOR, 0] + gradient(u_y, points)[:INTERIOR, 1]
+def losses(network: nn.Sequential, batch: Batch) -> dict[str, Tensor]:
+    u, _, (u_xx, u_yy) = differentiate(network, batch.points[:INTERIOR], twice=2)
     return {
-        "pde": (laplacian + u[:INTERIOR] - batch.source).square().mean(),
-        "boundary": u[INTERIOR:].square().mean(),
+        "pde": ((u_xx + u_yy + u)[:, 0] - batch.source).square().mean(),
+        "boundary": network(batch.points[INTERIOR:]).square().mean(),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.worth.measure import SMALLEST, Search, worth
 
@@ -39,6 +39,7 @@ def test_one_trial_has_the_mean_rank(seed: int, size: int) -> None:
     assert search.expected(search.ranks(search.test), 1.0)[0] == pytest.approx(0.5)
 
 
+@settings(max_examples=10)
 @given(st.integers(0, 1000))
 def test_units_do_not_matter(seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -50,9 +51,9 @@ def test_units_do_not_matter(seed: int) -> None:
 def test_the_null_method_is_worth_one_trial() -> None:
     generator = np.random.default_rng(0)
     found = []
-    for _ in range(25):
+    for _ in range(12):
         search = made_up(generator, 64)
-        found += [worth(search, made_up(generator, 8).test) for _ in range(3)]
+        found += [worth(search, made_up(generator, 8).test) for _ in range(6)]
     covered = np.mean([one.low <= 1.0 <= one.high for one in found])
     assert covered > 0.85  # 0.953 of 300 was measured
     assert np.exp(np.log([one.value for one in found]).mean()) == pytest.approx(1.0, abs=0.2)
