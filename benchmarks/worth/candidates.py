@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 import moo_balance as mb
-from moo_balance import Weighting
+from moo_balance import Statistics, Weighting, WeightingOutput
+from moo_balance.weighting import State
 
 Candidate = tuple[type[Weighting], dict[str, Any], str]
 """A method, its arguments, and the method whose learning rate it takes."""
@@ -35,6 +37,37 @@ class NormsIfFar(mb.GradientNorms):
         ratios = super()._ratios(norms, length)
         near = ratios.amax() < self.factor * ratios.amin()
         return torch.where(near, torch.ones_like(ratios), ratios)
+
+
+@dataclass(frozen=True)
+class GeometricBlend(Weighting):
+    """The geometric mean of the coefficients of two methods, each scaled to sum 1."""
+
+    first: Weighting
+    second: Weighting
+    every: int = 10
+
+    uses_gramian = True
+
+    def lower_bounds(self, names: Sequence[str]) -> list[float]:
+        return list(map(max, self.first.lower_bounds(names), self.second.lower_bounds(names)))
+
+    def init(self, names: Sequence[str], device: torch.device) -> State:
+        states = {
+            "first": self.first.init(names, device),
+            "second": self.second.init(names, device),
+        }
+        return {f"{part}/{key}": v for part, state in states.items() for key, v in state.items()}
+
+    def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
+        logs, following = [], {}
+        for part, method in (("first", self.first), ("second", self.second)):
+            own = {k.removeprefix(f"{part}/"): v for k, v in state.items() if k.startswith(part)}
+            output = method.weights(statistics, own)
+            following |= {f"{part}/{key}": value for key, value in output.state.items()}
+            logs.append(output.coefficients.clamp(min=1e-30).log())
+        coefficients = torch.softmax((logs[0] + logs[1]) / 2, 0)
+        return WeightingOutput(coefficients, coefficients, following)
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -65,6 +98,17 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "GradientNorms, square root, every=10": (TemperedNorms, {"every": 10}, "GradientNorms"),
     "GradientNorms if 10 times apart, every=10": (NormsIfFar, {"every": 10}, "GradientNorms"),
+    "NashMTL, averaged": (mb.MovingAverage, {"weighting": mb.NashMTL()}, "NashMTL"),
+    "NashMTL × AnalyticQP, every=10": (
+        GeometricBlend,
+        {"first": mb.NashMTL(every=10), "second": mb.AnalyticQP(every=10)},
+        "NashMTL",
+    ),
+    "GradientNorms × AnalyticQP, every=10": (
+        GeometricBlend,
+        {"first": mb.GradientNorms(every=10), "second": mb.AnalyticQP(every=10)},
+        "GradientNorms",
+    ),
     "SumLog(floor=0.1)": (mb.SumLog, {"floor": 0.1}, "SumLog"),
     "AnalyticQP, then Sum": (
         mb.Sequential,

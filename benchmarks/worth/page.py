@@ -6,12 +6,19 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.worth.arms import DECADES
+from benchmarks.worth.arms import DECADES, every_arm
 from benchmarks.worth.figures import Results, draw_searches, draw_worth, expected_scores, save
 from benchmarks.worth.measure import SMALLEST, Worth
 from benchmarks.worth.predictions import PREDICTIONS
 from benchmarks.worth.problems import PROBLEMS
-from benchmarks.worth.results import ENOUGH, Entry, Result, leave_one_out, summarize
+from benchmarks.worth.results import (
+    ENOUGH,
+    Entry,
+    Result,
+    compare_setting,
+    leave_one_out,
+    summarize,
+)
 from benchmarks.worth.runs import Comparison
 
 TEXTS = Path(__file__).parent / "texts"
@@ -74,6 +81,10 @@ def page(comparison: Comparison, results: Results) -> str:
         "![Worth of each method on each problem](figures/worth/worth.svg)",
         (TEXTS / "findings.md").read_text().strip(),
         "## All methods\n\n" + _summary(results),
+        "## Settings\n\n"
+        + (TEXTS / "settings.md").read_text().strip()
+        + "\n\n"
+        + _settings(results),
         "## Predictions\n\nWritten down before the full run.\n\n" + _predictions(results),
         "## A default\n\n"
         + (TEXTS / "default.md").read_text().strip()
@@ -174,6 +185,42 @@ def _summary(results: Results) -> str:
 def _code(arm: str) -> str:
     plain = arm.endswith("weights") or (arm.endswith(")") and "(" in arm and " (" in arm)
     return arm if plain else f"`{arm}`"
+
+
+def _settings(results: Results) -> str:
+    rows = []
+    for arm, base in sorted(_bases(results).items(), key=lambda item: item[::-1]):
+        found = compare_setting(results.values(), arm, base)
+        rows.append(
+            [
+                _code(arm),
+                _code(base),
+                f"{found.better} of {found.problems}",
+                str(found.clearly_better),
+                str(found.clearly_worse),
+                number(found.ratio),
+                number(found.cost),
+            ]
+        )
+    head = [
+        "setting",
+        "against",
+        "better on",
+        "clearly better",
+        "clearly worse",
+        "worth, ratio",
+        "cost, ratio",
+    ]
+    return table(head, rows)
+
+
+def _bases(results: Results) -> dict[str, str]:
+    """Settings of a method, and the method with its defaults."""
+    bases = {arm: getattr(made, "tuned_as", None) for arm, made in every_arm().items()}
+    bases |= {'MGDA("l2")': "MGDA", 'MGDA("log")': "MGDA"}
+    bases["SmoothTchebycheff(log=True)"] = "SmoothTchebycheff"
+    arms = _all_arms(results)
+    return {arm: base for arm, base in bases.items() if arm in arms and base in arms}
 
 
 def _predictions(results: Results) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.worth.arms import NULL
 from benchmarks.worth.measure import SMALLEST, Search, Worth, worth
@@ -157,6 +158,54 @@ def summarize(results: Iterable[Result], arm: str) -> Summary:
         failed=float(np.mean([entry.failed for entry in entries])),
         cost=float(np.exp(np.nanmean(np.log(costs)))) if np.isfinite(costs).any() else math.nan,
         problems=len(entries),
+    )
+
+
+@dataclass(frozen=True)
+class SettingComparison:
+    """A setting of a method against the method with its defaults, over problems.
+
+    Args:
+        better: Problems on which its mean rank is better.
+        clearly_better: Those on which the 95 % interval of the difference (Welch) is on one side.
+        clearly_worse: The same on the other side.
+        problems: How many problems there are.
+        ratio: Its worth over that of the defaults, geometric mean.
+        cost: Its cost over that of the defaults, geometric mean.
+    """
+
+    better: int
+    clearly_better: int
+    clearly_worse: int
+    problems: int
+    ratio: float
+    cost: float
+
+
+def compare_setting(results: Iterable[Result], setting: str, base: str) -> SettingComparison:
+    """A setting against the defaults, where both have results."""
+    pairs = [
+        (result.search, result.entries[setting], result.entries[base])
+        for result in results
+        if setting in result.entries and base in result.entries
+    ]
+    better, clearly = 0, []
+    for search, mine, other in pairs:
+        ranks = search.ranks(mine.scores), search.ranks(other.scores)
+        better += ranks[0].mean() < ranks[1].mean()
+        same = np.array_equal(*(np.sort(each) for each in ranks))
+        found = None if same else stats.ttest_ind(*ranks, equal_var=False)
+        clear = found is not None and found.pvalue < 0.05
+        clearly.append(float(np.sign(found.statistic)) if clear else 0.0)
+    ratios = [mine.worth.value / other.worth.value for _, mine, other in pairs]
+    costs = [mine.cost / other.cost for _, mine, other in pairs]
+    return SettingComparison(
+        better=int(better),
+        clearly_better=clearly.count(-1.0),
+        clearly_worse=clearly.count(1.0),
+        problems=len(pairs),
+        ratio=float(np.exp(np.log(ratios).mean())),
+        cost=float(np.exp(np.nanmean(np.log(costs)))),
     )
 
 

@@ -228,7 +228,8 @@ class Comparison:
         try:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 for stage in self.stages():
-                    missing = [job for job in stage if job not in self.stores[job.problem]]
+                    # Several arms may share a pilot.
+                    missing = [job for job in dict.fromkeys(stage) if not self._is_done(job)]
                     if not self._run_all(pool, missing, deadline, 2 * workers):
                         return False
         finally:
@@ -257,6 +258,9 @@ class Comparison:
                 saved = time.monotonic()
                 self.save()
                 print(f"{done} of {len(jobs)} runs of this stage", flush=True)
+
+    def _is_done(self, job: Job) -> bool:
+        return job in self.stores[job.problem]
 
     def save(self) -> None:
         for store in self.stores.values():
