@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.worth.page import overview, write
+from benchmarks.worth.arms import NULL, PLAIN
+from benchmarks.worth.page import write
 from benchmarks.worth.results import compute
 from benchmarks.worth.runs import RESULTS, Comparison, Plan
+from benchmarks.worth.tables import overview
 
 SHORT = Plan(
     trials=16,
     pilots=4,
     seeds=3,
     problems=("digits", "equal_tasks", "vlmop2"),
-    arms=("Sum", "SumLog", "AnalyticQP", "GradientNorms", "MGDA", "random static weights"),
+    arms=("Sum", "SumLog", "AnalyticQP", "GradientNorms", "MGDA", NULL.name, PLAIN.name),
 )
 
 
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=3.0, help="stop after so long; go on later")
     parser.add_argument("--docs", type=Path, default=None, help="write worth.md into this folder")
     given = parser.parse_args(arguments)
+    if given.docs is not None and (given.short or given.steps is not None):
+        parser.error("--docs needs all problems and methods, with all of their steps")
     plan = SHORT if given.short else Plan()
     plan = replace(plan, steps=given.steps)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import moo_balance as mb
 from benchmarks.worth.candidates import CANDIDATES
 from benchmarks.worth.problem import Problem, Training
-from benchmarks.worth.training import Stepper, make_stepper
+from benchmarks.worth.training import Arm, Stepper, make_stepper
 from moo_balance import Weighting
 
 DECADES = 6.0
@@ -40,12 +40,43 @@ def draw_weights(problem: Problem, trial: int) -> dict[str, float]:
     return dict(zip(problem.loss_names, weights.tolist(), strict=True))
 
 
+def prefer(method: Weighting, preference: Mapping[str, float]) -> Weighting:
+    """The method, and those inside of it, with the preference where they take one."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        if field.name == "preference":
+            changes["preference"] = dict(preference)
+        elif isinstance(value, Weighting):
+            changes[field.name] = prefer(value, preference)
+        elif field.name == "weightings":
+            changes[field.name] = [prefer(each, preference) for each in value]
+    return dataclasses.replace(method, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class PlainLoop:
+    """The plain sum without the library, which costs are compared with."""
+
+    name: str = "plain loop"
+    rate_of: str = "Sum"
+
+    def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
+        def step(training: Training) -> None:
+            optimizer.zero_grad()
+            sum(training.losses(training.draw()).values()).backward()  # type: ignore[union-attr]
+            optimizer.step()
+
+        return step
+
+
 @dataclass(frozen=True)
 class Static:
     """Static weights drawn at random: a trial of the search, or the null method."""
 
     name: str
     first_trial: int = 0
+    rate_of: None = None
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
         weights = draw_weights(problem, self.first_trial + seed)
@@ -60,16 +91,22 @@ class Method:
         name: As it is listed.
         cls: Its class.
         arguments: Those that differ from the defaults; milestones are fractions of the training.
-        tuned_as: The arm whose learning rate this one takes; None if it is tuned itself.
+        variant_of: The method whose other setting it is; None for defaults.
+        shares_rate: Whether it takes the learning rate of that method.
     """
 
     name: str
     cls: type[Weighting]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tuned_as: str | None = None
+    variant_of: str | None = None
+    shares_rate: bool = True
+
+    @property
+    def rate_of(self) -> str | None:
+        """The arm whose learning rate this one takes; None if it has pilots of its own."""
+        return self.variant_of if self.shares_rate else None
 
     def weighting(self, problem: Problem) -> Weighting:
-        fields = {field.name for field in dataclasses.fields(self.cls)}  # type: ignore[arg-type]
         arguments = dict(self.arguments)
         if self.cls is mb.PCD:
             arguments["primary"] = problem.primary
@@ -77,12 +114,13 @@ class Method:
             arguments["reference"] = problem.primary
         if self.cls is mb.Lagrangian:
             arguments["targets"] = dict(problem.targets)
-        if problem.preference is not None and "preference" in fields:
-            arguments["preference"] = dict(problem.preference)
         if "milestones" in arguments:
             milestones = arguments["milestones"]
             arguments["milestones"] = [round(problem.steps * part) for part in milestones]
-        return self.cls(**arguments)
+        method = self.cls(**arguments)
+        if problem.preference is None:
+            return method
+        return prefer(method, problem.preference)
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
         return make_stepper(optimizer, self.weighting(problem))
@@ -93,6 +131,7 @@ class Suggested:
     """The plain sum at first; then the static weights that equal gradient norms suggest."""
 
     name: str = "suggested static weights"
+    rate_of: None = None
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
         balanced = mb.BalancedOptimizer(optimizer, mb.Sum())
@@ -121,7 +160,7 @@ class ConFIGOfConflictfree:
     """ConFIG of the `conflictfree` library, by its authors."""
 
     name: str = "ConFIG (conflictfree)"
-    tuned_as: str = "ConFIG"
+    rate_of: str = "ConFIG"
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
         from conflictfree.grad_operator import ConFIG_update
@@ -151,7 +190,7 @@ class PCGradOfPytorchOptimizer:
     """PCGrad of the `pytorch-optimizer` library."""
 
     name: str = "PCGrad (pytorch-optimizer)"
-    tuned_as: str = "PCGrad"
+    rate_of: str = "PCGrad"
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
         from pytorch_optimizer import PCGrad
@@ -182,42 +221,50 @@ def _every_method() -> dict[str, Method]:
     }
 
 
-def _refreshed_seldom() -> list[Method]:
+def _every_10() -> list[Method]:
     """Each method on a Gramian with `every=10`, at the learning rate chosen for `every=1`."""
     arms = []
     for name, method in _every_method().items():
         fields = {field.name: field.default for field in dataclasses.fields(method.cls)}  # type: ignore[arg-type]
         if issubclass(method.cls, mb.GramianWeighting) and fields.get("every") == 1:
             arguments = {**method.arguments, "every": 10}
-            arms.append(Method(f"{name}(every=10)", method.cls, arguments, tuned_as=name))
+            arms.append(Method(f"{name}(every=10)", method.cls, arguments, variant_of=name))
     return arms
 
 
 SETTINGS = [
-    Method("FAMO(lagged=True)", mb.FAMO, {"lagged": True}, tuned_as="FAMO"),
+    Method("FAMO(lagged=True)", mb.FAMO, {"lagged": True}, variant_of="FAMO"),
     Method(
         "BalancedTrajectory(lagged=True)",
         mb.BalancedTrajectory,
         {"lagged": True},
-        tuned_as="BalancedTrajectory",
+        variant_of="BalancedTrajectory",
     ),
-    Method('MGDA("l2")', mb.MGDA, {"normalize": "l2"}),
-    Method('MGDA("log")', mb.MGDA, {"normalize": "log"}),
-    Method("SmoothTchebycheff(log=True)", mb.SmoothTchebycheff, {"log": True}),
+    Method('MGDA("l2")', mb.MGDA, {"normalize": "l2"}, "MGDA", shares_rate=False),
+    Method('MGDA("log")', mb.MGDA, {"normalize": "log"}, "MGDA", shares_rate=False),
+    Method(
+        "SmoothTchebycheff(log=True)",
+        mb.SmoothTchebycheff,
+        {"log": True},
+        "SmoothTchebycheff",
+        shares_rate=False,
+    ),
 ]
 """Other settings of published methods."""
 
+PLAIN = PlainLoop()
 SEARCH = Static("static trial")
 NULL = Static("random static weights", first_trial=1_000_000)
 
 
-def every_arm() -> dict[str, Any]:
+def every_arm() -> dict[str, Arm]:
     """All arms but the trials of the search, by name."""
-    arms = [
+    arms: list[Arm] = [
         *_every_method().values(),
-        *_refreshed_seldom(),
+        *_every_10(),
         *SETTINGS,
         *(Method(name, *candidate) for name, candidate in CANDIDATES.items()),
+        PLAIN,
         NULL,
         Suggested(),
         ConFIGOfConflictfree(),

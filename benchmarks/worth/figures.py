@@ -8,16 +8,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from benchmarks.worth.measure import SMALLEST
-from benchmarks.worth.predictions import PDES
+from benchmarks.worth.problem import EQUATIONS
 from benchmarks.worth.problems import PROBLEMS
-from benchmarks.worth.results import ENOUGH, Result, summarize
-
-Results = dict[str, Result]
+from benchmarks.worth.results import ENOUGH, Results, summarize
 
 COLOURS = {
     "differential equations": "#0072b2",
@@ -31,7 +30,7 @@ INK = "#808080"
 
 def family(problem: str) -> str:
     """The group of a problem, for its colour."""
-    if problem in PDES:
+    if problem in EQUATIONS:
         return "differential equations"
     if PROBLEMS[problem].expected_to_lose:
         return "balancing expected to lose"
@@ -44,7 +43,7 @@ def draw_worth(results: Results, arms: Sequence[str]) -> Figure:
     """Worth of each method on each problem, with its interval, on a log axis."""
     summaries = {arm: summarize(results.values(), arm) for arm in arms}
     order = sorted(arms, key=lambda arm: summaries[arm].mean)
-    figure = Figure(figsize=(8.0, 0.55 * len(order) + 1.3), layout="constrained")
+    figure = Figure(figsize=(8.0, 0.48 * len(order) + 1.2), layout="constrained")
     ax = figure.add_subplot()
     largest = max(len(result.search) for result in results.values())
     ax.axvspan(SMALLEST / 2, 1.0, color=INK, alpha=0.15, linewidth=0)
@@ -56,7 +55,10 @@ def draw_worth(results: Results, arms: Sequence[str]) -> Figure:
         for offset, name in zip(offsets, present, strict=True):
             worth, colour = results[name].entries[arm].worth, COLOURS[family(name)]
             ax.plot([worth.low, worth.high], 2 * [row + offset], color=colour, lw=0.9, alpha=0.6)
-            ax.plot(worth.value, row + offset, "o", color=colour, markersize=3.5)
+            # Arrows at the ends of the scale, where the worth is a bound.
+            marker = ">" if worth.value > 0.999 * largest else "o"
+            marker = "<" if worth.value < 1.001 * SMALLEST else marker
+            ax.plot(worth.value, row + offset, marker, color=colour, markersize=3.5)
         ax.plot(2 * [summaries[arm].mean], [row - 0.4, row + 0.4], color=INK, lw=2.5)
     ax.set_xscale("log")
     ax.set_xlim(SMALLEST * 0.8, largest * 1.25)
@@ -78,7 +80,7 @@ def draw_worth(results: Results, arms: Sequence[str]) -> Figure:
 
 
 def draw_searches(results: Results, arms: Sequence[str]) -> Figure:
-    """What a search of N trials is expected to reach, and the medians of a few methods."""
+    """The median score of a search of N trials, and the medians of a few methods."""
     columns = 3
     rows = math.ceil(len(results) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.2 * rows), layout="constrained")
@@ -87,11 +89,13 @@ def draw_searches(results: Results, arms: Sequence[str]) -> Figure:
     for ax, (name, result) in zip(axes, results.items(), strict=False):
         search = result.search
         counts = np.geomspace(1.0, len(search) / 2, 40)
-        ax.plot(counts, expected_scores(result, counts), color=INK, lw=2)
+        ax.plot(counts, search.median_scores(counts), color=INK, lw=2)
         for arm, colour in zip(arms, palette, strict=False):
             if arm in result.entries and math.isfinite(result.entries[arm].median):
                 ax.axhline(result.entries[arm].median, color=colour, lw=1, linestyle="--")
         ax.set_xscale("log", base=2)
+        if search.test.min() > 0:
+            ax.set_yscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.set_title(name, fontsize=9, color=INK)
         _style(ax)
@@ -112,22 +116,7 @@ def draw_searches(results: Results, arms: Sequence[str]) -> Figure:
     return figure
 
 
-def expected_scores(result: Result, counts: np.ndarray) -> np.ndarray:
-    """The median of the test scores that a search of each size may find, shape [N]."""
-    search = result.search
-    order = np.argsort(search.test)
-    below = np.tril(np.ones((len(search), len(search))))
-    # Row j: the probability that the search ends with one of the j + 1 best test scores.
-    chances = np.empty((len(search), len(counts)))
-    for j in range(len(search)):
-        flags = np.zeros(len(search))
-        flags[order[below[j] > 0]] = 1.0
-        chances[j] = search.expected(flags, counts)
-    return search.test[order[(chances < 0.5).sum(0)]]
-
-
-def _style(ax: object) -> None:
-    assert isinstance(ax, matplotlib.axes.Axes)
+def _style(ax: Axes) -> None:
     ax.tick_params(colors=INK, labelsize=8)
     ax.xaxis.label.set_color(INK)
     ax.yaxis.label.set_color(INK)

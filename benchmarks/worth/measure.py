@@ -11,9 +11,13 @@ validation scores, best first, the rank that the search reaches on test data is 
     Q(1) = \tfrac 12
 
 The worth of a method with mean rank :math:`\bar q` is the N at which :math:`Q(N) = \bar q`. A
-method that draws static weights at random has :math:`\bar q = 1/2` on average, and worth 1; N below
-1 means worse than a single random trial. At equal time, a method whose step costs c plain steps is
-set against a search that has c trials in its place: :math:`N/c`.
+method that draws static weights at random has :math:`\bar q = 1/2` on average, and worth 1. Below
+1 the formula is continued, though there is no such search: the method is worse than one random
+trial. The scale ends at 1/16 and at M; a worth beyond it counts as its end. A run that fails has
+rank 1, so that with eight runs one failure bounds the worth at 7.
+
+At equal time, a method whose step costs c plain ones competes with a search that has c trials in
+the same time: :math:`N / c`.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from scipy import stats
 Floats = NDArray[np.float64]
 
 SMALLEST = 1 / 16
-"""A worth below this one is not told from it."""
+"""The smallest worth that is measured."""
 
 REPLICATES = 400
+"""Bootstrap samples of the trials."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +61,28 @@ class Search:
         not_worse = np.searchsorted(ordered, scores, side="right")
         return (better + not_worse) / (2 * len(ordered))
 
-    def expected(self, values: Floats, count: Floats | float) -> Floats:
-        """What a search of `count` trials is expected to find, of one value per trial [M].
+    def probabilities(self, counts: Floats) -> Floats:
+        """How likely a search of each of N sizes is to keep each trial, shape [N, M].
 
-        Trials with equal validation scores share the mean of their values.
+        Trials with equal validation scores are kept equally often.
         """
-        _, inverse, sizes = np.unique(self.validation, return_inverse=True, return_counts=True)
-        means = np.bincount(inverse, weights=values) / sizes
-        after = 1.0 - np.cumsum(sizes) / len(values)
-        before = after + sizes / len(values)
-        exponents = np.atleast_1d(np.asarray(count, dtype=np.float64))[:, None]
-        return (before**exponents - np.maximum(after, 0.0) ** exponents) @ means
+        _, level, sizes = np.unique(self.validation, return_inverse=True, return_counts=True)
+        before = np.cumsum(sizes[::-1])[::-1] / len(self)  # this level or a worse one
+        after = np.append(before[1:], 0.0)
+        exponents = np.asarray(counts, dtype=np.float64)[:, None]
+        return ((before**exponents - after**exponents) / sizes)[:, level]
 
-    def best(self) -> float:
-        """The test score of the trial that is best on validation data."""
-        return float(self.test[np.argmin(self.validation)])
+    def median_scores(self, counts: Floats) -> Floats:
+        """The median of the test scores that a search of each size keeps, shape [N]."""
+        order = np.argsort(self.test)
+        reached = np.cumsum(self.probabilities(counts)[:, order], axis=1)
+        # Rounding may leave the last sum below 1, and a sum of halves below a half.
+        return self.test[order[(reached < 0.5 - 1e-9).sum(1)]]
+
+    @property
+    def kept(self) -> float:
+        """The test score of the trial that is best on validation data; of several, their mean."""
+        return float(self.test[self.validation == self.validation.min()].mean())
 
     @cached_property
     def counts(self) -> Floats:
@@ -80,8 +92,7 @@ class Search:
     @cached_property
     def curve(self) -> Floats:
         """The expected rank after each number of trials, made to decrease."""
-        expected = self.expected(self.ranks(self.test), self.counts)
-        return np.minimum.accumulate(expected)
+        return np.minimum.accumulate(self.probabilities(self.counts) @ self.ranks(self.test))
 
     @cached_property
     def replicates(self) -> list[Search]:
@@ -91,9 +102,10 @@ class Search:
         return [Search(self.validation[chosen], self.test[chosen]) for chosen in drawn]
 
     def trials_for(self, rank: float) -> float:
-        """The number of trials with which the search is expected to reach a rank."""
-        # np.interp needs increasing positions.
-        return float(np.exp(np.interp(-rank, -self.curve, np.log(self.counts))))
+        """The least number of trials with which the search is expected to reach a rank."""
+        # np.interp needs increasing positions; of a plateau the fewest trials count.
+        positions, first = np.unique(-self.curve, return_index=True)
+        return float(np.exp(np.interp(-rank, positions, np.log(self.counts)[first])))
 
 
 @dataclass(frozen=True)
@@ -104,20 +116,21 @@ class Worth:
     low: float
     high: float
 
-    def divided_by(self, cost: float) -> Worth:
-        """The same at equal time, for a step that costs so many plain ones."""
+    def __truediv__(self, cost: float) -> Worth:
+        """The worth at equal time, for a step that costs so many plain ones."""
         return Worth(self.value / cost, self.low / cost, self.high / cost)
 
 
-def worth(search: Search, scores: Sequence[float], seed: int = 0) -> Worth:
+def worth(search: Search, scores: Sequence[float]) -> Worth:
     """The worth of a method from its test scores, one per seed.
 
     The interval covers both the seeds of the method (a t distribution around the mean rank) and the
-    choice of trials (resampled).
+    choice of trials (resampled). Where all runs are better than any trial, or worse, it is a point
+    at the end of the scale. The choice of the learning rate is not in it.
     """
     values = np.asarray(scores, dtype=np.float64)
     count = len(values)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     quantiles = stats.t.rvs(max(count - 1, 1), size=REPLICATES, random_state=generator)
     drawn = []
     for replicate, quantile in zip(search.replicates, quantiles, strict=True):

@@ -57,3 +57,7 @@ class Problem:
     expected_to_lose: bool = False
     preference: Mapping[str, float] | None = None
     targets: Mapping[str, float] = field(default_factory=dict)
+
+
+EQUATIONS = ("burgers", "helmholtz", "inverse", "wave")
+"""The problems in which a network solves a differential equation."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from scipy import stats
 
-from benchmarks.worth.arms import NULL
-from benchmarks.worth.measure import SMALLEST, Search, Worth, worth
+from benchmarks.worth.arms import PLAIN
+from benchmarks.worth.measure import Floats, Search, Worth, worth
 from benchmarks.worth.problems import PROBLEMS
 from benchmarks.worth.runs import Comparison
 from benchmarks.worth.training import Outcome
@@ -27,7 +28,7 @@ class Entry:
         outcomes: Its runs, one per seed.
         lr: The learning rate that its pilots chose.
         worth: At equal steps.
-        cost: Processor time of a step, in steps of static weights.
+        cost: Processor time of a step, in steps of a plain loop; NaN if no run went to its end.
         rank: The mean rank of its scores among the static trials.
         failed: The fraction of runs that broke off or were no better than a trivial solution.
     """
@@ -50,7 +51,12 @@ class Entry:
     @property
     def at_equal_time(self) -> Worth:
         """The worth divided by the cost."""
-        return self.worth.divided_by(self.cost)
+        return self.worth / self.cost
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the method refuses the losses, such as one below its bound, in every run."""
+        return all(outcome.error.startswith("BalanceValueError") for outcome in self.outcomes)
 
     @property
     def errors(self) -> list[str]:
@@ -60,12 +66,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Result:
-    """A problem: the search for static weights, and all methods by name."""
+    """A problem: the search for static weights, and all methods by name.
+
+    Args:
+        name: The problem.
+        search: Its trials.
+        lr: The learning rate of the search.
+        seconds: Processor time of a step of a plain loop.
+        entries: All methods.
+    """
 
     name: str
     search: Search
     lr: float
-    seconds: float  # processor time of a step with static weights
+    seconds: float
     entries: dict[str, Entry]
 
     def place(self, arm: str) -> float:
@@ -75,47 +89,57 @@ class Result:
         return 0.5 + sum(rank < mine for rank in others) + sum(rank == mine for rank in others) / 2
 
 
+Results: TypeAlias = dict[str, Result]
+
+
 @dataclass(frozen=True)
 class Summary:
-    """A method over problems.
+    """A method over the problems whose losses it takes.
 
     Args:
         mean: The geometric mean of its worth.
+        low: The lower end of the 95 % interval of the mean, over problems (t, of logarithms).
+        high: The upper end.
         enough: Problems on which it is worth at least `ENOUGH` trials.
         below_one: Problems on which it is worth less than one trial.
         place: Its mean position among all methods.
         failed: The fraction of runs that failed.
         cost: The geometric mean of its cost.
         problems: How many problems there are.
+        refused: Problems whose losses it refuses, which count in no other figure.
     """
 
     mean: float
+    low: float
+    high: float
     enough: int
     below_one: int
     place: float
     failed: float
     cost: float
     problems: int
+    refused: int
 
     @property
-    def is_enough(self) -> bool:
-        """Whether two thirds of the problems are won, and none is lost."""
-        return 3 * self.enough >= 2 * self.problems and self.below_one == 0
+    def is_a_default(self) -> bool:
+        """Whether two thirds of the problems are won, none is lost and none is refused."""
+        won = 3 * self.enough >= 2 * self.problems
+        return won and self.below_one == 0 and self.refused == 0
 
 
-def compute(comparison: Comparison) -> dict[str, Result]:
-    """The results of each problem whose runs are done, by name."""
+def compute(comparison: Comparison) -> Results:
+    """The results of each problem, by name. A method without a run is left out."""
     results = {}
     for problem in comparison.plan.problems:
         search = comparison.search(problem)
         # Of runs that took turns with those of the methods: the machine is shared.
-        null = comparison.known(comparison.counted(problem, NULL.name))
-        seconds = float(np.median([outcome.seconds for outcome in null]))
+        plain = comparison.outcomes(comparison.method_runs(problem, PLAIN.name))
+        seconds = float(np.median([outcome.seconds for outcome in plain]))
         entries = {}
         for arm, where in comparison.pairs:
             if where != problem:
                 continue
-            outcomes = comparison.known(comparison.counted(problem, arm))
+            outcomes = comparison.outcomes(comparison.method_runs(problem, arm))
             if outcomes:
                 entries[arm] = _entry(comparison, problem, arm, outcomes, search, seconds)
         lr = comparison.search_rate(problem)
@@ -145,20 +169,35 @@ def _entry(
 
 
 def summarize(results: Iterable[Result], arm: str) -> Summary:
-    """A method over those problems that it can be applied to."""
+    """A method over those problems that have results for it."""
     present = [result for result in results if arm in result.entries]
-    entries = [result.entries[arm] for result in present]
-    values = np.array([max(entry.worth.value, SMALLEST) for entry in entries])
-    costs = np.array([entry.cost for entry in entries])
+    taken = [result for result in present if not result.entries[arm].is_refused]
+    entries = [result.entries[arm] for result in taken]
+    worths = np.array([entry.worth.value for entry in entries])
+    mean, low, high = _geometric_mean(worths)
     return Summary(
-        mean=float(np.exp(np.log(values).mean())),
-        enough=int((values >= ENOUGH).sum()),
-        below_one=int((values < 1.0).sum()),
-        place=float(np.mean([result.place(arm) for result in present])),
+        mean=mean,
+        low=low,
+        high=high,
+        enough=int((worths >= ENOUGH).sum()),
+        below_one=int((worths < 1.0).sum()),
+        place=float(np.mean([result.place(arm) for result in taken])),
         failed=float(np.mean([entry.failed for entry in entries])),
-        cost=float(np.exp(np.nanmean(np.log(costs)))) if np.isfinite(costs).any() else math.nan,
+        cost=_geometric_mean(np.array([entry.cost for entry in entries]))[0],
         problems=len(entries),
+        refused=len(present) - len(taken),
     )
+
+
+def _geometric_mean(values: Floats) -> tuple[float, float, float]:
+    """The geometric mean of those that are not NaN, and its 95 % interval."""
+    logs = np.log(values[np.isfinite(values)])
+    if not len(logs):
+        return math.nan, math.nan, math.nan
+    margin = 0.0
+    if len(logs) > 1:
+        margin = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return tuple(float(np.exp(logs.mean() + end)) for end in (0.0, -margin, margin))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -166,7 +205,7 @@ class SettingComparison:
     """A setting of a method against the method with its defaults, over problems.
 
     Args:
-        better: Problems on which its mean rank is better.
+        better: Problems on which its mean rank is better; equal ones do not count.
         clearly_better: Those on which the 95 % interval of the difference (Welch) is on one side.
         clearly_worse: The same on the other side.
         problems: How many problems there are.
@@ -184,41 +223,42 @@ class SettingComparison:
 
 def compare_setting(results: Iterable[Result], setting: str, base: str) -> SettingComparison:
     """A setting against the defaults, where both have results."""
-    pairs = [
-        (result.search, result.entries[setting], result.entries[base])
-        for result in results
-        if setting in result.entries and base in result.entries
-    ]
-    better, clearly = 0, []
+    both = [r for r in results if setting in r.entries and base in r.entries]
+    pairs = [(r.search, r.entries[setting], r.entries[base]) for r in both]
+    pairs = [(s, mine, o) for s, mine, o in pairs if not (mine.is_refused or o.is_refused)]
+    better, signs = 0, []
     for search, mine, other in pairs:
         ranks = search.ranks(mine.scores), search.ranks(other.scores)
-        better += ranks[0].mean() < ranks[1].mean()
+        better += mine.rank < other.rank
         same = np.array_equal(*(np.sort(each) for each in ranks))
-        found = None if same else stats.ttest_ind(*ranks, equal_var=False)
-        clear = found is not None and found.pvalue < 0.05
-        clearly.append(float(np.sign(found.statistic)) if clear else 0.0)
+        test = None if same else stats.ttest_ind(*ranks, equal_var=False)
+        is_clear = test is not None and test.pvalue < 0.05
+        signs.append(float(np.sign(mine.rank - other.rank)) if is_clear else 0.0)
     ratios = [mine.worth.value / other.worth.value for _, mine, other in pairs]
     costs = [mine.cost / other.cost for _, mine, other in pairs]
     return SettingComparison(
-        better=int(better),
-        clearly_better=clearly.count(-1.0),
-        clearly_worse=clearly.count(1.0),
+        better=better,
+        clearly_better=signs.count(-1.0),
+        clearly_worse=signs.count(1.0),
         problems=len(pairs),
-        ratio=float(np.exp(np.log(ratios).mean())),
-        cost=float(np.exp(np.nanmean(np.log(costs)))),
+        ratio=_geometric_mean(np.array(ratios))[0],
+        cost=_geometric_mean(np.array(costs))[0],
     )
 
 
-def leave_one_out(results: dict[str, Result], arms: Iterable[str]) -> dict[str, tuple[str, float]]:
+def leave_one_out(results: Results, arms: Iterable[str]) -> dict[str, tuple[str, float]]:
     """For each problem, the method that is best on the others, and its worth on this one.
 
-    The best has the largest geometric mean of its worth.
+    The best has the largest geometric mean of its worth, among those that no problem refuses.
     """
-    arms = list(arms)
+    usable = [
+        arm
+        for arm in arms
+        if all(arm in r.entries and not r.entries[arm].is_refused for r in results.values())
+    ]
     chosen = {}
     for name, result in results.items():
         others = [other for key, other in results.items() if key != name]
-        common = [arm for arm in arms if all(arm in r.entries for r in results.values())]
-        best = max(common, key=lambda arm: summarize(others, arm).mean)
+        best = max(usable, key=lambda arm: summarize(others, arm).mean)
         chosen[name] = (best, result.entries[best].worth.value)
     return chosen

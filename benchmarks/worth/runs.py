@@ -1,8 +1,9 @@
-"""The runs of the comparison: which there are, which are done, and two processes that do the rest.
+"""The runs of the comparison: which there are, which are done, and the processes for the rest.
 
 Results lie in one JSON file per problem. They are keyed by the versions of the library and of
 PyTorch, and by the source of the problem and of the training loop: where one differs, the runs of
-that problem start afresh.
+that problem start afresh. What an arm does is not in the key: after a change of `arms.py` or
+`candidates.py`, remove its runs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from benchmarks.worth.training import Outcome
 RESULTS = Path(__file__).parent / "results"
 SAVE_EVERY = 20.0  # seconds
 
+NOISY = ("actor_critic", "constrained", "inverse", "wave")
+"""Problems on which the seed decides so much that one pilot at each learning rate is too few."""
+
+SEEDS_OF_PILOTS = (0, 101, 102)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,7 +46,7 @@ class Plan:
     Args:
         trials: Trials of the search for static weights, M.
         pilots: Of these, those that are run at each learning rate, to choose it.
-        seeds: Runs of each method at the learning rate that one pilot each has chosen.
+        seeds: Runs of each method at the learning rate that its pilots have chosen.
         steps: Steps of each run; None for those of the problem.
         problems: Names of the problems.
         arms: Names of the methods.
@@ -96,6 +102,7 @@ class Store:
     def add(self, job: Job, outcome: Outcome) -> None:
         scores = [float(f"{score:.6g}") for score in outcome[:3]]
         # JSON has no infinity.
+        self.environment = environment(Settings())
         entry: list[Any] = [score if abs(score) < 1e300 else "inf" for score in scores]
         if outcome.error:
             entry.append(outcome.error[:160])
@@ -121,13 +128,19 @@ def _digest(problem: str) -> str:
     used = [path for path in shared if path.stem in text]
     digest = hashlib.sha256()
     for path in [folder / "problems" / f"{problem}.py", *used, Path(training.__file__)]:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                body[0].value = ast.Constant(0)
-        digest.update(ast.dump(tree).encode())
+        digest.update(dump_code(ast.parse(path.read_text())).encode())
     return digest.hexdigest()[:16]
+
+
+def dump_code(tree: ast.Module) -> str:
+    """A module as text, without its docstrings."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            statement = body[0]
+            if isinstance(statement.value, ast.Constant):
+                statement.value = ast.Constant(0)
+    return ast.dump(tree)
 
 
 class Comparison:
@@ -157,18 +170,19 @@ class Comparison:
         seeds = range(self.plan.pilots)
         return [self._job(problem, SEARCH.name, lr, seed) for seed in seeds for lr in rates]
 
-    def pilots(self, problem: str, arm: str) -> list[Job]:
-        """One run at each learning rate, with a seed that no counted run has."""
-        arm = getattr(every_arm()[arm], "tuned_as", None) or arm
+    def pilots(self, problem: str, arm: str, lr: float) -> list[Job]:
+        """Runs at a learning rate, to choose it, with seeds that no counted run has."""
         if arm == NULL.name:
-            return []
-        return [self._job(problem, arm, lr, 0) for lr in PROBLEMS[problem].rates]
+            return []  # the rate of the search
+        arm = every_arm()[arm].rate_of or arm
+        seeds = SEEDS_OF_PILOTS if problem in NOISY else SEEDS_OF_PILOTS[:1]
+        return [self._job(problem, arm, lr, seed) for seed in seeds]
 
     def trials(self, problem: str) -> list[Job]:
         lr = self.search_rate(problem)
         return [self._job(problem, SEARCH.name, lr, seed) for seed in range(self.plan.trials)]
 
-    def counted(self, problem: str, arm: str) -> list[Job]:
+    def method_runs(self, problem: str, arm: str) -> list[Job]:
         lr = self.rate(problem, arm)
         return [self._job(problem, arm, lr, seed) for seed in range(1, 1 + self.plan.seeds)]
 
@@ -177,9 +191,14 @@ class Comparison:
         problems = self.plan.problems
         yield [job for problem in problems for job in self.search_pilots(problem)]
         yield [job for problem in problems for job in self.trials(problem)]
-        yield [job for arm, problem in self.pairs for job in self.pilots(problem, arm)]
-        counted = [self.counted(problem, arm) for arm, problem in self.pairs]
-        yield [jobs[k] for k in range(self.plan.seeds) for jobs in counted]
+        yield [
+            job
+            for arm, problem in self.pairs
+            for lr in PROBLEMS[problem].rates
+            for job in self.pilots(problem, arm, lr)
+        ]
+        runs = [self.method_runs(problem, arm) for arm, problem in self.pairs]
+        yield [jobs[k] for k in range(self.plan.seeds) for jobs in runs]
 
     # ------------------------------------------------------------ what is known from them
 
@@ -193,30 +212,35 @@ class Comparison:
             for lr in PROBLEMS[problem].rates
         }
         scores = {lr: self._validation(jobs) for lr, jobs in pilots.items()}
-        everything = Search(*2 * [np.concatenate(list(scores.values()))])
+        pooled = np.concatenate(list(scores.values()))
+        everything = Search(pooled, pooled)
 
         def expected_rank(lr: float) -> float:
             search = Search(scores[lr], scores[lr])
-            return float(search.expected(everything.ranks(scores[lr]), 4.0)[0])
+            return float(search.probabilities(np.array([4.0]))[0] @ everything.ranks(scores[lr]))
 
         return min(scores, key=expected_rank)
 
     def _validation(self, jobs: list[Job]) -> Floats:
-        return np.array([outcome.validation for outcome in self.known(jobs)], dtype=np.float64)
+        return np.array([outcome.validation for outcome in self.outcomes(jobs)], dtype=np.float64)
 
     def rate(self, problem: str, arm: str) -> float:
-        """The learning rate with the best validation score in the pilots."""
-        jobs = [job for job in self.pilots(problem, arm) if job in self.stores[problem]]
-        if not jobs:
+        """The learning rate whose pilots rank best among all pilots of the arm, on average."""
+        if arm == NULL.name:
             return self.search_rate(problem)
-        return min(jobs, key=lambda job: self.stores[problem][job].validation).lr
+        rates = PROBLEMS[problem].rates
+        scores = {lr: self._validation(self.pilots(problem, arm, lr)) for lr in rates}
+        pooled = np.concatenate(list(scores.values()))
+        pilots = Search(pooled, pooled)
+        # Of equal ones the middle, which suits the plain sum.
+        return min((rates[1], rates[0], rates[2]), key=lambda lr: pilots.ranks(scores[lr]).mean())
 
-    def known(self, jobs: Iterable[Job]) -> list[Outcome]:
+    def outcomes(self, jobs: Iterable[Job]) -> list[Outcome]:
         """The outcomes of those that are done."""
         return [self.stores[job.problem][job] for job in jobs if job in self.stores[job.problem]]
 
     def search(self, problem: str) -> Search:
-        outcomes = self.known(self.trials(problem))
+        outcomes = self.outcomes(self.trials(problem))
         columns = np.array([outcome[:2] for outcome in outcomes], dtype=np.float64)
         return Search(columns[:, 0], columns[:, 1])
 
@@ -264,7 +288,6 @@ class Comparison:
 
     def save(self) -> None:
         for store in self.stores.values():
-            store.environment = environment(Settings())
             store.save()
 
 

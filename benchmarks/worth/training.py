@@ -62,10 +62,11 @@ def balanced_step_with_closure(optimizer: BalancedOptimizer, training: Training)
 
 def balanced_step_on_two(optimizer: BalancedOptimizer, training: Training) -> None:
     """A step of a method that multiplies gradients of different batches: on two of them."""
+    # Both first: drawing may train a discriminator that the losses use.
+    batches = [training.draw() for _ in range(2)]
     optimizer.zero_grad()
     first, second = (
-        {name: loss / 2 for name, loss in training.losses(training.draw()).items()}
-        for _ in range(2)
+        {name: loss / 2 for name, loss in training.losses(batch).items()} for batch in batches
     )
     with optimizer.accumulate():
         optimizer.backward(first)
@@ -87,7 +88,7 @@ def train(problem: Problem, arm: Arm, lr: float, seed: int, steps: int | None = 
         for _ in range(count):
             step(training)
             schedule.step()
-    except (BalanceError, ArithmeticError) as error:
+    except (BalanceError, ArithmeticError, torch.linalg.LinAlgError) as error:
         message = f"{type(error).__name__}: {error}".split("\n")[0]
         return Outcome(math.inf, math.inf, (time.process_time() - started) / count, message)
     seconds = (time.process_time() - started) / count

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks.worth.measure import SMALLEST, Search, worth
+from benchmarks.worth.measure import SMALLEST, Search, Worth, worth
 
 
 def made_up(generator: np.random.Generator, count: int) -> Search:
@@ -30,13 +30,16 @@ def test_the_expected_rank_is_that_of_searches_by_hand(seed: int, size: int, cou
     keys = np.take_along_axis(keys, chosen, 1)
     best = np.take_along_axis(chosen, keys.argmin(1)[:, None], 1)[:, 0]
     error = ranks[best].std() / 4000**0.5
-    assert abs(ranks[best].mean() - search.expected(ranks, count)[0]) < 6 * error + 1e-9
+    assert (
+        abs(ranks[best].mean() - (search.probabilities(np.array([count])) @ ranks)[0])
+        < 6 * error + 1e-9
+    )
 
 
 @given(st.integers(0, 1000), st.integers(2, 64))
 def test_one_trial_has_the_mean_rank(seed: int, size: int) -> None:
     search = made_up(np.random.default_rng(seed), size)
-    assert search.expected(search.ranks(search.test), 1.0)[0] == pytest.approx(0.5)
+    assert search.probabilities(np.ones(1))[0] @ search.ranks(search.test) == pytest.approx(0.5)
 
 
 @settings(max_examples=10)
@@ -68,9 +71,28 @@ def test_a_search_is_worth_its_own_number_of_trials() -> None:
     assert worth(search, pool.test[best]).value == pytest.approx(8.0, rel=0.4)
 
 
-def test_the_scale_ends_with_the_search_and_where_nothing_is_told_apart() -> None:
+def test_the_scale_ends_with_the_search_and_at_the_smallest_worth() -> None:
     search = made_up(np.random.default_rng(2), 32)
-    best, worst = search.test.min() / 2, np.inf
-    assert worth(search, [best] * 8).value == pytest.approx(32.0)
-    assert worth(search, [worst] * 8).value < 0.2
-    assert worth(search, [worst] * 8).low >= SMALLEST * 0.999
+    assert worth(search, [search.test.min() / 2] * 8) == Worth(*3 * [pytest.approx(32.0)])
+    without_failures = Search(np.arange(32.0), np.arange(32.0))
+    assert worth(without_failures, [np.inf] * 8) == Worth(*3 * [pytest.approx(SMALLEST)])
+
+
+def test_one_failed_run_of_eight_bounds_the_worth_at_seven() -> None:
+    search = Search(np.arange(4096.0), np.arange(4096.0))
+    assert search.trials_for(1 / 8) == pytest.approx(7.0, abs=0.05)
+
+
+def test_of_a_plateau_the_fewest_trials_count() -> None:
+    search = Search(np.zeros(8), np.arange(8.0))  # validation tells nothing
+    assert search.trials_for(0.5) == pytest.approx(SMALLEST)
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 5]))
+def test_the_median_of_a_search_is_that_of_searches_by_hand(seed: int, count: int) -> None:
+    generator = np.random.default_rng(seed)
+    search = Search(generator.permutation(9.0 * np.arange(9)), generator.normal(size=9))
+    chosen = generator.integers(0, 9, (20_001, count))
+    best = np.take_along_axis(chosen, search.validation[chosen].argmin(1)[:, None], 1)[:, 0]
+    lower, upper = np.quantile(search.test[best], [0.47, 0.53], method="nearest")
+    assert lower <= search.median_scores(np.array([count]))[0] <= upper
