@@ -1,6 +1,7 @@
 """Balance the gradients of several losses, around any ``torch.optim`` optimizer."""
 
 from moo_balance import weighting
+from moo_balance._conflict_figures import Figures, LossFigures, PairFigures
 from moo_balance._reports import ConflictReport, SuggestedWeights
 from moo_balance.diagnosis import diagnose, suggest_weights
 from moo_balance.errors import BalanceError, BalanceValueError, ConvergenceError, NonFiniteError
@@ -16,8 +17,11 @@ __all__ = [
     "BalancedOptimizer",
     "ConflictReport",
     "ConvergenceError",
+    "Figures",
     "History",
+    "LossFigures",
     "NonFiniteError",
+    "PairFigures",
     "StepMetrics",
     "SuggestedWeights",
     "diagnose",

@@ -51,6 +51,8 @@ class PairFigures:
         low: Lower end of the interval; -1 where the expected gradient of one of the two is not
             above the noise.
         high: Upper end of the interval; 1 in the same case.
+        conflict: Whether the cosine is significantly below 0: also the interval that is widened for
+            the number n of pairs, at the level 1 - (1 - level) / n, is below 0.
         batch_cosine: Mean over the batches of the cosine of the two gradients of a batch; NaN where
             a gradient is zero in all batches. Noise of its own for each loss pulls it towards 0,
             noise that the two share towards the cosine of that noise.
@@ -59,6 +61,7 @@ class PairFigures:
     cosine: float
     low: float
     high: float
+    conflict: bool
     batch_cosine: float
 
 
@@ -94,29 +97,37 @@ def estimate_figures(names: Sequence[str], products: Products, level: float) -> 
 
     Args:
         names: The K losses.
-        products: Inner products of B >= 2 batches.
+        products: Inner products of B >= 2 batches, in units of their own.
         level: What intervals cover.
     """
     squares, left_out = estimate_squares(products)
-    quantile = t_quantile(len(products.within) - 1, level)
+    dof, units = len(products.within) - 1, products.units
+    quantile = t_quantile(dof, level)
     diagonal = squares.diagonal()
     errors = jackknife_errors(left_out.diagonal(dim1=-2, dim2=-1))
     above = (diagonal > quantile * errors) & (diagonal > 0)
-    norms = diagonal.clamp(min=0.0).sqrt()
+    norms = diagonal.clamp(min=0.0).sqrt() * units
     total = norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
     batch_norms = products.within.diagonal(dim1=-2, dim2=-1).sqrt()
-    columns = (norms, batch_norms.mean(0), norms / total, signal_to_noise(products), above)
+    columns = (norms, batch_norms.mean(0) * units, norms / total, signal_to_noise(products), above)
     losses = {
         name: LossFigures(*row)
         for name, *row in zip(names, *(column.tolist() for column in columns), strict=True)
     }
     values, low, high = cosine_intervals(squares, left_out, above, quantile)
+    indices = list(combinations(range(len(names)), 2))
+    corrected = t_quantile(dof, 1.0 - (1.0 - level) / max(len(indices), 1))
+    conflicts = cosine_intervals(squares, left_out, above, corrected)[2] < 0
     batch_cosines = mean_cosines(products.within, batch_norms)
     pairs = {
         (names[j], names[k]): PairFigures(
-            *(float(each[j, k]) for each in (values, low, high, batch_cosines))
+            cosine=float(values[j, k]),
+            low=float(low[j, k]),
+            high=float(high[j, k]),
+            conflict=bool(conflicts[j, k]),
+            batch_cosine=float(batch_cosines[j, k]),
         )
-        for j, k in combinations(range(len(names)), 2)
+        for j, k in indices
     }
     return Figures(losses, pairs)
 
@@ -132,7 +143,7 @@ def estimate_squares(products: Products) -> tuple[Tensor, Tensor]:
     Returns:
         U, shape [K, K]; and shape [B, K, K], infinite with fewer than 3 batches.
     """
-    with_sums, within = products
+    with_sums, within = products.with_sums, products.within
     count = len(within)
     different = with_sums.sum(0) - within.sum(0)
     # Rounding of equal batches does not make a zero gradient of a short one, or a negative square.

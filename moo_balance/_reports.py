@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from moo_balance._conflict_figures import Figures, LossFigures, PairFigures
 from moo_balance.errors import BalanceValueError
+
+Pairs: TypeAlias = Mapping[tuple[str, str], PairFigures]
 
 _FACTOR = 10.0
 """Norms that differ by this factor call for weights."""
@@ -38,17 +40,20 @@ class ConflictReport:
         present = {name: each for name, each in self.losses.items() if each.batch_norm > 0}
         if len(present) < 2:
             return "Keep the sum: fewer than two losses have a gradient."
+        if self.batches < 3:
+            return "Take 3 batches or more: two give no interval."
+        if conflicts := [pair for pair, each in self.pairs.items() if each.conflict]:
+            one, other = min(conflicts, key=lambda pair: self.pairs[pair].high)
+            return (
+                "Use a method for gradients that conflict, such as UPGrad or MGDA: the cosine of "
+                f"`{one}` and `{other}` is {self.pairs[one, other].cosine:.2f}, significantly "
+                "below 0."
+            )
         noisy = [f"`{name}`" for name, each in present.items() if not each.above_noise]
         if noisy:
             return (
                 "Keep static weights, or use larger batches or more of them: the expected gradient "
                 f"of {', '.join(noisy)} cannot be told from noise."
-            )
-        worst = min(self.pairs, key=lambda pair: self.pairs[pair].high)
-        if (each := self.pairs[worst]).high < 0:
-            return (
-                "Use a method for gradients that conflict, such as UPGrad or MGDA: the cosine of "
-                f"`{worst[0]}` and `{worst[1]}` is {each.cosine:.2f}, and its interval below 0."
             )
         longest = max(present, key=lambda name: present[name].norm)
         shortest = min(present, key=lambda name: present[name].norm)
@@ -59,7 +64,7 @@ class ConflictReport:
                 f"that of `{shortest}`."
             )
         return (
-            "Keep the sum: no interval of a cosine is below 0, and norms differ by less than a "
+            "Keep the sum: no cosine is significantly below 0, and norms differ by less than a "
             f"factor of {_FACTOR:g}."
         )
 
@@ -90,13 +95,14 @@ class ConflictReport:
         import matplotlib.pyplot as plt
 
         ax = plt.figure().add_subplot() if ax is None else ax
-        rows = {"all": self.pairs} | {name: each.pairs for name, each in self.modules.items()}
-        values = [[each.cosine for each in pairs.values()] for pairs in rows.values()]
+        modules = [(name, module.pairs) for name, module in self.modules.items()]
+        labels, rows = zip(("all", self.pairs), *modules, strict=True)
+        values = [[each.cosine for each in pairs.values()] for pairs in rows]
         image = ax.imshow(values, cmap="RdBu", vmin=-1.0, vmax=1.0, aspect="auto")
         ax.figure.colorbar(image, ax=ax, label="cosine of expected gradients")
-        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set_yticks(range(len(rows)), labels)
         ax.set_xticks(range(len(self.pairs)), [", ".join(pair) for pair in self.pairs])
-        for y, pairs in enumerate(rows.values()):
+        for y, pairs in enumerate(rows):
             for x, each in enumerate(pairs.values()):
                 if not each.low <= 0.0 <= each.high:
                     ax.text(x, y, "*", ha="center", va="center")
@@ -105,20 +111,21 @@ class ConflictReport:
     def __str__(self) -> str:
         ranges = [_format_losses(self.losses)]
         if self.pairs:
-            ranges.append(_format_pairs({"all": self.pairs} | self._pairs_of_modules()))
+            ranges.append(_format_pairs([("all", self.pairs), *self._pairs_of_modules()]))
         title = f"{self.batches} batches, intervals of {100 * self.level:g} %"
         return "\n\n".join([title, *ranges, self.advice])
 
-    def _pairs_of_modules(self) -> dict[str, Mapping[tuple[str, str], PairFigures]]:
+    def _pairs_of_modules(self) -> Iterator[tuple[str, Pairs]]:
         """Those of which both losses reach the module."""
-        return {
-            label: {
-                pair: each
-                for pair, each in module.pairs.items()
-                if all(module.losses[name].batch_norm > 0 for name in pair)
-            }
-            for label, module in self.modules.items()
-        }
+        for label, module in self.modules.items():
+            yield (
+                label,
+                {
+                    pair: each
+                    for pair, each in module.pairs.items()
+                    if all(module.losses[name].batch_norm > 0 for name in pair)
+                },
+            )
 
 
 def _format_losses(losses: Mapping[str, LossFigures]) -> str:
@@ -137,7 +144,7 @@ def _format_losses(losses: Mapping[str, LossFigures]) -> str:
     return format_table(header, rows)
 
 
-def _format_pairs(modules: Mapping[str, Mapping[tuple[str, str], PairFigures]]) -> str:
+def _format_pairs(modules: Iterable[tuple[str, Pairs]]) -> str:
     rows = [
         [
             label,
@@ -146,7 +153,7 @@ def _format_pairs(modules: Mapping[str, Mapping[tuple[str, str], PairFigures]]) 
             f"{each.low:.2f} … {each.high:.2f}",
             _format_cosine(each.batch_cosine),
         ]
-        for label, pairs in modules.items()
+        for label, pairs in modules
         for pair, each in pairs.items()
     ]
     return format_table(["module", "losses", "cosine", "interval", "in a batch"], rows, left=2)
@@ -172,6 +179,12 @@ class SuggestedWeights:
     losses: Mapping[str, float] | None
     mean_norms: Mapping[str, float]
     mean_losses: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As dicts and numbers; None in place of weights that there are not."""
+        return {
+            name: None if values is None else dict(values) for name, values in vars(self).items()
+        }
 
     def __str__(self) -> str:
         rows = [

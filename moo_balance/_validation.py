@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
 from moo_balance._torch_internals import as_plain
@@ -182,6 +183,13 @@ def read_named_params(params: object) -> list[tuple[str, Tensor]]:
         pair = entry if isinstance(entry, tuple) else ("", entry)
         if not (len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
             raise _no_params(f"{entry!r:.60}")
+        if isinstance(pair[1], UninitializedParameter):
+            raise _not_initialized(type(pair[1]).__name__)
+        if pair[1].is_meta:
+            raise BalanceValueError(
+                "Parameter `params` should hold parameters with values. Found one on the device "
+                "'meta'. Initialize or load the model on the device that it runs on."
+            )
         if not (pair[1].is_leaf or not pair[1].requires_grad):
             raise _no_params(f"the result of an operation, of shape {tuple(pair[1].shape)}")
         if pair[1].requires_grad:
@@ -195,8 +203,24 @@ def _unwrap(module: nn.Module) -> nn.Module:
     """The module inside of wrappers for data parallelism and compilation."""
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return _unwrap(module.module)
-    inner = module._modules.get("_orig_mod")
+    inner = getattr(module, "_orig_mod", None)
     return module if inner is None else _unwrap(inner)
+
+
+def check_initialized(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules whose first call makes their parameters or buffers."""
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                raise _not_initialized(type(module).__name__)
+
+
+def _not_initialized(value: str) -> BalanceValueError:
+    return BalanceValueError(
+        "Parameter `params`, and models that `losses_fn` uses, should have all their parameters "
+        f"and buffers. Found {value}, which the first call of the model fills. Call the model once "
+        "first."
+    )
 
 
 def _no_params(value: str) -> BalanceValueError:
@@ -341,8 +365,8 @@ _LEAVE_OUT = "Leave it out of the dict if this batch has no such loss."
 
 def _bad_loss(name: str, loss: object) -> BalanceValueError:
     if not isinstance(loss, Tensor):
-        absent = loss is None or (isinstance(loss, (int, float)) and not loss)
-        advice = _LEAVE_OUT if absent else "Do not call `.item()` on a loss to be balanced."
+        advice = "Do not call `.item()` on a loss to be balanced."
+        advice = _LEAVE_OUT if _is_absent(loss) else advice
         return BalanceValueError(
             f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
             f"{advice}"
@@ -375,10 +399,24 @@ def read_batch_losses(losses: object, expected: Sequence[str], number: int) -> d
     if expected and set(losses) != set(expected):
         raise BalanceValueError(
             "Parameter `losses_fn` should return the same losses for each batch. Found "
-            f"{_quote(list(losses))} for batch {number} and {_quote(expected)} for batch 0. Leave "
-            "out batches that lack a loss."
+            f"{_quote(list(losses))} for batch {number} and {_quote(expected)} for batch 0. "
+            "Pass batches that have all losses, or leave the others out of the dict."
         )
+    for name, loss in losses.items():
+        if _is_absent(loss):
+            raise BalanceValueError(
+                "Parameter `losses_fn` should compute each loss for each batch. Found "
+                f"`{name}` = {loss!r} for batch {number}, which requires no gradient. Pass batches "
+                f"that have all losses, or leave `{name}` out of the dict for all of them."
+            )
     return read_losses(losses, expected or None)
+
+
+def _is_absent(loss: object) -> bool:
+    """Whether it stands for a loss that a batch does not have: None, or a constant zero."""
+    if isinstance(loss, Tensor):
+        return not (loss.requires_grad or loss.is_meta or loss.numel() != 1 or loss.item())
+    return loss is None or (isinstance(loss, (int, float)) and not loss)
 
 
 # ------------------------------------------------------------ features

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from moo_balance._batch_gradients import (
-    Inputs,
-    check_finite,
-    flatten,
-    measure_batches,
-    multiply,
-    read_inputs,
-)
+from moo_balance._batch_gradients import measure_batches, multiply, read_inputs
 from moo_balance._conflict_figures import estimate_figures
 from moo_balance._reports import ConflictReport, SuggestedWeights
-from moo_balance.engine.base import Row
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import widest_dtype
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -56,7 +47,10 @@ def diagnose(
         \frac{U_{kk}}{\operatorname{tr} \Sigma_k}, \qquad
         \operatorname{tr} \Sigma_k = \frac{1}{B - 1} \sum_b \lVert g_{k,b} - \bar g_k \rVert^2
 
-    with :math:`\bar g_k` the mean over the batches. Batches should be drawn independently.
+    with :math:`\bar g_k` the mean over the batches. Batches should be drawn independently, as from
+    a shuffled loader; neither repeated nor consecutive parts of one series, whose common noise
+    would count as signal. Where there is no noise, as in training on all data at once, pass the one
+    batch three times.
 
     Intervals are the estimate plus and minus the t quantile of B - 1 degrees of freedom times the
     jackknife's standard error over batches, cut off at -1 and 1. An expected gradient is *above the
@@ -69,18 +63,27 @@ def diagnose(
     below 0; and of gradients that were noise only, at most 1.1 % were above the noise.
 
     The advice follows from the first rule that applies, over all parameters. Losses whose gradient
-    is zero in all batches do not count, and with fewer than two others the sum stays.
+    is zero in all batches do not count. With fewer than two others the sum stays, and with 2
+    batches the advice is to take more.
 
-    1. An expected gradient is not above the noise: static weights, or larger batches.
-    2. The interval of a cosine is below 0: a method for gradients that conflict.
+    1. A cosine is significantly below 0: a method for gradients that conflict. Of n pairs of
+       losses, it is one whose interval at the level 1 - (1 - `level`) / n is below 0 (Bonferroni's
+       correction). So where no losses conflict, this advice has a probability of about
+       1 - `level` or less, however many they are.
+    2. An expected gradient is not above the noise: static weights, or larger batches.
     3. Two norms differ by a factor of 10 or more: ``GradientNorms``.
     4. Otherwise: the sum.
 
-    Nothing is changed: parameters, ``.grad``, buffers such as running statistics, training mode and
-    random generators are afterwards as they were. Each batch starts from the same buffers. It takes
-    K backward passes for each batch. Memory: the gradients of all batches of this rank, at most
-    B·K·P elements in their own dtype; a parameter that a loss does not reach takes none. Products
-    are taken in float64, also of gradients in float16 or bfloat16 (on Apple's "mps" in float32).
+    Nothing is changed: parameters, ``.grad``, buffers such as running statistics, attributes of
+    modules, training mode, and the global random generators of torch, NumPy and Python are
+    afterwards as they were. For that, pass the model as `params`, or let `losses_fn` refer to it
+    directly. Not undone are changes inside a list or dict that an attribute or a batch holds, hooks
+    that are added, the state of an optimizer, and draws from a generator of your own.
+
+    Each batch starts from the same buffers. It takes K backward passes for each batch. Memory: the
+    gradients of all batches of this rank, at most B·K·P elements in their own dtype; a parameter
+    that a loss does not reach takes none. Products are taken in float64, also of gradients in
+    float16 or bfloat16 (on Apple's "mps" in float32).
 
     On several ranks the batches of each are further independent batches, and all ranks return the
     same report. A model in DistributedDataParallel averages no gradients meanwhile.
@@ -93,7 +96,9 @@ def diagnose(
         batches: At least 2 over all ranks, better 8 or more, each passed to `losses_fn` as it is;
             such as ``itertools.islice(loader, 16)``.
         depth: How many levels of submodules are told apart. Default 1, the top level. Parameters of
-            the module itself are listed by their own names; those without names in no module.
+            the module itself, and at a greater depth of a module that has submodules, are listed by
+            their own names; those without names in no module. A parameter that modules share counts
+            for the first. Names of wrappers, ``_orig_mod`` and ``module``, are left out.
         level: What intervals cover, in (0, 1). Default 0.95.
         grad_scaler: The scaler of mixed-precision training in float16, whose scale keeps gradients
             from underflow. The report is free of it. It is not updated.
@@ -106,7 +111,7 @@ def diagnose(
     Raises:
         BalanceValueError: An argument does not fit, there are fewer than 2 batches, or a loss is
             not a scalar with a graph.
-        NonFiniteError: A gradient is not finite.
+        NonFiniteError: A loss or a gradient is not finite.
         BalanceError: Another rank could not compute its losses, or has other losses or another
             number of batches.
 
@@ -135,34 +140,31 @@ def diagnose(
             f"Parameter `level` should be between 0 and 1. Found {level!r}. Pass 0.95 for 95 %."
         )
     inputs = read_inputs(losses_fn, params, batches, grad_scaler, process_group)
-    names, _, rows = measure_batches(inputs, lambda rows: rows)
-    _check_count(len(rows), inputs, 2)
-    products = multiply(rows, [_label(name, depth) for name in inputs.names], inputs)
-    whole, *others = products.values()
-    for other in others:
-        whole += other
-    check_finite(names, whole.within.diagonal(dim1=-2, dim2=-1))
+    measured = measure_batches(inputs, least=2, keep_rows=True)
+    names = measured.names
+    products = multiply(measured, _labels(inputs.names, depth), inputs)
+    figures = estimate_figures(names, reduce(add, products.values()), level)
     modules = {
         label: estimate_figures(names, each, level) for label, each in products.items() if label
     }
-    figures = estimate_figures(names, whole, level)
-    return ConflictReport(len(whole.within), level, figures.losses, figures.pairs, modules)
+    return ConflictReport(len(measured.norms), level, figures.losses, figures.pairs, modules)
 
 
-def _label(name: str, depth: int) -> str:
-    """The module that a parameter counts for; its own name if it belongs to none."""
-    path = [part for part in name.split(".")[:-1] if part != "_orig_mod"]
-    return ".".join(path[:depth]) or name
+def _labels(names: Sequence[str], depth: int) -> list[str]:
+    """For each parameter the module that it counts for.
 
-
-def _check_count(count: int, inputs: Inputs, least: int) -> None:
-    """Refuse too few batches; all ranks have equally many."""
-    total = count * (1 if inputs.ranks is None else inputs.ranks.size)
-    if total < least:
-        raise BalanceValueError(
-            f"Parameter `batches` should hold at least {least}. Found {total}. Divide a batch into "
-            "several, or pass more; an iterator that is used up has none."
-        )
+    Its own name if its module is less deep and has submodules, or is the root.
+    """
+    paths = [[part for part in name.split(".") if part != "_orig_mod"] for name in names]
+    if all(path[0] == "module" and path[1:] for path in paths):
+        paths = [path[1:] for path in paths]  # names of a model in DistributedDataParallel
+    have_submodules = {tuple(path[:k]) for path in paths for k in range(len(path) - 1)} | {()}
+    return [
+        ".".join(path)
+        if len(path) <= depth and tuple(path[:-1]) in have_submodules
+        else ".".join(path[:-1][:depth])
+        for path in paths
+    ]
 
 
 # ------------------------------------------------------------ static weights
@@ -195,12 +197,13 @@ def suggest_weights(
         process_group: The ranks whose batches count together. All get the same weights.
 
     Returns:
-        The weights of both rules by name. ``print`` shows them as a table.
+        The weights of both rules by name. ``print`` shows them as a table,
+        :meth:`~SuggestedWeights.to_dict` suits JSON.
 
     Raises:
         BalanceValueError: An argument does not fit, there is no batch, or the gradient of a loss is
             zero in all batches.
-        NonFiniteError: A gradient is not finite.
+        NonFiniteError: A loss or a gradient is not finite.
         BalanceError: Another rank could not compute its losses, or has others.
 
     Example:
@@ -212,17 +215,9 @@ def suggest_weights(
         {'a': 1.5, 'b': 0.5}
     """
     inputs = read_inputs(losses_fn, params, batches, grad_scaler, process_group)
-    names, losses, norms = measure_batches(inputs, _norms)
-    _check_count(len(norms), inputs, 1)
-    if inputs.ranks is not None:
-        gathered = inputs.ranks.gather((losses, norms))
-        losses = [batch for of_rank, _ in gathered for batch in of_rank]
-        norms = [batch for _, of_rank in gathered for batch in of_rank]
-    scaled = torch.tensor(norms, dtype=torch.float64, device="cpu") / float(inputs.scale)
-    check_finite(names, scaled)
-    means = torch.tensor(losses, dtype=torch.float64, device="cpu").mean(0).tolist()
-    mean_norms = dict(zip(names, scaled.mean(0).tolist(), strict=True))
-    mean_losses = dict(zip(names, means, strict=True))
+    names, losses, norms, _ = measure_batches(inputs, least=1, keep_rows=False)
+    mean_norms = dict(zip(names, _mean(norms), strict=True))
+    mean_losses = dict(zip(names, _mean(losses), strict=True))
     for name, norm in mean_norms.items():
         if not norm:
             raise BalanceValueError(
@@ -231,26 +226,20 @@ def suggest_weights(
             )
     return SuggestedWeights(
         _invert(mean_norms),
-        _invert(mean_losses) if min(means) > 0 else None,
+        _invert(mean_losses) if min(mean_losses.values()) > 0 else None,
         mean_norms,
         mean_losses,
     )
 
 
-def _norms(rows: Sequence[Row]) -> list[float]:
-    """Norms of the K gradients of a batch."""
-    norms = []
-    for row in rows:
-        parts = [
-            float(torch.linalg.vector_norm(flatten(g), dtype=widest_dtype(g.device)))
-            for g in row
-            if g is not None
-        ]
-        norms.append(math.hypot(*parts))
-    return norms
+def _mean(values: Tensor) -> list[float]:
+    """Means over the first dimension; also where the sum would overflow."""
+    means: list[float] = (values / len(values)).sum(0).tolist()
+    return means
 
 
 def _invert(values: Mapping[str, float]) -> dict[str, float]:
     """Inverse values that sum to their number."""
-    total = sum(1.0 / value for value in values.values())
-    return {name: len(values) / (value * total) for name, value in values.items()}
+    least = min(values.values())
+    inverses = {name: least / value for name, value in values.items()}
+    return {name: len(values) * each / sum(inverses.values()) for name, each in inverses.items()}

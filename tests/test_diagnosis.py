@@ -7,9 +7,11 @@ import json
 import math
 import random
 import re
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
+from operator import add
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,17 +24,13 @@ from moo_balance import (
     BalanceValueError,
     ConflictReport,
     FixedWeights,
+    LossFigures,
     NonFiniteError,
     diagnose,
     suggest_weights,
 )
 from moo_balance._batch_gradients import Products, measure_batches, multiply, read_inputs
-from moo_balance._conflict_figures import (
-    LossFigures,
-    PairFigures,
-    estimate_figures,
-    estimate_squares,
-)
+from moo_balance._conflict_figures import estimate_figures, estimate_squares
 from tests.support.noisy import MEANS, NAMES, NoisyLosses, deviation
 from tests.support.problems import snapshot
 
@@ -67,9 +65,14 @@ def draw_batches(count=5, size=6):
 def products_of(losses: NoisyLosses, count: int) -> Products:
     batches = [losses.batch() for _ in range(count)]
     inputs = read_inputs(lambda batch: batch, losses.params, batches, None, None)
-    names, _, rows = measure_batches(inputs, lambda rows: rows)
-    assert names == NAMES
-    return sum(multiply(rows, ["x", "y"], inputs).values(), Products(torch.zeros(()), 0.0))
+    measured = measure_batches(inputs, 2, keep_rows=True)
+    assert measured.names == NAMES
+    return reduce(add, multiply(measured, ["x", "y"], inputs).values())
+
+
+def inner_products(products: Products) -> torch.Tensor:
+    """The estimate of those of expected gradients, shape [K, K]."""
+    return estimate_squares(products)[0] * products.units.outer(products.units)
 
 
 @pytest.mark.parametrize("noise", [0.3, 2.0])
@@ -77,9 +80,9 @@ def test_inner_products_are_unbiased_and_those_of_single_batches_are_not(noise):
     losses = NoisyLosses(seed=1, noise=noise)
     products = [products_of(losses, 4) for _ in range(200)]
     expected = MEANS @ MEANS.T
-    estimates = torch.stack([estimate_squares(each)[0] for each in products])
+    estimates = torch.stack([inner_products(each) for each in products])
     assert deviation(estimates, expected) < 4.5
-    plain = torch.stack([each.within.mean(0) for each in products])
+    plain = torch.stack([each.within.mean(0) * each.units.outer(each.units) for each in products])
     assert deviation(plain, expected) > 9
 
 
@@ -90,7 +93,7 @@ def test_the_trace_of_the_noise_is_unbiased():
     for _ in range(200):
         products = products_of(losses, 4)
         figures = estimate_figures(NAMES, products, 0.95)
-        squares = estimate_squares(products)[0].diagonal()
+        squares = inner_products(products).diagonal()
         ratios = torch.tensor([each.signal_to_noise for each in figures.losses.values()])
         traces.append(squares / ratios)
     assert deviation(torch.stack(traces), torch.full((3,), 6.0, dtype=torch.float64)) < 4.5
@@ -104,7 +107,12 @@ def simulate(cosine: float, ratio: float, count: int, shared: float, seed: int):
     draw = torch.randn(count, 3, 30, generator=generator, dtype=torch.float64)
     noise = shared**0.5 * draw[:, :1] + (1 - shared) ** 0.5 * draw[:, 1:]
     rows = means + noise / (30 * ratio) ** 0.5
-    return Products(rows @ rows.sum(0).T, rows @ rows.mT)
+    return products_from(rows)
+
+
+def products_from(rows: torch.Tensor) -> Products:
+    """Of gradients [B, K, P]."""
+    return Products(rows @ rows.sum(0).T, rows @ rows.mT, torch.ones(rows.shape[1]).double())
 
 
 @pytest.mark.parametrize("cosine", [-0.5, 0.0, 0.8])
@@ -131,9 +139,24 @@ def test_pure_noise_is_seldom_above_the_noise(count):
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(count, 2, 30, generator=generator, dtype=torch.float64)
-        products = Products(rows @ rows.sum(0).T, rows @ rows.mT)
-        figures.append(estimate_figures("ab", products, 0.95).losses["a"].above_noise)
+        figures.append(estimate_figures("ab", products_from(rows), 0.95).losses["a"].above_noise)
     assert sum(figures) / len(figures) < 0.04
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_many_losses_that_do_not_conflict_are_seldom_said_to(count):
+    """Ten of them: single intervals below 0 are common among 45 pairs."""
+    names, single, advised = "abcdefghij", [], []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(count, 10, 50, generator=generator, dtype=torch.float64)
+        products = products_from(torch.eye(10, 50, dtype=torch.float64) + noise / 50**0.5)
+        figures = estimate_figures(names, products, 0.95)
+        report = ConflictReport(count, 0.95, figures.losses, figures.pairs, {})
+        single.append(any(pair.high < 0 for pair in figures.pairs.values()))
+        advised.append("conflict" in report.advice)
+    assert sum(single) / 200 > 0.5
+    assert sum(advised) / 200 <= 0.05
 
 
 def test_noise_pulls_cosines_of_single_batches_to_zero():
@@ -210,6 +233,9 @@ def check_against_twin(figures, rows):
             assert found.high == pytest.approx(min(1.0, cosine + margin), rel=1e-6)
         else:
             assert (found.low, found.high) == (-1.0, 1.0)
+        wide = student.ppf(1 - 0.025 / 3, count - 1)
+        known = above[k] and above[j]
+        assert found.conflict == (known and cosine + wide * margin / quantile < 0)
 
 
 def assert_same(found, expected):
@@ -255,6 +281,8 @@ def test_depth_tells_submodules_apart():
     assert list(report.modules) == modules
     squares = sum(module.losses["a"].norm ** 2 for module in report.modules.values())
     assert squares == pytest.approx(report.losses["a"].norm ** 2)
+    wrapped = {f"module.{name}": param for name, param in model.named_parameters()}
+    assert list(diagnose(model, wrapped.items(), draw_batches(), depth=2).modules) == modules
     compiled = torch.compile(model, backend="eager")
     assert list(diagnose(model, compiled, draw_batches()).modules) == [
         "scale",
@@ -262,6 +290,36 @@ def test_depth_tells_submodules_apart():
         "heads",
         "unused",
     ]
+
+
+def test_parameters_of_a_module_that_has_submodules_keep_their_own_names():
+    model = without_dropout()
+    model.trunk.register_parameter("gain", nn.Parameter(torch.ones((), dtype=torch.float64)))
+    labels = {}
+    for depth in (1, 2, 3):
+        labels[depth] = list(diagnose(model, model, draw_batches(), depth=depth).modules)
+    assert labels[1] == ["scale", "trunk", "heads", "unused"]
+    assert labels[2][:4] == ["scale", "trunk.gain", "trunk.0", "trunk.1"]
+    assert labels[3] == labels[2]
+
+
+def test_a_module_called_all_does_not_hide_the_whole_model():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    model = nn.ModuleDict({"all": nn.Linear(5, 1), "other": nn.Linear(5, 1)}).double()
+
+    def losses_fn(batch):
+        total = model["all"](batch) + model["other"](batch).square()
+        return {"a": total.mean(), "b": total.square().mean()}
+
+    report = diagnose(losses_fn, model, draw_batches())
+    rows = [line.split()[0] for line in str(report).split("\n\n")[2].splitlines()]
+    assert rows == ["module", "all", "all", "other"]
+    ax = report.plot()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["all", "all", "other"]
+    values = ax.images[0].get_array()
+    assert values[0, 0] == pytest.approx(report.pairs["a", "b"].cosine)
+    pyplot.close("all")
 
 
 def test_parameters_may_come_with_or_without_names():
@@ -327,6 +385,7 @@ def test_everything_is_restored(measure, training):
 
 def test_all_is_restored_after_an_error():
     model = Stateful()
+    batches = [*draw_batches(), torch.randn(2, 5).double()]
     state, generator = snapshot(model.state_dict()), torch.get_rng_state()
 
     def losses_fn(batch):
@@ -336,11 +395,41 @@ def test_all_is_restored_after_an_error():
         return losses
 
     with pytest.raises(RuntimeError, match="broken"):
-        diagnose(losses_fn, model, [*draw_batches(), torch.randn(2, 5).double()])
+        diagnose(losses_fn, model, batches)
     assert snapshot(model.state_dict()) == state
     assert model.calls == 0
-    assert not torch.equal(torch.get_rng_state(), generator)  # `torch.randn` above
+    assert torch.equal(torch.get_rng_state(), generator)
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_model_that_is_named_through_its_python_module_is_restored(monkeypatch):
+    net = ModuleType("net")
+    net.model = Stateful()
+    monkeypatch.setitem(globals(), "net", net)
+    state = snapshot(net.model.state_dict())
+    diagnose(net_losses, net.model.parameters(), draw_batches())
+    assert snapshot(net.model.state_dict()) == state
+    assert net.model.calls == 0
+
+
+def net_losses(batch):
+    return net.model(batch)  # noqa: F821  # set by the test
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("measure", [diagnose, suggest_weights])
+def test_a_scripted_model(measure):
+    plain = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double()
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    state = snapshot(scripted.state_dict())
+
+    def losses_fn(model, batch):
+        outputs = model(batch)
+        return {"a": outputs[:, 0].exp().mean(), "b": (outputs[:, 1] - 1).square().mean()}
+
+    found = measure(partial(losses_fn, scripted), scripted, draw_batches())
+    assert str(found) == str(measure(partial(losses_fn, plain), plain, draw_batches()))
+    assert snapshot(scripted.state_dict()) == state
 
 
 def test_each_batch_starts_from_the_same_buffers_and_draws_other_numbers():
@@ -409,7 +498,7 @@ def test_it_works_under_no_grad_and_within_checkpoints():
 
 def linear(rows, params):
     """Losses with these gradients, by name."""
-    return {name: sum((row * params[0]).sum() for row in [row]) for name, row in rows.items()}
+    return {name: (row * params[0]).sum() for name, row in rows.items()}
 
 
 def noisy_rows(count=8, noise=0.01, **means):
@@ -458,7 +547,7 @@ def test_a_zero_gradient_has_no_angle_and_no_part_in_the_advice():
     assert math.isnan(pair.cosine)
     assert math.isnan(pair.batch_cosine)
     assert (pair.low, pair.high) == (-1.0, 1.0)
-    assert report.advice.startswith("Keep the sum: no interval")
+    assert report.advice.startswith("Keep the sum: no cosine")
     assert "-" in str(report)
 
 
@@ -483,7 +572,13 @@ def test_two_batches_give_no_interval():
     pair = report.pairs["a", "b"]
     assert pair.cosine == pytest.approx(-1.0, abs=0.01)
     assert (pair.low, pair.high) == (-1.0, 1.0)
-    assert "larger batches" in report.advice
+    assert report.advice == "Take 3 batches or more: two give no interval."
+
+
+def test_one_batch_given_three_times_has_intervals_of_no_width():
+    report = report_of(a=[1.0, 0.0], b=[-3.0, 4.0], noise=0.0, count=3)
+    close((report.pairs["a", "b"].low, report.pairs["a", "b"].high), (-0.6, -0.6))
+    assert "conflict" in report.advice
 
 
 def test_parameters_without_a_gradient_count_for_nothing():
@@ -570,12 +665,26 @@ def test_a_loss_scale_keeps_float16_from_underflow(measure):
         assert found.mean_norms["a"] == pytest.approx(norm, rel=1e-2)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-30, 1e30, 1e155, 1e300])
 def test_gradients_of_any_length(scale):
-    plain = report_of(a=[1.0, 0.5], b=[-1.0, 2.0], noise=0.0)
-    scaled = report_of(a=[scale, 0.5 * scale], b=[-1.0, 2.0], noise=0.0)
-    assert scaled.pairs["a", "b"].cosine == pytest.approx(plain.pairs["a", "b"].cosine)
-    assert scaled.losses["a"].norm == pytest.approx(plain.losses["a"].norm * scale)
+    param = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    plain = noisy_rows(a=[1.0, 0.5], b=[-1.0, 2.0])
+    scaled = [{"a": scale * row["a"].double(), "b": row["b"]} for row in plain]
+    reports = [
+        diagnose(lambda rows: linear(rows, [param]), [param], each) for each in (plain, scaled)
+    ]
+    expected, found = (report.pairs["a", "b"] for report in reports)
+    assert vars(found) == pytest.approx(vars(expected))
+    expected, found = (report.losses["a"] for report in reports)
+    assert found.norm == pytest.approx(expected.norm * scale)
+    assert found.batch_norm == pytest.approx(expected.batch_norm * scale)
+    assert found.signal_to_noise == pytest.approx(expected.signal_to_noise)
+    assert found.above_noise
+    weights = suggest_weights(lambda rows: linear(rows, [param]), [param], scaled)
+    assert weights.mean_norms["a"] == pytest.approx(found.batch_norm)
+    assert sum(weights.gradient_norms.values()) == pytest.approx(2.0)
+    products = [weights.gradient_norms[name] * weights.mean_norms[name] for name in "ab"]
+    assert products[0] == pytest.approx(products[1])
 
 
 # ---------------------------------------------------------------------- advice and output
@@ -590,7 +699,15 @@ def test_the_advice_follows_from_the_first_rule_that_applies():
     assert conflict.advice.startswith("Use a method for gradients that conflict")
     lengths = report_of(a=[10.0, 0.0], b=[0.0, 0.9])
     assert lengths.advice.startswith("Use GradientNorms: the gradient of `a` is 11")
-    assert report_of(a=[3.0, 0.0], b=[0.0, 1.0]).advice.startswith("Keep the sum: no interval")
+    assert report_of(a=[3.0, 0.0], b=[0.0, 1.0]).advice.startswith("Keep the sum: no cosine")
+
+
+def test_a_conflict_is_advised_next_to_a_loss_that_is_only_noise():
+    means = {"a": [1.0, 0.0], "b": [-1.0, 0.0]}
+    report = report_of(**means, c=[0.0, 0.0], noise=0.1)
+    assert not report.losses["c"].above_noise
+    assert report.advice.startswith("Use a method for gradients that conflict")
+    assert "`c`" not in report.advice
 
 
 def test_every_advice_is_one_sentence():
@@ -632,7 +749,6 @@ def test_a_report_cannot_be_changed():
     report = report_of(a=[1.0, 0.0])
     with pytest.raises(AttributeError):
         report.level = 0.5
-    assert PairFigures(0.0, -1.0, 1.0, 0.0) == PairFigures(0.0, -1.0, 1.0, 0.0)
 
 
 # ---------------------------------------------------------------------- static weights
@@ -653,6 +769,8 @@ def test_weights_are_inverse_and_sum_to_the_number_of_losses():
         assert sum(weights.values()) == pytest.approx(3.0)
         products = [weights[name] * values[name] for name in values]
         assert products == pytest.approx([products[0]] * 3)
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert values == {name: dict(each) for name, each in vars(found).items()}
     lines = str(found).splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("loss ")
@@ -666,6 +784,7 @@ def test_losses_that_are_not_positive_have_no_weights_by_losses():
     param = nn.Parameter(torch.tensor(1.0))
     found = suggest_weights(lambda x: {"a": x * param, "b": -param}, [param], [1.0])
     assert found.losses is None
+    assert found.to_dict()["losses"] is None
     assert found.gradient_norms == {"a": 1.0, "b": 1.0}
     assert str(found).splitlines()[1].endswith("-")
 
@@ -699,19 +818,27 @@ def good(batch):
         ),
         ({"losses_fn": lambda batch: {"a": PARAM.sum().detach()}}, "Loss `a` should be attached"),
         (
+            {"losses_fn": lambda batch: {"a": PARAM.sum(), "b": torch.zeros(())}},
+            r"`b` = tensor\(0.\) for batch 0, .* Pass batches that have all losses",
+        ),
+        ({"losses_fn": lambda batch: {"a": None}}, "`a` = None for batch 0"),
+        (
             {
                 "losses_fn": lambda batch: {
                     "a": PARAM.sum(),
                     **({"b": PARAM.sum()} if batch else {}),
                 }
             },
-            "same losses for each batch. Found `a`, `b` for batch 1 and `a` for batch 0",
+            "Found `a`, `b` for batch 1 and `a` for batch 0. Pass batches that have all losses",
         ),
         ({"params": PARAM}, "`params` should be a module.*Found Parameter"),
         ({"params": [1.0]}, "`params` should be a module.*Found 1.0"),
         ({"params": []}, "`params` should be a module.*Found none that requires"),
         ({"params": [torch.ones(2)]}, "Found none that requires a gradient"),
         ({"params": [PARAM * 2]}, "Found the result of an operation"),
+        ({"params": nn.Linear(2, 2, device="meta")}, "`params` .* Found one on the device 'meta'"),
+        ({"params": nn.LazyLinear(2)}, "Call the model once first"),
+        ({"batches": np.ones(3)}, "`batches` should be an iterable of batches. Found ndarray"),
         ({"batches": torch.ones(3)}, "`batches` should be an iterable of batches. Found Tensor"),
         ({"batches": 3}, "`batches` should be an iterable of batches. Found int"),
         ({"batches": {"a": 1}}, "`batches` should be an iterable of batches. Found dict"),
@@ -734,10 +861,57 @@ def test_bad_input_is_refused_by_name(arguments, message):
 @pytest.mark.parametrize("measure", [diagnose, suggest_weights])
 def test_gradients_that_are_not_finite_are_refused_by_name(measure):
     def losses_fn(batch):
-        return {"a": PARAM.sum(), "b": (PARAM * batch).sum()}
+        return {"a": PARAM.sum(), "b": (PARAM - batch).sqrt().sum()}
 
-    with pytest.raises(NonFiniteError, match=r"loss `b`.*in batch 1"):
-        measure(losses_fn, [PARAM], [1.0, math.inf, 1.0])
+    with pytest.raises(NonFiniteError, match=r"gradient of loss `b`.*in batch 1"):
+        measure(losses_fn, [PARAM], [0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("measure", [diagnose, suggest_weights])
+def test_losses_that_are_not_finite_are_refused_by_name(measure):
+    with pytest.raises(NonFiniteError, match=r"Loss `b` should be finite. Found nan in batch 1"):
+        measure(lambda x: {"a": PARAM.sum(), "b": PARAM.sum() + x}, [PARAM], [1.0, math.nan, 1.0])
+
+
+def test_models_that_their_first_call_completes_are_refused_before_anything_runs():
+    model = nn.Sequential(nn.Linear(5, 2), nn.LazyBatchNorm1d(affine=False))
+    calls = []
+
+    def losses_fn(batch):
+        calls.append(batch)
+        return {"a": model(batch).square().mean()}
+
+    batches = [batch.float() for batch in draw_batches()]
+    with pytest.raises(BalanceValueError, match=r"Found LazyBatchNorm1d.*Call the model once"):
+        diagnose(losses_fn, model[0], batches)
+    assert not calls
+    model(batches[0])
+    diagnose(losses_fn, model, batches)
+
+
+def test_a_graph_that_is_used_twice_is_explained():
+    shared = (PARAM * 2).square().sum()
+
+    def losses_with_backward(batch):
+        loss = PARAM.square().sum()
+        loss.backward()
+        return {"a": loss}
+
+    for losses_fn in (lambda batch: {"a": batch * shared}, losses_with_backward):
+        with pytest.raises(RuntimeError, match="second time") as caught:
+            diagnose(losses_fn, [PARAM], [1.0, 2.0])
+        assert "inside `losses_fn`" in caught.value.__notes__[-1]
+    assert PARAM.grad is None
+
+
+def test_the_loss_scale_is_float32_whatever_the_default():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17)  # above the range of float16
+    expected = diagnose(good, [PARAM], [1.0, 2.0, 4.0])
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert diagnose(good, [PARAM], [1.0, 2.0, 4.0], grad_scaler=scaler) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_weights_need_a_batch_and_gradients():

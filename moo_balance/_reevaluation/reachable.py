@@ -40,8 +40,9 @@ def find_reachable(closure: Callable[..., Any]) -> Reachable:
     """What a closure refers to, directly or through a few other objects.
 
     Followed are the object of a bound method, the parts of a ``partial``, variables of enclosing
-    functions, global variables that the code names, containers that Python defines, and attributes
-    of objects. Containers of other classes may compute their elements, and are not read.
+    functions, global variables that the code names, models that it names as an attribute of a
+    Python module (``net.model``), containers that Python defines, and attributes of objects.
+    Containers of other classes may compute their elements, and are not read.
     """
     modules: dict[nn.Module, None] = {}
     tensors: list[Tensor] = []
@@ -106,8 +107,14 @@ def _references_of_function(function: FunctionType) -> Iterable[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()  # a decorator keeps the original function there
-    names, known = _names(function.__code__), function.__globals__
-    yield from (known[name] for name in names if name in known)
+    names, known = list(_names(function.__code__)), function.__globals__
+    for value in (known[name] for name in names if name in known):
+        yield value
+        if isinstance(value, ModuleType):
+            attributes = vars(value)
+            models = (attributes[name] for name in names if name in attributes)
+            # `isinstance` might compute a value, as that of a weak reference.
+            yield from (model for model in models if issubclass(type(model), nn.Module))
 
 
 def _names(code: CodeType) -> Iterable[str]:

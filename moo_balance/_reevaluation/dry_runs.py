@@ -19,21 +19,24 @@ from moo_balance._reevaluation.writes import watch_writes
 Evaluate: TypeAlias = Callable[[Callable[[], Any]], Any]
 
 
-class Trials:
-    """Evaluations of a function that are all undone.
+class DryRuns:
+    """Evaluations of losses that are all undone.
 
     Random numbers go on from one batch to the next, so that the noise of batches is independent.
     What a batch writes (running statistics, codebooks) is undone before the next one.
 
     Args:
-        function: What is evaluated.
+        function: Computes losses. Its closure and arguments tell which modules are restored.
         params: The parameters that gradients are taken of.
+
+    Attributes:
+        modules: The modules that are restored.
     """
 
     def __init__(self, function: Callable[..., Any], params: Sequence[Tensor]) -> None:
         self._params = params
-        self._modules, self._tensors = find_reachable(function)
-        owned = [param for module in self._modules for param in module._parameters.values()]
+        self.modules, self._tensors = find_reachable(function)
+        owned = [param for module in self.modules for param in module._parameters.values()]
         leaves = [param for param in (*params, *owned) if param is not None and param.is_leaf]
         self._leaves = list(dict.fromkeys(leaves))
 
@@ -55,11 +58,11 @@ class Trials:
         may be differentiated inside.
         """
         copies = Copies()
-        for module in self._modules:
+        for module in self.modules:
             for buffer in module._buffers.values():
                 if buffer is not None:
                     copies.add(buffer)
-        state = ModuleState(self._modules, [*self._params, *self._tensors])
+        state = ModuleState(self.modules, [*self._params, *self._tensors])
         leaves = [(leaf, leaf.grad, leaf.requires_grad) for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None  # what is added to it inside goes to a new tensor
@@ -70,7 +73,7 @@ class Trials:
 
         torch.clear_autocast_cache()
         try:
-            with without_synchronization(self._modules):
+            with without_synchronization(self.modules):
                 yield evaluate_watched
         finally:
             torch.clear_autocast_cache()  # it holds casts with a graph that is freed
