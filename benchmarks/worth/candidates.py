@@ -41,7 +41,7 @@ class NormsIfFar(mb.GradientNorms):
 
 @dataclass(frozen=True)
 class GeometricBlend(Weighting):
-    """The geometric mean of the coefficients of two methods, each scaled to sum 1."""
+    """The geometric mean of the coefficients of two methods, scaled to sum 1."""
 
     first: Weighting
     second: Weighting
@@ -61,10 +61,10 @@ class GeometricBlend(Weighting):
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         logs, following = [], {}
-        for part, method in (("first", self.first), ("second", self.second)):
-            own = {k.removeprefix(f"{part}/"): v for k, v in state.items() if k.startswith(part)}
+        for part, method in (("first/", self.first), ("second/", self.second)):
+            own = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
             output = method.weights(statistics, own)
-            following |= {f"{part}/{key}": value for key, value in output.state.items()}
+            following |= {f"{part}{key}": value for key, value in output.state.items()}
             logs.append(output.coefficients.clamp(min=1e-30).log())
         coefficients = torch.softmax((logs[0] + logs[1]) / 2, 0)
         return WeightingOutput(coefficients, coefficients, following)
@@ -102,6 +102,16 @@ CANDIDATES: dict[str, Candidate] = {
     "NashMTL × AnalyticQP, every=10": (
         GeometricBlend,
         {"first": mb.NashMTL(every=10), "second": mb.AnalyticQP(every=10)},
+        "NashMTL",
+    ),
+    "NashMTL × Sum, every=10": (
+        GeometricBlend,
+        {"first": mb.NashMTL(every=10), "second": mb.Sum()},
+        "NashMTL",
+    ),
+    "NashMTL, then Sum": (
+        mb.Sequential,
+        {"weightings": [mb.Rescaled(mb.NashMTL()), mb.Sum()], "milestones": [0.5]},
         "NashMTL",
     ),
     "GradientNorms × AnalyticQP, every=10": (

@@ -117,7 +117,7 @@ def draw_searches(results: Results, arms: Sequence[str]) -> Figure:
 
 
 def _style(ax: Axes) -> None:
-    ax.tick_params(colors=INK, labelsize=8)
+    ax.tick_params(which="both", colors=INK, labelsize=8)
     ax.xaxis.label.set_color(INK)
     ax.yaxis.label.set_color(INK)
     ax.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from benchmarks.worth.predictions import PREDICTIONS
 from benchmarks.worth.results import Results, summarize
 from benchmarks.worth.runs import NOISY, SEEDS_OF_PILOTS, Comparison
 from benchmarks.worth.tables import (
+    default_table,
     leave_one_out_table,
     list_arms,
     problem_section,
@@ -70,6 +71,8 @@ def page(comparison: Comparison, results: Results) -> str:
         _predictions(results),
         "## A default",
         _text("default"),
+        default_table(results),
+        _text("left_out"),
         leave_one_out_table(results),
         "## What was run, and what was tuned",
         _protocol(comparison, results),

@@ -125,6 +125,30 @@ def settings_table(results: Results, bases: dict[str, str]) -> str:
     return table([*head, "worth, ratio", "cost, ratio"], rows)
 
 
+def default_table(results: Results, count: int = 10) -> str:
+    """How near the methods that every problem takes come to what a default should be."""
+    summaries = {arm: summarize(results.values(), arm) for arm in list_arms(results)}
+    everywhere = [arm for arm, s in summaries.items() if s.problems == len(results)]
+    best = sorted(everywhere, key=lambda arm: -summaries[arm].mean)[:count]
+    rows = []
+    for arm in best:
+        entries = {name: result.entries[arm] for name, result in results.items()}
+        worst = min(entries, key=lambda name: entries[name].worth.value)
+        worth = format_worth(entries[worst].worth, len(results[worst].search))
+        summary = summaries[arm]
+        rows.append(
+            [
+                format_arm(arm),
+                f"{summary.enough} of {len(entries)}",
+                str(summary.below_one),
+                f"{worst}: {worth}",
+                "yes" if summary.is_a_default(len(results)) else "no",
+            ]
+        )
+    head = ["method", f"at least {ENOUGH:g} trials", "below 1", "worst problem"]
+    return table([*head, "would do as a default"], rows)
+
+
 def leave_one_out_table(results: Results) -> str:
     """What would have been chosen without each problem, and its worth there."""
     chosen = leave_one_out(results, list_arms(results))
@@ -167,7 +191,9 @@ def problem_section(result: Result) -> str:
         f"{problem.score}. {problem.steps} steps of {1000 * result.seconds:.1f} ms; learning rate "
         f"of the search {result.lr:g}.{told}{expectation}"
     )
-    return "\n\n".join([intro, curve, table(head, rows), *_errors(entries)])
+    details = "\n\n".join([table(head, rows), *_errors(entries)])
+    folded = f"<details><summary>All methods</summary>\n\n{details}\n\n</details>"
+    return "\n\n".join([intro, curve, folded])
 
 
 def _row(arm: str, entry: Entry, best: float, largest: int) -> list[str]:
