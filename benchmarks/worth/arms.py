@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +73,20 @@ class PlainLoop:
 
 @dataclass(frozen=True)
 class Static:
-    """Static weights drawn at random: a trial of the search, or the null method."""
+    """Static weights drawn at random: a trial of the search, or the null method.
+
+    Args:
+        name: As it is listed.
+        differs: Whether each problem gets draws of its own, so that luck on one is not luck on all.
+    """
 
     name: str
-    first_trial: int = 0
+    differs: bool = False
     rate_of: None = None
 
     def wrap(self, optimizer: Optimizer, problem: Problem, seed: int) -> Stepper:
-        weights = draw_weights(problem, self.first_trial + seed)
+        first = zlib.crc32(problem.title.encode()) if self.differs else 0
+        weights = draw_weights(problem, first + seed)
         return make_stepper(optimizer, mb.FixedWeights(weights))
 
 
@@ -254,7 +261,7 @@ SETTINGS = [
 
 PLAIN = PlainLoop()
 SEARCH = Static("static trial")
-NULL = Static("random static weights", first_trial=1_000_000)
+NULL = Static("random static weights", differs=True)
 
 
 def every_arm() -> dict[str, Arm]:
