@@ -12,6 +12,8 @@ from benchmarks.worth.problems import PROBLEMS, _pinn
 from benchmarks.worth.training import train
 
 
+# torch.func.jvp of PyTorch 2.13 emits it by itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_problem_has_the_losses_that_it_names_and_repeats(name: str) -> None:
     problem = PROBLEMS[name]
