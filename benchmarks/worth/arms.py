@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import zlib
 from collections.abc import Mapping
@@ -264,6 +265,7 @@ SEARCH = Static("static trial")
 NULL = Static("random static weights", differs=True)
 
 
+@functools.cache
 def every_arm() -> dict[str, Arm]:
     """All arms but the trials of the search, by name."""
     arms: list[Arm] = [

@@ -116,10 +116,6 @@ class Worth:
     low: float
     high: float
 
-    def __truediv__(self, cost: float) -> Worth:
-        """The worth at equal time, for a step that costs so many plain ones."""
-        return Worth(self.value / cost, self.low / cost, self.high / cost)
-
 
 def worth(search: Search, scores: Sequence[float]) -> Worth:
     """The worth of a method from its test scores, one per seed.

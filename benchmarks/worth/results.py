@@ -49,11 +49,6 @@ class Entry:
         return float(np.median(self.scores))
 
     @property
-    def at_equal_time(self) -> Worth:
-        """The worth divided by the cost."""
-        return self.worth / self.cost
-
-    @property
     def is_refused(self) -> bool:
         """Whether the method refuses the losses, such as one below its bound, in every run."""
         return all(outcome.error.startswith("BalanceValueError") for outcome in self.outcomes)

@@ -9,6 +9,7 @@ that problem start afresh. What an arm does is not in the key: after a change of
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import time
@@ -102,11 +103,11 @@ class Store:
     def add(self, job: Job, outcome: Outcome) -> None:
         scores = [float(f"{score:.6g}") for score in outcome[:3]]
         # JSON has no infinity.
-        self.environment = environment(Settings())
         entry: list[Any] = [score if abs(score) < 1e300 else "inf" for score in scores]
         if outcome.error:
             entry.append(outcome.error[:160])
         self.runs.setdefault(self._setting(job), {})[str(job.seed)] = entry
+        self.environment = _environment()
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +119,12 @@ class Store:
         temporary = self.path.with_suffix(".part")
         temporary.write_text(f'{{{head},\n"runs": {{\n{lines}\n}}}}\n')
         temporary.replace(self.path)
+
+
+@functools.cache
+def _environment() -> dict[str, object]:
+    """The machine and versions of this process, read once."""
+    return environment(Settings())
 
 
 def _digest(problem: str) -> str:
@@ -165,10 +172,9 @@ class Comparison:
     def _job(self, problem: str, arm: str, lr: float, seed: int) -> Job:
         return Job(problem, arm, lr, seed, self.plan.steps)
 
-    def search_pilots(self, problem: str) -> list[Job]:
-        rates = PROBLEMS[problem].rates
-        seeds = range(self.plan.pilots)
-        return [self._job(problem, SEARCH.name, lr, seed) for seed in seeds for lr in rates]
+    def search_pilots(self, problem: str, lr: float) -> list[Job]:
+        """Trials at a learning rate, to choose it."""
+        return [self._job(problem, SEARCH.name, lr, seed) for seed in range(self.plan.pilots)]
 
     def pilots(self, problem: str, arm: str, lr: float) -> list[Job]:
         """Runs at a learning rate, to choose it, with seeds that no counted run has."""
@@ -189,7 +195,12 @@ class Comparison:
     def stages(self) -> Iterator[list[Job]]:
         """Lists of jobs; each may depend on the outcomes of those before."""
         problems = self.plan.problems
-        yield [job for problem in problems for job in self.search_pilots(problem)]
+        yield [
+            job
+            for problem in problems
+            for lr in PROBLEMS[problem].rates
+            for job in self.search_pilots(problem, lr)
+        ]
         yield [job for problem in problems for job in self.trials(problem)]
         yield [
             job
@@ -207,11 +218,8 @@ class Comparison:
 
         Ranks are those among the pilots of all learning rates, by their validation scores.
         """
-        pilots = {
-            lr: [self._job(problem, SEARCH.name, lr, seed) for seed in range(self.plan.pilots)]
-            for lr in PROBLEMS[problem].rates
-        }
-        scores = {lr: self._validation(jobs) for lr, jobs in pilots.items()}
+        rates = PROBLEMS[problem].rates
+        scores = {lr: self._validation(self.search_pilots(problem, lr)) for lr in rates}
         pooled = np.concatenate(list(scores.values()))
         everything = Search(pooled, pooled)
 
@@ -237,7 +245,7 @@ class Comparison:
 
     def outcomes(self, jobs: Iterable[Job]) -> list[Outcome]:
         """The outcomes of those that are done."""
-        return [self.stores[job.problem][job] for job in jobs if job in self.stores[job.problem]]
+        return [self.stores[job.problem][job] for job in jobs if self._is_done(job)]
 
     def search(self, problem: str) -> Search:
         outcomes = self.outcomes(self.trials(problem))
