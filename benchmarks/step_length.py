@@ -32,7 +32,7 @@ SCALES = [(1.0, 1.0, 1.0), (1.0, 30.0, 1000.0), (1e-9, 1.0, 1e9)]
 LENGTHS = ("as published", "one", "count", "mean", "sum")
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 METHODS: dict[str, Callable[[], Weighting]] = {
-    "SumLog": SumLog,
+    "SumLog": lambda: SumLog(floor=0),
     "FAMO": lambda: FAMO(lagged=True),
     "MGDA": MGDA,
     "MGDA l2": lambda: MGDA("l2"),
@@ -150,7 +150,8 @@ def report(seeds: Sequence[int], steps: int) -> str:
 def _runs() -> list[tuple[str, str, Weighting]]:
     runs: list[tuple[str, str, Weighting]] = [("Sum", "", Sum())]
     for length in LENGTHS:
-        weighting = SumLog() if length == "as published" else Rescaled(SumLog(), length)
+        published = SumLog(floor=0)
+        weighting = published if length == "as published" else Rescaled(published, length)
         runs.append(("SumLog", length, weighting))
     return runs
 

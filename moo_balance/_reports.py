@@ -45,9 +45,9 @@ class ConflictReport:
         if conflicts := [pair for pair, each in self.pairs.items() if each.conflict]:
             one, other = min(conflicts, key=lambda pair: self.pairs[pair].high)
             return (
-                "Use a method for gradients that conflict, such as UPGrad or MGDA: the cosine of "
-                f"`{one}` and `{other}` is {self.pairs[one, other].cosine:.2f}, significantly "
-                "below 0."
+                "Use a method for gradients that conflict, such as NashMTL or UPGrad: the cosine "
+                f"of `{one}` and `{other}` is {self.pairs[one, other].cosine:.2f}, "
+                "significantly below 0."
             )
         noisy = [f"`{name}`" for name, each in present.items() if not each.above_noise]
         if noisy:
@@ -60,8 +60,8 @@ class ConflictReport:
         ratio = present[longest].norm / present[shortest].norm
         if ratio >= _FACTOR:
             return (
-                f"Use GradientNorms: the gradient of `{longest}` is {ratio:.3g} times as long as "
-                f"that of `{shortest}`."
+                "Use NashMTL, or GradientNorms(every=10) at less cost: the gradient of "
+                f"`{longest}` is {ratio:.3g} times as long as that of `{shortest}`."
             )
         return (
             "Keep the sum: no cosine is significantly below 0, and norms differ by less than a "

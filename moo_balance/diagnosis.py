@@ -71,7 +71,7 @@ def diagnose(
        correction). So where no losses conflict, this advice has a probability of about
        1 - `level` or less, however many they are.
     2. An expected gradient is not above the noise: static weights, or larger batches.
-    3. Two norms differ by a factor of 10 or more: ``GradientNorms``.
+    3. Two norms differ by a factor of 10 or more: ``NashMTL``, or ``GradientNorms(every=10)``.
     4. Otherwise: the sum.
 
     Nothing is changed: parameters, ``.grad``, buffers such as running statistics, attributes of

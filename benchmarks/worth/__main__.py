@@ -22,6 +22,7 @@ SHORT = Plan(
     trials=16,
     pilots=4,
     seeds=3,
+    null_seeds=12,
     problems=("digits", "equal_tasks", "vlmop2"),
     arms=("Sum", "SumLog", "AnalyticQP", "GradientNorms", "MGDA", NULL.name, PLAIN.name),
 )

@@ -248,6 +248,7 @@ SETTINGS = [
         {"lagged": True},
         variant_of="BalancedTrajectory",
     ),
+    Method("SumLog(floor=0)", mb.SumLog, {"floor": 0.0}, "SumLog", shares_rate=False),
     Method('MGDA("l2")', mb.MGDA, {"normalize": "l2"}, "MGDA", shares_rate=False),
     Method('MGDA("log")', mb.MGDA, {"normalize": "log"}, "MGDA", shares_rate=False),
     Method(

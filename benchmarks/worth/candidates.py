@@ -119,7 +119,6 @@ CANDIDATES: dict[str, Candidate] = {
         {"first": mb.GradientNorms(every=10), "second": mb.AnalyticQP(every=10)},
         "GradientNorms",
     ),
-    "SumLog(floor=0.1)": (mb.SumLog, {"floor": 0.1}, "SumLog"),
     "AnalyticQP, then Sum": (
         mb.Sequential,
         {"weightings": [mb.Rescaled(mb.AnalyticQP()), mb.Sum()], "milestones": [0.5]},

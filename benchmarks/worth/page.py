@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.worth.arms import DECADES, NULL, SUGGEST_FROM, Method, every_arm
 from benchmarks.worth.figures import draw_searches, draw_worth, save
 from benchmarks.worth.predictions import PREDICTIONS
-from benchmarks.worth.results import Results, summarize
+from benchmarks.worth.results import Results, mean_rank, summarize
 from benchmarks.worth.runs import NOISY, SEEDS_OF_PILOTS, Comparison
 from benchmarks.worth.tables import (
     default_table,
@@ -109,6 +109,7 @@ def _predictions(results: Results) -> str:
 def _protocol(comparison: Comparison, results: Results) -> str:
     plan = comparison.plan
     null = summarize(results.values(), NULL.name)
+    rank = mean_rank(results.values(), NULL.name)
     many, noisy = len(SEEDS_OF_PILOTS), ", ".join(f"`{name}`" for name in NOISY)
     return _list(
         [
@@ -129,8 +130,9 @@ def _protocol(comparison: Comparison, results: Results) -> str:
             f"{SUGGEST_FROM} more batches once.",
             "Costs are processor times of a step, relative to a plain loop without the library "
             "that took turns with the methods.",
-            "Random static weights, measured as a method, came out at a worth of "
-            f"{null.mean:.2f} [{null.low:.2f}, {null.high:.2f}].",
+            f"Random static weights, measured as a method with {plan.null_seeds} seeds, should be "
+            f"worth 1: {null.mean:.2f} [{null.low:.2f}, {null.high:.2f}]. Their mean rank among "
+            "the trials of the search should be 0.5: {:.3f} [{:.3f}, {:.3f}].".format(*rank),
         ]
     )
 

@@ -183,15 +183,26 @@ def summarize(results: Iterable[Result], arm: str) -> Summary:
     )
 
 
+def mean_rank(results: Iterable[Result], arm: str) -> tuple[float, float, float]:
+    """The mean of a method's ranks over problems, and its 95 % interval over problems."""
+    return _mean(np.array([result.entries[arm].rank for result in results]))
+
+
+def _mean(values: Floats) -> tuple[float, float, float]:
+    """A mean and its 95 % interval (t); of one value the interval is a point."""
+    middle, margin = float(values.mean()), 0.0
+    if len(values) > 1:
+        margin = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return middle, middle - margin, middle + margin
+
+
 def _geometric_mean(values: Floats) -> tuple[float, float, float]:
     """The geometric mean of those that are not NaN, and its 95 % interval."""
     logs = np.log(values[np.isfinite(values)])
     if not len(logs):
         return math.nan, math.nan, math.nan
-    margin = 0.0
-    if len(logs) > 1:
-        margin = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return tuple(float(np.exp(logs.mean() + end)) for end in (0.0, -margin, margin))  # type: ignore[return-value]
+    middle, low, high = map(math.exp, _mean(logs))
+    return middle, low, high
 
 
 @dataclass(frozen=True)

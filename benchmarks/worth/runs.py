@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Plan:
         trials: Trials of the search for static weights, M.
         pilots: Of these, those that are run at each learning rate, to choose it.
         seeds: Runs of each method at the learning rate that its pilots have chosen.
+        null_seeds: Runs of the null method, whose worth has to be known better than another's.
         steps: Steps of each run; None for those of the problem.
         problems: Names of the problems.
         arms: Names of the methods.
@@ -56,6 +58,7 @@ class Plan:
     trials: int = 48
     pilots: int = 12
     seeds: int = 8
+    null_seeds: int = 48
     steps: int | None = None
     problems: tuple[str, ...] = tuple(PROBLEMS)
     arms: tuple[str, ...] = field(default_factory=lambda: tuple(every_arm()))
@@ -190,7 +193,8 @@ class Comparison:
 
     def method_runs(self, problem: str, arm: str) -> list[Job]:
         lr = self.rate(problem, arm)
-        return [self._job(problem, arm, lr, seed) for seed in range(1, 1 + self.plan.seeds)]
+        seeds = self.plan.null_seeds if arm == NULL.name else self.plan.seeds
+        return [self._job(problem, arm, lr, seed) for seed in range(1, 1 + seeds)]
 
     def stages(self) -> Iterator[list[Job]]:
         """Lists of jobs; each may depend on the outcomes of those before."""
@@ -209,7 +213,7 @@ class Comparison:
             for job in self.pilots(problem, arm, lr)
         ]
         runs = [self.method_runs(problem, arm) for arm, problem in self.pairs]
-        yield [jobs[k] for k in range(self.plan.seeds) for jobs in runs]
+        yield [job for turn in zip_longest(*runs) for job in turn if job is not None]
 
     # ------------------------------------------------------------ what is known from them
 

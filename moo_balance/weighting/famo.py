@@ -173,7 +173,7 @@ class FAMO(LogitWeighting):
             scripts for NYUv2, QM9 and CelebA; the classes in the code default to 1e-2 and 1e-5).
             With Adam it is added to the gradient before the moments, as Adam's `weight_decay`
             does, so it grows in effect as :math:`q` shrinks: in the long run any positive value
-            ends where :class:`SumLog` ends.
+            ends where ``SumLog(floor=0)`` ends.
         bounds: :math:`b_i`, a strict lower bound of each loss, a number or one per name. Default 0.
         shift: :math:`s_i`, likewise. Default 0. The official code's :math:`\epsilon` is
             ``shift=1e-8``, which counts once a loss falls to about 1e-5. Without it a loss at its

@@ -103,12 +103,13 @@ class SumLog(Weighting):
         d = c \sum_i \frac{p_i}{D_i}\, g_i, \qquad D_i = L_i - b_i + s_i, \qquad
         c = \Big(\sum_i \frac{p_i}{D_i}\Big)^{-1}
 
-    Its stationary points are those that FAMO reaches whenever its logit decay is positive (FAMO,
-    Section 3), so it is the baseline that any log-loss method should be compared with.
+    With ``floor=0`` its stationary points are those that FAMO reaches whenever its logit decay is
+    positive (FAMO, Section 3), so it is the baseline that any log-loss method should be compared
+    with.
 
-    Coefficients: sum to 1 with `renormalize`, as for all log methods here; without it they are
-    :math:`1/D_i` (:math:`K p_i / D_i` with a preference), the "scale-invariant" baseline as
-    published with FAMO and Nash-MTL. A loss may rise.
+    Coefficients: sum to 1 with `renormalize`, as for all log methods here; without it and without a
+    `floor` they are :math:`1/D_i` (:math:`K p_i / D_i` with a preference), the "scale-invariant"
+    baseline as published with FAMO and Nash-MTL. A loss may rise.
 
     Args:
         bounds: :math:`b_i`, a number or one per name. Default 0 (FAMO's code).
@@ -117,7 +118,8 @@ class SumLog(Weighting):
         floor: :math:`\rho \ge 0`, to add :math:`\rho \max D_i` to each :math:`D_i`, where the
             maximum is over the steps so far: no loss then counts as more than :math:`1/\rho` times
             smaller than it was. It has no unit, so that the scale of a loss still does not matter.
-            Default 0, as published. See :ref:`captured losses <capture>`.
+            Default 0.1; as published it is 0, which was worth less in our measurements. See
+            :ref:`captured losses <capture>`.
         preference: :math:`p_i > 0` by name, scaled to sum 1: the exponents in the product of the
             :math:`D_i` that is minimised. Default None: equal.
 
@@ -139,7 +141,7 @@ class SumLog(Weighting):
     bounds: FloatOrByName = 0.0
     shift: FloatOrByName = 0.0
     renormalize: bool = True
-    floor: float = field(default=0.0, kw_only=True)
+    floor: float = field(default=0.1, kw_only=True)
     preference: Mapping[str, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

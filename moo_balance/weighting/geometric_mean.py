@@ -26,8 +26,8 @@ class GeometricMean(Weighting):
         m = \exp \sum_i p_i \log L_i
 
     computed from logarithms, as a product of losses overflows. It has the direction of
-    :class:`SumLog` and minimises the same; only the length differs, which here is in the unit of
-    the losses and shrinks as they do.
+    ``SumLog(floor=0)`` and minimises the same; only the length differs, which here is in the unit
+    of the losses and shrinks as they do.
 
     Coefficients: not normalised; scaling one loss by :math:`s` multiplies all of them by
     :math:`s^{p}`, and that of the loss itself by :math:`1/s` besides. A loss may rise.

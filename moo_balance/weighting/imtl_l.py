@@ -29,7 +29,7 @@ class IMTLL(LearnedScaleWeighting):
     loss.
 
     At a stationary :math:`s_i = -\log D_i` every scaled loss is 1, and each coefficient is
-    :math:`1 / D_i`: this is ``SumLog(renormalize=False)`` with a lag. It is also twice
+    :math:`1 / D_i`: this is ``SumLog(renormalize=False, floor=0)`` with a lag. It is also twice
     :class:`UncertaintyWeighting` for regression losses, whose :math:`s` has the other sign.
 
     Coefficients: not normalised; :math:`K p_i e^{s_i}`, 1 at the start by default. A loss may rise.

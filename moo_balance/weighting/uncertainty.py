@@ -32,7 +32,8 @@ class UncertaintyWeighting(LearnedScaleWeighting):
 
     At a stationary :math:`s_i = \log (2 f_i D_i)` each coefficient is :math:`1 / (2 D_i)`, and a
     regression loss contributes :math:`\frac12 (1 + \log D_i)`: this is half of
-    ``SumLog(renormalize=False)``, with a lag. :class:`SumLog` has the same direction without one.
+    ``SumLog(renormalize=False, floor=0)``, with a lag. ``SumLog(floor=0)`` has the same direction
+    without one.
 
     Coefficients: not normalised; :math:`f_i K p_i e^{-s_i}`, 1/2 at the start by default. A loss
     may rise.

@@ -243,7 +243,7 @@ def final_point(weighting: FAMO | SumLog, steps: int) -> Tensor:
 
 
 def test_famo_ends_where_the_sum_of_logs_ends_only_with_decay() -> None:
-    end = final_point(SumLog(), 400)
+    end = final_point(SumLog(floor=0), 400)
     decayed = final_point(FAMO(decay=0.1, logit_optimizer="sgd", lr=2.0), 1000)
     assert torch.dist(decayed, end) < 1e-4
     free = final_point(FAMO(decay=0.0, logit_optimizer="sgd", lr=2.0), 1000)
@@ -251,7 +251,7 @@ def test_famo_ends_where_the_sum_of_logs_ends_only_with_decay() -> None:
 
 
 def test_the_sum_of_logs_ends_at_its_own_stationary_point() -> None:
-    theta = final_point(SumLog(), 400).requires_grad_()
+    theta = final_point(SumLog(floor=0), 400).requires_grad_()
     sum(loss.log() for loss in two_bowls(theta).values()).backward()
     assert theta.grad.norm() < 1e-6
 

@@ -8,7 +8,11 @@ import torch
 from moo_balance import FAMO, AnalyticQP, SumLog
 from tests.support.statistics import initial_state, statistics_of, vector
 
-METHODS = [SumLog, FAMO, lambda **arguments: AnalyticQP("exact", shift=0.0, **arguments)]
+METHODS = [
+    lambda floor=0.0: SumLog(floor=floor),
+    FAMO,
+    lambda **arguments: AnalyticQP("exact", shift=0.0, **arguments),
+]
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

@@ -26,7 +26,7 @@ ARMS = (
     NULL.name,
     PLAIN.name,
 )
-PLAN = Plan(trials=3, pilots=1, seeds=1, steps=1, arms=ARMS)
+PLAN = Plan(trials=3, pilots=1, seeds=1, null_seeds=1, steps=1, arms=ARMS)
 
 
 def finish(comparison: Comparison) -> list[Job]:

@@ -53,7 +53,7 @@ METHODS = [
     ),
     Method(
         "SumLog-raw",
-        lambda names: SumLog(renormalize=False),
+        lambda names: SumLog(renormalize=False, floor=0),
         bounds=positive,
         total=lambda names, losses: float((1 / losses).sum()),
         alone=lambda loss: 1 / loss,
@@ -140,7 +140,10 @@ REFUSALS = [
 ]
 
 FACTS = {
-    "SumLog": Facts("minimizes the product of the losses", "where `FAMO` ends with any decay"),
+    "SumLog": Facts(
+        "minimizes the product of the losses, each plus a floor",
+        "with `floor=0` where `FAMO` ends",
+    ),
     "FAMO": Facts("relative improvement of the losses", "`MGDA('log')` in small steps"),
     "BalancedTrajectory": Facts(
         "relative improvement of 1 + loss", "`FAMO(shift=1)`; Balanced R-D, Solution 1"
