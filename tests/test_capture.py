@@ -70,7 +70,7 @@ def test_a_change_of_the_loss_begins_anew():
 
 def test_log_dict_warns_of_a_captured_run():
     weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), SumLog())
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), SumLog(floor=0))
 
     def run():
         for _ in range(230):

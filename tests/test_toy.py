@@ -128,14 +128,14 @@ def test_the_front_is_reached_from_the_nearest_start(
     assert on_front(toy.descend(weighting, (-7.5, -0.5), steps, positive, stop=on_front))
 
 
-@pytest.mark.parametrize("weighting", [Sum(), SumLog(bounds=LOW)], ids=["Sum", "SumLog"])
+@pytest.mark.parametrize("weighting", [Sum(), SumLog(bounds=LOW, floor=0)], ids=["Sum", "SumLog"])
 def test_static_weights_stay_on_the_plateau(weighting: Weighting) -> None:
     # MGDA and FAMO are on the front after fewer steps from here.
     assert toy.descend(weighting, (9.0, 9.0), 25_000)[1] > 1.0
 
 
 def test_sum_of_logs_ends_at_its_published_point() -> None:
-    x, y = toy.descend(SumLog(bounds=LOW), (9.0, -1.0), 20_000)
+    x, y = toy.descend(SumLog(bounds=LOW, floor=0), (9.0, -1.0), 20_000)
     assert x == pytest.approx(6.236, abs=2e-3)
     assert y == pytest.approx(-8.419, abs=2e-3)
 
@@ -145,7 +145,7 @@ ALL, ORIGIN_SIDE = (True,) * 5, (False, True, False, True, True)
 TABLE = [
     ("Sum", Sum(), False, (True, True, False, True, True)),
     ("RandomWeights", RandomWeights(), False, (True, True, False, True, True)),
-    ("SumLog", SumLog(bounds=LOW), False, ORIGIN_SIDE),
+    ("SumLog", SumLog(bounds=LOW, floor=0), False, ORIGIN_SIDE),
     ("MGDA", MGDA(), False, ALL),
     ("MGDA-l2", MGDA("l2"), False, (True, True, False, True, True)),
     ("MGDA-log", MGDA("log"), True, ALL),

@@ -44,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = SHORT if given.short else Plan()
     plan = replace(plan, steps=given.steps)
     with tempfile.TemporaryDirectory() as folder:
-        # Results of few steps are not kept.
-        comparison = Comparison(plan, RESULTS if given.steps is None else Path(folder))
+        # A short run measures anew, and results of few steps are not kept.
+        kept = not given.short and given.steps is None
+        comparison = Comparison(plan, RESULTS if kept else Path(folder))
         if not comparison.run(given.workers, given.hours):
             print("The time is up. The same command goes on from here.")
             return

@@ -56,7 +56,7 @@ def draw_worth(results: Results, arms: Sequence[str]) -> Figure:
             worth, colour = results[name].entries[arm].worth, COLOURS[family(name)]
             ax.plot([worth.low, worth.high], 2 * [row + offset], color=colour, lw=0.9, alpha=0.6)
             # Arrows at the ends of the scale, where the worth is a bound.
-            marker = ">" if worth.value > 0.999 * largest else "o"
+            marker = ">" if worth.value > 0.999 * results[name].search.end else "o"
             marker = "<" if worth.value < 1.001 * SMALLEST else marker
             ax.plot(worth.value, row + offset, marker, color=colour, markersize=3.5)
         ax.plot(2 * [summaries[arm].mean], [row - 0.4, row + 0.4], color=INK, lw=2.5)

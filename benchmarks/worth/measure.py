@@ -13,8 +13,8 @@ validation scores, best first, the rank that the search reaches on test data is 
 The worth of a method with mean rank :math:`\bar q` is the N at which :math:`Q(N) = \bar q`. A
 method that draws static weights at random has :math:`\bar q = 1/2` on average, and worth 1. Below
 1 the formula is continued, though there is no such search: the method is worse than one random
-trial. The scale ends at 1/16 and at M; a worth beyond it counts as its end. A run that fails has
-rank 1, so that with eight runs one failure bounds the worth at 7.
+trial. The scale ends at 1/16 and at M, or at the first N from which more trials do not help; a
+worth beyond it counts as its end. A run that breaks off has rank 1.
 
 At equal time, a method whose step costs c plain ones competes with a search that has c trials in
 the same time: :math:`N / c`.
@@ -93,6 +93,11 @@ class Search:
     def curve(self) -> Floats:
         """The expected rank after each number of trials, made to decrease."""
         return np.minimum.accumulate(self.probabilities(self.counts) @ self.ranks(self.test))
+
+    @cached_property
+    def end(self) -> float:
+        """The largest worth that can be told: the first N at which the curve is at its lowest."""
+        return self.trials_for(0.0)
 
     @cached_property
     def replicates(self) -> list[Search]:

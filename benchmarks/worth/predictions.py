@@ -51,8 +51,9 @@ def _norms_win_on_equations(results: Results) -> tuple[bool, str]:
 def _search_wins_on_digits(results: Results) -> tuple[bool, str]:
     entries = results["digits"].entries
     best = max(_methods(results["digits"]), key=lambda arm: entries[arm].worth.value)
-    value = entries[best].worth.value
-    return value < 16, f"the best, {best}, is worth {value:.1f} trials"
+    value, end = entries[best].worth.value, results["digits"].search.end
+    at_least = "at least " if value > 0.999 * end else ""
+    return value < 16, f"the best, {best}, is worth {at_least}{value:.0f} trials"
 
 
 def _sum_wins_where_expected(results: Results) -> tuple[bool, str]:

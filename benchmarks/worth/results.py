@@ -248,6 +248,13 @@ def compare_setting(results: Iterable[Result], setting: str, base: str) -> Setti
     )
 
 
+def compare_worth(results: Iterable[Result], arm: str, other: str) -> tuple[float, float, float]:
+    """The ratio of two methods' worths: geometric mean over problems, and its 95 % interval."""
+    both = [r.entries for r in results if arm in r.entries and other in r.entries]
+    both = [e for e in both if not (e[arm].is_refused or e[other].is_refused)]
+    return _geometric_mean(np.array([e[arm].worth.value / e[other].worth.value for e in both]))
+
+
 def _welch_sign(first: Floats, second: Floats) -> float:
     """-1 or 1 if the mean of the first is clearly smaller or larger (Welch, 95 %), else 0."""
     squares = np.array([ranks.var(ddof=1) / len(ranks) for ranks in (first, second)])

@@ -14,6 +14,7 @@ from benchmarks.worth.results import (
     Result,
     Results,
     compare_setting,
+    compare_worth,
     leave_one_out,
     summarize,
 )
@@ -25,6 +26,11 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 def format_number(value: float) -> str:
     """Three digits, or a dash for what is not finite."""
     return f"{value:.3g}" if math.isfinite(value) else "–"
+
+
+def format_interval(value: float, low: float, high: float) -> str:
+    """A mean with its interval."""
+    return f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
 
 
 def format_trials(value: float, largest: float, cost: float = 1.0) -> str:
@@ -61,7 +67,7 @@ def overview(results: Results) -> str:
     """A table of methods by problems, for the terminal."""
     lines = [["worth in trials [95 %]", *results]]
     for arm in list_arms(results):
-        entries = [(result.entries.get(arm), len(result.search)) for result in results.values()]
+        entries = [(result.entries.get(arm), result.search.end) for result in results.values()]
         cells = ["" if entry is None else format_worth(entry.worth, n) for entry, n in entries]
         lines.append([arm, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -77,11 +83,12 @@ def summary_table(results: Results) -> str:
     rows = []
     for arm in sorted(summaries, key=lambda arm: -summaries[arm].mean):
         summary = summaries[arm]
-        ends = f"{format_number(summary.low)}, {format_number(summary.high)}"
+        over_sum = compare_worth(results.values(), arm, "Sum")
         rows.append(
             [
                 format_arm(arm),
-                f"{format_number(summary.mean)} [{ends}]",
+                format_interval(summary.mean, summary.low, summary.high),
+                format_interval(*over_sum),
                 format_number(summary.mean / summary.cost),
                 f"{summary.enough} of {summary.problems}",
                 f"{summary.below_one} of {summary.problems}",
@@ -94,6 +101,7 @@ def summary_table(results: Results) -> str:
     head = [
         "method",
         "worth [95 % over problems]",
+        "over `Sum` [95 %]",
         "at equal time",
         f"at least {ENOUGH:g} trials",
         "below 1",
@@ -134,7 +142,7 @@ def default_table(results: Results, count: int = 10) -> str:
     for arm in best:
         entries = {name: result.entries[arm] for name, result in results.items()}
         worst = min(entries, key=lambda name: entries[name].worth.value)
-        worth = format_worth(entries[worst].worth, len(results[worst].search))
+        worth = format_worth(entries[worst].worth, results[worst].search.end)
         summary = summaries[arm]
         rows.append(
             [
@@ -153,7 +161,7 @@ def leave_one_out_table(results: Results) -> str:
     """What would have been chosen without each problem, and its worth there."""
     chosen = leave_one_out(results, list_arms(results))
     rows = [
-        [name, format_arm(arm), format_trials(value, len(results[name].search))]
+        [name, format_arm(arm), format_trials(value, results[name].search.end)]
         for name, (arm, value) in chosen.items()
     ]
     return table(["problem left out", "best on the others", "its worth on this one"], rows)
@@ -180,7 +188,7 @@ def problem_section(result: Result) -> str:
         "failed",
         "learning rate",
     ]
-    rows = [_row(arm, entry, search.kept, len(search)) for arm, entry in ordered]
+    rows = [_row(arm, entry, search.kept, search.end) for arm, entry in ordered]
     expectation = " Balancing was expected to lose here." if problem.expected_to_lose else ""
     told = ""
     if problem.preference is not None:
@@ -196,7 +204,7 @@ def problem_section(result: Result) -> str:
     return "\n\n".join([intro, curve, folded])
 
 
-def _row(arm: str, entry: Entry, best: float, largest: int) -> list[str]:
+def _row(arm: str, entry: Entry, best: float, largest: float) -> list[str]:
     finite = [score for score in entry.scores if math.isfinite(score)]
     ends = f"{format_number(min(finite))} … {format_number(max(finite))}" if finite else "–"
     has_cost = math.isfinite(entry.cost)

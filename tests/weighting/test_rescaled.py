@@ -82,14 +82,14 @@ def test_a_first_step_is_as_long_as_that_of_the_plain_sum(inner, scales) -> None
 
 
 def test_between_two_gramians_the_coefficients_are_of_the_step() -> None:
-    weighting = Rescaled(SumLog(), every=2)
+    weighting = Rescaled(SumLog(floor=0), every=2)
     rows = normal(2, 5)
     gramian = rows @ rows.T
     first = statistics_of([1.0, 2.0], gramian)
     answer = weighting.weights(first, initial_state(weighting, 2))
     second = statistics_of([3.0, 1.0], step=1)
     later = weighting.weights(second, answer.state).coefficients
-    expected = SumLog().weights(second, {}).coefficients
+    expected = SumLog(floor=0).weights(second, {}).coefficients
     assert torch.allclose(later / later.sum(), expected)
     assert float((later @ rows).norm()) == pytest.approx(float(rows.sum(0).norm()), rel=1e-6)
 
@@ -106,7 +106,7 @@ def test_the_plain_sum_keeps_its_length() -> None:
 def test_a_loss_that_no_measurement_has_met_counts_in_neither_length() -> None:
     """Alternating losses, of which the second is absent in each step that measures."""
     rows = normal(3, 6)
-    weighting = Rescaled(SumLog(), every=2)
+    weighting = Rescaled(SumLog(floor=0), every=2)
     state = initial_state(weighting, 3)
     first = statistics_of([1.0, 2.0], rows[:2] @ rows[:2].T)
     part = {key: value[:2, :2] for key, value in state.items()}
@@ -127,7 +127,7 @@ def test_losses_that_are_marked_as_satisfied_count_as_absent_ones(length) -> Non
     rows = normal(3, 6)
     rows[1] = 0.0
     gramian = rows @ rows.T
-    weighting = Rescaled(SumLog(), length)
+    weighting = Rescaled(SumLog(floor=0), length)
     state = initial_state(weighting, 3)
     mask = torch.tensor([False, True, False])
     marked = statistics_of([1.0, 1.0, 4.0], gramian)._replace(satisfied=mask)

@@ -23,6 +23,7 @@ ARMS = (
     "GradientNorms(every=10)",
     "UncertaintyWeighting",
     "SumLog",
+    "SumLog(floor=0)",
     NULL.name,
     PLAIN.name,
 )
