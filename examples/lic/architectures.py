@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from examples.lic.bitstream import BitstreamError, Coder
 from examples.lic.evaluation import pad_to_multiple
-from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction
+from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction, ScaleHyperprior
 from examples.lic.variable_rate import VariableRateCodec
 
-WIDTHS = {"small": (24, 32), "base": (32, 48), "large": (64, 96), "full": (128, 192)}
-"""Channels of the transforms and of the latent; other widths are written like ``24,32``."""
+HYPERPRIORS = {"mbt2018-mean": MeanScaleHyperprior, "bmshj2018-hyperprior": ScaleHyperprior}
+"""The codecs by their published names."""
+
+WIDTHS = {"": "128,192", "high": "192,320"}
+"""Published channels of the transforms and of the latent; ``high`` is for high rates."""
+
+SMALL = "mbt2018-mean:32,48"
+"""What ``small`` stands for."""
 
 VARIABLE_RATE = {
     "gains": (False, False),
@@ -24,12 +30,19 @@ VARIABLE_RATE = {
 }
 """Whether a variable-rate codec has reconstruction offsets, and a step of its own for z."""
 
-NAMES = f"{', '.join(WIDTHS)}, widths like 24,32, {', '.join(f'{v}:NAME' for v in VARIABLE_RATE)}"
+NAMES = (
+    f"small ({SMALL}), {', '.join(HYPERPRIORS)}, either with :high or widths like :64,96, "
+    f"{', '.join(f'{kind}:NAME' for kind in VARIABLE_RATE)}"
+)
 
 PREFIX = "compressai:"
 
-CLASSES = {"elic2022-official": "Elic2022Official"}
-"""Codecs that CompressAI offers only as a class, in one size."""
+INSTALL = (
+    "CompressAI 1.2.8 does not run with numpy 2. In an environment of its own, "
+    "`pip install compressai -e .[examples]` installs it with numpy 1.26, if constraints.txt is "
+    "left out. Or choose a codec of this example."
+)
+"""What to do where CompressAI is not there."""
 
 
 class ArchitectureError(Exception):
@@ -37,7 +50,7 @@ class ArchitectureError(Exception):
 
 
 def build(name: str, *, highest: float = 1.0) -> nn.Module:
-    """A fresh codec, such as ``small``, ``variable-rate:24,32``, ``compressai:mbt2018-mean@3``.
+    """A fresh codec: ``small``, ``variable-rate:mbt2018-mean:64,96``, ``compressai:mbt2018@3``.
 
     A variable-rate codec has a step of 1 at the λ `highest`; the others do not use it.
     """
@@ -56,13 +69,21 @@ def base_of(name: str) -> str:
     return base if kind in VARIABLE_RATE else name
 
 
-def _hyperprior(name: str) -> MeanScaleHyperprior:
-    if re.fullmatch(r"[1-9]\d*,[1-9]\d*", name):
-        return MeanScaleHyperprior(*map(int, name.split(",")))
-    if name in WIDTHS:
-        return MeanScaleHyperprior(*WIDTHS[name])
+def full_name(name: str) -> str:
+    """The name with its widths: two codecs of equal ones have the same parameters."""
+    base = base_of(name)
+    model, _, widths = (SMALL if base == "small" else base).partition(":")
+    if model not in HYPERPRIORS:
+        return name
+    return f"{name.removesuffix(base)}{model}:{WIDTHS.get(widths, widths)}"
+
+
+def _hyperprior(name: str) -> ScaleHyperprior:
+    model, _, widths = full_name(name).partition(":")
+    if model in HYPERPRIORS and re.fullmatch(r"[1-9]\d*,[1-9]\d*", widths):
+        return HYPERPRIORS[model](*map(int, widths.split(",")))
     raise ArchitectureError(
-        f"--arch should be {NAMES} or {PREFIX}MODEL. Found {name}. Choose one of these."
+        f"--arch should be {NAMES}, or {PREFIX}MODEL. Found {name}. Choose one of these."
     )
 
 
@@ -93,31 +114,34 @@ class CompressAICodec(nn.Module):
 def _build_compressai(name: str) -> CompressAICodec:
     """From ``compressai:MODEL`` or ``compressai:MODEL@QUALITY``, imported only when asked for.
 
-    MODEL is any name of ``compressai.zoo.image_models`` or of :data:`CLASSES`; QUALITY, 1 where it
-    is not given, chooses the widths.
+    MODEL is any image codec of CompressAI's zoo, whose QUALITY, 1 where it is not given, chooses
+    the widths; or of its registry, which has codecs of one size.
     """
     model, _, quality = name.removeprefix(PREFIX).partition("@")
     try:
-        from compressai import models
-        from compressai.zoo import image_models
+        from compressai.registry import MODELS
+        from compressai.zoo import image_models, models
     except ImportError as error:
         raise ArchitectureError(
-            f"--arch {name} needs CompressAI, which cannot be imported ({error}). Install it with "
-            "`pip install compressai`, or choose one of the example's own architectures."
+            f"--arch {name} needs CompressAI, which cannot be imported ({error}). {INSTALL}"
         ) from error
-    if model in CLASSES:
-        return CompressAICodec(getattr(models, CLASSES[model])())
-    if model not in image_models:
+    # `models` has codecs of video and point clouds, too.
+    names = {*image_models, *MODELS} - (models.keys() - image_models.keys())
+    if model not in names:
         raise ArchitectureError(
-            f"--arch {PREFIX}MODEL should name one of {', '.join((*image_models, *CLASSES))}. "
-            f"Found {name}. Choose one of these."
+            f"--arch {PREFIX}MODEL should name one of {', '.join(sorted(names))}. Found {name}. "
+            "Choose one of these."
         )
     try:
-        return CompressAICodec(image_models[model](quality=int(quality or 1), pretrained=False))
-    except (ValueError, KeyError) as error:
+        if model in image_models:
+            return CompressAICodec(image_models[model](quality=int(quality or 1)))
+        if quality:
+            raise ValueError("it has one size and no quality")
+        return CompressAICodec(MODELS[model]())
+    except (ValueError, KeyError, TypeError) as error:
         raise ArchitectureError(
             f"--arch {PREFIX}{model}@QUALITY should be a quality that CompressAI has for this "
-            f"model. Found {quality} ({error}). Choose another, mostly 1 to 8."
+            f"model. Found {quality or 'none'} ({error}). Choose another one, or another model."
         ) from error
 
 

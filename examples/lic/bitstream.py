@@ -1,12 +1,12 @@
 """From images to bytes and back: a codec's symbols through a range coder.
 
-The hyper-latent is coded first, with a table for each channel from its logistic distribution; from
-it the decoder predicts how each symbol of the latent was coded. Both ends have to make the same
+The hyper-latent is coded first, with a table for each channel from its distribution; from it the
+decoder predicts how each symbol of the latent was coded. Both ends have to make the same
 prediction, and this is what is assumed about floating point:
 
-- The scale of each symbol is replaced by the nearest of :data:`SCALES`. It is computed in float64
-  from integers that both ends have, whose last digits matter only next to the border between two
-  entries. A checksum of the symbols detects that.
+- The scale of each symbol is replaced by the nearest of :data:`SCALES`. Scales and tables are
+  computed in float64 from integers and weights that both ends have; their last digits matter only
+  next to a border between two entries. A checksum of the symbols detects that.
 - The image is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
   device and PyTorch that evaluated it, and to some 1e-6 elsewhere.
 """
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from examples.lic.entropy_bottleneck import SCALE_FLOOR
 from examples.lic.evaluation import pad_to_multiple, to_pixels
-from examples.lic.hyperprior import SCALE_FLOOR, MeanScaleHyperprior
-from examples.lic.variable_rate import FixedStep
+from examples.lic.hyperprior import Codec
 
 # Attributes, not modules: constriction is one compiled extension.
 Categorical = constriction.stream.model.Categorical
@@ -60,7 +60,7 @@ class _Header(NamedTuple):
 
 
 _LAYOUT = struct.Struct(">2sIHHHHI")
-_MAGIC = b"m\x01"  # format 1
+_MAGIC = b"m\x02"  # format 2
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -75,20 +75,25 @@ def fingerprint(model: nn.Module) -> int:
 class Coder:
     """Encodes and decodes images with one codec."""
 
-    def __init__(self, model: MeanScaleHyperprior | FixedStep) -> None:
+    def __init__(self, model: Codec) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._precise = copy.deepcopy(self._model).double()
         self._fingerprint = fingerprint(model)
         self._device = next(model.parameters()).device
 
-    def encode(self, image: Tensor) -> bytes:
+    def encode(self, image: Tensor, symbols: tuple[Tensor, Tensor] | None = None) -> bytes:
         """The bytes of a uint8 image ``[3, H, W]``.
+
+        Args:
+            image: What to encode.
+            symbols: Of z and y, each ``[1, C, h, w]``, such as refinement finds them for this
+                image; without them those of the codec.
 
         Raises:
             BitstreamError: The image is too large for the format, or the codec's symbols are.
         """
-        z, y = self._symbols(image)
-        largest_z, largest_y = (int(np.abs(symbols).max()) for symbols in (z, y))
+        z, y = map(_to_integers, symbols or self._symbols(image))
+        largest_z, largest_y = (int(np.abs(latent).max()) for latent in (z, y))
         height, width = image.shape[-2:]
         if max(largest_z, largest_y) > LARGEST or max(height, width) >= 2**16:
             raise BitstreamError(
@@ -127,16 +132,15 @@ class Coder:
         return decoded[0, :, : header.height, : header.width]
 
     @torch.no_grad()
-    def _symbols(self, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Integers of hyper-latent ``[N, h, w]`` and latent ``[M, 4h, 4w]``."""
+    def _symbols(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Symbols of hyper-latent ``[1, N, h, w]`` and latent ``[1, M, 4h, 4w]``."""
         images = image[None].to(self._device, torch.float32) / 255
-        z, y = self._model.to_symbols(pad_to_multiple(images, self._model.stride))
-        return _to_integers(z), _to_integers(y)
+        return self._model.to_symbols(pad_to_multiple(images, self._model.stride))
 
     def _encode_symbols(self, header: _Header, z: np.ndarray, y: np.ndarray) -> bytes:
         encoder = RangeEncoder()
         for symbols, table in zip(z, self._z_tables(header.largest_z), strict=True):
-            encoder.encode((symbols + header.largest_z).ravel(), table)
+            encoder.encode((symbols + header.largest_z + 1).ravel(), table)
         scales = self._scales(z)
         gaussian = _gaussian(header.largest_y)
         encoder.encode(y.ravel(), gaussian, np.zeros_like(scales), scales)
@@ -149,7 +153,7 @@ class Coder:
         height, width = -(-header.height // stride), -(-header.width // stride)
         tables = self._z_tables(header.largest_z)
         z = np.stack([decoder.decode(table, height * width) for table in tables])
-        z = (z - header.largest_z).reshape(-1, height, width).astype(np.int32)
+        z = (z - header.largest_z - 1).reshape(-1, height, width).astype(np.int32)
         scales = self._scales(z)
         gaussian = _gaussian(header.largest_y)
         y = decoder.decode(gaussian, np.zeros_like(scales), scales)
@@ -157,12 +161,9 @@ class Coder:
 
     @torch.no_grad()
     def _z_tables(self, largest: int) -> list[Categorical]:
-        """For each channel the probabilities of −largest … largest, and one to spare."""
-        scale = self._precise.z_scale().cpu().numpy()
-        distance = np.abs(np.arange(-largest, largest + 2))
-        ends = (np.array([[0.5], [-0.5]]) - distance)[:, None] / scale[:, None]
-        upper, lower = 1 / (1 + np.exp(-ends.clip(-700, 700)))
-        return [Categorical(row, perfect=False) for row in (upper - lower).clip(1e-12)]
+        """Probabilities of −largest … largest for each channel, and one to spare at each end."""
+        tables = self._precise.z_probabilities(largest + 1).clamp(min=1e-12).cpu().numpy()
+        return [Categorical(row, perfect=False) for row in tables]
 
     @torch.no_grad()
     def _scales(self, z: np.ndarray) -> np.ndarray:
@@ -195,7 +196,7 @@ class Coder:
 
 
 def _gaussian(largest: int) -> QuantizedGaussian:
-    """The family over −largest … largest; with one to spare, since it needs two symbols."""
+    """The family over −largest … largest, and one to spare at each end: it needs two symbols."""
     return QuantizedGaussian(-largest - 1, largest + 1)
 
 

@@ -16,6 +16,7 @@ from moo_balance import (
     AnalyticQP,
     BalancedTrajectory,
     FixedWeights,
+    Lagrangian,
     MovingAverage,
     OnlineTchebycheff,
     RandomWeights,
@@ -52,7 +53,7 @@ class RateDistortion(nn.Module):
 
 def level_name(lmbda: float) -> str:
     """The name of a λ's loss."""
-    return f"λ={lmbda:g}"
+    return f"λ={lmbda!r}"
 
 
 class Levels(nn.Module):
@@ -93,6 +94,15 @@ Objective: TypeAlias = RateDistortion | Levels
 def fixed(rate: float) -> FixedWeights:
     """Fixed weights that sum to 1: `rate`, in (0, 1), for the rate, the rest for the distortion."""
     return FixedWeights({"rate": rate, "distortion": 1.0 - rate})
+
+
+def bounded_rate(bpp: float) -> Lagrangian:
+    """The distortion, minimized where the rate is at most `bpp`: a multiplier in place of a λ.
+
+    The rate is that of training crops with noise. No λ matters: violations are relative. The
+    multiplier's learning rate suits runs of a thousand steps.
+    """
+    return Lagrangian({"rate": bpp}, objective="distortion", lr=0.03)
 
 
 EQUAL = fixed(0.5)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.lic.evaluation import Score, pad_to_multiple, psnr, to_pixels
-from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.hyperprior import Codec
 from examples.lic.rounding import PUBLISHED_STEPS, SGA_PLUS, Gumbel
 from moo_balance import BalancedOptimizer, Sum
 from moo_balance.weighting import Weighting
@@ -29,10 +29,10 @@ class Refinement:
     Args:
         relaxation: What replaces rounding.
         steps: Iterations of Adam; 0 leaves the encoder's latents.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, for latents in units of the step between two symbols.
         weighting: How rate and λ · distortion are weighted.
-        centered: Round y - μ, as SGA+ does and as the codec is trained; False rounds y itself, as
-            the original SGA does.
+        centered: Round y - μ, as SGA+ and the codec do; False rounds y itself, as the original SGA
+            does. Its symbols are not integers, and a codec of several steps does not have it.
     """
 
     relaxation: Relaxation = field(default_factory=lambda: Gumbel(SGA_PLUS))
@@ -50,44 +50,53 @@ class Latents(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What the receiver gets: the rounded latents, and what they cost."""
+    """What the receiver gets, how it was coded, and what it costs."""
 
-    y: Tensor
     z: Tensor
+    """Symbols of z."""
+    y: Tensor
+    """Symbols of y: the rounded distance from `mean`, in steps of the codec."""
+    mean: Tensor
+    scale: Tensor
     bits: Tensor
     """Estimated bits of both together; 0-d."""
 
+    @property
+    def symbols(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`examples.lic.bitstream.Coder.encode` takes."""
+        return self.z, self.y
+
 
 def quantize(
-    model: MeanScaleHyperprior,
+    model: Codec,
     latents: Latents,
     rounding: Callable[[Tensor], Tensor] = torch.round,
     *,
     centered: bool = True,
 ) -> Sent:
     """Round the latents, softly or not; for the arguments see :class:`Refinement`."""
-    symbols = rounding(latents.z - model.z_median)
-    z = symbols + model.z_median
-    mean, scale = model.predict(z)
-    y = mean + rounding(latents.y - mean) if centered else rounding(latents.y)
-    return Sent(y, z, torch.stack(list(model.bits(y - mean, scale, symbols).values())).sum())
+    z = rounding((latents.z - model.medians) / model.z_step)
+    mean, scale = model.predict(sent_z := model.z_from_symbols(z))
+    y = rounding((latents.y - mean) / model.y_step) if centered else rounding(latents.y) - mean
+    bits = model.bits(y, scale / model.y_step, sent_z)
+    return Sent(z, y, mean, scale, torch.stack(list(bits.values())).sum())
 
 
 @torch.no_grad()
-def encode(model: MeanScaleHyperprior, image: Tensor) -> Latents:
+def encode(model: Codec, image: Tensor) -> Latents:
     """The encoder's latents of a uint8 image ``[3, H, W]`` of any size."""
     return Latents(*model.analyze(pad_to_multiple(_in_unit_range(image), model.stride)))
 
 
 @torch.no_grad()
-def score(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Score:
+def score(model: Codec, sent: Sent, image: Tensor) -> Score:
     """Rate and PSNR, as :func:`examples.lic.evaluation.evaluate` has them, of latents as sent."""
     decoded = to_pixels(_decode(model, sent, image)[0])
     return Score(sent.bits.item() / image[0].numel(), psnr(decoded, image))
 
 
 def refine(
-    model: MeanScaleHyperprior,
+    model: Codec,
     image: Tensor,
     how: Refinement,
     *,
@@ -98,7 +107,8 @@ def refine(
     """Optimise the latents of `image` for R + λ · 255² · MSE, and round them.
 
     Args:
-        model: A trained codec; its parameters, gradients and mode are not changed.
+        model: A trained codec, for example one step of a variable-rate one; its parameters,
+            gradients and mode are not changed.
         image: uint8 ``[3, H, W]`` of any size; the padding is not scored.
         how: See :class:`Refinement`.
         lmbda: λ, not necessarily the one of training.
@@ -108,7 +118,13 @@ def refine(
     torch.manual_seed(seed)
     model = copy.deepcopy(model).requires_grad_(False)
     latents = Latents(*(latent.clone().requires_grad_() for latent in encode(model, image)))
-    optimizer = BalancedOptimizer(torch.optim.Adam(latents, lr=how.lr), how.weighting)
+    # Learning rates in units of symbols, which are as far apart as the codec's steps.
+    steps = Latents(model.y_step, float(model.z_step))
+    groups = [
+        {"params": [latent], "lr": how.lr * step}
+        for latent, step in zip(latents, steps, strict=True)
+    ]
+    optimizer = BalancedOptimizer(torch.optim.Adam(groups), how.weighting)
 
     def losses(step: int) -> dict[str, Tensor]:
         sent = quantize(model, latents, partial(how.relaxation, step=step), centered=how.centered)
@@ -126,9 +142,9 @@ def refine(
         return quantize(model, latents, centered=how.centered)
 
 
-def _decode(model: MeanScaleHyperprior, sent: Sent, image: Tensor) -> Tensor:
+def _decode(model: Codec, sent: Sent, image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
-    return model.synthesize(sent.y)[:, :, :height, :width]
+    return model.decode(sent.y, sent.mean, sent.scale)[:, :, :height, :width]
 
 
 def _in_unit_range(image: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from examples.lic.gdn import LowerBound
 from examples.lic.hyperprior import (
-    SCALE_FLOOR,
-    MeanScaleHyperprior,
+    Codec,
     Reconstruction,
+    ScaleHyperprior,
     add_noise,
-    lower_bound,
     round_straight_through,
 )
 
@@ -51,7 +51,9 @@ class ReconstructionOffset(nn.Module):
     r"""The quantization-reconstruction offset :math:`\delta = -f(\tilde\sigma, g)` of a symbol.
 
     The mean of a Gaussian over the interval of a symbol lies nearer to its peak than the middle
-    does. A network of 205 parameters learns by how much, in steps; no offset at the start.
+    does. A network of 205 parameters learns by how much, in steps; no offset at the start. Only
+    symbols have offsets, so it is trained where the decoder sees symbols, see
+    :data:`examples.lic.losses.NOISY_SHARE`.
     """
 
     def __init__(self) -> None:
@@ -74,12 +76,14 @@ class HyperStep(nn.Module):
         super().__init__()
         self.layers = _perceptron(1, 10, 10, 1)
         nn.init.constant_(self.layers[-1].bias, math.log(math.expm1(1)))
+        self.floor = LowerBound(HYPER_STEP_FLOOR)
 
     def forward(self, step: float) -> Tensor:
         """The step of z, 0-d, that belongs to a step of y."""
         bias = self.layers[-1].bias
-        output = self.layers(torch.full((1,), step, dtype=bias.dtype, device=bias.device))
-        return lower_bound(functional.softplus(output), HYPER_STEP_FLOOR).squeeze()
+        with torch.autocast(bias.device.type, enabled=False):
+            output = self.layers(torch.full((1,), step, dtype=bias.dtype, device=bias.device))
+            return self.floor(functional.softplus(output)).squeeze()
 
 
 def apply_offset(symbols: Tensor, offset: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class VariableRateCodec(nn.Module):
     """
 
     def __init__(
-        self, base: MeanScaleHyperprior, highest: float, *, offsets: bool, hyper_step: bool
+        self, base: ScaleHyperprior, highest: float, *, offsets: bool, hyper_step: bool
     ) -> None:
         super().__init__()
         self.base = base
@@ -124,16 +128,18 @@ class VariableRateCodec(nn.Module):
     def code(
         self, y: Tensor, z: Tensor, step: float, *, noisy_decoder: bool = False
     ) -> Reconstruction:
-        """Quantize latents that :meth:`MeanScaleHyperprior.analyze` gave, and decode them.
+        """Quantize latents that :meth:`ScaleHyperprior.analyze` gave, and decode them.
 
         Separate because training codes the latents of one batch at every step. In training mode
         the rate sees noise and the decoder rounded symbols, straight through; with
         `noisy_decoder` it sees the noise too, and no offset, which only symbols have.
         """
-        width = self.z_step(step)
-        z = z - self.base.z_median
-        z = add_noise(z, width) if self.training else width * (z / width).round()
-        mean, scale = self.base.predict(z + self.base.z_median)
+        width, medians = self.z_step(step), self.base.medians
+        if self.training:
+            z = add_noise(z, width)
+        else:
+            z = medians + width * ((z - medians) / width).round()
+        mean, scale = self.base.predict(z)
         centered, scale = (y - mean) / step, scale / step
         noisy = add_noise(centered) if self.training else centered.round()
         bits = self.base.bits(noisy, scale, z, width)
@@ -142,52 +148,60 @@ class VariableRateCodec(nn.Module):
             residual = self.reconstruct(round_straight_through(centered), scale, step)
         return Reconstruction(self.base.synthesize(mean + residual * step), bits)
 
-    def z_step(self, step: float) -> Tensor:
-        """The step of z, 0-d, that belongs to a step of y."""
-        return torch.ones(()) if self.hyper_step is None else self.hyper_step(step)
+    def z_step(self, step: float) -> Tensor | float:
+        """The step of z, a float or 0-d, that belongs to a step of y."""
+        return 1.0 if self.hyper_step is None else self.hyper_step(step)
+
+    def aux_loss(self) -> Tensor:
+        """See :meth:`ScaleHyperprior.aux_loss`."""
+        return self.base.aux_loss()
 
     def reconstruct(self, symbols: Tensor, scale: Tensor, step: float) -> Tensor:
         """Symbols of y with their offsets, in units of the step; `scale` in the same units."""
         if self.offset is None:
             return symbols
-        return apply_offset(symbols, self.offset(lower_bound(scale, SCALE_FLOOR), 1 / step))
+        scale = self.base.gaussian_conditional.lower_bound_scale(scale)
+        return apply_offset(symbols, self.offset(scale, 1 / step))
 
 
-class FixedStep(nn.Module):
+class FixedStep(Codec):
     """A variable-rate codec at one step: a codec like any other for evaluation and bitstreams."""
 
     def __init__(self, codec: VariableRateCodec, step: float) -> None:
         super().__init__()
         self.codec = codec
-        self.stride = codec.stride
         # In the state dict, so that files of one step are not decoded at another.
         self.register_buffer("step", torch.tensor(step, dtype=torch.float64))
         self.train(codec.training)
 
+    @property
+    def y_step(self) -> float:
+        return self.step.item()
+
+    @property
+    def z_step(self) -> Tensor | float:
+        return self.codec.z_step(self.y_step)
+
+    @property
+    def medians(self) -> Tensor:
+        return self.codec.base.medians
+
     def forward(self, images: Tensor) -> Reconstruction:
-        return self.codec(images, self.step.item())
+        return self.codec(images, self.y_step)
 
-    def to_symbols(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`MeanScaleHyperprior.to_symbols`, as for the methods below."""
-        y, z = self.codec.base.analyze(images)
-        z = ((z - self.codec.base.z_median) / self._z_step()).round()
-        mean, _ = self._predict(z)
-        return z, ((y - mean) / self.step.item()).round()
+    def analyze(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`ScaleHyperprior`, as for the methods below."""
+        return self.codec.base.analyze(images)
 
-    def z_scale(self) -> Tensor:
-        return self.codec.base.z_scale() / self._z_step()
+    def predict(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.codec.base.predict(z)
 
-    def y_scale(self, z_symbols: Tensor) -> Tensor:
-        return self._predict(z_symbols)[1] / self.step.item()
+    def decode(self, symbols: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        residual = self.codec.reconstruct(symbols, scale / self.y_step, self.y_step)
+        return self.codec.base.synthesize(mean + residual * self.y_step)
 
-    def from_symbols(self, z_symbols: Tensor, y_symbols: Tensor) -> Tensor:
-        step = self.step.item()
-        mean, scale = self._predict(z_symbols)
-        residual = self.codec.reconstruct(y_symbols, scale / step, step)
-        return self.codec.base.synthesize(mean + residual * step)
+    def bits(self, symbols: Tensor, scale: Tensor, z: Tensor) -> dict[str, Tensor]:
+        return self.codec.base.bits(symbols, scale, z, self.z_step)
 
-    def _z_step(self) -> Tensor:
-        return self.codec.z_step(self.step.item())
-
-    def _predict(self, z_symbols: Tensor) -> tuple[Tensor, Tensor]:
-        return self.codec.base.predict(self._z_step() * z_symbols + self.codec.base.z_median)
+    def z_probabilities(self, largest: int) -> Tensor:
+        return self.codec.base.entropy_bottleneck.probabilities(largest, self.z_step)

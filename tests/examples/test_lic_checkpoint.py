@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from examples.lic import checkpoint
-from examples.lic.architectures import ArchitectureError, build
-from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save
+from examples.lic.architectures import ArchitectureError, build, full_name
+from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save, save_codec
+from examples.lic.hyperprior import MeanScaleHyperprior, ScaleHyperprior
 from tests.support.disk import full_disk
+
+TINY = "mbt2018-mean:8,8"
 
 
 def content(value):
     return {"run": {"arch": "small"}, "model": {"weight": torch.full((9000,), value)}}
+
+
+def trained(arch, state, lambdas=(0.05,), **more):
+    """What a training run saves of its codec."""
+    return {"run": {"arch": arch, "lambdas": lambdas}, "taken": 7, "model": state, **more}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -79,56 +88,156 @@ def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
         load(tmp_path / "nowhere.pt")
 
 
-def test_a_start_of_another_architecture_is_refused(tmp_path):
-    save(tmp_path / "codec.pt", {"run": {"arch": "base"}, "model": build("base").state_dict()})
-    with pytest.raises(CheckpointError, match=r"architecture small\. Found base\. .*--arch base"):
-        load_start(build("small"), tmp_path / "codec.pt", "small")
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+def test_a_start_of_another_architecture_is_refused(tmp_path, end):
+    path = tmp_path / f"codec{end}"
+    put(path, "bmshj2018-hyperprior:8,8", build("bmshj2018-hyperprior:8,8"))
+    with pytest.raises(
+        CheckpointError, match=r"mbt2018-mean:8,8\. Found bmshj2018-hyperprior:8,8\."
+    ):
+        load_start(build(TINY), path, TINY)
+
+
+def put(path, arch, model):
+    """Save a codec as a checkpoint or a codec file, by the end of the name."""
+    if path.suffix == ".pt":
+        save(path, trained(arch, model.state_dict()))
+    else:
+        save_codec(path, model, {"arch": arch, "lambdas": [0.05]})
 
 
 def test_averaged_weights_are_the_ones_to_use(tmp_path):
-    model, average = build("8,8").state_dict(), build("8,8").state_dict()
+    model, average = build(TINY).state_dict(), build(TINY).state_dict()
     ema = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}}
-    save(tmp_path / "codec.pt", {"run": {"arch": "8,8"}, "model": model, "ema": ema})
-    codec, content = load_codec(tmp_path / "codec.pt")
+    save(tmp_path / "codec.pt", trained(TINY, model, ema=ema))
+    codec, about = load_codec(tmp_path / "codec.pt")
     assert not codec.training
-    assert content["run"]["arch"] == "8,8"
+    assert about["arch"] == TINY
+    assert about["taken"] == 7
     assert all(torch.equal(value, average[key]) for key, value in codec.state_dict().items())
-    fresh = build("8,8")
-    load_start(fresh, tmp_path / "codec.pt", "8,8")
-    assert torch.equal(fresh.analysis[0].weight, average["analysis.0.weight"])
+    fresh = build(TINY)
+    load_start(fresh, tmp_path / "codec.pt", TINY)
+    assert torch.equal(fresh.g_a[0].weight, average["g_a.0.weight"])
 
 
-@pytest.mark.parametrize("arch", ["gains:8,8", "gains+offsets:8,8", "variable-rate:8,8"])
-def test_a_variable_rate_codec_starts_from_its_base_and_keeps_its_highest_lambda(arch, tmp_path):
-    base, codec = build("8,8"), build(arch, highest=0.2)
-    run = {"arch": "8,8", "lambdas": [0.05]}
-    save(tmp_path / "base.pt", {"run": run, "model": base.state_dict()})
-    load_start(codec, tmp_path / "base.pt", arch)
-    save(tmp_path / "codec.pt", {"run": {"arch": arch}, "model": codec.state_dict()})
-    loaded, _ = load_codec(tmp_path / "codec.pt")
+@pytest.mark.parametrize("kind", ["gains", "gains+offsets", "variable-rate"])
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+def test_a_variable_rate_codec_starts_from_its_base_and_keeps_its_highest_lambda(
+    kind, end, tmp_path
+):
+    arch = f"{kind}:{TINY}"
+    base, codec = build(TINY), build(arch, highest=0.2)
+    put(tmp_path / f"base{end}", TINY, base)
+    load_start(codec, tmp_path / f"base{end}", arch)
+    put(tmp_path / f"codec{end}", arch, codec)
+    loaded, _ = load_codec(tmp_path / f"codec{end}")
     assert loaded.highest == 0.05
-    assert torch.equal(loaded.base.analysis[0].weight, base.analysis[0].weight)
-    assert (loaded.offset is not None) == (arch != "gains:8,8")
-    assert (loaded.hyper_step is not None) == (arch == "variable-rate:8,8")
+    assert torch.equal(loaded.base.g_a[0].weight, base.g_a[0].weight)
+    assert (loaded.offset is not None) == (kind != "gains")
+    assert (loaded.hyper_step is not None) == (kind == "variable-rate")
+
+
+# ------------------------------------------------------------------ codec files
+
+
+def test_a_codec_file_has_all_that_is_known_about_the_codec(tmp_path):
+    model, about = build(TINY), {"arch": TINY, "lambdas": [0.0035], "command": "train λ"}
+    save_codec(tmp_path / "codec.safetensors", model, about)
+    loaded, read = load_codec(tmp_path / "codec.safetensors")
+    assert read == about
+    assert not loaded.training
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["codec.safetensors"]
+
+
+def test_half_precision_rounds_parameters_and_keeps_constants(tmp_path):
+    """Of which some are below what float16 can tell from 0."""
+    model, path = build(f"variable-rate:{TINY}", highest=0.1), tmp_path / "codec.safetensors"
+    save_codec(path, model, {"arch": f"variable-rate:{TINY}"}, dtype=torch.float16)
+    loaded, _ = load_codec(path)
+    for (name, value), (_, read) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
+        is_parameter = name in dict(model.named_parameters())
+        assert torch.equal(read, value.half().float() if is_parameter else value)
+        assert read.dtype == value.dtype
+    assert path.stat().st_size < 2.2 * sum(p.numel() for p in model.parameters()) + 10_000
+
+
+def test_a_full_disk_leaves_the_old_codec_file(tmp_path):
+    path = tmp_path / "codec.safetensors"
+    save_codec(path, build(TINY), {"arch": TINY, "made": 1})
+    with full_disk(), pytest.raises(CheckpointError, match=r"The one that was there is as it was"):
+        save_codec(path, build(TINY), {"arch": TINY, "made": 2})
+    assert load_codec(path)[1]["made"] == 1
 
 
 @pytest.mark.parametrize(
-    ("arch", "widths"), [("small", (24, 32)), ("base", (32, 48)), ("7,9", (7, 9))]
-)
-def test_sizes(arch, widths):
-    model = build(arch)
-    assert (len(model.z_median), model.analysis[-1].out_channels) == widths
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
+    ("write", "message"),
     [
-        ("tiny", "--arch should be small, base, large, full, widths like 24,32, .* Found tiny"),
-        ("0,8", "Found 0,8"),
-        ("variable-rate:tiny", "Found tiny"),
+        (lambda path: path.write_bytes(b"\x09weights"), r"cannot be read as a checkpoint \(.+\)"),
+        (lambda path: save_file({"w": torch.ones(1)}, path), "should be a codec file of this"),
+        (lambda path: None, "There is no checkpoint"),
+        (
+            lambda path: save_codec(path, build(TINY), {"arch": "small", "lambdas": [1]}),
+            r"should hold the weights of small\. Found others",
+        ),
+    ],
+    ids=["broken", "another's", "missing", "other weights"],
+)
+def test_a_file_that_is_no_codec_is_refused(tmp_path, write, message):
+    write(tmp_path / "codec.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_codec(tmp_path / "codec.safetensors")
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "widths"),
+    [
+        ("small", MeanScaleHyperprior, (32, 48)),
+        ("mbt2018-mean", MeanScaleHyperprior, (128, 192)),
+        ("mbt2018-mean:high", MeanScaleHyperprior, (192, 320)),
+        ("bmshj2018-hyperprior:7,9", ScaleHyperprior, (7, 9)),
     ],
 )
-def test_an_unknown_architecture_lists_those_there_are(name, message):
+def test_names(arch, kind, widths):
+    with torch.device("meta"):
+        model = build(arch)
+    assert type(model) is kind
+    assert (model.h_a[0].out_channels, model.g_a[-1].out_channels) == widths
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("small", "mbt2018-mean:32,48"),
+        ("gains:small", "gains:mbt2018-mean:32,48"),
+        ("bmshj2018-hyperprior:high", "bmshj2018-hyperprior:192,320"),
+        ("variable-rate:mbt2018-mean", "variable-rate:mbt2018-mean:128,192"),
+        ("compressai:mbt2018-mean@3", "compressai:mbt2018-mean@3"),
+    ],
+)
+def test_full_names(name, full):
+    assert full_name(name) == full_name(full) == full
+
+
+def test_a_start_may_be_named_in_another_way(tmp_path):
+    model = build("small")
+    put(tmp_path / "codec.pt", "mbt2018-mean:32,48", model)
+    fresh = build("small")
+    load_start(fresh, tmp_path / "codec.pt", "small")
+    assert torch.equal(fresh.g_a[0].weight, model.g_a[0].weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "mbt2018-mean:0,8", "variable-rate:tiny", "mbt2018-mean:low", "8,8", "gains:"]
+)
+def test_an_unknown_architecture_lists_those_there_are(name):
+    found = name.removeprefix("variable-rate:").removeprefix("gains:")
+    message = rf"--arch should be small \(.*, mbt2018-mean, .*:NAME, or .* Found {found}\."
     with pytest.raises(ArchitectureError, match=message):
         build(name)
 
@@ -137,5 +246,5 @@ def test_the_format_is_part_of_every_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     save(tmp_path / "codec.pt", content(1.0))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"codec\.pt should be a checkpoint .* format 2\."):
+    with pytest.raises(CheckpointError, match=r"codec\.pt should be a checkpoint of format 3, "):
         load(tmp_path / "codec.pt")

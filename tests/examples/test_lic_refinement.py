@@ -9,21 +9,29 @@ from benchmarks.lic.roundings import TWO_CLASS, StraightThrough
 from benchmarks.lic.scores import rate_distortion_loss as loss
 from examples.lic import evaluation
 from examples.lic.bitstream import Coder
-from examples.lic.hyperprior import MeanScaleHyperprior
 from examples.lic.refinement import Latents, Refinement, encode, quantize, refine, score
 from examples.lic.rounding import Gumbel
+from examples.lic.variable_rate import VariableRateCodec
 from moo_balance import AnalyticQP, BalancedTrajectory
+from tests.support.codecs import random_codec
 
 LAMBDA = 0.01
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = MeanScaleHyperprior(8, 8).eval()
+    return random_codec().eval()
+
+
+@pytest.fixture(params=["one step", "variable rate"])
+def codec(model, request):
+    if request.param == "one step":
+        return model
+    variable = VariableRateCodec(model, 0.05, offsets=True, hyper_step=True).eval()
     with torch.no_grad():
-        model.analysis[-1].weight *= 2  # symbols other than 0, as after training
-    return model
+        for layers in (variable.offset.layers, variable.hyper_step.layers):
+            layers[-1].weight.uniform_(-0.1, 0.1)
+    return variable.at(0.01)
 
 
 @pytest.fixture
@@ -36,10 +44,10 @@ def refinement(name="SSL", steps=12, **kwargs):
     return Refinement(Gumbel(TWO_CLASS[name]), steps=steps, lr=0.05, **kwargs)
 
 
-def test_without_steps_the_code_is_that_of_the_codec(model, image):
-    sent = refine(model, image, refinement(steps=0), lmbda=LAMBDA)
-    plain = evaluation.evaluate(model, {"image": image})["image"]
-    result = score(model, sent, image)
+def test_without_steps_the_code_is_that_of_the_codec(codec, image):
+    sent = refine(codec, image, refinement(steps=0), lmbda=LAMBDA)
+    plain = evaluation.evaluate(codec, {"image": image})["image"]
+    result = score(codec, sent, image)
     assert result.bpp == pytest.approx(plain.bpp, rel=1e-4)
     assert result.psnr == pytest.approx(plain.psnr, rel=1e-4)
 
@@ -47,20 +55,17 @@ def test_without_steps_the_code_is_that_of_the_codec(model, image):
 @pytest.mark.parametrize("centered", [True, False])
 def test_the_code_is_made_of_integers(model, image, centered):
     sent = refine(model, image, refinement(centered=centered), lmbda=LAMBDA)
-    mean, _ = model.predict(sent.z)
-    symbols = {"z": sent.z - model.z_median, "y": sent.y - mean if centered else sent.y}
-    for latent in symbols.values():
+    for latent in (sent.z, sent.y if centered else sent.y + sent.mean):
         torch.testing.assert_close(latent, latent.round(), rtol=0, atol=1e-4)
 
 
-def test_a_refined_code_goes_through_the_bitstream(model, image):
-    sent = refine(model, image, refinement(), lmbda=LAMBDA)
-    refined = score(model, sent, image)
-    plain = Coder(model).encode(image)
-    model.analyze = lambda images: (sent.y, sent.z)
-    data = Coder(model).encode(image)
-    assert data != plain
-    assert evaluation.psnr(Coder(model).decode(data), image) == pytest.approx(refined.psnr)
+def test_a_refined_code_goes_through_the_bitstream(codec, image):
+    sent = refine(codec, image, refinement(), lmbda=LAMBDA)
+    refined = score(codec, sent, image)
+    data = Coder(codec).encode(image, sent.symbols)
+    assert data != Coder(codec).encode(image)
+    assert evaluation.psnr(Coder(codec).decode(data), image) == refined.psnr
+    assert 8 * len(data) == pytest.approx(sent.bits.item(), rel=0.05, abs=300)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +125,21 @@ def test_the_callback_sees_the_latents_before_each_step(model, image):
     sent = refine(model, image, refinement(steps=3), lmbda=LAMBDA, on_step=keep)
     assert list(seen) == [0, 1, 2, 3]
     assert torch.equal(seen[0], start.y)
-    with torch.no_grad():
-        mean, _ = model.predict(sent.z)
-        torch.testing.assert_close(sent.y, mean + (seen[3] - mean).round())
+    torch.testing.assert_close(sent.y, (seen[3] - sent.mean).round())
 
 
 def test_soft_codes_cost_what_the_codec_says(model, image):
     latents = encode(model, image)
     sent = quantize(model, latents, lambda values: values)
     mean, scale = model.predict(latents.z)
-    bits = model.bits(latents.y - mean, scale, latents.z - model.z_median)
+    bits = model.bits(latents.y - mean, scale, latents.z)
     torch.testing.assert_close(sent.bits, bits["y"] + bits["z"])
+
+
+def test_a_step_is_as_long_in_units_of_symbols_at_every_rate(codec, image):
+    seen = []
+    keep = lambda step, latents: seen.append([x.detach().clone() for x in latents])  # noqa: E731
+    refine(codec, image, refinement(steps=1), lmbda=LAMBDA, on_step=keep)
+    for before, after, step in zip(*seen, (codec.y_step, codec.z_step), strict=True):
+        longest = (after - before).abs().max() / step
+        torch.testing.assert_close(longest, torch.tensor(0.05), rtol=1e-2, atol=0.0)

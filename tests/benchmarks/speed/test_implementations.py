@@ -11,6 +11,7 @@ from benchmarks.speed import workloads
 from benchmarks.speed.implementations import FORWARD, PLAIN, Setup, limit
 from benchmarks.speed.peers import AUTOGRAM, AUTOJAC, CHUNKS, MTL
 from benchmarks.speed.step_cost import IMPLEMENTATIONS, prepare
+from examples.lic import hyperprior
 from tests.support.problems import flat_gradient
 
 # A warning of TorchJD's vmap over attention.
@@ -28,11 +29,13 @@ BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTAT
 
 
 @pytest.fixture(params=MAKES)
-def setup(request):
+def setup(request, monkeypatch):
+    # With noise, two forward passes would have different losses.
+    monkeypatch.setattr(hyperprior, "add_noise", lambda values: values)
     with torch.random.fork_rng():
         setup = Setup.create(MAKES[request.param](), torch.device("cpu"))
-        # With noise, two forward passes would have different losses.
-        setup.model.eval()
+        # A codec in evaluation mode rounds, which stops gradients.
+        setup.model.train(request.param == "codec")
         yield setup
 
 
