@@ -1,10 +1,14 @@
 """Learned image compression with balanced losses.
 
-python -m examples.lic             compare standard and balanced training, about five minutes
+python -m examples.lic             fine-tune with balanced losses, compare; about five minutes
+python -m examples.lic encode      code an image to a file, at a rate or with a PSNR
+python -m examples.lic decode      decode it to PNG
+python -m examples.lic refine      code an image with refined latents
 python -m examples.lic train       train a codec with any weighting
+python -m examples.lic export      write codec files from checkpoints
 python -m examples.lic evaluate    code images to files with trained codecs, compare curves
 
-Each has --help and, to see that it works, --quick.
+Each has --help; demo (the first one), train and evaluate have --quick, to see that they work.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from importlib import import_module
 
 from examples.lic import options
 
-COMMANDS = ("demo", "train", "evaluate")
+COMMANDS = ("demo", "encode", "decode", "refine", "train", "export", "evaluate")
 
 
 def main(arguments: Sequence[str]) -> int:

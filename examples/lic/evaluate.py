@@ -1,175 +1,180 @@
 """Rate-distortion curves of trained codecs, by the sizes of real files.
 
-Every image is encoded to a file, which is read back and decoded. The checkpoints of one folder make
-one curve, which has the folder's name; a variable-rate codec has a point for each of its λ.
+Every image is encoded to a file, which is read back and decoded. The codecs of one folder make one
+curve, which has the folder's name; a variable-rate codec has a point for each of its λ. JPEG and
+WebP are curves, too, where they are asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from typing import TypeAlias
+from urllib.parse import quote
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from examples.lic import images, options, plots
-from examples.lic.architectures import coder_for
-from examples.lic.bd import CurveError, Delta, compare, t_interval
+from examples.lic.anchors import FORMATS, QUALITIES, measure_format
 from examples.lic.checkpoint import CheckpointError, load_codec
-from examples.lic.evaluation import MS_SSIM_SIDE, Measurement, Score, measure
-from examples.lic.variable_rate import VariableRateCodec
+from examples.lic.coding import CodecFile, file_coder, list_codecs
+from examples.lic.curves import Point, compare_curves, table
+from examples.lic.evaluation import MS_SSIM_SIDE, measure
+from examples.lic.progress import Meter
+
+Pictures: TypeAlias = Mapping[str, Callable[[], Tensor]]
+"""Functions that load each image, uint8 ``[3, H, W]``, by its name."""
 
 QUICK = {"output": Path("runs/lic/quick/evaluation")}
 QUICK_SIDE = 192
 """Of the part of the first image that ``--quick`` codes, in pixels."""
-
-COLUMNS = "{:<26}{:>8}{:>9}{:>11}{:>10}{:>10}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One codec at one λ, and the results on each image; its means are over the images."""
-
-    checkpoint: str
-    curve: str
-    lmbda: float
-    images: dict[str, Measurement]
-
-    def mean(self, name: str) -> float | None:
-        """Of ``"bpp"``, ``"estimated_bpp"``, ``"psnr"``, ``"ms_ssim"``; None if one has none."""
-        values = [getattr(m, name) for m in self.images.values()]
-        return None if None in values else fmean(values)
-
-    def score(self, image: str | None = None) -> Score:
-        """Of one image, or the mean, by true size."""
-        if image is None:
-            return Score(self.mean("bpp"), self.mean("psnr"))
-        return Score(self.images[image].bpp, self.images[image].psnr)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate; returns the exit code, 1 if a decoded image is not the codec's own."""
     chosen = _parse(arguments)
     torch.backends.cudnn.deterministic = True  # or a decoder on a GPU need not agree with itself
-    points = list(_evaluate(chosen))
-    curves: dict[str, list[Point]] = {}
+    paths = {path: str(path.parent) for path in list_codecs(chosen.checkpoints)}
+    anchors = _check_anchors(chosen.anchor or [], set(paths.values()))
+    codecs = list(_load(paths, chosen.device))
+    pictures = _pictures(chosen.images, quick=chosen.quick)
+    formats = [anchor for anchor in anchors if anchor not in paths.values()]
+    count = sum(len(codec.lambdas) for codec in codecs) + len(formats) * len(QUALITIES)
+    meter = Meter("Evaluation", count * len(pictures), "image")
+    files = chosen.output / "files"
+    points = [
+        *measure_codecs(codecs, paths, pictures, files, on_image=meter.update),
+        *measure_formats(formats, pictures, files, on_image=meter.update),
+    ]
+    meter.close()
+    curves: dict[str, list[Point]] = {point.curve: [] for point in points}
     for point in sorted(points, key=Point.score):
-        curves.setdefault(point.curve, []).append(point)
+        curves[point.curve].append(point)
     print(table(curves))
     small = [name for name, m in points[0].images.items() if m.ms_ssim is None]
     if small:
-        print(f"No MS-SSIM: it needs sides of {MS_SSIM_SIDE} pixels, unlike {', '.join(small)}.")
-    others = [name for name in curves if chosen.anchor not in (None, name)]
-    sentences = [compare_curves(curves, name, chosen.anchor) for name in others]
-    print("".join(f"{sentence}\n" for sentence in sentences), end="")
-    axes = ("bpp", "psnr", "ms_ssim")
-    drawn = {name: [tuple(map(p.mean, axes)) for p in curve] for name, curve in curves.items()}
-    paths = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
-    plots.curves_figure(drawn, f"Mean of {len(points[0].images)} images").savefig(paths[0])
-    content = {"points": [asdict(point) for point in points], "comparisons": sentences}
-    paths[1].write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(*paths, sep="\n")
-    exact = [m.exact for point in points for m in point.images.values()]
+        print(f"MS-SSIM, and the rate in its figure, without {', '.join(small)}: it needs sides of "
+              f"{MS_SSIM_SIDE} pixels.")  # fmt: skip
+    tests = [name for name in curves if name not in formats]
+    comparisons = [
+        compare_curves(curves, test, anchor)
+        for anchor in anchors
+        for test in tests
+        if test != anchor
+    ]
+    print("".join(f"{comparison}\n" for comparison in comparisons), end="")
+    scores = {name: [p.score() for p in curve] for name, curve in curves.items()}
+    similar = {name: [p.similarity() for p in curve] for name, curve in curves.items()}
+    figure = plots.curves_figure(
+        {"PSNR (dB)": (f"{len(pictures)} images", scores),
+         "MS-SSIM": (f"{len(pictures) - len(small)} images",
+                     {} if len(small) == len(pictures) else similar)},
+        dashed=formats,
+    )  # fmt: skip
+    written = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
+    figure.savefig(written[0])
+    content = {"points": [asdict(p) for p in points],
+               "comparisons": [c.as_dict() for c in comparisons]}  # fmt: skip
+    written[1].write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(*written, sep="\n")
+    exact = [m.exact for point in points for m in point.images.values() if m.exact is not None]
     print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
     return 0 if all(exact) else 1
 
 
-def table(curves: Mapping[str, Sequence[Point]]) -> str:
-    """One row for each point: means over the images."""
-    head = COLUMNS.format("curve", "λ", "bpp", "estimated", "PSNR/dB", "MS-SSIM")
-    lines = [head]
-    for name, curve in curves.items():
-        lines.append("─" * len(head))
-        for point in curve:
-            names = ("bpp", "estimated_bpp", "psnr", "ms_ssim")
-            bpp, estimated, psnr, similarity = map(point.mean, names)
-            last = "–" if similarity is None else f"{similarity:.4f}"
-            row = (name, f"{point.lmbda:g}", f"{bpp:.4f}", f"{estimated:.4f}", f"{psnr:.2f}", last)
-            lines.append(COLUMNS.format(*row))
-    return "\n".join(lines)
-
-
-def compare_curves(curves: Mapping[str, Sequence[Point]], test: str, anchor: str) -> str:
-    """BD-rate and BD-PSNR of the mean curves and of each image's, or why there are none."""
-
-    def delta(image: str | None) -> Delta:
-        return compare(*([p.score(image) for p in curves[name]] for name in (test, anchor)))
-
-    try:
-        mean = delta(None)
-        text = (
-            f"{test} against {anchor}: BD-rate {mean.rate:+.2f} %, BD-PSNR {mean.psnr:+.3f} dB, "
-            f"over {mean.psnr_overlap:.0%} of the PSNR range"
-        )
-    except CurveError as error:
-        return f"{test} against {anchor}: no BD-rate. {error}"
-    try:
-        mean, low, high = t_interval([delta(image).rate for image in curves[test][0].images])
-    except CurveError as error:
-        return f"{text}; not for each image. {error}"
-    return f"{text}; image by image {mean:+.2f} %, 95 % interval [{low:+.2f}, {high:+.2f}]."
-
-
-def _evaluate(chosen: argparse.Namespace) -> Iterator[Point]:
-    """Every codec on every image; all checkpoints are read before the first is used."""
-    paths: dict[Path, str] = {}
-    for argument in chosen.checkpoints:
-        inside = sorted(argument.glob("*.pt")) if argument.is_dir() else [argument]
-        if not inside:
+def _check_anchors(anchors: Sequence[str], folders: Set[str]) -> list[str]:
+    for anchor in anchors:
+        if anchor not in FORMATS and anchor not in folders:
             raise CheckpointError(
-                f"{argument} holds no checkpoints (*.pt). Train some with "
-                "`python -m examples.lic train`, or name another folder."
+                f"--anchor should be {', '.join(FORMATS)}, or one of {', '.join(sorted(folders))}, "
+                f"the folders of the checkpoints. Found {anchor}. Choose one of these."
             )
-        paths |= {path: str(path.parent) for path in inside}
-    if chosen.anchor is not None and chosen.anchor not in paths.values():
-        raise CheckpointError(
-            f"--anchor should be one of {', '.join(sorted(set(paths.values())))}, the folders of "
-            f"the checkpoints. Found {chosen.anchor}. Choose one of these."
-        )
-    codecs: list[tuple[Path, float, nn.Module]] = []
+    return list(dict.fromkeys(anchors))
+
+
+def _load(paths: Iterable[Path], device: torch.device) -> Iterator[CodecFile]:
     for path in paths:
-        model, content = load_codec(path)
-        if content["taken"] < content["run"]["steps"]:
-            print(f"{path} is at step {content['taken']} of {content['run']['steps']}.")
-        for lmbda in content["run"]["lambdas"]:
-            codec = model.at(lmbda) if isinstance(model, VariableRateCodec) else model
-            codecs.append((path, lmbda, codec))
-    pictures = _pictures(chosen.images, quick=chosen.quick)
-    for path, lmbda, codec in tqdm(codecs, unit="codec", disable=None):
-        coder = coder_for(codec.to(chosen.device))
-        folder = chosen.output / "files" / paths[path].strip("/").replace("/", "_")
-        measured = {
-            name: measure(codec, coder, load, folder / f"lambda-{lmbda!r}" / f"{name}.bin")
-            for name, load in pictures.items()
-        }
-        yield Point(str(path), paths[path], lmbda, measured)
+        model, about = load_codec(path)
+        steps = about.get("run", {}).get("steps", 0)
+        if about.get("taken", steps) < steps:
+            print(f"{path} is at step {about['taken']} of {steps}.")
+        yield CodecFile(path, model.to(device), tuple(about["lambdas"]))
 
 
-def _pictures(folder: Path | None, *, quick: bool) -> dict[str, Callable[[], Tensor]]:
-    """Functions that load each image, by its name."""
+def measure_codecs(
+    codecs: Sequence[CodecFile],
+    curves: Mapping[Path, str],
+    pictures: Pictures,
+    folder: Path,
+    *,
+    on_image: Callable[[], object] = lambda: None,
+) -> Iterator[Point]:
+    """Every codec at each of its λ on every image.
+
+    Args:
+        codecs: To measure.
+        curves: The curve of each, by its path.
+        pictures: The images.
+        folder: For the files.
+        on_image: Called after each image.
+    """
+    for codec in codecs:
+        curve = curves[codec.path]
+        for lmbda in codec.lambdas:
+            # Quoted and by repr, so that no two codecs share a folder.
+            place = folder / quote(curve, safe="") / f"{codec.path.name}-{lmbda!r}"
+            model, measured = codec.at(lmbda), {}
+            coder = file_coder(model)
+            for name, load in pictures.items():
+                measured[name] = measure(model, coder, load, place / f"{name}.bin")
+                on_image()
+            yield Point(str(codec.path), curve, lmbda, measured)
+
+
+def measure_formats(
+    formats: Iterable[str],
+    pictures: Pictures,
+    folder: Path,
+    *,
+    on_image: Callable[[], object] = lambda: None,
+) -> Iterator[Point]:
+    """Every format with each quality on every image; for the rest see :func:`measure_codecs`."""
+    for kind in formats:
+        for quality in QUALITIES:
+            measured = {}
+            for name, load in pictures.items():
+                file = folder / kind / f"{quality}" / name
+                measured[name] = measure_format(kind, quality, load, file)
+                on_image()
+            yield Point(kind, kind, quality, measured)
+
+
+def _pictures(folder: Path | None, *, quick: bool) -> Pictures:
     if folder is None:
         pictures = {name: image.clone for name, image in images.bundled().held_out.items()}
     else:
-        paths = images.check_headers(images.list_images(folder))
-        pictures = {str(p.relative_to(folder)): partial(images.read_image, p) for p in paths}
-    if quick:
-        name, load = next(iter(pictures.items()))
-        pictures = {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
-    return pictures
+        photos = images.read_all(images.list_images(folder), memory=int(1e9 * options.MEMORY))
+        pictures = {str(p.path.relative_to(folder)): p.read for p in photos}
+    return take_part(pictures) if quick else pictures
+
+
+def take_part(pictures: Pictures) -> Pictures:
+    """What ``--quick`` codes: a part of the first image."""
+    name, load = next(iter(pictures.items()))
+    return {name: lambda: load()[:, :QUICK_SIDE, :QUICK_SIDE]}
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser("evaluate", "Code images with trained codecs, and compare curves.")
     add = parser.add
-    add("checkpoints", "of the train command, or folders", Path, nargs="+", metavar="CHECKPOINT")
+    add("checkpoints", "or codec files, or folders of them", Path, nargs="+", metavar="CHECKPOINT")
     add("--images", "code this folder, not the bundled held-out photographs", Path)
-    add("--anchor", "folder of the curve that others are compared with", lambda x: str(Path(x)))
+    add("--anchor", f"curves to compare with: {', '.join(FORMATS)}, or a folder's",
+        lambda text: str(Path(text)), nargs="+")  # fmt: skip
     add("--output", "for files, figure and results", Path, Path("runs/lic/evaluation"))
     add("--device", "cpu, cuda, ...", options.device, "cpu")
     return parser.parse(arguments, QUICK)

@@ -85,19 +85,21 @@ class Measurement:
     Attributes:
         size: Bytes of the file, header included.
         bpp: Bits of the file per pixel.
-        estimated_bpp: The same by the information content of the symbols under the model.
+        estimated_bpp: The same by the information content of the symbols under the model; None of
+            a format that is no codec here.
         psnr: In dB.
         ms_ssim: In [0, 1]; None for an image too small for it.
         exact: Whether the decoded image, not yet rounded to 8 bits, equals the codec's own
             reconstruction. CompressAI's autoregressive codecs decode by symbols and may differ.
+            None of a format that is no codec here.
     """
 
     size: int
     bpp: float
-    estimated_bpp: float
+    estimated_bpp: float | None
     psnr: float
     ms_ssim: float | None
-    exact: bool
+    exact: bool | None
 
 
 def measure(model: nn.Module, coder: Any, image: Callable[[], Tensor], file: Path) -> Measurement:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from examples.lic.progress import Meter
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are taken for images."""
@@ -46,8 +50,25 @@ def bundled() -> Photographs:
     ))  # fmt: skip
 
 
+def study_photographs() -> dict[str, Tensor]:
+    """The photographs that :func:`bundled` holds out, and five more, for studies.
+
+    They are fixed, uint8 ``[3, H, W]``, and none of them is trained on: a portrait from
+    matplotlib, and from scikit-image three in grayscale and a stained tissue.
+    """
+    from matplotlib.cbook import get_sample_data
+    from skimage import data
+
+    photographs = dict(bundled().held_out)
+    portrait = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    photographs["grace hopper"] = read_image(Path(portrait))
+    for name in ("camera", "coins", "brick"):
+        photographs[name] = _to_tensor(_to_rgb(Image.fromarray(getattr(data, name)())))
+    return photographs | {"ihc": _to_tensor(data.immunohistochemistry())}
+
+
 def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photographs:
-    """Read the images of the user's folders, subfolders included.
+    """Read the images of the user's folders, subfolders included; their names are paths in these.
 
     Args:
         folder: Images to train on, each at least ``crop`` pixels high and wide.
@@ -65,9 +86,10 @@ def from_folders(folder: Path, held_out: Path | None, *, crop: int) -> Photograp
             "Add images, or name a folder of held-out ones with --eval-images."
         )
     eval_paths = paths[split:] if held_out is None else list_images(held_out)
+    root = folder if held_out is None else held_out
     return Photographs(
-        {str(path): read_image(path, min_side=crop) for path in paths[:split]},
-        {str(path): read_image(path) for path in eval_paths},
+        {str(p.relative_to(folder)): read_image(p, min_side=crop) for p in paths[:split]},
+        {str(p.relative_to(root)): read_image(p) for p in eval_paths},
     )
 
 
@@ -83,28 +105,80 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def read_image(path: Path, *, min_side: int = 1) -> Tensor:
-    """Return the image at ``path`` as uint8 ``[3, H, W]``."""
+def read_image(path: Path, *, min_side: int = 1, shrink: int = 1) -> Tensor:
+    """Return the image at ``path`` as uint8 ``[3, H, W]``.
+
+    With `shrink` above 1 its sides are divided by that, and each pixel is the mean of a square.
+    """
     with _open(path) as image:
         pixels = _to_rgb(ImageOps.exif_transpose(image))
+    if shrink > 1:
+        pixels = np.asarray(Image.fromarray(pixels).reduce(shrink))
     _check_side(path, *pixels.shape[:2], min_side)
     return _to_tensor(pixels)
 
 
-def check_headers(paths: Sequence[Path], *, min_side: int = 1, skip: bool = False) -> list[Path]:
-    """The images that can be used: a bad one is found now, and not after days of training."""
-    usable, faults = [], []
-    for path in paths:
-        try:
-            with _open(path) as image:
-                _check_side(path, image.height, image.width, min_side)
-            usable.append(path)
-        except ImageError as error:
-            faults.append(error)
-    if faults and not (skip and usable):
+class Photo(NamedTuple):
+    """An image file, and its pixels, uint8 ``[3, H, W]``, where they are kept in memory."""
+
+    path: Path
+    pixels: Tensor | None = None
+    shrink: int = 1
+
+    def read(self) -> Tensor:
+        """The pixels, from memory or from the file."""
+        return read_image(self.path, shrink=self.shrink) if self.pixels is None else self.pixels
+
+
+def read_all(
+    paths: Sequence[Path],
+    *,
+    min_side: int = 1,
+    skip: bool = False,
+    threads: int = 1,
+    memory: int = 0,
+    shrink: int = 1,
+) -> list[Photo]:
+    """Decode every image once, so that a bad one is found now and not after days of training.
+
+    Args:
+        paths: Of the images, at least one.
+        min_side: Least height and width in pixels.
+        skip: Leave out images that are too small or broken; otherwise they are an error.
+        threads: How many decode.
+        memory: Bytes: the pixels of so many images, in their order, are kept.
+        shrink: See :func:`read_image`.
+    """
+    photos, faults, left = [], [], memory
+    meter = Meter("Images", len(paths), "image")
+    for path, pixels in _decode(paths, min_side, shrink, threads):
+        meter.update()
+        if isinstance(pixels, ImageError):
+            faults.append(pixels)
+            continue
+        left -= pixels.numel()
+        photos.append(Photo(path, pixels if left >= 0 else None, shrink))
+    meter.close()
+    if faults and not (skip and photos):
         more = f" {len(faults)} of {len(paths)} images have such a fault." if faults[1:] else ""
         raise ImageError(f"{faults[0]}{more}")
-    return usable
+    return photos
+
+
+def _decode(
+    paths: Sequence[Path], min_side: int, shrink: int, threads: int
+) -> Iterator[tuple[Path, Tensor | ImageError]]:
+    def attempt(path: Path) -> Tensor | ImageError:
+        try:
+            return read_image(path, min_side=min_side, shrink=shrink)
+        except ImageError as error:
+            return error
+
+    ahead = 4 * threads  # a pool that is given everything at once would hold everything
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(paths), ahead):
+            some = paths[first : first + ahead]
+            yield from zip(some, pool.map(attempt, some), strict=True)
 
 
 @contextmanager
@@ -138,4 +212,4 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))

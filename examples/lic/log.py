@@ -1,40 +1,48 @@
-"""What a training run reports: TensorBoard, held-out images, progress, and its whole course."""
+"""What a training run reports: TensorBoard, validation, progress, and its whole course."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from examples.lic.evaluation import Score, evaluate, mean_score
+from examples.lic.losses import RateDistortion
+from examples.lic.progress import SECONDS, Meter
 from examples.lic.training import FALLS, Observer, Trainer
-from examples.lic.variable_rate import VariableRateCodec
+from examples.lic.validation import validate
 from moo_balance import History
 from moo_balance.integrations.tensorboard import add_metrics
 
 
 class Log(Observer):
-    """Writes every n-th step to TensorBoard.
+    """Writes every n-th step to TensorBoard, and validates now and then.
 
     Args:
         folder: For the event files.
         every: Steps between entries: the step's metrics and the learning rate.
-        held_out: uint8 images ``[3, H, W]`` that are scored (at the highest λ of a variable-rate
-            codec) as ``held out/bpp``, estimated, and ``held out/psnr`` in dB.
+        images: uint8 images ``[3, H, W]`` to validate on; the mean scores are entered as
+            ``validation/bpp``, estimated, and ``validation/psnr`` in dB, and printed.
         validate_every: Steps between two validations; there is one at the end, too.
+        crop: Side of the crops in training, see :mod:`examples.lic.validation`.
     """
 
     def __init__(
-        self, folder: Path, *, every: int, held_out: Mapping[str, Tensor], validate_every: int
+        self,
+        folder: Path,
+        *,
+        every: int,
+        images: Mapping[str, Tensor],
+        validate_every: int,
+        crop: int,
     ) -> None:
-        self._folder, self._every = folder, every
-        self._held_out, self._validate_every = held_out, validate_every
+        self._folder, self._every, self._crop = folder, every, crop
+        self._images, self._validate_every = images, validate_every
 
     def begin(self, trainer: Trainer) -> None:
         # The steps of a killed run after its last checkpoint are taken, and entered, again.
@@ -45,9 +53,11 @@ class Log(Observer):
         if trainer.taken % self._every == 0:
             add_metrics(self._writer, trainer.optimizer, trainer.taken, prefix="")
             figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
-        if self._held_out and (trainer.complete or trainer.taken % self._validate_every == 0):
-            score = _validate(trainer.model, self._held_out)
-            figures |= {"held out/bpp": score.bpp, "held out/psnr": score.psnr}
+        if self._images and (trainer.complete or trainer.taken % self._validate_every == 0):
+            result = validate(trainer.trained, self._images, self._crop)
+            text = f"{self._folder.name}: validation after step {trainer.taken}, {result}"
+            print(text, file=sys.stderr, flush=True)
+            figures |= {f"validation/{k}": v for k, v in result.score._asdict().items()}
         for name, value in figures.items():
             self._writer.add_scalar(name, value, trainer.taken)
 
@@ -55,31 +65,36 @@ class Log(Observer):
         self._writer.close()
 
 
-def _validate(model: nn.Module, images: Mapping[str, Tensor]) -> Score:
-    codec = model.at(model.highest.item()) if isinstance(model, VariableRateCodec) else model
-    return mean_score(evaluate(codec, images))
-
-
 class Progress(Observer):
-    """A bar with the losses on a terminal; elsewhere a line of it every `seconds`."""
+    """Loss, rate and PSNR of the batch: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, title: str, *, seconds: float = 30.0) -> None:
+    def __init__(self, title: str, *, seconds: float = SECONDS) -> None:
         self._title, self._seconds = title, seconds
 
     def begin(self, trainer: Trainer) -> None:
-        self._bar = tqdm(
-            total=trainer.recipe.steps, initial=trainer.taken, desc=self._title, miniters=1,
-            mininterval=1.0 if sys.stderr.isatty() else self._seconds,
-        )  # fmt: skip
+        steps = trainer.recipe.steps
+        count = trainer.taken
+        self._meter = Meter(self._title, steps, "step", count=count, seconds=self._seconds)
 
     def after(self, trainer: Trainer) -> None:
-        if self._bar.update():  # it was drawn
-            losses = trainer.optimizer.metrics.losses.items()
-            text = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses)
-            self._bar.set_postfix_str(text, refresh=False)
+        self._meter.update(lambda: describe_losses(trainer))
 
     def end(self, trainer: Trainer) -> None:
-        self._bar.close()
+        self._meter.close()
+
+
+def describe_losses(trainer: Trainer) -> str:
+    """The losses of the last batch in the units that they are known by, and skipped steps."""
+    figures = trainer.optimizer.log_dict(prefix="")
+    losses = {k.removeprefix("loss/"): v for k, v in figures.items() if k.startswith("loss/")}
+    if isinstance(trainer.objective, RateDistortion):
+        rate, distortion = losses["rate"], losses["distortion"]
+        mse = max(distortion / trainer.objective.lmbda, 1e-9)
+        psnr = 10 * math.log10(255**2 / mse) if math.isfinite(mse) else math.nan
+        text = f"loss {rate + distortion:.3g}, {rate:.3f} bpp, {psnr:.2f} dB"
+    else:
+        text = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    return f"{text}, {figures['skipped']:.0f} steps skipped" if figures["skipped"] else text
 
 
 class Recorder(Observer):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,9 +19,14 @@ from examples.lic.checkpoint import CheckpointError
 from examples.lic.images import ImageError
 from examples.lic.losses import Levels, Objective, RateDistortion
 from examples.lic.streams import Crops, CropStream, Sources
-from examples.lic.training import Observer, Recipe, Trainer
+from examples.lic.training import Observer, Recipe, Trainer, stop_on_signals
 from examples.lic.variable_rate import VariableRateCodec
+from moo_balance import NonFiniteError
 from moo_balance.weighting import Weighting
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; the message says at which step, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Run:
     lambdas: tuple[float, ...]
     weighting: Weighting
     recipe: Recipe
-    crop: int = 128
+    crop: int = 256
     batch: int = 2
     seed: int = 0
     start: Run | Path | None = None
@@ -88,6 +91,31 @@ class Run:
         return RateDistortion(model, lmbda)
 
 
+def check(plan: Sequence[tuple[Run, Path]]) -> None:
+    """Find what would stop one of these runs later: to be called before the first is trained.
+
+    Args:
+        plan: Runs and their checkpoints, in order. A run may start from the checkpoint of one
+            before it, whose weights are not known yet.
+
+    Raises:
+        ArchitectureError: A codec cannot be built.
+        BalanceError: A weighting does not fit the losses of its run.
+        CheckpointError: A start is missing or of another codec, or a checkpoint is there already
+            and belongs to a run with other settings.
+    """
+    made: list[Path] = []
+    for run, path in plan:
+        start = run.start if isinstance(run.start, Path) and run.start not in made else None
+        model, settings = _build(run, start, resuming=False)
+        Trainer(run.objective(model), run.weighting, run.recipe, seed=run.stream)
+        if path.exists():
+            if start is None and run.start is not None:
+                del settings["start"]
+            _check_settings(path, checkpoint.load(path)["run"], settings)
+        made.append(path)
+
+
 def train(
     run: Run,
     sources: Sources,
@@ -96,12 +124,14 @@ def train(
     device: torch.device | str = "cpu",
     workers: int = 0,
     save_every: int = 500,
+    nonfinite: Literal["raise", "skip"] = "raise",
     observers: Sequence[Observer] = (),
 ) -> None:
     """Carry out `run` into the checkpoint at `path`, or what of it is not done yet.
 
     A stopped run goes on to the same bits as one that never stopped (on a GPU as far as its
-    kernels repeat themselves). SIGINT and SIGTERM end it after the step under way, saved.
+    kernels repeat themselves). SIGINT and SIGTERM end it after the step under way, saved; a second
+    one ends it at once.
 
     Args:
         run: What to train.
@@ -111,21 +141,26 @@ def train(
         device: To train on.
         workers: Processes that read images ahead.
         save_every: Steps between checkpoints.
+        nonfinite: ``"skip"`` leaves out steps whose losses or gradients are not finite. It is no
+            part of the run, so one that such a step has ended can go on with it.
         observers: Of this run, and not of its start.
 
     Raises:
         CheckpointError: A checkpoint does not fit, or cannot be saved.
         ImageError: An image cannot be read. The state before is saved.
+        TrainingError: A loss or a gradient is not finite.
         KeyboardInterrupt: After a signal.
     """
     start = run.start
     if isinstance(start, Run):
         start = path.parent / start.file_name()
         if not path.exists():
-            train(run.start, sources, start, device=device, workers=workers, save_every=save_every)
-    model, settings = _build(run, start, resuming=path.exists())
+            options = {"device": device, "workers": workers, "save_every": save_every}
+            train(run.start, sources, start, nonfinite=nonfinite, **options)
+    resuming = path.exists()
+    model, settings = _build(run, start, resuming=resuming)
     objective = run.objective(model.to(device))
-    trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream)
+    trainer = Trainer(objective, run.weighting, run.recipe, seed=run.stream, nonfinite=nonfinite)
     crops = Crops(sources, crop=run.crop, seed=run.stream)
     stream = CropStream(crops, batch=run.batch, workers=workers)
 
@@ -133,36 +168,52 @@ def train(
         about = {"run": settings, "images": crops.identity, "crops": stream.state_dict()}
         checkpoint.save(path, {**about, **trainer.state_dict()})
 
-    if path.exists():
+    if resuming:
         content = checkpoint.load(path)
         _check_settings(path, content["run"], settings)
         trainer.load_state_dict(content)
         stream.load_state_dict(content["crops"])
+        if content["images"] != crops.identity:
+            _report_other_images(path, complete=trainer.complete)
         if trainer.complete:
             return
         print(f"{path}: goes on from step {trainer.taken}.")
-        if content["images"] != crops.identity:
-            print(f"{path}: the images are not those that it was trained on so far.")
     try:
-        with _stop_on_signals(trainer):
+        with stop_on_signals(trainer):
             trainer.run(stream, [_Saver(save, save_every), *observers])
     except ImageError:
         save()
         raise
+    except NonFiniteError as error:
+        raise _nonfinite_error(trainer.taken, path, nonfinite) from error
     save()
     if trainer.stop:
         raise KeyboardInterrupt
+
+
+def _nonfinite_error(taken: int, path: Path, nonfinite: str) -> TrainingError:
+    if nonfinite == "skip":
+        advice = "Too many steps in a row are not: train anew with a lower learning rate."
+    else:
+        advice = "--nonfinite skip leaves such steps out; a lower learning rate may avoid them."
+    saved = f"{path} is there from an earlier step." if path.exists() else "Nothing is saved."
+    return TrainingError(
+        f"The losses and gradients of step {taken + 1} for {path} should be finite. Found NaN or "
+        f"infinity. {advice} {saved}"
+    )
 
 
 def _build(run: Run, start: Path | None, *, resuming: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The codec that a run begins with, and the settings that its checkpoint keeps."""
     torch.manual_seed(run.seed)
     model, settings = architectures.build(run.arch, highest=run.lambdas[-1]), run.as_dict()
+    if start is None:
+        return model, settings
     if isinstance(run.start, Path):
-        checkpoint.load_start(model, run.start, run.arch)
+        checkpoint.load_start(model, start, run.arch)
         # The weights and not the name: a file may be moved, and must not be another.
         settings["start"] = f"{fingerprint(model):08x}"
-    elif start is not None and not resuming:
+    elif not resuming:
         checkpoint.load_start(model, start, run.arch)
     return model, settings
 
@@ -176,19 +227,14 @@ def _check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
         )
 
 
-@contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run after the step under way."""
-
-    def stop(number: int, frame: object) -> None:
-        trainer.stop = True
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _report_other_images(path: Path, *, complete: bool) -> None:
+    if not complete:  # such as without one that has broken: not worth the training so far
+        print(f"{path}: the images are not those that it was trained on so far.")
+        return
+    raise CheckpointError(
+        f"{path} should have been trained on the images given. Found that it is complete, on "
+        "others. Give those, or choose another --output."
+    )
 
 
 @dataclass(frozen=True)

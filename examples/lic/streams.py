@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from examples.lic.images import ImageError, bundled, check_headers, list_images, read_image
+from examples.lic.images import ImageError, Photo, bundled, list_images, read_all
 
-Sources: TypeAlias = Sequence[Path] | Sequence[Tensor]
+Sources: TypeAlias = Sequence[Photo] | Sequence[Tensor]
 """Images to train on: files, or uint8 tensors ``[3, H, W]``."""
 
 
@@ -25,8 +26,9 @@ class Crops(Dataset[Tensor | ImageError]):
     """Crop number `i` of a run, uint8 ``[3, crop, crop]``: a function of the seed and `i` only.
 
     Every epoch goes through all images once, in an order of its own; half of the crops are
-    mirrored. A broken image is returned as an error and raised where the batches are used: a
-    worker would wrap it into a traceback. Every image has at least `crop` pixels a side.
+    mirrored. A file that has broken since it was listed is returned as an error and raised where
+    the batches are used: a worker would wrap it into a traceback. Every image has at least `crop`
+    pixels a side.
     """
 
     def __init__(self, sources: Sources, *, crop: int, seed: int) -> None:
@@ -35,7 +37,10 @@ class Crops(Dataset[Tensor | ImageError]):
     @property
     def identity(self) -> str:
         """Two runs with equal ones see the same images, by name or size."""
-        names = [s.name if isinstance(s, Path) else str(tuple(s.shape)) for s in self._sources]
+        names = [
+            f"{s.path.name}/{s.shrink}" if isinstance(s, Photo) else str(tuple(s.shape))
+            for s in self._sources
+        ]
         return f"{len(names)} images, {zlib.crc32(' '.join(names).encode()):08x}"
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
@@ -43,7 +48,7 @@ class Crops(Dataset[Tensor | ImageError]):
         order = _order(self._seed, epoch, len(self._sources))
         source = self._sources[order[place]]
         try:
-            image = source if isinstance(source, Tensor) else read_image(source)
+            image = source.read() if isinstance(source, Photo) else source
         except ImageError as error:
             return error
         return self._crop(image, random.Random(f"{self._seed}/{index}"))
@@ -72,9 +77,11 @@ def _batches(first: int, length: int) -> Iterator[range]:
     return (range(start, start + length) for start in itertools.count(first, length))
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; only the trainer may act on it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, and SIGTERM every one of a batch system's job;
+    # only the trainer may act on them, or it would lose its workers before the step ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class CropStream(Iterator[Tensor]):
@@ -87,14 +94,16 @@ class CropStream(Iterator[Tensor]):
     def __init__(self, crops: Crops, *, batch: int, workers: int = 0) -> None:
         self._crops, self._batch, self._workers = crops, batch, workers
         self._taken = 0
-        self._batches: Iterator[Tensor | ImageError] | None = None
+        self._reader: list[Iterator[Tensor | ImageError]] = []  # at most one; it owns the workers
+        # They are deaf to SIGTERM, with which Python would end them: it would wait for ever.
+        weakref.finalize(self, self._reader.clear)
 
     def __next__(self) -> Tensor:
-        if self._batches is None:
-            self._batches = iter(self._load())
-        batch = next(self._batches)
+        if not self._reader:
+            self._reader.append(iter(self._load()))
+        batch = next(self._reader[0])
         if isinstance(batch, ImageError):
-            self._batches = None  # which ends the workers
+            self._reader.clear()  # which ends the workers
             raise batch
         self._taken += 1
         pixels = batch.to(torch.float32).div_(255)
@@ -106,7 +115,7 @@ class CropStream(Iterator[Tensor]):
             batch_sampler=_batches(self._taken * self._batch, self._batch),
             num_workers=self._workers,
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
             # Crops have their own seeds; without this a loader takes one from torch's stream.
             generator=torch.Generator(),
@@ -117,17 +126,35 @@ class CropStream(Iterator[Tensor]):
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._taken, self._batches = state["taken"], None
+        self._taken = state["taken"]
+        self._reader.clear()
 
 
-def find_sources(folder: Path | None, *, crop: int, skip: bool = False) -> tuple[Sources, str]:
+def find_sources(
+    folder: Path | None,
+    *,
+    crop: int,
+    shrink: Sequence[int] = (1,),
+    skip: bool = False,
+    threads: int = 1,
+    memory: int = 0,
+) -> tuple[Sources, str]:
     """The images of a folder to train on, or the bundled ones, and a note about them.
 
-    Images that are too small for the crops or broken are errors, or with `skip` left out.
+    Those of a folder are there once for each `shrink`, by which their sides are divided. Images
+    that are too small for the crops or broken are errors, or with `skip` left out. For `threads`
+    and `memory` see :func:`examples.lic.images.read_all`.
     """
     if folder is None:
         train = bundled().train
         return list(train.values()), f"Trains on {', '.join(train)}."
-    paths = list_images(folder)
-    usable = check_headers(paths, min_side=crop, skip=skip)
-    return usable, f"Trains on {len(usable)} of the {len(paths)} images in {folder}."
+    paths, photos = list_images(folder), []
+    options = {"min_side": crop, "skip": skip, "threads": threads, "memory": memory // len(shrink)}
+    for factor in shrink:
+        photos += read_all(paths, shrink=factor, **options)
+    used = len({photo.path for photo in photos})
+    kept = sum(photo.pixels is not None for photo in photos)
+    return photos, (
+        f"Trains on {used} of the {len(paths)} images in {folder}, {kept} of {len(photos)} "
+        "decoded in memory."
+    )

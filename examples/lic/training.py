@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -34,7 +35,9 @@ class Recipe:
         clip: Bound on the norm of the gradient, positive, infinite for none; or ``"unit"``, which
             scales the gradient to norm 1, see :func:`normalize_gradient`.
         ema: Decay in (0, 1) of a moving average of the parameters, such as 0.999; None for none.
-        auxiliary_lr: Learning rate of the auxiliary loss, in codecs that have one (CompressAI's).
+        auxiliary_lr: Learning rate of the auxiliary loss, which fits quantiles.
+        amp: Run the transforms in bfloat16 (:class:`torch.autocast`); parameters, likelihoods and
+            losses stay float32.
     """
 
     steps: int
@@ -42,6 +45,7 @@ class Recipe:
     clip: float | Literal["unit"] = 1.0
     ema: float | None = None
     auxiliary_lr: float = 1e-3
+    amp: bool = False
 
 
 class Observer:
@@ -60,11 +64,18 @@ class Observer:
 class Trainer:
     """A training run that can be stopped between any two steps, saved, and resumed exactly.
 
-    The codec is on the device to train on. Runs with equal seeds and crops see equal noise.
+    The codec is on the device to train on. Runs with equal seeds and crops see equal noise. For
+    `nonfinite` see :class:`moo_balance.BalancedOptimizer`; a step that is skipped counts as taken.
     """
 
     def __init__(
-        self, objective: Objective, weighting: Weighting, recipe: Recipe, *, seed: int
+        self,
+        objective: Objective,
+        weighting: Weighting,
+        recipe: Recipe,
+        *,
+        seed: int,
+        nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         torch.manual_seed(seed)
         self.objective, self.model, self.recipe = objective, objective.model, recipe
@@ -75,7 +86,9 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.parameters, quantiles = _split(self.model)
         adam = torch.optim.Adam(self.parameters, lr=recipe.lr)
-        self.optimizer = BalancedOptimizer(adam, weighting, loss_names=objective.names)
+        self.optimizer = BalancedOptimizer(
+            adam, weighting, loss_names=objective.names, nonfinite=nonfinite
+        )
         falls = [int(fraction * recipe.steps) for fraction in FALLS]
         factor = lambda taken: FALL_FACTOR ** sum(taken >= fall for fall in falls)  # noqa: E731
         self._scheduler = LambdaLR(self.optimizer, factor)
@@ -87,9 +100,11 @@ class Trainer:
             auxiliary = torch.optim.Adam(quantiles, lr=recipe.auxiliary_lr)
             self._parts["auxiliary"] = auxiliary
             self._after_step.append(partial(fit_quantiles, self.model, auxiliary))
+        self.trained: nn.Module = self.model
+        """The codec to evaluate: with averaged weights where the run keeps them."""
         if recipe.ema is not None:
             ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-            self._parts["ema"] = ema
+            self._parts["ema"], self.trained = ema, ema.module
             self._after_step.append(partial(ema.update_parameters, self.model))
 
     @property
@@ -112,7 +127,7 @@ class Trainer:
         self.objective.begin_step(self.taken, self.recipe.steps)
         self.optimizer.zero_grad()
         # A closure, so that a method that observes the step can evaluate the losses after it.
-        self.optimizer.backward(partial(self.objective, images))
+        self.optimizer.backward(partial(self._evaluate, images))
         if self.recipe.clip == "unit":
             normalize_gradient(self.parameters)
         else:
@@ -122,6 +137,10 @@ class Trainer:
         for action in self._after_step:
             action()
         self.taken += 1
+
+    def _evaluate(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
+            return self.objective(images)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
@@ -142,8 +161,24 @@ class Trainer:
             module.set_rng_state(state["random"][self.device.type].cpu(), self.device)
 
 
+@contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the run after the step under way; a second one does it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = True
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of the losses, and those that CompressAI leaves to the auxiliary one."""
+    """Parameters of the losses, and those that are left to the auxiliary one."""
     main, quantiles = [], []
     for name, parameter in model.named_parameters():
         (quantiles if name.endswith(".quantiles") else main).append(parameter)
@@ -151,7 +186,7 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def fit_quantiles(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fit the quantiles of CompressAI's entropy bottleneck, which rate and distortion ignore."""
+    """Fit the quantiles of the entropy bottleneck, which rate and distortion do not reach."""
     optimizer.zero_grad()
     model.aux_loss().backward()
     optimizer.step()
@@ -164,5 +199,7 @@ def normalize_gradient(parameters: Iterable[nn.Parameter]) -> None:
     weighting changes, but a bound on the norm does.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # those of a step that is skipped
+        return
     norm = nn.utils.get_total_norm(gradients)
     torch._foreach_div_(gradients, norm.clamp(min=torch.finfo(norm.dtype).tiny))

@@ -11,62 +11,88 @@ from PIL import Image
 
 from examples.lic import demo
 from examples.lic.__main__ import main
-from examples.lic.checkpoint import load
-from examples.lic.demo import Comparison
-from examples.lic.images import Photographs
+from examples.lic.architectures import build
+from examples.lic.checkpoint import load, save_codec
+from examples.lic.demo import Comparison, Rung
+from examples.lic.evaluate import measure_formats
 from examples.lic.losses import SOLUTIONS
 
-METHODS = ["checkpoint", "standard", *SOLUTIONS, *demo.RIVALS]
+TINY = "mbt2018-mean:8,8"
+METHODS = ["start", "standard", *SOLUTIONS, *demo.RIVALS]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def ladder(tmp_path_factory):
+    """A folder of codecs with random weights."""
+    folder = tmp_path_factory.mktemp("ladder")
+    for lmbda in (0.01, 0.02, 0.05):
+        about = {"arch": TINY, "lambdas": [lmbda]}
+        save_codec(folder / f"lambda-{lmbda}.safetensors", build(TINY), about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(ladder, tmp_path_factory):
     picture = torch.linspace(0, 255, 96 * 70).reshape(1, 96, 70).expand(3, -1, -1).to(torch.uint8)
-    photographs = Photographs({"train": picture}, {"held out": picture.flip(-1)})
-    options = Namespace(lambdas=[0.01], steps=3, finetune_steps=3, crop=64, batch=1, seed=0)
-    return Comparison(photographs, options, tmp_path_factory.mktemp("demo"))()
+    options = {"steps": 3, "lr": 1e-3, "crop": 64, "batch": 1, "seed": 0}
+    chosen = Namespace(**options, output=tmp_path_factory.mktemp("demo"))
+    compare = Comparison([picture], {"held out": picture.flip(-1).clone}, chosen)
+    rung = Rung(ladder / "lambda-0.01.safetensors", TINY, 0.01)
+    return {0.01: {"start": compare.start(rung), **compare.fine_tune(rung)}}
 
 
 def test_runs_of_one_lambda_share_start_crops_and_noise(results):
     first = {
         tuple(result.record.history.series(f"loss/{name}")[1][0] for name in ("rate", "distortion"))
-        for method, result in results[0.01].items()
-        if method != "checkpoint"
+        for result in results[0.01].values()
+        if result.record is not None
     }
     assert len(first) == 1
 
 
 def test_fixed_rivals_have_the_coefficients_that_the_solutions_arrived_at(results):
-    point = results[0.01]
-    assert point["standard"].effective_lambda == pytest.approx(0.01)
+    methods = results[0.01]
+    assert methods["standard"].effective_lambda == pytest.approx(0.01)
     for rival, (solution, part) in demo.RIVALS.items():
-        assert sum(point[rival].record.last("coefficient").values()) == pytest.approx(1)
+        assert sum(methods[rival].record.last("coefficient").values()) == pytest.approx(1)
         # Three steps: the learning rate has fallen before the last.
-        late = point[solution].record.history.series("coefficient/distortion")[1][2]
+        late = methods[solution].record.history.series("coefficient/distortion")[1][2]
         expected = part * 0.01 * late / (1 - late)
-        assert point[rival].effective_lambda == pytest.approx(expected, rel=1e-4)
+        assert methods[rival].effective_lambda == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_table_has_a_row_for_each_method(results):
-    rows = demo.table(results).splitlines()[2:]
+def test_the_table_has_a_row_for_each_method_with_its_distance_from_the_anchors(results, tmp_path):
+    bpp, psnr = results[0.01]["start"].point.score()
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    points = list(measure_formats(["jpeg"], {"held out": image.clone}, tmp_path))[:2]
+    for point, factor in zip(points, (0.5, 2), strict=True):  # in the middle of them it is +1 dB
+        result = point.images["held out"]
+        point.images["held out"] = type(result)(1, factor * bpp, None, psnr - 1, None, None)
+    rows = demo.table(results, {"jpeg": points, "webp": points[:1]}).splitlines()[2:]
     assert [row[8:28].strip() for row in rows] == METHODS
     assert all(row.split()[0] == "0.01" for row in rows)
+    assert rows[0].split()[-2:] == ["+1.00", "–"]
 
 
-def test_the_quick_demo_writes_checkpoints_figure_and_results(tmp_path, capsys):
+def test_the_quick_demo_writes_checkpoints_files_figure_and_results(ladder, tmp_path, capsys):
     for index in range(2):
         Image.effect_noise((70, 66), 40 + index).save(tmp_path / f"{index}.png")
     out = tmp_path / "out"
-    options = ["--quick", "--images", str(tmp_path), "--crop", "64", "--output", str(out)]
-    assert main(options) == 0
+    options = ["--quick", "--from", str(ladder), "--images", str(tmp_path), "--crop", "64"]
+    assert main([*options, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     for word in (*METHODS, "bpp", "PSNR", *demo.EXPLANATION.split(), str(out / "results.json")):
         assert word in printed
+    assert "the codecs against webp: " in printed
+    assert "7 of 7." in printed
     with Image.open(out / "rate-distortion.png") as figure:
         assert min(figure.size) > 400
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert list(results["0.013"]) == METHODS
-    assert load(out / "fixed-lower-rate" / "lambda-0.013.pt")["taken"] == 5
+    assert list(results["codecs"]) == ["0.01"]
+    assert list(results["codecs"]["0.01"]) == METHODS
+    assert load(out / "fixed-lower-rate" / "lambda-0.01.pt")["taken"] == 3
+    file = out / "files" / "standard" / "lambda-0.01.pt-0.01" / "1.png.bin"
+    assert results["codecs"]["0.01"]["standard"]["bpp"] == 8 * file.stat().st_size / (70 * 66)
 
 
 @pytest.mark.parametrize(
@@ -75,18 +101,20 @@ def test_the_quick_demo_writes_checkpoints_figure_and_results(tmp_path, capsys):
         (["--images", "nowhere"], "error: nowhere is not a folder."),
         (["--eval-images", "nowhere"], "--eval-images needs --images"),
         (["--lambdas", "-1"], "should be above 0, found -1"),
+        (["--lambdas", "0.02", "0.03"], "each of one rate: 0.01 0.02 0.05. Found 0.02 0.03."),
     ],
 )
-def test_bad_options_end_with_a_sentence_and_code_2(options, message, capsys, tmp_path):
+def test_bad_options_end_with_a_sentence_and_code_2(options, message, ladder, capsys, tmp_path):
     try:
-        code = main([*options, "--quick", "--output", str(tmp_path)])
+        code = main([*options, "--quick", "--from", str(ladder), "--output", str(tmp_path)])
     except SystemExit as end:
         code = end.code
     assert code == 2
     assert message in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_made_is_named(ladder, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(["--quick", "--output", str(tmp_path / "file")]) == 2
+    command = ["--quick", "--from", str(ladder), "--output", str(tmp_path / "file")]
+    assert main(command) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err

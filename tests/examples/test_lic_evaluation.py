@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks.lic.scores import crop_center, rate_distortion_loss
-from examples.lic import bitstream
+from examples.lic import anchors, bitstream
 from examples.lic.__main__ import main
 from examples.lic.architectures import build
+from examples.lic.bd import compare
 from examples.lic.checkpoint import save
-from examples.lic.evaluate import Point, compare_curves, table
+from examples.lic.curves import Point, compare_curves, table
 from examples.lic.evaluation import (
     Measurement,
     Score,
@@ -26,6 +28,7 @@ from examples.lic.evaluation import (
     structural_similarity,
 )
 from examples.lic.hyperprior import MeanScaleHyperprior
+from examples.lic.images import read_image
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 63), (65, 130)])
@@ -70,12 +73,15 @@ def test_ms_ssim_of_a_picture_with_itself_and_with_noise():
     assert structural_similarity(picture[:, :160], picture[:, :160]) is None
 
 
+TINY = "mbt2018-mean:8,8"
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Three folders of checkpoints with random weights, one of them of a variable-rate codec."""
     for seed, (curve, arch, lambdas) in enumerate(
-        [("standard", "8,8", [0.02]), ("solution1", "8,8", [0.01]),
-         ("variable", "variable-rate:8,8", [0.01, 0.05])]
+        [("standard", TINY, [0.02]), ("solution1", TINY, [0.01]),
+         ("variable", f"variable-rate:{TINY}", [0.01, 0.05])]
     ):  # fmt: skip
         torch.manual_seed(seed)
         run = {"arch": arch, "lambdas": lambdas, "steps": 9}
@@ -102,22 +108,23 @@ def test_files_are_written_read_and_decoded(runs, capsys):
     assert run(runs, "--images", str(images)) == 0
     printed = capsys.readouterr().out
     assert "Decoded bit by bit as the codec reconstructs it: 12 of 12." in printed
-    assert "sides of 161 pixels, unlike clear.png, small.png" in printed
+    assert "without clear.png, small.png: it needs sides of 161 pixels" in printed
     assert f"{runs}/solution1/codec.pt is at step 8 of 9." in printed
     assert "standard/codec.pt is" not in printed
     results = json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))
-    points = [(Path(p["curve"]).name, p["lmbda"]) for p in results["points"]]
+    points = [(Path(p["curve"]).name, p["setting"]) for p in results["points"]]
     assert points == [("standard", 0.02), ("solution1", 0.01), ("variable", 0.01),
                       ("variable", 0.05)]  # fmt: skip
     for point in results["points"]:
-        curve = point["curve"].strip("/").replace("/", "_")
-        folder = runs / "out" / "files" / curve / f"lambda-{point['lmbda']}"
+        curve = quote(point["curve"], safe="")
+        folder = runs / "out" / "files" / curve / f"codec.pt-{point['setting']}"
         for name, values in point["images"].items():
             assert values["size"] == (folder / f"{name}.bin").stat().st_size
             assert values["exact"]
         small = point["images"]["small.png"]
         assert small["bpp"] == 8 * small["size"] / (70 * 90)
         assert point["images"]["small.png"]["ms_ssim"] is None
+        assert point["images"]["large.png"]["ms_ssim"] is not None
     with Image.open(runs / "out" / "rate-distortion.png") as figure:
         assert min(figure.size) > 400
 
@@ -139,18 +146,44 @@ def test_a_quick_run_codes_a_part_of_one_photograph_and_says_why_nothing_is_comp
         ("standard", ["--images", "{runs}/kodak"], "b.png cannot be read"),
         ("standard", ["--anchor", "famo"], "standard, the folders of the checkpoints. Found famo"),
         ("nowhere.pt", [], "nowhere.pt. `python -m examples.lic train` makes one."),
-        ("kodak", [], "kodak holds no checkpoints (*.pt)"),
+        ("kodak", [], "kodak holds no codecs (*.pt, *.safetensors)"),
         ("kodak/b.png", [], "b.png cannot be read as a checkpoint"),
     ],
 )
 def test_bad_input_ends_with_a_sentence_before_anything_is_coded(
     path, options, message, runs, capsys
 ):
-    (photos(runs / "kodak", {"a": (64, 64)}) / "b.png").write_bytes(b"no picture")
+    whole = (photos(runs / "kodak", {"a": (64, 64)}) / "a.png").read_bytes()
+    (runs / "kodak" / "b.png").write_bytes(whole[:2000])  # its header is good
     options = [option.format(runs=runs) for option in options]
     assert main(["evaluate", str(runs / path), "--output", str(runs / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (runs / "out").exists()
+
+
+def test_formats_are_anchors_by_the_sizes_of_their_files(runs, capsys):
+    images = photos(runs / "kodak", {"large": (200, 170)})
+    more = ["--images", str(images), "--anchor", "jpeg", "webp", str(runs / "standard")]
+    assert run(runs, *more) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 4." in printed  # the formats are not codecs that decode to what they reconstruct
+    assert f"{runs}/variable against webp: " in printed
+    assert f"{runs}/variable against {runs}/standard: " in printed
+    assert "webp against" not in printed
+    assert "jpeg against" not in printed
+    points = json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))["points"]
+    for kind, suffix in (("jpeg", "jpg"), ("webp", "webp")):
+        sizes = []
+        for quality in anchors.QUALITIES:
+            path = runs / "out" / "files" / kind / f"{quality}" / f"large.png.{suffix}"
+            (point,) = (p for p in points if (p["curve"], p["setting"]) == (kind, quality))
+            result, size = point["images"]["large.png"], path.stat().st_size
+            assert (result["size"], result["bpp"]) == (size, 8 * size / (200 * 170))
+            assert result["psnr"] == psnr(read_image(path), read_image(images / "large.png"))
+            sizes.append(size)
+        assert sizes == sorted(sizes)
+    with Image.open(runs / "out" / "files" / "jpeg" / "50" / "large.png.jpg") as image:
+        assert image.layer[0][1:3] == (2, 2)  # chroma has half the sides
 
 
 def test_an_output_that_is_a_file_is_named(runs, capsys):
@@ -186,31 +219,73 @@ def curve(name, gain):
     ]  # fmt: skip
 
 
-def test_means_over_images_and_none_where_one_has_no_ms_ssim():
-    point = Point("", "", 0.1, {"a": measured(0.8, 30), "b": measured(1.6, 32)})
-    values = [point.mean(name) for name in ("bpp", "estimated_bpp", "psnr", "ms_ssim")]
-    assert values == pytest.approx([1.2, 1.188, 31, 0.9])
+def test_ms_ssim_goes_with_the_rate_of_the_images_that_have_it():
+    point = Point("", "", 0.1, {"a": measured(0.8, 30), "b": measured(1.6, 32, 0.8)})
+    values = [point.mean(name) for name in ("bpp", "estimated_bpp", "psnr")]
+    assert values == pytest.approx([1.2, 1.188, 31])
+    assert point.similarity() == pytest.approx((1.2, 0.85))
     point.images["b"] = measured(1.6, 32, None)
-    assert point.mean("ms_ssim") is None
+    assert point.similarity() == (0.8, 0.9)
+    assert point.score() == pytest.approx((1.2, 31))
+    assert table({"new": [point]}).splitlines()[2].endswith("0.9000")
+    point.images["a"] = measured(0.8, 30, None)
+    assert point.similarity() is None
     assert table({"new": [point]}).splitlines()[2].endswith("–")
 
 
-def test_a_gain_is_found_for_the_mean_and_for_each_image():
+def test_a_gain_is_found_image_by_image():
     """A line of 4 dB an octave, shifted by g dB, needs 2^(−g/4) of the rate."""
-    sentence = compare_curves({"old": curve("old", 0), "new": curve("new", 0.2)}, "new", "old")
-    assert sentence.startswith("new against old: BD-rate -5.07 %, BD-PSNR +0.300 dB, over")
+    comparison = compare_curves({"old": curve("old", 0), "new": curve("new", 0.2)}, "new", "old")
     rates = [100 * (2 ** (-gain / 4) - 1) for gain in (0.2, 0.4)]
     middle, half = sum(rates) / 2, 12.7062 * abs(rates[0] - rates[1]) / 2
-    expected = f"{middle:+.2f} %, 95 % interval [{middle - half:+.2f}, {middle + half:+.2f}]."
-    assert sentence.endswith(f"image by image {expected}")
+    interval = f"95 % interval [{middle - half:+.2f}, {middle + half:+.2f}]"
+    expected = f"image by image BD-rate {middle:+.2f} %, {interval}; BD-PSNR +0.300 dB; over at "
+    start = f"new against old: {expected}least 97% of the shorter PSNR range.\n"
+    assert str(comparison).startswith(start)
+    rows = [line.split() for line in str(comparison).splitlines()[2:]]
+    assert rows[0] == ["a", f"{rates[0]:+.2f}", "+0.200", "98%"]
+    assert rows[1][:3] == ["b", f"{rates[1]:+.2f}", "+0.400"]
+    assert comparison.as_dict()["images"]["a"]["rate"] == pytest.approx(rates[0])
+
+
+def test_one_image_has_no_interval():
+    curves = {"old": curve("old", 0), "new": curve("new", 0.2)}
+    for point in (*curves["old"], *curves["new"]):
+        del point.images["b"]
+    sentence = compare_curves(curves, "new", "old").summary
+    assert "BD-rate -3.41 %, no interval, as there is one image; BD-PSNR" in sentence
+    assert "inf" not in sentence
+
+
+def test_a_mean_curve_that_contradicts_its_images_is_not_told():
+    """Each image costs 2 % more, but the mean curve 18 % less: it has other rates of each image."""
+
+    def points(name, cost, rates):
+        return [
+            Point("codec.pt", name, 2.0**k, {
+                image: measured(cost * rate * 2**k, 30 + 4 * math.log2(rate * 2**k))
+                for image, rate in rates.items()
+            })
+            for k in range(4)
+        ]  # fmt: skip
+
+    old, new = points("old", 1, {"a": 1, "b": 0.25}), points("new", 1.02, {"a": 0.5, "b": 0.5})
+    assert compare([p.score() for p in new], [p.score() for p in old]).rate < -15
+    sentence = compare_curves({"old": old, "new": new}, "new", "old").summary
+    assert "image by image BD-rate +2.00 %, 95 % interval [+2.00, +2.00]" in sentence
+    assert "over at least 67% of the shorter PSNR range." in sentence
+    assert "mean curve" not in sentence
 
 
 def test_curves_that_do_not_meet_are_not_compared():
-    sentence = compare_curves({"old": curve("old", 0), "new": curve("new", 40)}, "new", "old")
-    assert sentence.startswith("new against old: no BD-rate. The curves should overlap in PSNR")
+    apart = compare_curves({"old": curve("old", 0), "new": curve("new", 40)}, "new", "old")
+    assert str(apart).startswith("new against old: no BD-rate. The curves should overlap in PSNR")
+    assert str(apart) == apart.summary
     new = curve("new", 0)
     for point in new:
-        point.images["b"] = measured(point.lmbda, point.images["b"].psnr + 30)
-        point.images["a"] = measured(point.lmbda, point.images["a"].psnr - 28)
-    sentence = compare_curves({"old": curve("old", 0), "new": new}, "new", "old")
-    assert "not for each image. The curves should overlap" in sentence
+        point.images["b"] = measured(point.setting, point.images["b"].psnr + 30)
+        point.images["a"] = measured(point.setting, point.images["a"].psnr - 28)
+    comparison = compare_curves({"old": curve("old", 0), "new": new}, "new", "old")
+    assert "against old: not image by image. The curves should overlap" in comparison.summary
+    assert "The mean curves, without an interval: BD-rate " in comparison.summary
+    assert comparison.as_dict()["images"] == {"a": None, "b": None}

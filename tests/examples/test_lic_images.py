@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from examples.lic import images
-from examples.lic.images import ImageError, check_headers, from_folders, read_image
+from examples.lic.images import ImageError, from_folders, read_all, read_image
 
 
 def write(path, *, size=(80, 70), mode="RGB", value=0):
@@ -26,8 +26,11 @@ def folder(tmp_path):
 
 def test_bundled_photographs_are_held_apart():
     photographs = images.bundled()
-    assert not set(photographs.train) & set(photographs.held_out)
-    for image in (*photographs.train.values(), *photographs.held_out.values()):
+    study = images.study_photographs()
+    assert not set(photographs.train) & set(study)
+    assert list(study)[:3] == list(photographs.held_out)
+    assert len(study) == 8
+    for image in (*photographs.train.values(), *study.values()):
         assert image.dtype == torch.uint8
         assert image.shape[0] == 3
         assert min(image.shape[1:]) >= 256
@@ -35,17 +38,18 @@ def test_bundled_photographs_are_held_apart():
 
 def test_the_last_fifth_is_held_out(folder):
     photographs = from_folders(folder, None, crop=64)
-    assert sorted(photographs.train) == [str(folder / f"{i}.png") for i in range(5)]
-    assert list(photographs.held_out) == [str(folder / "5.png")]
-    assert photographs.held_out[str(folder / "5.png")][:, 0, 0].tolist() == [5, 0, 0]
+    assert sorted(photographs.train) == [f"{i}.png" for i in range(5)]
+    assert list(photographs.held_out) == ["5.png"]
+    assert photographs.held_out["5.png"][:, 0, 0].tolist() == [5, 0, 0]
 
 
 def test_subfolders_and_a_folder_of_held_out_images(folder, tmp_path):
     write(folder / "more" / "0.jpg")
-    small = write(tmp_path / "kodak" / "small.png", size=(9, 7))
+    write(tmp_path / "kodak" / "small.png", size=(9, 7))
     photographs = from_folders(folder, tmp_path / "kodak", crop=64)
     assert len(photographs.train) == 7
-    assert photographs.held_out[str(small)].shape == (3, 7, 9)
+    assert "more/0.jpg" in photographs.train
+    assert photographs.held_out["small.png"].shape == (3, 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,14 @@ def test_other_modes_are_converted(tmp_path, mode, stored, read):
     image = read_image(write(tmp_path / "image.png", mode=mode, value=stored))
     assert image.shape == (3, 70, 80)
     assert tuple(image[:, 3, 4].tolist()) == read
+
+
+def test_a_shrunk_image_has_the_means_of_squares(tmp_path):
+    Image.fromarray(np.array([[0, 8], [4, 8]], np.uint8).repeat(2, 1)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", shrink=2)
+    assert image.tolist() == 3 * [[[2, 8]]]
+    with pytest.raises(ImageError, match=r"Found 1 x 1\."):
+        read_image(tmp_path / "a.png", shrink=9, min_side=2)
 
 
 def test_camera_orientation_is_applied(tmp_path):
@@ -111,15 +123,31 @@ def test_one_image_cannot_be_both_trained_on_and_held_out(tmp_path):
         from_folders(tmp_path, None, crop=64)
 
 
-def test_all_headers_are_read_before_training(folder):
-    broken(folder / "3.png")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("harm", [broken, truncated])
+def test_all_images_are_decoded_before_training(harm, threads, folder):
+    """A truncated one has a good header."""
+    harm(folder / "3.png")
     write(folder / "1.png", size=(100, 63))
+    paths, options = sorted(folder.iterdir()), {"threads": threads}
     with pytest.raises(ImageError, match=r"1\.png .* 63 x 100.*2 of 6 images have such a fault"):
-        check_headers(sorted(folder.iterdir()), min_side=64)
-    usable = check_headers(sorted(folder.iterdir()), min_side=64, skip=True)
-    assert [path.name for path in usable] == ["0.png", "2.png", "4.png", "5.png"]
+        read_all(paths, min_side=64, **options)
+    usable = read_all(paths, min_side=64, skip=True, **options)
+    assert [photo.path.name for photo in usable] == ["0.png", "2.png", "4.png", "5.png"]
     with pytest.raises(ImageError, match="6 of 6 images"):
-        check_headers(sorted(folder.iterdir()), min_side=128, skip=True)
+        read_all(paths, min_side=128, skip=True, **options)
+
+
+def test_pixels_are_kept_up_to_a_bound(folder):
+    paths, size = sorted(folder.iterdir()), 3 * 80 * 70
+    photos = read_all(paths, memory=3 * size + 1)
+    assert [photo.pixels is not None for photo in photos] == 3 * [True] + 3 * [False]
+    assert all(torch.equal(photo.read(), read_image(photo.path)) for photo in photos)
+
+
+def test_reading_images_says_how_far_it_is(folder, capsys):
+    read_all(sorted(folder.iterdir()))
+    assert capsys.readouterr().err == "Images: image 6 of 6\n"
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

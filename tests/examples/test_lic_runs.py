@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +16,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.lic import checkpoint
-from examples.lic.__main__ import main
+from examples.lic.architectures import ArchitectureError
 from examples.lic.checkpoint import CheckpointError, load
-from examples.lic.images import ImageError
+from examples.lic.evaluation import evaluate
+from examples.lic.images import ImageError, read_all
 from examples.lic.log import Log, Progress
-from examples.lic.losses import WEIGHTINGS, fixed
-from examples.lic.runs import Run, train
+from examples.lic.losses import WEIGHTINGS, RateDistortion, fixed
+from examples.lic.runs import Run, TrainingError, check, train
 from examples.lic.training import Observer, Recipe
+from moo_balance import BalanceError
 from tests.support.disk import full_disk
 
-STEPS = 7
+STEPS = 5
+TINY = "mbt2018-mean:8,8"
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def pictures():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three photographs, which are read faster than the bundled ones."""
+    """Three small photographs."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for index in range(3):
@@ -41,7 +46,7 @@ def folder(tmp_path):
     return folder
 
 
-def make_run(weighting="standard", arch="8,8", lambdas=(0.01,), recipe=None, **options):
+def make_run(weighting="standard", arch=TINY, lambdas=(0.01,), recipe=None, **options):
     recipe = Recipe(STEPS, 1e-3) if recipe is None else recipe
     return Run(arch, lambdas, WEIGHTINGS[weighting], recipe, crop=64, batch=1, **options)
 
@@ -80,8 +85,8 @@ RUNS = {
     "averaged weights": make_run("solution1", recipe=Recipe(STEPS, 1e-3, clip=0.5, ema=0.9)),
     "averaged gradients": make_run("solution2-smoothed"),
     "random weights": make_run("random", recipe=Recipe(STEPS, 1e-3, clip="unit", ema=0.9)),
-    "variable rate": make_run("mgda", arch="variable-rate:8,8", lambdas=(0.01, 0.05)),
-    "random levels": make_run(arch="gains:8,8", lambdas=(0.01, 0.05), one_level=True),
+    "variable rate": make_run("mgda", arch=f"variable-rate:{TINY}", lambdas=(0.01, 0.05)),
+    "random levels": make_run(arch=f"gains:{TINY}", lambdas=(0.01, 0.05), one_level=True),
 }
 
 
@@ -90,8 +95,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name, pictures, tmp_path):
     run, whole, stopped = RUNS[name], tmp_path / "whole.pt", tmp_path / "stopped.pt"
     train(run, pictures, whole)
     with pytest.raises(KeyboardInterrupt):
-        train(run, pictures, stopped, observers=[After(4, stop)])
-    assert load(stopped)["taken"] == 4
+        train(run, pictures, stopped, observers=[After(3, stop)])
+    assert load(stopped)["taken"] == 3
     torch.rand(9)  # another process begins elsewhere in the stream of random numbers
     train(run, pictures, stopped)
     assert same(load(stopped), load(whole))
@@ -101,7 +106,7 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(pictures, tmp_path)
     run, whole, broken = make_run("solution1"), tmp_path / "whole.pt", tmp_path / "broken.pt"
     train(run, pictures, whole)
     with pytest.raises(RuntimeError, match="power failure"):
-        train(run, pictures, broken, save_every=3, observers=[After(5, crash)])
+        train(run, pictures, broken, save_every=3, observers=[After(4, crash)])
     assert load(broken)["taken"] == 3
     train(run, pictures, broken)
     assert same(load(broken), load(whole))
@@ -115,6 +120,61 @@ def test_a_signal_ends_a_run_after_the_step_with_its_state_saved(number, picture
         train(make_run(), pictures, tmp_path / "run.pt", observers=[kill])
     assert load(tmp_path / "run.pt")["taken"] == 2
     assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_ends_a_run_at_once(pictures, tmp_path):
+    def kill(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_run(), pictures, tmp_path / "run.pt", observers=[After(2, kill)])
+    assert not (tmp_path / "run.pt").exists()
+
+
+class NotFinite(RateDistortion):
+    """Losses that are NaN, or have a NaN gradient, for the second of three pictures."""
+
+    kind = "loss"
+
+    def forward(self, images):
+        losses = super().forward(images)
+        if images.min() < 1:
+            return losses
+        if self.kind == "loss":
+            return {**losses, "rate": losses["rate"] * torch.nan}
+        zero = self.model.g_a[0].weight.sum() * 0
+        return {**losses, "rate": losses["rate"] + zero.abs().sqrt()}
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_ends_a_run_until_it_may_be_skipped(
+    kind, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(NotFinite, "kind", kind)
+    monkeypatch.setattr("examples.lic.runs.RateDistortion", NotFinite)
+    pictures[1] = torch.full_like(pictures[1], 255)
+    run, path = make_run(recipe=Recipe(STEPS, 1e-3, clip="unit")), tmp_path / "run.pt"
+    for _ in range(2):  # an exact resume meets it again
+        with pytest.raises(TrainingError, match=r"run\.pt should be finite.*--nonfinite skip"):
+            train(run, pictures, path, save_every=1)
+    assert 0 < load(path)["taken"] < 3
+    train(run, pictures, path, nonfinite="skip")
+    content = load(path)
+    assert content["taken"] == STEPS
+    assert content["optimizer"]["balance"]["skipped"] in (1, 2)
+    train(run, pictures, tmp_path / "whole.pt", nonfinite="skip")
+    assert same(load(tmp_path / "whole.pt"), content)
+
+
+def test_nothing_but_steps_that_are_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr("examples.lic.runs.RateDistortion", NotFinite)
+    white = [torch.full((3, 64, 64), 255, dtype=torch.uint8)]
+    run = make_run(recipe=Recipe(200, 1e-3))
+    message = "Too many steps in a row are not: .* lower learning rate. Nothing is saved."
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(TrainingError, match=message):
+        train(run, white, tmp_path / "run.pt", nonfinite="skip")
 
 
 def test_a_complete_run_is_left_as_it_is(pictures, tmp_path):
@@ -143,23 +203,23 @@ def test_a_run_does_not_go_on_from_another_start(pictures, tmp_path):
 
 
 def test_a_start_that_is_a_run_is_trained_first(pictures, tmp_path):
-    still = Recipe(1, 1e-30)  # so that the start is what is saved
+    still = Recipe(1, 1e-30, auxiliary_lr=1e-30)  # so that the start is what is saved
     start = make_run(recipe=Recipe(2, 1e-2))
     run = make_run(recipe=still, start=start)
     train(run, pictures, tmp_path / run.file_name())
     kept = load(tmp_path / start.file_name())
     assert kept["taken"] == 2
     assert same(load(tmp_path / run.file_name())["model"], kept["model"])
-    variable = make_run(arch="gains:8,8", lambdas=(0.001, 0.01), recipe=still, start=start)
+    variable = make_run(arch=f"gains:{TINY}", lambdas=(0.001, 0.01), recipe=still, start=start)
     train(variable, pictures, tmp_path / "variable.pt")
     model = load(tmp_path / "variable.pt")["model"]
-    assert torch.equal(model["base.analysis.0.weight"], kept["model"]["analysis.0.weight"])
+    assert torch.equal(model["base.g_a.0.weight"], kept["model"]["g_a.0.weight"])
     assert model["highest"] == 0.01
 
 
 def test_runs_of_one_seed_share_crops_and_noise_and_a_continued_run_sees_others(pictures, tmp_path):
     start, first = make_run(), {}
-    still = Recipe(1, 1e-30)
+    still = Recipe(1, 1e-30, auxiliary_lr=1e-30)
     train(start, pictures, tmp_path / "start.pt")
     runs = {
         "scratch": make_run(recipe=still),
@@ -184,42 +244,111 @@ def test_runs_are_told_apart_by_name_and_are_json():
     ]  # fmt: skip
     assert len({run.file_name() for run in runs}) == len(runs)
     assert make_run(start=start).as_dict()["start"] == json.loads(json.dumps(start.as_dict()))
-    assert start.file_name().startswith("8-8-0.01-")
+    assert start.file_name().startswith("mbt2018-mean-8-8-0.01-")
 
 
 def test_an_image_that_breaks_off_is_named_and_nothing_lost(folder, tmp_path, capsys):
     paths = sorted(folder.iterdir())
+    photos = read_all(paths)
     whole = paths[1].read_bytes()
     paths[1].write_bytes(whole[:3000])
     with pytest.raises(ImageError, match=r"1\.png cannot be read"):
-        train(make_run(), paths, tmp_path / "run.pt")
+        train(make_run(), photos, tmp_path / "run.pt")
     taken = load(tmp_path / "run.pt")["taken"]
     assert taken < 3
-    train(make_run(), [paths[0], paths[2]], tmp_path / "run.pt")
+    train(make_run(), [photos[0], photos[2]], tmp_path / "run.pt")
     printed = capsys.readouterr().out
     assert f"goes on from step {taken}." in printed
     assert "the images are not those" in printed
+    with pytest.raises(CheckpointError, match="complete, on others"):
+        train(make_run(), photos[:1], tmp_path / "run.pt")
 
 
-def test_a_log_holds_losses_weights_cosine_and_held_out_scores(pictures, tmp_path):
-    log = Log(tmp_path / "log", every=2, held_out={"a": pictures[0]}, validate_every=4)
+def make_log(folder, pictures, **options):
+    return Log(folder, every=2, images={"a": pictures[0]}, crop=64, **options)
+
+
+def test_a_log_holds_losses_weights_cosine_and_validation(pictures, tmp_path, capsys):
+    log = make_log(tmp_path / "log", pictures, validate_every=3)
     train(make_run("solution2"), pictures, tmp_path / "run.pt", observers=[log])
     events = EventAccumulator(str(tmp_path / "log"))
     events.Reload()
     kinds = {f"{kind}/{name}" for kind in ("loss", "weight", "coefficient")
              for name in ("rate", "distortion")}  # fmt: skip
     assert kinds | {"cosine/rate,distortion", "lr"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("lr")] == [2, 4, 6]
-    assert [event.step for event in events.Scalars("held out/psnr")] == [4, 7]
+    assert [event.step for event in events.Scalars("lr")] == [2, 4]
+    assert [event.step for event in events.Scalars("validation/psnr")] == [3, 5]
+    bpp, psnr = (events.Scalars(f"validation/{name}")[1].value for name in ("bpp", "psnr"))
+    expected = f"log: validation after step 5, {bpp:.3f} bpp, {psnr:.2f} dB\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
-@pytest.mark.parametrize("arch", ["8,8", "variable-rate:8,8"])
+def test_validation_is_of_averaged_weights(pictures, tmp_path):
+    run = make_run(recipe=Recipe(2, 1e-2, ema=0.999))
+    log = make_log(tmp_path / "log", pictures, validate_every=1)
+    train(run, pictures, tmp_path / "run.pt", observers=[log])
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    codec, _ = checkpoint.load_codec(tmp_path / "run.pt")
+    score = evaluate(codec, {"a": pictures[0]})["a"]
+    assert events.Scalars("validation/psnr")[-1].value == pytest.approx(score.psnr)
+
+
+@pytest.mark.parametrize("arch", [TINY, f"variable-rate:{TINY}"])
 def test_being_watched_changes_nothing(arch, pictures, tmp_path):
     run = make_run("mgda", arch=arch)
-    log = Log(tmp_path / "log", every=2, held_out={"a": pictures[0]}, validate_every=3)
+    log = make_log(tmp_path / "log", pictures, validate_every=3)
     train(run, pictures, tmp_path / "watched.pt", observers=[log, Progress("run", seconds=0)])
     train(run, pictures, tmp_path / "plain.pt")
     assert same(load(tmp_path / "watched.pt"), load(tmp_path / "plain.pt"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "lambdas", "text"),
+    [
+        (TINY, (0.01,), r"loss [\d.]+, [\d.]+ bpp, [\d.]+ dB"),
+        (f"gains:{TINY}", (0.01, 0.05), r"λ=0.01 [\d.e+]+, λ=0.05 [\d.e+]+"),
+    ],
+)
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(
+    arch, lambdas, text, pictures, tmp_path, capsys
+):
+    run = make_run(arch=arch, lambdas=lambdas)
+    train(run, pictures, tmp_path / "a.pt", observers=[Progress("often", seconds=0)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == STEPS
+    for step, line in enumerate(lines, 1):
+        assert re.fullmatch(f"often: step {step} of {STEPS}, {text}", line)
+    train(run, pictures, tmp_path / "b.pt", observers=[Progress("seldom", seconds=1e9)])
+    assert re.fullmatch(f"seldom: step {STEPS} of {STEPS}, {text}\n", capsys.readouterr().err)
+
+
+def test_figures_of_progress_are_those_of_the_batch(pictures, tmp_path, capsys):
+    class Read(Observer):
+        def after(self, trainer):
+            self.losses = trainer.optimizer.metrics.losses
+
+    read = Read()
+    train(make_run(), pictures, tmp_path / "a.pt", observers=[read, Progress("run")])
+    rate, distortion = (read.losses[name].item() for name in ("rate", "distortion"))
+    psnr = 10 * math.log10(255**2 * 0.01 / distortion)
+    expected = f"loss {rate + distortion:.3g}, {rate:.3f} bpp, {psnr:.2f} dB\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_plan_is_checked_before_anything_is_trained(pictures, tmp_path):
+    first, second = (tmp_path / f"{name}.pt" for name in "ab")
+    plan = [(make_run(), first), (make_run(lambdas=(0.02,), start=first), second)]
+    check(plan)
+    train(make_run(lambdas=(0.02,), recipe=Recipe(1, 1.0)), pictures, second)
+    with pytest.raises(CheckpointError, match=r"b\.pt should go on with .* steps 1, lr 1\.0"):
+        check(plan)
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*nowhere\.pt"):
+        check([*plan[:1], (make_run(start=tmp_path / "nowhere.pt"), second)])
+    with pytest.raises(ArchitectureError):
+        check([*plan[:1], (make_run(arch="huge"), tmp_path / "c.pt")])
+    with pytest.raises(BalanceError, match="rate"):
+        check([(make_run("fixed", arch=f"gains:{TINY}", lambdas=(0.01, 0.02)), first)])
 
 
 def test_a_full_disk_ends_a_run_at_its_last_checkpoint(pictures, tmp_path, monkeypatch):
@@ -237,93 +366,3 @@ def test_a_full_disk_ends_a_run_at_its_last_checkpoint(pictures, tmp_path, monke
     assert load(tmp_path / "run.pt")["taken"] == 2
     train(make_run(), pictures, tmp_path / "run.pt")
     assert load(tmp_path / "run.pt")["taken"] == STEPS
-
-
-# The train command.
-
-SMALL = ["--arch", "8,8", "--crop", "64", "--batch", "1", "--log-every", "2", "--steps", "1"]
-
-
-def weight(content):
-    return content["model"]["analysis.0.weight"]
-
-
-def command(folder, output, *more):
-    return main(["train", *SMALL, "--images", str(folder), "--output", str(output), *more])
-
-
-def test_each_lambda_starts_from_the_one_below(folder, tmp_path, capsys):
-    """With a learning rate of nearly nothing, the start is what is saved."""
-    options = ["--lr", "1e-30", "--lambdas", "0.02", "0.01"]
-    assert command(folder, tmp_path / "a", *options) == 0
-    low, high = (load(tmp_path / "a" / f"lambda-{x}.pt") for x in (0.01, 0.02))
-    assert same(weight(low), weight(high))
-    assert f"{tmp_path}/a/lambda-0.01.pt is complete: 1 steps." in capsys.readouterr().out
-    more = ["--lr", "1e-30", "--lambdas", "0.01", "--seed", "1", "--weighting", "fixed",
-            "--rate-weight", "0.8"]  # fmt: skip
-    assert command(folder, tmp_path / "b", *more, "--from", str(tmp_path / "a")) == 0
-    assert same(weight(load(tmp_path / "b" / "lambda-0.01.pt")), weight(low))
-    more = ["--arch", "variable-rate:8,8", "--lambdas", "0.01", "0.02", "--weighting", "mgda"]
-    start = str(tmp_path / "a" / "lambda-0.02.pt")
-    assert command(folder, tmp_path / "c", *more, "--from", start) == 0
-    assert load(tmp_path / "c" / "variable-rate.pt")["model"]["highest"] == 0.02
-
-
-def test_training_scores_a_folder_of_held_out_images(folder, tmp_path):
-    options = ["--lambdas", "0.01", "--eval-images", str(folder)]
-    assert command(folder, tmp_path / "out", *options) == 0
-    events = EventAccumulator(str(tmp_path / "out" / "logs" / "lambda-0.01"))
-    events.Reload()
-    assert "held out/bpp" in events.Tags()["scalars"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_is_not_there_is_refused(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command(folder, tmp_path, "--device", "cuda")
-    assert "cuda cannot be used (" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--images", "nowhere"], "error: nowhere is not a folder."),
-        (["--lambdas", "0"], "argument --lambdas: should be above 0, found 0"),
-        (["--lambdas", "nan"], "argument --lambdas: should be above 0, found nan"),
-        (["--steps", "many"], "invalid int value: 'many'"),
-        (["--weighting", "magic"], "argument --weighting: invalid choice: 'magic'"),
-        (["--arch", "huge"], "error: --arch should be small, base, large, full, widths like"),
-        (["--from", "nowhere.pt"], "error: There is no checkpoint nowhere.pt."),
-        (["--rate-weight", "0.5"], "--rate-weight needs --weighting fixed"),
-        (["--rate-weight", "2", "--weighting", "fixed"], "should be above 0 and below 1, found 2"),
-        (["--clip", "0"], "argument --clip: should be above 0, found 0"),
-        (["--workers", "-1"], "argument --workers: should be above -1, found -1"),
-        (["--device", "warp"], "argument --device: warp cannot be used (Expected one of cpu"),
-        (["--crop", "100"], "should be a multiple of 64, found 100"),
-        (["--ema", "1"], "argument --ema: should be above 0 and below 1, found 1"),
-        (["--crop", "128"], "0.png should be at least 128 pixels high and wide"),
-    ],
-)
-def test_bad_options_end_with_a_sentence_and_code_2(options, message, folder, tmp_path, capsys):
-    try:
-        code = command(folder, tmp_path / "out", *options)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_is_a_file_is_named(folder, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert command(folder, tmp_path / "file") == 2
-    assert f"error: {tmp_path}/file/logs cannot be written (Not" in capsys.readouterr().err
-
-
-def test_unknown_commands_are_refused_and_known_ones_listed(capsys):
-    assert main(["paint"]) == 2
-    assert "python -m examples.lic evaluate" in capsys.readouterr().err
-    assert main(["--help"]) == 0
-    assert "python -m examples.lic train" in capsys.readouterr().out

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from examples.lic.images import ImageError
+from examples.lic.images import ImageError, read_all
 from examples.lic.streams import Crops, CropStream, find_sources
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -19,8 +27,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def folder_crops(folder, *, seed):
-    return Crops(sorted(folder.iterdir()), crop=64, seed=seed)
+def folder_crops(folder, *, seed, memory=0):
+    return Crops(read_all(sorted(folder.iterdir()), memory=memory), crop=64, seed=seed)
 
 
 def flat(images=5):
@@ -56,9 +64,10 @@ def test_crops_are_cut_within_the_image_and_half_of_them_mirrored():
     assert min(mirrored.values()) > 10
 
 
-def test_workers_make_no_difference(folder):
-    crops = folder_crops(folder, seed=3)
-    alone, helped = take(stream(crops), 4), take(stream(crops, workers=2), 4)
+@pytest.mark.parametrize(("workers", "memory"), [(2, 0), (0, 40_000), (2, 10**6)])
+def test_workers_and_decoded_images_in_memory_make_no_difference(workers, memory, folder):
+    alone = take(stream(folder_crops(folder, seed=3)), 4)
+    helped = take(stream(folder_crops(folder, seed=3, memory=memory), workers=workers), 4)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert alone[0].is_contiguous(memory_format=torch.channels_last)
     assert 0 <= alone[0].min() < alone[0].max() <= 1
@@ -110,12 +119,51 @@ def test_other_images_are_another_identity(folder):
     assert first != folder_crops(folder, seed=0).identity
 
 
+def test_images_in_memory_are_not_decoded_again(folder):
+    crops = folder_crops(folder, seed=0, memory=10**6)
+    for path in folder.iterdir():
+        path.unlink()
+    assert len(take(stream(crops), 5)) == 5
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(folder):
+    """A batch system sends SIGTERM to all processes of a job; the trainer ends its step first."""
+    batches = stream(folder_crops(folder, seed=3), workers=1)
+    expected = take(stream(folder_crops(folder, seed=3)), 8)
+    taken = take(batches, 1)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    taken += take(batches, 7)
+    assert all(torch.equal(a, b) for a, b in zip(taken, expected, strict=True))
+
+
+FAILS = """
+import torch
+from examples.lic.streams import Crops, CropStream
+stream = CropStream(Crops([torch.zeros(3, 64, 64)], crop=64, seed=0), batch=1, workers=1)
+next(stream)
+raise RuntimeError("a fault")
+"""
+
+
+def test_workers_do_not_keep_a_process_that_fails_from_ending():
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert b"a fault" in done.stderr
+
+
 def test_sources_are_a_folder_or_the_bundled_photographs(folder):
     Image.new("L", (80, 70)).save(folder / "9.png")
     Image.new("L", (80, 60)).save(folder / "small.png")
-    paths, note = find_sources(folder, crop=64, skip=True)
-    assert paths == sorted(folder.iterdir())[:-1]
-    assert note == f"Trains on 6 of the 7 images in {folder}."
+    size = 3 * 80 * 70
+    photos, note = find_sources(folder, crop=64, skip=True, memory=2 * size, threads=3)
+    assert [photo.path for photo in photos] == sorted(folder.iterdir())[:-1]
+    assert [photo.pixels is not None for photo in photos] == 2 * [True] + 4 * [False]
+    assert note == f"Trains on 6 of the 7 images in {folder}, 2 of 6 decoded in memory."
+    halves, _ = find_sources(folder, crop=30, shrink=[1, 2], memory=8 * size)
+    assert [tuple(photo.read().shape) for photo in halves[::7]] == [(3, 70, 80), (3, 35, 40)]
+    assert Crops(halves, crop=30, seed=0).identity != Crops(2 * photos, crop=30, seed=0).identity
     images, note = find_sources(None, crop=128)
     assert "astronaut" in note
     assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in images)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from examples.lic.architectures import build
 from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction
 from examples.lic.log import Recorder
-from examples.lic.losses import EQUAL, WEIGHTINGS, RateDistortion, fixed
+from examples.lic.losses import EQUAL, WEIGHTINGS, Levels, RateDistortion, fixed
 from examples.lic.streams import Crops, CropStream
 from examples.lic.training import Observer, Recipe, Trainer, normalize_gradient
 from moo_balance import Sum
@@ -23,11 +24,11 @@ def pictures():
     return [ramp.to(torch.uint8), ramp.flip(-1).to(torch.uint8)]
 
 
-def make_trainer(weighting=EQUAL, recipe=None, model=None):
+def make_trainer(weighting=EQUAL, recipe=None, model=None, **options):
     torch.manual_seed(0)
     model = MeanScaleHyperprior(8, 8) if model is None else model
     recipe = Recipe(1, 1e-3) if recipe is None else recipe
-    return Trainer(RateDistortion(model, 0.01), weighting, recipe, seed=1)
+    return Trainer(RateDistortion(model, 0.01), weighting, recipe, seed=1, **options)
 
 
 def run(trainer, pictures, *observers):
@@ -57,6 +58,30 @@ def test_training_lowers_the_loss_and_records_every_step(pictures):
     assert record.last("loss")["distortion"] == distortion[-1]
     assert record.late_mean("loss")["distortion"] == pytest.approx(fmean(distortion[21:]))
     assert record.late_mean("coefficient") == {"rate": 0.5, "distortion": 0.5}
+
+
+@pytest.mark.parametrize("arch", ["mbt2018-mean:8,8", "variable-rate:mbt2018-mean:8,8"])
+def test_mixed_precision_is_of_the_transforms_and_not_of_the_losses(arch, pictures):
+    outputs, losses = {}, {}
+    for amp in (False, True):
+        torch.manual_seed(0)
+        model = build(arch)
+        layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        layer.register_forward_hook(lambda *a, amp=amp: outputs.update({amp: a[2].dtype}))
+        objective = RateDistortion(model, 0.01)
+        if arch.startswith("variable"):
+            objective = Levels(model, [0.01, 0.1], one_level=False, seed=0)
+        trainer = Trainer(objective, Sum(), Recipe(1, 1e-3, amp=amp), seed=1)
+        dtypes = set()
+        note = lambda *a, to=dtypes: to.update(loss.dtype for loss in a[2].values())  # noqa: E731
+        objective.register_forward_hook(note)
+        run(trainer, pictures)
+        assert dtypes == {torch.float32}
+        losses[amp] = trainer.optimizer.metrics.losses
+    assert outputs == {False: torch.float32, True: torch.bfloat16}
+    for name, loss in losses[True].items():
+        assert loss.item() != losses[False][name].item()
+        assert loss.item() == pytest.approx(losses[False][name].item(), rel=0.02)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -111,11 +136,12 @@ def test_averaged_weights_are_a_moving_average(pictures):
 
     class Keep(Observer):
         def after(self, trainer):
-            seen.append(trainer.model.z_log_scale.detach().clone())
+            seen.append(trainer.model.g_a[0].weight.detach().clone())
 
     run(trainer, pictures, Keep())
-    average = trainer.state_dict()["ema"]["module.z_log_scale"]
+    average = trainer.trained.g_a[0].weight
     torch.testing.assert_close(average, 0.75 * seen[0] + 0.25 * seen[1])
+    assert torch.equal(average, trainer.state_dict()["ema"]["module.g_a.0.weight"])
 
 
 class WithQuantiles(nn.Module):
