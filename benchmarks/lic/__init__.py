@@ -1,18 +1,13 @@
 """Experiments on learned image compression, and the page docs/lic_report.md.
 
-===================  ===============================================================================
-study                the experiments of each setting, in order; what runs them
-engine, cache        does jobs once, in order of their dependencies, with several processes
-jobs                 what a job is: train a run and score it, or refine latents
-tuning               learning rate, clipping and the cost of a step, before anything is compared
-solutions            Solutions 1 and 2 against their baselines
-ablations            the solutions with one piece changed
-variable_rate        one codec for every rate
-refinement           SGA and SGA+
-statistics, text     intervals over seeds; numbers in text
-…_page, figures      what the page shows of each experiment, from JSON only
-report               the JSON file, and the page as a whole
-===================  ===============================================================================
-
-Every page module has ``section(title, data) -> str`` and ``figures(title, data)``.
+====================================  ==============================================================
+experiments                           one in each module: which runs there are, what they say
+regime                                what all share: the codecs at the start, how runs are trained
+jobs                                  what a job is: train and score, refine, code with JPEG
+store, engine                         results by all they depend on; carries out what is missing
+estimator                             the difference of two codecs in per cent of the rate
+weightings, cautious_adam, roundings  methods that only experiments use
+scores                                what is scored, and figures of it
+page, figures                         the page, from stored summaries only
+====================================  ==============================================================
 """

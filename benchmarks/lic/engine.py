@@ -1,163 +1,206 @@
-"""Jobs as values, and the engine that does each of them once.
+"""Carries out the jobs of experiments, each once, in processes of one thread.
 
 ::
 
-    experiment.jobs() ──► Engine.collect ──► experiment.read(result) ──► JSON, for the page
-                              │      ▲
-     jobs, after those that   ▼      │  results as JSON files,
-     they depend on       job(engine)┘  found again by the job's representation
-
-A job trains and scores a `Run` of ``examples.lic.runs``, or uses the codec of one. It names the
-jobs that it depends on, so an experiment is known as a whole before its first step.
+    for stage in experiment.jobs(results):   # a stage may depend on results[job] of earlier ones
+        carry out what is not stored yet     # and first the runs that it starts from
+    experiment.summarize(results)            # in types that JSON has, for the page
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-import moo_balance
-from benchmarks.lic import cache
-from examples.lic.images import Photographs
-
-Result: TypeAlias = dict[str, Any]
-"""What is kept of a job, as JSON gives it back."""
-
-VERSIONS = f"moo_balance {moo_balance.__version__}, torch {torch.__version__}"
-"""Part of every key, so that results of another version are not taken for those of this one."""
+from benchmarks.lic.jobs import PARTS, PROBED, Context, Job, Result, ScoreCodec, Train
+from benchmarks.lic.store import Store, make_key
 
 
-class Job(Protocol):
-    """Work whose result is kept: a frozen dataclass. Jobs of equal representation are equal."""
+class Results(Protocol):
+    """Results by job, in types that JSON has."""
 
-    @property
-    def needs(self) -> Sequence[Job]:
-        """The jobs that have to be done before."""
-
-    def __call__(self, engine: Engine) -> Result:
-        """Do the work."""
-
-    def __str__(self) -> str:
-        """A few words: the readable part of a file's name, and a line of progress."""
+    def __getitem__(self, job: Job) -> Result: ...
 
 
 class Experiment(Protocol):
-    """A list of jobs, and how to read their results."""
+    """A question, and the runs that settle it."""
 
-    def jobs(self) -> Iterable[Job]:
-        """Return all that is to be done; what these jobs depend on need not be listed."""
+    def jobs(self, results: Results) -> Iterator[list[Job]]:
+        """The jobs in stages; runs that they start from need not be among them."""
 
-    def read(self, result: Callable[[Job], Result]) -> dict[str, Any]:
-        """Return what the page is written from, as JSON."""
+    def summarize(self, results: Results) -> dict[str, Any]:
+        """What the page shows.
 
-
-def waves(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    """Order jobs and all that they need, each once: no job of a wave depends on another of it."""
-    left: dict[str, Job] = {}
-
-    def add(job: Job) -> None:
-        if repr(job) not in left:
-            for needed in job.needs:
-                add(needed)
-            left[repr(job)] = job
-
-    for job in jobs:
-        add(job)
-    while left:
-        wave = [job for job in left.values() if not any(repr(n) in left for n in job.needs)]
-        yield wave
-        for job in wave:
-            del left[repr(job)]
+        ``title``, ``about``, ``comparisons`` and what they measure, ``"b"`` or ``"BD-rate"``,
+        ``tables``.
+        """
 
 
-def no_report(line: str) -> None:
-    """Print nothing; unlike a lambda it can be sent to another process."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class Engine:
-    """Does jobs with photographs; what is in `folder` is not done again.
+    """Does jobs, and knows their results.
 
     Args:
-        photographs: Those to train on, and those to score on.
-        folder: For results and checkpoints.
-        workers: Processes, of one thread each.
-        say: Called with one line for each job that has ended.
+        store: The results.
+        context: The images.
+        folder: For checkpoints.
+        pool: Does jobs in other processes, see :func:`make_pool`; None to do them in this one.
+        say: Called with lines of progress.
     """
 
-    photographs: Photographs
+    store: Store
+    context: Context
     folder: Path
-    workers: int = 1
-    say: Callable[[str], object] = no_report
+    pool: Executor | None = None
+    say: Callable[[str], object] = print
+    _keys: dict[str, str] = field(default_factory=dict)
 
-    def collect(self, experiment: Experiment) -> dict[str, Any]:
-        """Do all jobs of an experiment, and read its results."""
-        ordered = waves(experiment.jobs())
-        todo = [[job for job in wave if not self._path(job).exists()] for wave in ordered]
-        if self.workers == 1 or sum(map(len, todo)) < 2:
-            for job in chain.from_iterable(todo):
-                self.result(job)
-        else:
-            self._share_out(todo)
-        return experiment.read(self.result)
+    def __getitem__(self, job: Job) -> Result:
+        return self.store[self.key(job)]
 
-    def result(self, job: Job) -> Result:
-        """Return the result of a job, which is done now if it was not done before."""
-        path = self._path(job)
-        result = cache.load(path)
-        if result is None:
-            result = cache.store(path, self._key(job), job(self))
-            self.say(str(job))
-        return result
+    def key(self, job: Job) -> str:
+        """The key of the job's result."""
+        text = repr(job)
+        if text not in self._keys:
+            self._keys[text] = make_key(job, self.context)
+        return self._keys[text]
 
-    def checkpoint(self, name: str) -> Path:
-        """Return where a checkpoint of this version and these photographs is kept."""
-        return self.folder / cache.file_name(self._setting, "checkpoints", "") / name
+    def run(self, name: str, experiment: Experiment) -> None:
+        """Carry out what is missing of an experiment, and store its summary."""
+        keys: set[str] = set()
+        for stage in experiment.jobs(self):
+            stage = with_starts(stage)
+            keys.update(map(self.key, stage))
+            missing = self.missing(stage)
+            first = [job for job in missing if isinstance(job, Train) and job.kept]
+            for jobs in (first, [job for job in missing if job not in first]):
+                self._carry_out(name, jobs)
+        seconds = sum(self.store[key]["seconds"] for key in keys)
+        summary = {**experiment.summarize(self), "minutes": seconds / 60}
+        if dropped := self.store.finish(name, keys, summary):
+            self.say(f"{name}: {dropped} results of other code or settings are dropped.")
 
-    def _share_out(self, todo: Iterable[Sequence[Job]]) -> None:
-        """Do jobs in several processes, one wave after another."""
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,))
-        silent = Engine(self.photographs, self.folder)  # `say` cannot always be pickled
-        try:
-            for wave in todo:
-                futures = {pool.submit(silent.result, job): job for job in wave}
-                for future in as_completed(futures):
-                    future.result()
-                    self.say(str(futures[future]))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _key(self, job: Job) -> str:
-        if " at 0x" in repr(job):
-            raise ValueError(
-                f"The representation of a job should tell what it does. Found {job!r}."
-            )
-        return f"{self._setting}; {job!r}"
+    def missing(self, stage: Sequence[Job]) -> list[Job]:
+        """Those without a result, each once, and starts of theirs without a checkpoint."""
+        missing = {self.key(job): job for job in stage if self.key(job) not in self.store}
+        for job in with_starts(list(missing.values())):
+            if isinstance(job, Train) and job.kept and not self._path(job).exists():
+                missing[self.key(job)] = job
+        return list(missing.values())
 
     def _path(self, job: Job) -> Path:
-        return self.folder / "results" / cache.file_name(self._key(job), str(job))
+        """Of the checkpoint: it lies next to that of the start, where training finds it."""
+        if isinstance(job, Train) and job.kept:
+            return self.folder / self.key(job) / job.run.file_name()
+        start = job.start if isinstance(job, Train) else None
+        folder = self.folder if start is None else self._path(start).parent
+        return folder / f"{self.key(job)}.pt"
 
-    @cached_property
-    def _setting(self) -> str:
-        sets = (self.photographs.train, self.photographs.held_out)
-        return f"{VERSIONS}; photographs {'-'.join(f'{fingerprint(s):08x}' for s in sets)}"
+    def _carry_out(self, name: str, jobs: Sequence[Job]) -> None:
+        begin = time.monotonic()
+        for done, (job, result) in enumerate(self._results(jobs), 1):
+            self.store.add(name, self.key(job), result)
+            minutes = (time.monotonic() - begin) / 60
+            self.say(f"{name}: {done} of {len(jobs)} jobs of this stage, {minutes:.1f} min")
+
+    def _results(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+        if self.pool is None:
+            for job in jobs:
+                yield job, carry_out(job, self.context, self._path(job))
+            return
+        futures = {self.pool.submit(_work, job, self._path(job)): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
-def fingerprint(images: Mapping[str, Tensor]) -> int:
-    """A checksum of the names and the pixels of a set of images."""
-    value = 0
-    for name, image in images.items():
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(image.contiguous().numpy(), value)
-    return value
+def with_starts(stage: Sequence[Job]) -> list[Job]:
+    """The jobs, and before them the runs that they start from."""
+    starts = [job.start for job in stage if isinstance(job, Train) and job.start]
+    return [*starts, *stage]
+
+
+def carry_out(job: Job, context: Context, path: Path) -> Result:
+    """Do a job, and measure its CPU time."""
+    before = time.process_time()
+    result = job(context, path)
+    return {**result, "seconds": time.process_time() - before}
+
+
+def make_pool(workers: int, context: Context) -> Executor | None:
+    """Processes of one thread each, or None for a single one."""
+    if workers == 1:
+        return None
+    fresh = replace(context)  # without images that were read
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin, (fresh,))
+
+
+def _begin(context: Context) -> None:
+    global _context
+    torch.set_num_threads(1)
+    _context = context
+
+
+def _work(job: Job, path: Path) -> Result:
+    return carry_out(job, _context, path)
+
+
+class _Typical:
+    """Results so far, and a typical one for a job that is not done yet."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getitem__(self, job: Job) -> Result:
+        key = self._engine.key(job)
+        if key in self._engine.store:
+            return self._engine[job]
+        # Runs of different jobs settle to different weights, so that what follows differs, too.
+        shares, score = [0.8, 0.2 + 0.1 * int(key[:8], 16) / 16**8], [0.3, 28.0]
+        return {"step": 1.0, "coefficients": shares, "course": [shares] * PARTS, "crops": score}
+
+
+class Costs:
+    """CPU seconds of what is missing of experiments, from steps of each kind that are timed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._steps: dict[str, float] = {}
+        self._counted: set[str] = set()
+
+    def estimate(self, experiment: Experiment) -> float:
+        """Of an experiment; runs that it shares with one before count there."""
+        total = 0.0
+        for stage in experiment.jobs(_Typical(self._engine)):
+            for job in self._engine.missing(with_starts(stage)):
+                if (key := self._engine.key(job)) not in self._counted:
+                    self._counted.add(key)
+                    total += job.length * self._step(job) + self._scoring(job)
+        return total
+
+    def _step(self, job: Job) -> float:
+        if job.kind not in self._steps:
+            self._steps[job.kind] = self._time(job) / min(PROBED, job.length)
+        return self._steps[job.kind]
+
+    def _scoring(self, job: Job) -> float:
+        """As often as a run has levels, what a codec takes for all photographs."""
+        if not (isinstance(job, Train) and job.scored):
+            return 0.0
+        return len(job.run.lambdas) * self._steps.get(ScoreCodec.kind, 1.0)
+
+    def _time(self, job: Job) -> float:
+        job.probe(self._engine.context)  # the first one reads images, and finds caches cold
+        before = time.process_time()
+        job.probe(self._engine.context)
+        return time.process_time() - before

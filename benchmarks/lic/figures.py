@@ -1,71 +1,49 @@
-"""What the figures have in common."""
+"""The figures of the page, from the summaries of experiments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-from PIL import Image
 
-SMOOTHING = 15
+from examples.lic.plots import new_figure
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure yet to be drawn, the stem of its file name, and what the page says below it."""
-
-    stem: str
-    caption: str
-    draw: Callable[[], Figure]
-
-    def png(self) -> bytes:
-        """A small file, because the figures are kept with the sources: few pixels and colours."""
-        drawn, written = BytesIO(), BytesIO()
-        self.draw().savefig(drawn, format="png", dpi=90)
-        image = Image.open(drawn).convert("RGB").quantize(48)
-        image.save(written, format="png", optimize=True)
-        return written.getvalue()
-
-
-def grid(
-    rows: int, columns: int, *, width: float, height: float, **sharing: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` × `columns` axes, each of this size in inches."""
-    # Not pyplot's: nothing global, no display, no backend to choose.
-    figure = Figure(figsize=(width * columns, height * rows), dpi=100, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def draw_forest(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """All differences with their intervals, by experiment; null pairs are hollow."""
+    rows = [(title, row) for title, rows in groups.items() for row in rows]
+    figure, (ax,) = new_figure(9.0, 1.0 + 0.24 * (len(rows) + len(groups)))
+    y, labels = 0, []
+    for title, comparisons in groups.items():
+        labels.append((y, title))
+        for row in comparisons:
+            y -= 1
+            color, fill = ("0.45", "white") if row["null"] else ("C0", "C0")
+            half = row["half"] if math.isfinite(row["half"]) else 0.0
+            ax.errorbar(row["mean"], y, xerr=half, fmt="o", color=color, markerfacecolor=fill,
+                        markersize=4, capsize=2, linewidth=1)  # fmt: skip
+            labels.append((y, f"{row['setting']}: {row['name']}"))
+        y -= 1
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    positions, texts = zip(*labels, strict=True)
+    ax.set_yticks(positions, texts, fontsize=6)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    ax.set_ylim(y, 1)
+    ax.set_xlabel("bits in per cent at equal PSNR; negative: fewer")
+    return figure
 
 
-def plot_curve(ax: Axes, points: Sequence[Sequence[float]], *style: str, **options: Any) -> None:
-    """Draw (bpp, PSNR) points in the order in which they are given."""
-    ax.plot(*zip(*points, strict=True), *style, **options)
-
-
-def label_rd_axes(ax: Axes) -> None:
-    """Name the axes of a rate-distortion plane."""
+def draw_curves(curves: Mapping[str, Iterable[Sequence[float]]]) -> Figure:
+    """Mean PSNR over the geometric mean of the rate, for each curve of ``(ln R, PSNR)``."""
+    figure, (ax,) = new_figure(6.0, 4.2)
+    for name, points in curves.items():
+        rates, psnrs = zip(*sorted(map(tuple, points)), strict=True)
+        ax.plot([math.exp(rate) for rate in rates], psnrs, "o-", markersize=4, label=name)
+    ax.set_xscale("log")
     ax.set_xlabel("rate (bits per pixel)")
     ax.set_ylabel("PSNR (dB)")
-
-
-def plain_ticks(axis: Axis) -> None:
-    """Numbers without powers of ten on a logarithmic axis of little more than a decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean; the window shrinks at both ends."""
-    kernel = np.ones(min(SMOOTHING, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    ax.legend(frameon=False)
+    return figure

@@ -1,217 +1,294 @@
-"""What is done with runs: train and keep, train and score, refine latents."""
+"""Work whose result is kept: frozen dataclasses that say all that the result depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
-from statistics import fmean
-from typing import Any, Literal
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lic.engine import Engine, Job, Result
 from benchmarks.lic.scores import crop_center
-from examples.lic import checkpoint
+from examples.lic import architectures
+from examples.lic.anchors import measure_format
+from examples.lic.checkpoint import load_codec
 from examples.lic.evaluation import Score, evaluate
-from examples.lic.log import Recorder
-from examples.lic.refinement import Latents, Refinement, quantize, refine, score
-from examples.lic.runs import Run, train
-from examples.lic.variable_rate import VariableRateCodec, step_for
-from moo_balance import FixedWeights, History
+from examples.lic.images import study_photographs
+from examples.lic.losses import RateDistortion, level_name
+from examples.lic.refinement import Refinement, refine, score
+from examples.lic.runs import Run, TrainingError, train
+from examples.lic.streams import Crops, CropStream, Sources, find_sources
+from examples.lic.training import Observer, Trainer
+from examples.lic.variable_rate import VariableRateCodec
+from moo_balance import BalanceError
 
-SUM = FixedWeights({"rate": 1.0, "distortion": 1.0})
-"""The plain sum R + λD."""
+Result: TypeAlias = dict[str, Any]
 
-SERIES_POINTS = 100
-"""How many points of a run's losses and weights are kept, each the mean of some steps."""
+SIDE = 512
+"""Largest side of the middle of a photograph that is scored, for time."""
 
-REFINEMENT_POINTS = 10
-"""How often a refined code is rounded and scored on the way."""
+PARTS = 100
+"""Into so many equal parts the course of a run's weights is divided."""
+
+CROPS = 4
+"""Fresh crops of a photograph, in a row and in a column."""
+
+PROBED = 3
+"""Steps that a probe takes or stands for."""
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Train a run and keep its checkpoint, for other jobs to start from."""
+class Context:
+    """What all jobs share: the images.
 
-    run: Run
+    Args:
+        images: Folder to train on; None for the bundled photographs.
+        crop: Side of the crops in training.
+        side: Of the middle of the photographs that is scored.
+    """
 
-    def __str__(self) -> str:
-        return f"checkpoint {describe(self.run)}"
+    images: Path | None
+    crop: int
+    side: int
+
+    @cached_property
+    def sources(self) -> Sources:
+        """The images to train on."""
+        return find_sources(self.images, crop=self.crop, skip=True, memory=int(4e9))[0]
+
+    @cached_property
+    def photographs(self) -> dict[str, Tensor]:
+        """The images to score."""
+        images = study_photographs()
+        return {name: crop_center(image, self.side) for name, image in images.items()}
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for equal images to train on."""
+        identity = Crops(self.sources, crop=self.crop, seed=0).identity
+        return f"{identity}, scored up to {self.side} pixels"
+
+
+class Job(Protocol):
+    """Called with a context and the path of a checkpoint it returns a result: what JSON has.
+
+    Of a run that breaks off this is ``{"error": why}``.
+    """
 
     @property
-    def needs(self) -> list[Job]:
-        return [Keep(self.run.start)] if self.run.start else []
+    def kind(self) -> str:
+        """Jobs of one kind have equally expensive steps."""
 
-    def __call__(self, engine: Engine) -> Result:
-        recorder = Recorder()
-        path = engine.checkpoint(self.run.file_name())
-        train(self.run, list(engine.photographs.train.values()), path, observers=[recorder])
-        return {"seconds": sum(recorder.seconds)}
+    @property
+    def length(self) -> int:
+        """How many steps there are."""
+
+    def probe(self, context: Context) -> None:
+        """Take a step or a few."""
+
+    def __call__(self, context: Context, path: Path) -> Result:
+        """Do the work."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a run and score it; its checkpoint is not kept.
+    """Train a run and score it.
 
     Args:
-        run: The run.
-        weights_of: Hold the mean coefficients of this one constant, in place of the run's
-            weighting.
-        between: Further λ at which a variable-rate codec is scored.
-        scored_on: Which photographs are scored.
+        run: Its checkpoint is at the path given, and its start, if that is a run, next to it.
+        observers: Of the run.
+        scored: Score the photographs, by estimated rate.
+        on_crops: Score fresh crops of the training images, too.
+        kept: Leave the checkpoint where it is, for other runs to start from, and record the course
+            of the coefficients.
+        start_observers: Of the run that this one starts from.
     """
 
     run: Run
-    weights_of: Train | None = None
-    between: tuple[float, ...] = ()
-    scored_on: Literal["held_out", "train"] = "held_out"
-
-    def __str__(self) -> str:
-        return f"{'hold weights of' if self.weights_of else 'train'} {describe(self.run)}"
+    observers: tuple[Observer, ...] = ()
+    scored: bool = True
+    on_crops: bool = False
+    kept: bool = False
+    start_observers: tuple[Observer, ...] = ()
 
     @property
-    def needs(self) -> list[Job]:
-        start: list[Job] = [Keep(self.run.start)] if self.run.start else []
-        return [*start, self.weights_of] if self.weights_of else start
+    def start(self) -> Train | None:
+        """The run that this one starts from, as a job."""
+        if not isinstance(self.run.start, Run):
+            return None
+        return Train(self.run.start, self.start_observers, scored=False, kept=True)
 
-    def __call__(self, engine: Engine) -> Result:
-        run, recorder = self._resolve(engine), Recorder()
-        path = engine.checkpoint(f"{run.file_name()}.scored")
+    @property
+    def kind(self) -> str:
+        run, method = self.run, type(self.run.weighting).__name__
+        return f"{run.arch}, {len(run.lambdas)} λ {run.one_level}, {method}, {run.batch}"
+
+    @property
+    def length(self) -> int:
+        return self.run.recipe.steps
+
+    def probe(self, context: Context) -> None:
+        run = self.run
+        model = architectures.build(run.arch, highest=run.lambdas[-1])
+        recipe = replace(run.recipe, steps=PROBED)
+        trainer = Trainer(run.objective(model), run.weighting, recipe, seed=0)
+        crops = Crops(context.sources, crop=run.crop, seed=0)
+        trainer.run(CropStream(crops, batch=run.batch))
+
+    def __call__(self, context: Context, path: Path) -> Result:
+        course = Course()
         path.unlink(missing_ok=True)  # a stopped run would be resumed, and its course incomplete
-        train(run, list(engine.photographs.train.values()), path, observers=[recorder])
-        codec, _ = checkpoint.load_codec(path)
-        path.unlink()
-        images = getattr(engine.photographs, self.scored_on)
-        return {**self._score(codec, images), **self._course(recorder)}
+        try:
+            train(self.run, context.sources, path, save_every=self.length + 1,
+                  observers=[course, *self.observers])  # fmt: skip
+        except (TrainingError, BalanceError) as error:
+            return {"error": str(error)}
+        model, _ = load_codec(path)
+        result = course.summarize()
+        if not self.kept:
+            path.unlink()
+            result.pop("course", None)
+        if self.scored and isinstance(model, VariableRateCodec):
+            codecs = {level_name(lmbda): model.at(lmbda) for lmbda in self.run.lambdas}
+            result["levels"] = {k: evaluate(v, context.photographs) for k, v in codecs.items()}
+        elif self.scored:
+            result["images"] = evaluate(model, context.photographs)
+        if self.on_crops:
+            result["crops"] = score_crops(model, context.sources, self.run.crop)
+        return result
 
-    def _resolve(self, engine: Engine) -> Run:
-        if self.weights_of is None:
-            return self.run
-        weights = engine.result(self.weights_of)["mean_coefficients"]
-        return replace(self.run, weighting=FixedWeights(weights))
 
-    def _score(self, codec: nn.Module, images: Mapping[str, Tensor]) -> Result:
-        if not isinstance(codec, VariableRateCodec):
-            return {"lambda": self.run.lambdas[-1], "scores": evaluate(codec, images)}
-        points = score_levels(codec, self.run.lambdas, self.between, images)
-        return {"points": points, "hyper_steps": hyper_steps(codec, self.run.lambdas)}
+class Course(Observer):
+    """Records coefficients and weights of rate and distortion, and the CPU time of each step."""
 
-    def _course(self, recorder: Recorder) -> Result:
-        course = {
-            "steps": self.run.recipe.steps,
-            "milliseconds": recorder.milliseconds,
-            "seconds": sum(recorder.seconds),
+    def __init__(self) -> None:
+        self._figures: dict[str, list[list[float]]] = {"coefficient": [], "weight": []}
+        self._times = [time.process_time()]
+
+    def after(self, trainer: Trainer) -> None:
+        self._times.append(time.process_time())
+        if isinstance(trainer.objective, RateDistortion):
+            metrics = trainer.optimizer.log_dict(prefix="")
+            for kind, series in self._figures.items():
+                series.append([metrics[f"{kind}/{name}"] for name in RateDistortion.names])
+
+    def summarize(self) -> Result:
+        """Median CPU seconds of a ``step``; of rate and distortion, means over the second half.
+
+        ``course`` has the mean coefficients in equal parts of the whole run.
+        """
+        result: Result = {"step": median(b - a for a, b in pairwise(self._times))}
+        if taken := len(self._figures["weight"]):
+            for kind, series in self._figures.items():
+                result[f"{kind}s"] = average(series[taken // 2 :])
+            size, series = max(1, taken // PARTS), self._figures["coefficient"]
+            starts = range(0, taken // size * size, size)
+            result["course"] = [average(series[start : start + size]) for start in starts]
+        return result
+
+
+def average(rows: list[list[float]]) -> list[float]:
+    """The mean of each column."""
+    return [fmean(column) for column in zip(*rows, strict=True)]
+
+
+def score_crops(model: nn.Module, sources: Sources, side: int) -> Score:
+    """Mean rate and PSNR of crops that lie evenly in the images, as crops drawn at random do."""
+    scores: list[Score] = []
+    for source in sources:
+        image = source if isinstance(source, Tensor) else source.read()
+        rows, columns = (torch.linspace(0, size - side, CROPS).int() for size in image.shape[-2:])
+        crops = {
+            f"{top} {left}": image[:, top : top + side, left : left + side]
+            for top in rows
+            for left in columns
         }
-        if self.run.one_level:  # levels that take turns have no weight in most steps
-            return course
-        course["series"] = thin_out(recorder.history)
-        course["mean_coefficients"] = recorder.late_mean("coefficient")
-        course["mean_weights"] = recorder.late_mean("weight")
-        return course
-
-
-@dataclass(frozen=True)
-class Untrained:
-    """Score the codec of a run at other steps of its quantizer, without training for them."""
-
-    run: Run
-    lambdas: tuple[float, ...]
-    between: tuple[float, ...]
-
-    def __str__(self) -> str:
-        return f"score {describe(self.run)} at {len(self.lambdas)} λ"
-
-    @property
-    def needs(self) -> list[Job]:
-        return [Keep(self.run)]
-
-    def __call__(self, engine: Engine) -> Result:
-        base, _ = checkpoint.load_codec(engine.checkpoint(self.run.file_name()))
-        codec = VariableRateCodec(base, self.run.lambdas[-1], offsets=False, hyper_step=False)
-        held_out = engine.photographs.held_out
-        return {"points": score_levels(codec, self.lambdas, self.between, held_out)}
+        scores += evaluate(model, crops).values()
+    return Score(*average(scores))
 
 
 @dataclass(frozen=True)
 class Refine:
-    """Refine the latents of every held-out photograph.
+    """Refine the latents of every photograph.
 
     Args:
-        run: The run whose codec is used.
-        how: Relaxation, steps, weighting.
+        codec: File of the codec.
         lmbda: λ of the refinement.
+        how: Relaxation and steps.
         side: Of the middle of the photographs that is refined.
     """
 
-    run: Run
-    how: Refinement
+    codec: Path
     lmbda: float
+    how: Refinement
     side: int
 
-    def __str__(self) -> str:
-        return f"refine, λ {self.lmbda:g}, {self.how.steps} steps, {self.how.relaxation!r:.40}"
+    @property
+    def kind(self) -> str:
+        return f"refinement, {self.side}"
 
     @property
-    def needs(self) -> list[Job]:
-        return [Keep(self.run)]
+    def length(self) -> int:
+        return self.how.steps + PROBED  # what encoding and scoring cost besides
 
-    def __call__(self, engine: Engine) -> Result:
-        codec, _ = checkpoint.load_codec(engine.checkpoint(self.run.file_name()))
-        images = engine.photographs.held_out.items()
-        return {"images": {name: self._refine(codec, image) for name, image in images}}
+    def probe(self, context: Context) -> None:
+        replace(self, how=replace(self.how, steps=0))(context, Path())
 
-    def _refine(self, codec: nn.Module, image: Tensor) -> dict[str, Any]:
-        image = crop_center(image, self.side)
-        course: dict[str, Score] = {}
-        every = max(1, self.how.steps // REFINEMENT_POINTS)
-
-        @torch.no_grad()
-        def on_step(step: int, latents: Latents) -> None:
-            if step % every == 0:
-                sent = quantize(codec, latents, centered=self.how.centered)
-                course[str(step)] = score(codec, sent, image)
-
-        sent = refine(codec, image, self.how, lmbda=self.lmbda, seed=self.run.seed, on_step=on_step)
-        return {"score": score(codec, sent, image), "course": course}
+    def __call__(self, context: Context, path: Path) -> Result:
+        codec, _ = load_codec(self.codec)
+        images = {}
+        for name, photograph in context.photographs.items():
+            image = crop_center(photograph, self.side)
+            images[name] = score(codec, refine(codec, image, self.how, lmbda=self.lmbda), image)
+        return {"images": images}
 
 
-def score_levels(
-    codec: VariableRateCodec,
-    trained: Sequence[float],
-    between: Sequence[float],
-    images: Mapping[str, Tensor],
-) -> list[dict[str, Any]]:
-    """Scores of a variable-rate codec at trained λ and at those in between."""
-    levels = [(lmbda, True) for lmbda in trained] + [(lmbda, False) for lmbda in between]
-    return [
-        {"lambda": lmbda, "trained": is_trained, "images": evaluate(codec.at(lmbda), images)}
-        for lmbda, is_trained in sorted(levels)
-    ]
+@dataclass(frozen=True)
+class ScoreCodec:
+    """Score a codec file on the photographs, by estimated rate."""
+
+    codec: Path
+    kind = "codec file"
+    length = 1
+
+    def probe(self, context: Context) -> None:
+        self(context, Path())
+
+    def __call__(self, context: Context, path: Path) -> Result:
+        return {"images": evaluate(load_codec(self.codec)[0], context.photographs)}
 
 
-def hyper_steps(codec: VariableRateCodec, lambdas: Sequence[float]) -> list[float]:
-    """The step of the hyper-latent at each λ."""
-    highest = codec.highest.item()
-    return [codec.z_step(step_for(lmbda, highest)).item() for lmbda in lambdas]
+@dataclass(frozen=True)
+class ScoreFormat:
+    """Score an image format at one quality, by the sizes of its files.
 
+    Args:
+        name: One of :data:`examples.lic.anchors.FORMATS`.
+        quality: 0 to 100.
+    """
 
-def describe(run: Run) -> str:
-    """What a run is about, in a few words."""
-    lambdas = ", ".join(f"{lmbda:g}" for lmbda in run.lambdas)
-    name = type(run.weighting).__name__
-    return f"{run.arch}, λ {lambdas}, seed {run.seed}, {run.recipe.steps} steps, {name}"
+    name: str
+    quality: int
+    length = 1
 
+    @property
+    def kind(self) -> str:
+        return self.name
 
-def thin_out(history: History) -> dict[str, list[float]]:
-    """Losses, weights and coefficients as means over up to :data:`SERIES_POINTS` equal parts."""
-    keys = [key for key in history.keys() if "/" in key]  # noqa: SIM118
-    return {key: means(history.series(key)[1], SERIES_POINTS) for key in keys}
+    def probe(self, context: Context) -> None:
+        self(context, Path())
 
-
-def means(values: Sequence[float], parts: int) -> list[float]:
-    """Means over up to `parts` equal parts of a series."""
-    parts = min(parts, len(values))
-    edges = [round(i * len(values) / parts) for i in range(parts + 1)]
-    return [fmean(values[a:b]) for a, b in pairwise(edges)]
+    def __call__(self, context: Context, path: Path) -> Result:
+        images = {}
+        with TemporaryDirectory() as folder:
+            for name, image in context.photographs.items():
+                file = Path(folder, name)
+                result = measure_format(self.name, self.quality, partial(torch.clone, image), file)
+                images[name] = Score(result.bpp, result.psnr)
+        return {"images": images}

@@ -1,0 +1,175 @@
+"""The page docs/lic_report.md, from the summaries in the files of results only."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.lic.experiments import TITLES
+from benchmarks.lic.figures import draw_curves, draw_forest
+from benchmarks.lic.store import read
+from examples.lic.checkpoint import write_atomically
+
+PAGE, FIGURES = "lic_report.md", "figures/lic"
+METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
+
+INTRODUCTION = (
+    "<!-- Written by `python -m benchmarks.lic --docs docs`. -->\n"
+    "# Learned image compression: what balancing gains\n\n"
+    "Rate and distortion balanced as in three papers, by a small codec that takes minutes to train "
+    "(`examples/lic`), and how large a gain or loss the runs exclude. "
+    "`make lic-report` runs the experiments and writes this page; no number in it is written by "
+    "hand."
+)
+
+NOTHING = "No experiment has been run yet with this version: `make lic-report` does so."
+
+HEAD = ("", "compared", "{}", "excluded", "p (Holm)", "the paper reports")
+
+Content = Mapping[str, Any]
+
+
+def write(results: Path, docs: Path) -> Path:
+    """Write the page and its figures; returns the page's path."""
+    files = {path.stem: read(path) for path in results.glob("*.json")}
+    contents = {name: files[name] for name in TITLES if "summary" in files.get(name, {})}
+    for name, figure in figures(contents).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        write_atomically(docs / FIGURES / f"{name}.png", buffer.getvalue())
+    write_atomically(docs / PAGE, page(contents).encode())
+    return docs / PAGE
+
+
+def figures(contents: Mapping[str, Content]) -> dict[str, Figure]:
+    """By file name."""
+    summaries = [content["summary"] for content in contents.values()]
+    groups = {
+        s["title"]: [row for row in s["comparisons"] if "error" not in row]
+        for s in summaries
+        if s["measure"] == "b"
+    }
+    drawn = {}
+    for summary in summaries:
+        if "curves" in summary:
+            drawn["curves"] = draw_curves(summary["curves"])
+    if any(groups.values()):
+        drawn["differences"] = draw_forest({k: rows for k, rows in groups.items() if rows})
+    return drawn
+
+
+def page(contents: Mapping[str, Content]) -> str:
+    """The whole page in Markdown."""
+    blocks = [INTRODUCTION, *(_opening(contents) if contents else [NOTHING])]
+    for content in contents.values():
+        blocks += _section(content["summary"])
+    return "\n\n".join(block.strip() for block in [*blocks, METHOD]) + "\n"
+
+
+def _opening(contents: Mapping[str, Content]) -> Iterator[str]:
+    rows = [
+        ({**row, "setting": f"{content['summary']['title']}, {row['setting']}"})
+        for content in contents.values()
+        if content["summary"]["measure"] == "b"
+        for row in content["summary"]["comparisons"]
+    ]
+    if nulls := [row for row in rows if row["null"]]:
+        yield "## Null pairs"
+        yield (
+            "Both sides of a null pair have the same kind of constant weights, and differ in rate "
+            "only. The right answer is 0: the interval should contain it."
+        )
+        yield comparisons(nulls, "b")
+    planned = [row for row in rows if "holm" in row]
+    sure = [row for row in planned if row["holm"] < 0.05]
+    yield "## In short"
+    yield (
+        f"Of {len(planned)} planned comparisons of bits at equal PSNR, {len(sure)} differ from 0 "
+        "after Holm's correction within their section."
+    )
+    if planned:
+        halves = [row["half"] for row in planned]
+        yield (
+            f"Intervals are ± {min(halves):.2f} to ± {max(halves):.2f} % wide, half of them no "
+            f"wider than ± {median(halves):.2f} %."
+        )
+    if sure:
+        yield comparisons(sure, "b")
+    if planned:
+        yield f"![All differences with their intervals.]({FIGURES}/differences.png)"
+    yield _cost(contents)
+
+
+def _cost(contents: Mapping[str, Content]) -> str:
+    minutes = {c["summary"]["title"]: c["summary"]["minutes"] for c in contents.values()}
+    parts = ", ".join(f"{title} {value:.1f}" for title, value in minutes.items())
+    codes = [content["code"] for content in contents.values()]
+    versions = {f"moo_balance {c['moo_balance']}, PyTorch {c['torch']}" for c in codes}
+    sources = {code["sources"] for code in codes}
+    machines = {f"{c['environment']['processor']}" for c in contents.values()}
+    return (
+        f"CPU-minutes on one thread each: {parts}. Run with {' and '.join(sorted(versions))}, "
+        f"source code {', '.join(sorted(sources))}, on {' and '.join(sorted(machines))}. Runs that "
+        "two sections share count in both."
+    )
+
+
+def _section(summary: Content) -> Iterator[str]:
+    yield f"## {summary['title']}"
+    yield summary["about"]
+    if rows := [row for row in summary["comparisons"] if not row["null"]]:
+        yield comparisons(rows, summary["measure"])
+    for table in summary["tables"]:
+        yield f"{table['caption']}:"
+        yield to_markdown(table["head"], table["rows"])
+    if "curves" in summary:
+        yield f"![Rate and PSNR, means over the photographs.]({FIGURES}/curves.png)"
+
+
+def comparisons(rows: Sequence[Content], measure: str) -> str:
+    """A table of comparisons."""
+    return to_markdown([cell.format(measure) for cell in HEAD], [_row(row) for row in rows])
+
+
+def _row(row: Content) -> tuple[str, ...]:
+    first = (row["setting"], row["name"])
+    if "error" in row:
+        return (*first, "–", f"no estimate: {row['error']}", "", _paper(row, "not tested"))
+    p = f"{row['holm']:.2g}" if "holm" in row else ""
+    difference = f"{row['mean']:+.2f} ± {row['half']:.2f} %".replace("-", "−")
+    low, high = row["mean"] - row["half"], row["mean"] + row["half"]
+    paper = _paper(row, "not excluded")
+    if row["paper"] is not None and not low <= row["paper"] <= high:
+        paper = _paper(row, "excluded here")
+    return (*first, difference, describe_bound(low, high), p, paper)
+
+
+def _paper(row: Content, verdict: str) -> str:
+    if row["paper"] is None:
+        return ""
+    return f"{row['paper']:+.2f} %: {verdict}".replace("-", "−")
+
+
+def describe_bound(low: float, high: float) -> str:
+    """What an interval of differences excludes; a gain is negative."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "nothing"
+    gain = "any gain" if low > 0 else f"a gain above {abs(low):.2g} %"
+    loss = "any loss" if high < 0 else f"a loss above {high:.2g} %"
+    if low > 0:
+        return f"{gain}; a loss below {low:.2g} % or above {high:.2g} %"
+    if high < 0:
+        return f"{loss}; a gain below {-high:.2g} % or above {-low:.2g} %"
+    return f"{gain} and {loss}"
+
+
+def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
