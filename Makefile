@@ -18,10 +18,10 @@ INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
-demo: $(EXAMPLES)  ## train a small image codec, standard and balanced, and compare (about five minutes)
+demo: $(EXAMPLES)  ## fine-tune small image codecs, standard and balanced, and compare (about five minutes)
 	$(BIN)/python -m examples.lic
 
-lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic_report.md (under two hours)
+lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic_report.md (hours; resumes)
 	$(BIN)/python -m benchmarks.lic --workers 2 --docs docs
 
 test: $(DEV)  ## run the test suite, in two processes
