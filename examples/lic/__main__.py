@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     if name.startswith("-") and name not in ("-h", "--help"):
         name, rest = "demo", list(arguments)
     if name not in COMMANDS:
-        print(__doc__, file=sys.stderr if name[0] != "-" else sys.stdout)
-        return 2 if name[0] != "-" else 0
+        print(__doc__, file=sys.stdout if name.startswith("-") else sys.stderr)
+        return 0 if name.startswith("-") else 2
     try:
         return import_module(f"examples.lic.{name}").main(rest)
     except options.FAULTS as error:

@@ -154,9 +154,9 @@ def choose(
 ) -> Coded:
     """Code an image at the rate, or with the PSNR, that is wanted.
 
-    Among codecs of one rate it takes the one with the highest rate that is not above `bpp`, or
-    with the lowest PSNR that is not below `decibels`. A variable-rate codec gives its nearest one
-    by bisection, on the sizes of real files. Without a target there is one codec, and of a
+    Of the files with at most `bpp` it takes the one with the highest PSNR, and of those with at
+    least `decibels` the smallest. A variable-rate codec gives its nearest one by bisection, on the
+    sizes of real files. Without a target there is one codec, and of a
     variable-rate one the highest λ.
 
     Raises:
@@ -178,7 +178,7 @@ def choose(
                 f"--bpp should be at least {least:.4f} for this image and these codecs. Found "
                 f"{bpp:g}. Ask for a higher rate, or give codecs of a lower one."
             )
-        return max(fitting, key=lambda c: c.bpp)
+        return max(fitting, key=lambda c: c.psnr)
     fitting = [c for c in coded if c.psnr >= decibels]
     if not fitting:
         most = max(c.psnr for c in coded)
@@ -186,7 +186,7 @@ def choose(
             f"--psnr should be at most {most:.2f} dB for this image and these codecs. Found "
             f"{decibels:g}. Ask for a lower PSNR, or give codecs of a higher rate."
         )
-    return min(fitting, key=lambda c: c.psnr)
+    return min(fitting, key=lambda c: c.bpp)
 
 
 def _candidates(

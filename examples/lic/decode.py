@@ -11,7 +11,7 @@ from PIL import Image
 from examples.lic import options
 from examples.lic.bitstream import BitstreamError
 from examples.lic.coding import PRETRAINED, decode, load_codecs
-from examples.lic.encode import add_codecs, write
+from examples.lic.encode import add_codecs, check_output, write
 from examples.lic.evaluation import psnr
 from examples.lic.images import ImageError, read_image
 
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse(arguments)
     if chosen.output.suffix.lower() != ".png":
         raise ImageError(f"OUT should end in .png. Found {chosen.output}. Choose another name.")
+    inputs = [chosen.file, chosen.original, *(chosen.codec or ())]
+    check_output(chosen.output, [path for path in inputs if path is not None])
     data = _read(chosen.file)
     image, codec = decode(data, load_codecs(chosen.codec or [PRETRAINED], chosen.device))
     text = f"{8 * len(data) / image[0].numel():.4f} bpp"

@@ -31,6 +31,9 @@ from moo_balance.weighting import Weighting
 
 START, STANDARD = "start", "standard"
 
+RUNS = "runs"
+"""Subfolder of the output, with a folder for each method. What is there is made anew."""
+
 RIVALS = {
     "fixed as Solution 1": ("Solution 1", 1.0),
     "fixed as Solution 2": ("Solution 2", 1.0),
@@ -97,7 +100,7 @@ class Comparison:
 
     def _train(self, name: str, rung: Rung, weighting: Weighting) -> Result:
         method = name.replace(",", "").replace(" ", "-").lower()
-        path = self.chosen.output / method / f"lambda-{rung.lmbda!r}.pt"
+        path = self.chosen.output / RUNS / method / f"lambda-{rung.lmbda!r}.pt"
         path.unlink(missing_ok=True)  # of an earlier demonstration
         recipe = Recipe(self.chosen.steps, self.chosen.lr, clip="unit", ema=0.95)
         data = (self.chosen.crop, self.chosen.batch, self.chosen.seed, rung.path)
@@ -150,6 +153,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit code, 1 if a decoded image is not the codec's own."""
     chosen = _parse(arguments)
     rungs = _choose(chosen)
+    if any((chosen.output / RUNS).resolve() in rung.path.resolve().parents for rung in rungs):
+        raise options.OptionError(
+            f"--from should not be in {chosen.output / RUNS}, whose files are made anew. Found "
+            f"{chosen.start}. Choose another --output."
+        )
     photographs = images.bundled()
     if chosen.images is not None:
         photographs = images.from_folders(chosen.images, chosen.eval_images, crop=chosen.crop)

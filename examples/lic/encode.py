@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from examples.lic import options
@@ -18,12 +18,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("output", "the file to write", Path, metavar="OUT")
     add_target(parser)
     chosen = parser.parse(arguments)
+    check_output(chosen.output, [chosen.image, *(chosen.codec or ())])
     codecs = load_codecs(chosen.codec or [PRETRAINED], chosen.device)
     image = read_image(chosen.image)
     coded = choose(image, codecs, bpp=chosen.bpp, decibels=chosen.psnr)
     write(chosen.output, coded.data)
     print(describe(chosen.output, coded))
     return 0
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is no file, or one of the files that are read."""
+    if path.exists() and not path.is_file():
+        raise options.OptionError(f"OUT should be a file. Found {path}. Choose another OUT.")
+    inside = [p for given in inputs for p in (given.glob("*") if given.is_dir() else [given])]
+    if path.exists() and any(p.exists() and path.samefile(p) for p in inside):
+        raise options.OptionError(
+            f"OUT should not be a file that is read. Found {path}. Choose another OUT."
+        )
 
 
 def write(path: Path, data: bytes) -> None:

@@ -20,8 +20,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("--output", "folder for the codec files", Path, required=True)
     parser.add_argument("--half", action="store_true", help="weights in float16")
     chosen = parser.parse(arguments)
+    sources = list_codecs(chosen.checkpoints)
+    if any(source.parent.resolve() == chosen.output.resolve() for source in sources):
+        raise options.OptionError(
+            "--output should be another folder than those of the checkpoints. Found "
+            f"{chosen.output}. Choose another one."
+        )
     dtype = torch.float16 if chosen.half else torch.float32
-    for source, target in _plan(list_codecs(chosen.checkpoints), chosen.output).items():
+    for source, target in _plan(sources, chosen.output).items():
         model, about = load_codec(source)
         save_codec(target, model, about, dtype=dtype)
         lambdas = " ".join(f"{lmbda:g}" for lmbda in about["lambdas"])

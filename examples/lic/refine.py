@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.lic import coding, options
 from examples.lic.architectures import ArchitectureError
-from examples.lic.encode import add_target, describe, write
+from examples.lic.encode import add_target, check_output, describe, write
 from examples.lic.hyperprior import Codec
 from examples.lic.images import read_image
 from examples.lic.progress import Meter
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
                dest="lmbda")  # fmt: skip
     parser.add("--seed", "of the noise", int, 0)
     chosen = parser.parse(arguments)
+    check_output(chosen.output, [chosen.image, *(chosen.codec or ())])
     codecs = coding.load_codecs(chosen.codec or [coding.PRETRAINED], chosen.device)
     image = read_image(chosen.image)
     before = coding.choose(image, codecs, bpp=chosen.bpp, decibels=chosen.psnr)

@@ -87,10 +87,12 @@ def test_the_quick_demo_writes_checkpoints_files_figure_and_results(ladder, tmp_
     assert "7 of 7." in printed
     with Image.open(out / "rate-distortion.png") as figure:
         assert min(figure.size) > 400
+    own = ["--quick", "--from", str(out / "runs" / "standard"), "--output", str(out)]
+    assert main(own) == 2  # whose codecs it would make anew
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert list(results["codecs"]) == ["0.01"]
     assert list(results["codecs"]["0.01"]) == METHODS
-    assert load(out / "fixed-lower-rate" / "lambda-0.01.pt")["taken"] == 3
+    assert load(out / "runs" / "fixed-lower-rate" / "lambda-0.01.pt")["taken"] == 3
     file = out / "files" / "standard" / "lambda-0.01.pt-0.01" / "1.png.bin"
     assert results["codecs"]["0.01"]["standard"]["bpp"] == 8 * file.stat().st_size / (70 * 66)
 

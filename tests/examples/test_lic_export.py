@@ -45,3 +45,10 @@ def test_checkpoints_of_one_name_do_not_replace_each_other(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert f"error: Checkpoints should have names that differ. Found {tmp_path}/a" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_codec_files_do_not_go_where_the_checkpoints_are(tmp_path, capsys):
+    make_checkpoint(tmp_path / "lambda-0.02.pt")
+    assert main(["export", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "--output should be another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lambda-0.02.pt"]
