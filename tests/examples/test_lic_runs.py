@@ -128,8 +128,13 @@ def test_a_second_signal_ends_a_run_at_once(pictures, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(make_run(), pictures, tmp_path / "run.pt", observers=[After(2, kill)])
+    # A shell starts jobs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(make_run(), pictures, tmp_path / "run.pt", observers=[After(2, kill)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "run.pt").exists()
 
 
