@@ -5,5 +5,6 @@
   docs/worth.md.
 - `lic`: learned image compression; trains codecs and writes docs/lic_report.md.
 - `capture.py`, `step_length.py`, `coverage.py`: single questions, each with a table in the manual.
-- `settings.py`: what all groups share: the command line's settings, the machine, its versions.
+- `settings.py`, `sources.py`, `markdown.py`: what groups share: the command line's settings, the
+  machine, its versions; source code in the keys of results; tables.
 """

@@ -150,7 +150,7 @@ def report(seeds: Sequence[int], steps: int) -> str:
 def _runs() -> list[tuple[str, str, Weighting]]:
     runs: list[tuple[str, str, Weighting]] = [("Sum", "", Sum())]
     for length in LENGTHS:
-        published = SumLog(floor=0)
+        published = METHODS["SumLog"]()
         weighting = published if length == "as published" else Rescaled(published, length)
         runs.append(("SumLog", length, weighting))
     return runs

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import markdown
 from benchmarks.lic.experiments import TITLES
 from benchmarks.lic.figures import draw_curves, draw_forest
 from benchmarks.lic.store import read
@@ -127,14 +128,14 @@ def _section(summary: Content) -> Iterator[str]:
         yield comparisons(rows, summary["measure"])
     for table in summary["tables"]:
         yield f"{table['caption']}:"
-        yield to_markdown(table["head"], table["rows"])
+        yield markdown.table(table["head"], table["rows"])
     if "curves" in summary:
         yield f"![Rate and PSNR, means over the photographs.]({FIGURES}/curves.png)"
 
 
 def comparisons(rows: Sequence[Content], measure: str) -> str:
     """A table of comparisons."""
-    return to_markdown([cell.format(measure) for cell in HEAD], [_row(row) for row in rows])
+    return markdown.table([cell.format(measure) for cell in HEAD], [_row(row) for row in rows])
 
 
 def _row(row: Content) -> tuple[str, ...]:
@@ -167,9 +168,3 @@ def describe_bound(low: float, high: float) -> str:
     if high < 0:
         return f"{loss}; a gain below {-high:.2g} % or above {-low:.2g} %"
     return f"{gain} and {loss}"
-
-
-def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from examples.lic.hyperprior import round_straight_through
 from examples.lic.rounding import (
-    PUBLISHED_STEPS,
     SGA,
     SGA_PLUS,
     TINY,
-    Annealing,
     Rounding,
     ScaledLogit,
 )
@@ -62,12 +60,6 @@ THREE_CLASS = {
     "SSL": Rounding(ScaledLogit(a=1.4, slope=0.98, power=1.5, width=1.5), classes=3),
 }
 """Their extensions to three integers, with the paper's r, n and a."""
-
-
-def within(annealing: Annealing, steps: int) -> Annealing:
-    """The same temperatures in fewer steps than the 2000 for which they were published."""
-    part = steps / PUBLISHED_STEPS
-    return replace(annealing, rate=annealing.rate / part, delay=round(annealing.delay * part))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import moo_balance
 from benchmarks.lic import jobs
 from benchmarks.lic.jobs import Context, Job, Result
 from benchmarks.settings import Settings, environment
-from benchmarks.worth.runs import dump_code
+from benchmarks.sources import dump_code
 from examples.lic.checkpoint import write_atomically
 
 DIGITS = 7

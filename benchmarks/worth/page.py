@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.markdown import table
 from benchmarks.worth.arms import DECADES, NULL, SUGGEST_FROM, Method, every_arm
 from benchmarks.worth.figures import draw_searches, draw_worth, save
 from benchmarks.worth.predictions import PREDICTIONS
@@ -17,7 +18,6 @@ from benchmarks.worth.tables import (
     problem_section,
     settings_table,
     summary_table,
-    table,
 )
 
 TEXTS = Path(__file__).parent / "texts"

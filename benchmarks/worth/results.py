@@ -236,14 +236,13 @@ def compare_setting(results: Iterable[Result], setting: str, base: str) -> Setti
         better += mine.rank < other.rank
         ranks = search.ranks(mine.scores), search.ranks(other.scores)
         signs.append(_welch_sign(*ranks))
-    ratios = [mine.worth.value / other.worth.value for _, mine, other in pairs]
     costs = [mine.cost / other.cost for _, mine, other in pairs]
     return SettingComparison(
         better=better,
         clearly_better=signs.count(-1.0),
         clearly_worse=signs.count(1.0),
         problems=len(pairs),
-        ratio=_geometric_mean(np.array(ratios))[0],
+        ratio=compare_worth(both, setting, base)[0],
         cost=_geometric_mean(np.array(costs))[0],
     )
 

@@ -26,6 +26,7 @@ import torch
 
 import moo_balance
 from benchmarks.settings import Settings, environment
+from benchmarks.sources import dump_code
 from benchmarks.worth import training
 from benchmarks.worth.arms import NULL, SEARCH, every_arm
 from benchmarks.worth.measure import Floats, Search
@@ -140,17 +141,6 @@ def _digest(problem: str) -> str:
     for path in [folder / "problems" / f"{problem}.py", *used, Path(training.__file__)]:
         digest.update(dump_code(ast.parse(path.read_text())).encode())
     return digest.hexdigest()[:16]
-
-
-def dump_code(tree: ast.Module) -> str:
-    """A module as text, without its docstrings."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            statement = body[0]
-            if isinstance(statement.value, ast.Constant):
-                statement.value = ast.Constant(0)
-    return ast.dump(tree)
 
 
 class Comparison:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
+from benchmarks.markdown import table
 from benchmarks.worth.measure import SMALLEST, Worth
 from benchmarks.worth.problems import PROBLEMS
 from benchmarks.worth.results import (
@@ -49,12 +49,6 @@ def format_worth(worth: Worth, largest: float) -> str:
 def format_arm(arm: str) -> str:
     """The name of an arm, as code if it is written as such."""
     return f"`{arm}`" if re.fullmatch(r"\w+(\(.+\))?", arm) else arm
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def list_arms(results: Results) -> list[str]:

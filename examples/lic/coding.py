@@ -156,8 +156,8 @@ def choose(
 
     Of the files with at most `bpp` it takes the one with the highest PSNR, and of those with at
     least `decibels` the smallest. A variable-rate codec gives its nearest one by bisection, on the
-    sizes of real files. Without a target there is one codec, and of a
-    variable-rate one the highest λ.
+    sizes of real files. Without a target there is one codec, and of a variable-rate one the
+    highest λ.
 
     Raises:
         TargetError: No codec reaches the target; or there is none, but there are several codecs.

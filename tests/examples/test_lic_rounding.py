@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.lic.roundings import THREE_CLASS, TWO_CLASS, Linear, StraightThrough, within
+from benchmarks.lic.roundings import THREE_CLASS, TWO_CLASS, Linear, StraightThrough
+from examples.lic.refine import within
 from examples.lic.rounding import (
     PUBLISHED_STEPS,
     SGA_ANNEALING,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.lic import checkpoint
@@ -26,6 +25,7 @@ from examples.lic.runs import Run, TrainingError, check, train
 from examples.lic.training import Observer, Recipe
 from moo_balance import BalanceError
 from tests.support.disk import full_disk
+from tests.support.photographs import write_photographs
 
 STEPS = 5
 TINY = "mbt2018-mean:8,8"
@@ -39,11 +39,7 @@ def pictures():
 @pytest.fixture
 def folder(tmp_path):
     """Three small photographs."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for index in range(3):
-        Image.effect_noise((80, 70), 40 + index).convert("RGB").save(folder / f"{index}.png")
-    return folder
+    return write_photographs(tmp_path / "photos", 3)
 
 
 def make_run(weighting="standard", arch=TINY, lambdas=(0.01,), recipe=None, **options):

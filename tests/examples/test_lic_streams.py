@@ -16,15 +16,14 @@ from PIL import Image
 
 from examples.lic.images import ImageError, read_all
 from examples.lic.streams import Crops, CropStream, find_sources
+from tests.support.photographs import write_photographs
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for index in range(5):
-        Image.effect_noise((80, 70), 40 + index).convert("RGB").save(tmp_path / f"{index}.png")
-    return tmp_path
+    return write_photographs(tmp_path, 5)
 
 
 def folder_crops(folder, *, seed, memory=0):

@@ -11,7 +11,8 @@ from benchmarks.lic.engine import Results
 from benchmarks.lic.estimator import Question, answer
 from benchmarks.lic.jobs import Job, Refine
 from benchmarks.lic.regime import Regime, bd_rates
-from benchmarks.lic.roundings import TWO_CLASS, within
+from benchmarks.lic.roundings import TWO_CLASS
+from examples.lic.refine import within
 from examples.lic.refinement import Refinement
 from examples.lic.rounding import SGA_ANNEALING, SGA_PLUS_ANNEALING, Gumbel
 
