@@ -36,7 +36,7 @@ SIDE = 512
 PARTS = 100
 """Into so many equal parts the course of a run's weights is divided."""
 
-CROPS = 4
+CROPS = 6
 """Fresh crops of a photograph, in a row and in a column."""
 
 PROBED = 3
@@ -203,7 +203,7 @@ def score_crops(model: nn.Module, sources: Sources, side: int) -> Score:
     scores: list[Score] = []
     for source in sources:
         image = source if isinstance(source, Tensor) else source.read()
-        rows, columns = (torch.linspace(0, size - side, CROPS).int() for size in image.shape[-2:])
+        rows, columns = (_midpoints(size - side) for size in image.shape[-2:])
         crops = {
             f"{top} {left}": image[:, top : top + side, left : left + side]
             for top in rows
@@ -211,6 +211,11 @@ def score_crops(model: nn.Module, sources: Sources, side: int) -> Score:
         }
         scores += evaluate(model, crops).values()
     return Score(*average(scores))
+
+
+def _midpoints(length: int) -> list[int]:
+    """The middles of equal parts of a line."""
+    return [int((part + 0.5) * length / CROPS) for part in range(CROPS)]
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,22 @@ from PIL import Image
 from torch import Tensor
 
 from examples.lic.evaluation import Measurement, psnr, structural_similarity
-from examples.lic.images import read_image
+from examples.lic.images import ImageError, read_image
 
 QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 
 
 class Format(NamedTuple):
-    """The suffix of an image format, and Pillow's options for writing it."""
+    """The suffix of an image format, its longest side, and Pillow's options for writing it."""
 
     suffix: str
+    longest: int
     options: dict[str, object]
 
 
 FORMATS = {
-    "jpeg": Format(".jpg", {"subsampling": "4:2:0", "optimize": True}),
-    "webp": Format(".webp", {"method": 6}),
+    "jpeg": Format(".jpg", 65500, {"subsampling": "4:2:0", "optimize": True}),
+    "webp": Format(".webp", 16383, {"method": 6}),
 }
 
 
@@ -37,9 +38,18 @@ def measure_format(name: str, quality: int, image: Callable[[], Tensor], file: P
         quality: Pillow's, from 0 to 100.
         image: Loads a uint8 image ``[3, H, W]``.
         file: To write; the suffix of the format is added.
+
+    Raises:
+        ImageError: The image is too large for the format.
     """
-    suffix, options = FORMATS[name]
+    suffix, longest, options = FORMATS[name]
     reference, path = image(), file.with_name(file.name + suffix)
+    height, width = reference.shape[1:]
+    if max(height, width) > longest:
+        raise ImageError(
+            f"{file.name} should have sides of at most {longest} pixels, for {name}. Found "
+            f"{height} x {width}. Leave that image out, or {name} if it is an --anchor."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.ascontiguousarray(reference.permute(1, 2, 0))
     Image.fromarray(pixels).save(path, quality=quality, **options)

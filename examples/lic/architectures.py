@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor, nn
 
-from examples.lic.bitstream import BitstreamError, Coder
+from examples.lic.bitstream import Coder, fingerprint, is_sealed, seal, sides, unseal
 from examples.lic.evaluation import pad_to_multiple
 from examples.lic.hyperprior import MeanScaleHyperprior, Reconstruction, ScaleHyperprior
 from examples.lic.variable_rate import VariableRateCodec
@@ -148,39 +148,42 @@ def _build_compressai(name: str) -> CompressAICodec:
 class CompressAICoder:
     """Puts the strings of CompressAI's own coder into one file, with their shapes and lengths."""
 
-    _head = struct.Struct(">2sHHHH")
-    _magic = b"mC"
+    _head = struct.Struct(">HHHH")
+    _magic = b"mD"
 
     def __init__(self, model: CompressAICodec) -> None:
         self._codec, self._stride = model.codec, model.stride
         self._device = next(model.parameters()).device
         self._codec.update(force=True)  # tables of the distributions as trained
+        self._fingerprint = fingerprint(self._codec)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> bytes:
         """The bytes of a uint8 image ``[3, H, W]``."""
+        size = sides(image)
         images = image[None].to(self._device, torch.float32) / 255
         output = self._codec.compress(pad_to_multiple(images, self._stride))
         strings = [string for (string,) in output["strings"]]
         shape = json.dumps(output["shape"], separators=(",", ":")).encode()
-        head = self._head.pack(self._magic, *image.shape[-2:], len(shape), len(strings))
+        head = self._head.pack(*size, len(shape), len(strings))
         lengths = struct.pack(f">{len(strings)}I", *map(len, strings))
-        return head + shape + lengths + b"".join(strings)
+        content = head + shape + lengths + b"".join(strings)
+        return seal(self._magic, self._fingerprint, content)
+
+    def has_made(self, data: bytes) -> bool:
+        """See :meth:`examples.lic.bitstream.Coder.has_made`."""
+        return is_sealed(self._magic, self._fingerprint, data)
 
     @torch.no_grad()
     def decode_exactly(self, data: bytes) -> Tensor:
         """The image ``[3, H, W]`` before it is rounded to 8 bits."""
-        if data[:2] != self._magic:
-            raise BitstreamError(
-                "This should be an image that was encoded by a codec of CompressAI. Found "
-                f"{len(data)} bytes of something else. Encode the image again."
-            )
-        _, height, width, size, count = self._head.unpack_from(data)
+        content = unseal(self._magic, self._fingerprint, data)
+        height, width, size, count = self._head.unpack_from(content)
         offset = self._head.size + size
-        shape = json.loads(data[self._head.size : offset])
+        shape = json.loads(content[self._head.size : offset])
         strings, end = [], offset + 4 * count
-        for length in struct.unpack_from(f">{count}I", data, offset):
-            strings.append([data[end : end + length]])
+        for length in struct.unpack_from(f">{count}I", content, offset):
+            strings.append([content[end : end + length]])
             end += length
         decoded = self._codec.decompress(strings, shape)["x_hat"]
         return decoded[0, :, :height, :width]

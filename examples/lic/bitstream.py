@@ -9,6 +9,9 @@ prediction, and this is what is assumed about floating point:
   next to a border between two entries. A checksum of the symbols detects that.
 - The image is then synthesised in float32, as in evaluation: bit by bit the same on the machine,
   device and PyTorch that evaluated it, and to some 1e-6 elsewhere.
+
+Another checksum, of the codec and of the whole file, comes first: what is damaged, cut or another
+codec's is not decoded.
 """
 
 from __future__ import annotations
@@ -50,8 +53,6 @@ class BitstreamError(Exception):
 
 
 class _Header(NamedTuple):
-    magic: bytes
-    fingerprint: int
     height: int
     width: int
     largest_z: int
@@ -59,8 +60,48 @@ class _Header(NamedTuple):
     checksum: int
 
 
-_LAYOUT = struct.Struct(">2sIHHHHI")
-_MAGIC = b"m\x02"  # format 2
+_LAYOUT = struct.Struct(">HHHHI")
+_MAGIC = b"m\x03"  # format 3
+
+_SEAL = struct.Struct(">2sI")
+
+
+def seal(magic: bytes, codec: int, content: bytes) -> bytes:
+    """A file of the kind `magic`: a checksum of all that follows it and of `codec`, and `content`.
+
+    `codec` is the fingerprint of the codec that has made the content.
+    """
+    return _SEAL.pack(magic, zlib.crc32(content, codec)) + content
+
+
+def is_sealed(magic: bytes, codec: int, data: bytes) -> bool:
+    """Whether :func:`seal` has made these bytes, and all of them, of this kind and codec."""
+    return data == seal(magic, codec, data[_SEAL.size :])
+
+
+def unseal(magic: bytes, codec: int, data: bytes) -> bytes:
+    """The content of what :func:`seal` has made.
+
+    Raises:
+        BitstreamError: The bytes are damaged, or of another kind or codec.
+    """
+    if not is_sealed(magic, codec, data):
+        raise BitstreamError(
+            "The file should be one that this codec has made, and whole. Found "
+            f"{len(data)} bytes of something else. Name the codec that it was encoded with, or "
+            "encode the image again."
+        )
+    return data[_SEAL.size :]
+
+
+def sides(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image ``[3, H, W]``, if files have room for them."""
+    height, width = image.shape[-2:]
+    if max(height, width) >= 2**16:
+        raise BitstreamError(
+            f"Sides should be below 65536. Found {height} x {width}. Code a smaller image."
+        )
+    return height, width
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -92,19 +133,16 @@ class Coder:
         Raises:
             BitstreamError: The image is too large for the format, or the codec's symbols are.
         """
+        size = sides(image)
         z, y = map(_to_integers, symbols or self._symbols(image))
-        largest_z, largest_y = (int(np.abs(latent).max()) for latent in (z, y))
-        height, width = image.shape[-2:]
-        if max(largest_z, largest_y) > LARGEST or max(height, width) >= 2**16:
-            raise BitstreamError(
-                f"Sides should be below 65536 and symbols at most {LARGEST}. Found an image of "
-                f"{height} x {width} and a symbol of {max(largest_z, largest_y)}. Code smaller "
-                "images, or train the codec until its latents settle."
-            )
-        header = _Header(
-            _MAGIC, self._fingerprint, height, width, largest_z, largest_y, _checksum(z, y)
-        )
-        return _LAYOUT.pack(*header) + self._encode_symbols(header, z, y)
+        largest = (int(np.abs(z).max()), int(np.abs(y).max()))
+        header = _Header(*size, *largest, _checksum(z, y))
+        content = _LAYOUT.pack(*header) + self._encode_symbols(header, z, y)
+        return seal(_MAGIC, self._fingerprint, content)
+
+    def has_made(self, data: bytes) -> bool:
+        """Whether these are the bytes of an image, all of them, and encoded by this codec."""
+        return is_sealed(_MAGIC, self._fingerprint, data)
 
     def decode(self, data: bytes) -> Tensor:
         """The uint8 image ``[3, H, W]`` that was encoded, as the codec reconstructs it."""
@@ -116,17 +154,17 @@ class Coder:
         Raises:
             BitstreamError: The bytes are damaged or another codec's, or arithmetic differs.
         """
-        header = self._read_header(data)
-        words = np.frombuffer(data[_LAYOUT.size :], dtype="<u4").astype(np.uint32)
+        content = unseal(_MAGIC, self._fingerprint, data)
+        header = _Header(*_LAYOUT.unpack_from(content))
+        words = np.frombuffer(content[_LAYOUT.size :], dtype="<u4").astype(np.uint32)
         try:
             z, y = self._decode_symbols(header, RangeDecoder(words))
         except AssertionError:  # constriction's error for data that it cannot have written
             z = y = np.zeros(0, np.int32)
         if _checksum(z, y) != header.checksum:
             raise BitstreamError(
-                "The symbols should have the checksum that was sent. Found another: the bytes are "
-                "damaged, or this machine predicts other scales than the encoder's. Encode again, "
-                "or decode where it was encoded."
+                "The symbols should have the checksum that was sent. Found another: this machine "
+                "predicts other scales than the encoder's. Decode the file where it was encoded."
             )
         decoded = self._synthesize(z, y)
         return decoded[0, :, : header.height, : header.width]
@@ -179,21 +217,6 @@ class Coder:
         layout = torch.channels_last
         return self._model.from_symbols(*(s.contiguous(memory_format=layout) for s in sent))
 
-    def _read_header(self, data: bytes) -> _Header:
-        if len(data) < _LAYOUT.size or len(data) % 4 != _LAYOUT.size % 4 or data[:2] != _MAGIC:
-            raise BitstreamError(
-                "This should be an image that was encoded by this example, and all of it. Found "
-                f"{len(data)} bytes of something else. Encode the image again."
-            )
-        header = _Header(*_LAYOUT.unpack_from(data))
-        if header.fingerprint != self._fingerprint:
-            raise BitstreamError(
-                "The image should be decoded by the codec that encoded it, with the checksum "
-                f"{header.fingerprint:08x}. Found {self._fingerprint:08x}. Name the checkpoint "
-                "that it was encoded with."
-            )
-        return header
-
 
 def _gaussian(largest: int) -> QuantizedGaussian:
     """The family over −largest … largest, and one to spare at each end: it needs two symbols."""
@@ -201,7 +224,12 @@ def _gaussian(largest: int) -> QuantizedGaussian:
 
 
 def _to_integers(symbols: Tensor) -> np.ndarray:
-    return symbols[0].clamp(-(2**24), 2**24).to(torch.int32).cpu().contiguous().numpy()
+    if not (symbols.abs() <= LARGEST).all():  # nor is NaN
+        raise BitstreamError(
+            f"Symbols should be at most {LARGEST}. Found a symbol of {symbols.abs().max():.0f}. "
+            "Choose another codec, or train it until its latents settle."
+        )
+    return symbols[0].to(torch.int32).cpu().contiguous().numpy()
 
 
 def _checksum(z: np.ndarray, y: np.ndarray) -> int:

@@ -1,10 +1,10 @@
 """Checkpoints and codec files: written whole or not at all, with a clear error for what is wrong.
 
 A *checkpoint* (``.pt``) is what a run goes on from: ``format``; ``run``, the settings that a
-resumed run has to share (:meth:`examples.lic.runs.Run.as_dict`); ``images``, which of them it saw;
-``taken``, the steps; the states of ``model``, ``optimizer``, ``schedule``, and where there are any
-``ema`` and ``auxiliary``; ``crops``, the place in their stream; ``random``, the random states of
-each process.
+resumed run has to share (:meth:`examples.lic.runs.Run.as_dict`); ``lambdas``, of the codec, where
+they are others than those of the settings; ``images``, which of them it saw; ``taken``, the steps;
+the states of ``model``, ``optimizer``, ``schedule``, and where there are any ``ema`` and
+``auxiliary``; ``crops``, the place in their stream; ``random``, the random states of each process.
 
 A *codec file* (``.safetensors``) has the weights only, and in its metadata ``codec``, a JSON
 object: ``arch``, ``lambdas``, and anything on how it was made.
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -80,7 +80,15 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file next to `path`, wait until it is on the disk, and only then rename it."""
+    """Write a file next to `path`, wait until it is on the disk, and only then rename it.
+
+    A link stays one: the file that it names is written. A device or a pipe gets the data.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     # A name of this process, since two may be writing the same file.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -90,18 +98,53 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return the content of the checkpoint at `path`, on the CPU."""
-    with _refuse_unreadable(path):
+    kind = f"a checkpoint of format {FORMAT}"
+    with _refuse_unreadable(path, kind):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _something_else(path, f"a checkpoint of format {FORMAT}")
+    if not _is_checkpoint(content):
+        raise _something_else(path, kind)
     return content
+
+
+def _is_checkpoint(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and content.get("format") == FORMAT
+        and isinstance(content.get("taken"), int)
+        and _describes_a_codec(content.get("run"))
+        and _are_lambdas(content.get("lambdas", [1]))
+        and _are_weights(content.get("model"))
+        and _are_weights(content.get("ema", {}))
+    )
+
+
+def _describes_a_codec(about: Any) -> bool:
+    return (
+        isinstance(about, dict)
+        and isinstance(about.get("arch"), str)
+        and _are_lambdas(about.get("lambdas"))
+    )
+
+
+def _are_lambdas(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) > 0
+        and all(isinstance(x, int | float) and 0 < x < math.inf for x in values)
+    )
+
+
+def _are_weights(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    )
 
 
 def load_start(model: nn.Module, path: Path, arch: str) -> None:
@@ -112,9 +155,9 @@ def load_start(model: nn.Module, path: Path, arch: str) -> None:
     weights, about = _read(path)
     saved = architectures.full_name(about["arch"])
     if saved == architectures.full_name(arch):
-        model.load_state_dict(weights)
+        _set_weights(model, weights, path, arch)
     elif saved == architectures.full_name(architectures.base_of(arch)):
-        model.base.load_state_dict(weights)
+        _set_weights(model.base, weights, path, saved)
         model.highest.fill_(about["lambdas"][-1])
     else:
         raise CheckpointError(
@@ -131,13 +174,17 @@ def load_codec(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     weights, about = _read(path)
     model = architectures.build(about["arch"])
+    _set_weights(model, weights, path, about["arch"])
+    return model.eval(), about
+
+
+def _set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, arch: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError:  # which lists all that differs
         raise CheckpointError(
-            f"{path} should hold the weights of {about['arch']}. Found others. Train it again."
+            f"{path} should hold the weights of {arch}. Found others. Train it again."
         ) from None
-    return model.eval(), about
 
 
 def trained_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -153,33 +200,36 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix != ".safetensors":
         content = load(path)
         run = content["run"]
-        about = {"arch": run["arch"], "lambdas": run["lambdas"], "run": run}
-        return trained_weights(content), about | {"taken": content["taken"]}
-    with _refuse_unreadable(path), safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+        lambdas = content.get("lambdas", run["lambdas"])
+        about = {"arch": run["arch"], "lambdas": lambdas, "run": run, "taken": content["taken"]}
+        return trained_weights(content), about
+    kind = "a codec file of this example"
+    with _refuse_unreadable(path, kind), safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["codec"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "codec" not in metadata:
-        raise _something_else(path, "a codec file of this example")
-    return weights, json.loads(metadata["codec"])
+    if not _describes_a_codec(about):
+        raise _something_else(path, kind)
+    return weights, about
 
 
 @contextmanager
-def _refuse_unreadable(path: Path) -> Iterator[None]:
+def _refuse_unreadable(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         advice = "`python -m examples.lic train` makes one."
         raise CheckpointError(f"There is no checkpoint {path}. {advice}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError,
-            SafetensorError) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}). Train it again, or remove it."
+            f"{path} cannot be read ({error.strerror or error}). Make it readable, or name another "
+            "file."
         ) from None
+    except Exception:  # bytes that are no pickle, or part of one, lead to errors of any kind
+        raise _something_else(path, expected) from None
 
 
 def _something_else(path: Path, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{path} should be {expected}, made by `python -m examples.lic train`. Found something "
-        "else. Name another file, or train it again."
+        "else, or a damaged file. Name another file, or train it again."
     )

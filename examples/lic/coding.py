@@ -1,13 +1,15 @@
 """Images as files: which codec codes an image, at which rate, and which one decodes it again.
 
 A file is what a codec's coder makes of an image. Before that of a variable-rate codec stands the
-quantization step, which a decoder cannot know otherwise.
+quantization step, which a decoder cannot know otherwise. The checksum covers it, as a codec of
+another step has another fingerprint.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.lic.architectures import CompressAICodec, coder_for
-from examples.lic.bitstream import BitstreamError, Coder, fingerprint
+from examples.lic.architectures import coder_for
+from examples.lic.bitstream import BitstreamError, Coder
 from examples.lic.checkpoint import CheckpointError, load_codec
 from examples.lic.evaluation import psnr, reconstruct, to_pixels
 from examples.lic.variable_rate import FixedStep, VariableRateCodec
@@ -60,10 +62,11 @@ def file_coder(codec: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class CodecFile:
-    """A trained codec, and the λ that it was trained for."""
+    """A trained codec, its architecture, and the λ that it was trained for."""
 
     path: Path
     model: nn.Module
+    arch: str
     lambdas: tuple[float, ...]
 
     @property
@@ -97,12 +100,37 @@ def list_codecs(paths: Iterable[Path]) -> list[Path]:
 
 
 def load_codecs(paths: Iterable[Path], device: torch.device | str = "cpu") -> list[CodecFile]:
-    """All codecs among `paths`, see :func:`list_codecs`; on the device."""
+    """All codecs among `paths`, see :func:`list_codecs` and :func:`load`; on the device."""
     loaded = []
     for path in list_codecs(paths):
-        model, about = load_codec(path)
-        loaded.append(CodecFile(path, model.to(device), tuple(about["lambdas"])))
+        model, about = load(path)
+        loaded.append(CodecFile(path, model.to(device), about["arch"], tuple(about["lambdas"])))
     return loaded
+
+
+def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A codec to use, see :func:`examples.lic.checkpoint.load_codec`.
+
+    A line on standard error says if its run has not taken all its steps.
+
+    Raises:
+        CheckpointError: It cannot be read, or has weights that are not finite.
+    """
+    model, about = load_codec(path)
+    _check_finite(path, model)
+    match about:
+        case {"run": {"steps": int(steps)}, "taken": int(taken)} if taken < steps:
+            print(f"{path} is at step {taken} of {steps}.", file=sys.stderr)
+    return model, about
+
+
+def _check_finite(path: Path, model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{path} should have finite weights. Found NaN or infinity in {name}. Train it "
+                "again, or name another codec."
+            )
 
 
 @dataclass(frozen=True)
@@ -216,11 +244,13 @@ def decode(data: bytes, codecs: Sequence[CodecFile]) -> tuple[Tensor, CodecFile]
         BitstreamError: The file is damaged, or none of the codecs has made it.
     """
     for codec, model, stream in _readings(data, codecs):
-        if _is_from(model, stream):
-            return to_pixels(coder_for(model).decode_exactly(stream)), codec
+        coder = coder_for(model)
+        if coder.has_made(stream):
+            return to_pixels(coder.decode_exactly(stream)), codec
     raise BitstreamError(
-        f"The file should be one that one of the {len(codecs)} codecs has made, and complete. "
-        f"Found {len(data)} bytes of something else. Name the codec that it was encoded with."
+        f"The file should be one that one of the {len(codecs)} codecs has made, and whole. "
+        f"Found {len(data)} bytes of something else. Name the codec that it was encoded with, or "
+        "encode the image again."
     )
 
 
@@ -236,10 +266,3 @@ def _readings(
                 yield codec, FixedStep(codec.model, step), data[_STEP.size :]
         elif not stepped and not codec.variable:
             yield codec, codec.model, data
-
-
-def _is_from(model: nn.Module, stream: bytes) -> bool:
-    """Whether this model has made a stream, which has its fingerprint behind the first bytes."""
-    if isinstance(model, CompressAICodec):  # without a fingerprint
-        return stream.startswith(b"mC")
-    return stream[2:6] == struct.pack(">I", fingerprint(model))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -65,7 +68,7 @@ def table(curves: Mapping[str, Sequence[Point]]) -> str:
                 estimated = f"{point.mean('estimated_bpp'):.4f}"
             if similarity := point.similarity():
                 last = f"{similarity.ms_ssim:.4f}"
-            row = (f"{point.setting:g}", f"{point.mean('bpp'):.4f}", estimated)
+            row = (f"{point.setting:.4g}", f"{point.mean('bpp'):.4f}", estimated)
             lines.append(COLUMNS.format(name, *row, f"{point.mean('psnr'):.2f}", last))
     return "\n".join(lines)
 
@@ -146,3 +149,17 @@ def _summarize(deltas: Sequence[Delta]) -> str:
         f"BD-PSNR {fmean(d.psnr for d in deltas):+.3f} dB; "
         f"over at least {min(d.psnr_overlap for d in deltas):.0%} of the shorter PSNR range."
     )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write results as JSON, which has no infinity and no NaN: they become null."""
+    text = json.dumps(_without_infinity(content), indent=1, allow_nan=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,8 +10,8 @@ from PIL import Image
 
 from examples.lic import options
 from examples.lic.bitstream import BitstreamError
-from examples.lic.coding import PRETRAINED, decode, load_codecs
-from examples.lic.encode import add_codecs, check_output, write
+from examples.lic.coding import decode, load_codecs
+from examples.lic.encode import add_codecs, check_output, codec_paths, write
 from examples.lic.evaluation import psnr
 from examples.lic.images import ImageError, read_image
 
@@ -24,12 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("--original", "the image that was encoded, for the PSNR", Path)
     add_codecs(parser)
     chosen = parser.parse(arguments)
+    paths = codec_paths(chosen)
+    inputs = [chosen.file, chosen.original, *paths]
+    check_output(chosen.output, [path for path in inputs if path is not None])
     if chosen.output.suffix.lower() != ".png":
         raise ImageError(f"OUT should end in .png. Found {chosen.output}. Choose another name.")
-    inputs = [chosen.file, chosen.original, *(chosen.codec or ())]
-    check_output(chosen.output, [path for path in inputs if path is not None])
     data = _read(chosen.file)
-    image, codec = decode(data, load_codecs(chosen.codec or [PRETRAINED], chosen.device))
+    image, codec = decode(data, load_codecs(paths, chosen.device))
     text = f"{8 * len(data) / image[0].numel():.4f} bpp"
     if chosen.original is not None:
         original = read_image(chosen.original)

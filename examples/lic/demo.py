@@ -8,19 +8,17 @@ ones. Every file is written, read back and decoded. JPEG and WebP are the anchor
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
 
 from examples.lic import images, options, plots
 from examples.lic.anchors import FORMATS
 from examples.lic.bd import gap_above
-from examples.lic.checkpoint import load_codec
-from examples.lic.coding import PRETRAINED, CodecFile, list_codecs
-from examples.lic.curves import Point, compare_curves
+from examples.lic.coding import PRETRAINED, CodecFile, load_codecs
+from examples.lic.curves import Point, compare_curves, write_json
+from examples.lic.encode import check_folder
 from examples.lic.evaluate import Pictures, measure_codecs, measure_formats, take_part
 from examples.lic.log import Progress, Recorder
 from examples.lic.losses import EQUAL, SOLUTIONS, fixed
@@ -52,14 +50,6 @@ COLUMNS = "{:<8}{:<20}{:>7}{:>9}{:>10}{:>16}{:>9}{:>8}{:>8}{:>8}"
 QUICK = {"steps": 3, "output": Path("runs/lic/quick/demo")}
 
 
-class Rung(NamedTuple):
-    """A codec to start from: its file, architecture, and λ."""
-
-    path: Path
-    arch: str
-    lmbda: float
-
-
 @dataclass(frozen=True)
 class Result:
     """A codec by the files of the held-out images, and the metrics of its training if any."""
@@ -86,33 +76,34 @@ class Comparison:
     pictures: Pictures
     chosen: argparse.Namespace
 
-    def start(self, rung: Rung) -> Result:
+    def start(self, codec: CodecFile) -> Result:
         """The codec as it is."""
-        return Result(self._measure(START, rung.path), None)
+        return Result(self._measure(START, codec), None)
 
-    def fine_tune(self, rung: Rung) -> dict[str, Result]:
+    def fine_tune(self, codec: CodecFile) -> dict[str, Result]:
         """The results by method. Same start, crops and noise: only the weighting differs."""
         weightings = {STANDARD: EQUAL, **SOLUTIONS}
-        results = {name: self._train(name, rung, w) for name, w in weightings.items()}
+        results = {name: self._train(name, codec, w) for name, w in weightings.items()}
         for name, (solution, part) in RIVALS.items():
-            results[name] = self._train(name, rung, results[solution].fixed_weights(part))
+            results[name] = self._train(name, codec, results[solution].fixed_weights(part))
         return results
 
-    def _train(self, name: str, rung: Rung, weighting: Weighting) -> Result:
+    def _train(self, name: str, codec: CodecFile, weighting: Weighting) -> Result:
         method = name.replace(",", "").replace(" ", "-").lower()
-        path = self.chosen.output / RUNS / method / f"lambda-{rung.lmbda!r}.pt"
+        (lmbda,) = codec.lambdas
+        path = self.chosen.output / RUNS / method / f"lambda-{lmbda!r}.pt"
         path.unlink(missing_ok=True)  # of an earlier demonstration
         recipe = Recipe(self.chosen.steps, self.chosen.lr, clip="unit", ema=0.95)
-        data = (self.chosen.crop, self.chosen.batch, self.chosen.seed, rung.path)
-        run, record = Run(rung.arch, (rung.lmbda,), weighting, recipe, *data), Recorder()
-        observers = [record, Progress(f"λ {rung.lmbda:g}, {name}")]
+        data = (self.chosen.crop, self.chosen.batch, self.chosen.seed, codec.path)
+        run, record = Run(codec.arch, codec.lambdas, weighting, recipe, *data), Recorder()
+        observers = [record, Progress(f"λ {lmbda:.4g}, {name}")]
         train(run, self.sources, path, observers=observers)
-        return Result(self._measure(name, path), record)
+        (trained,) = load_codecs([path])
+        return Result(self._measure(name, trained), record)
 
-    def _measure(self, name: str, path: Path) -> Point:
-        model, about = load_codec(path)
-        codec, files = CodecFile(path, model, tuple(about["lambdas"])), self.chosen.output / "files"
-        (point,) = measure_codecs([codec], {path: name}, self.pictures, files)
+    def _measure(self, name: str, codec: CodecFile) -> Point:
+        files = self.chosen.output / "files"
+        (point,) = measure_codecs([codec], {codec.path: name}, self.pictures, files)
         return point
 
 
@@ -144,7 +135,7 @@ def table(
             gaps = ["–" if value is None else f"{value:+.2f}" for value in above]
             own = gap(methods, name) if name in SOLUTIONS else None
             fixed_gap = ("–" if name in SOLUTIONS else "") if own is None else f"{own:+.2f}"
-            row = (f"{lmbda:g}", name, f"{score.bpp:.3f}", f"{score.psnr:.2f}", *training)
+            row = (f"{lmbda:.4g}", name, f"{score.bpp:.3f}", f"{score.psnr:.2f}", *training)
             lines.append(COLUMNS.format(*row, fixed_gap, *gaps).rstrip().replace("-", "−"))
     return "\n".join(lines)
 
@@ -152,31 +143,35 @@ def table(
 def main(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit code, 1 if a decoded image is not the codec's own."""
     chosen = _parse(arguments)
-    rungs = _choose(chosen)
-    if any((chosen.output / RUNS).resolve() in rung.path.resolve().parents for rung in rungs):
+    check_folder(chosen.output)
+    codecs = _choose(chosen)
+    made = (chosen.output / RUNS).resolve()
+    if any(made in codec.path.resolve().parents for codec in codecs.values()):
         raise options.OptionError(
             f"--from should not be in {chosen.output / RUNS}, whose files are made anew. Found "
             f"{chosen.start}. Choose another --output."
         )
-    photographs = images.bundled()
-    if chosen.images is not None:
+    if chosen.images is None:
+        photographs = images.bundled(min_side=chosen.crop)
+    else:
         photographs = images.from_folders(chosen.images, chosen.eval_images, crop=chosen.crop)
     chosen.output.mkdir(parents=True, exist_ok=True)
     pictures = {name: image.clone for name, image in photographs.held_out.items()}
     pictures = take_part(pictures) if chosen.quick else pictures
-    print("Starts from the codecs of λ", *(f"{r.lmbda:g}" for r in rungs), "in", chosen.start)
+    print("Starts from the codecs of λ", *(f"{x:.4g}" for x in codecs), "in", chosen.start)
     for role, named in (("Fine-tunes on", photographs.train), ("Held out:", pictures)):
         print(role, ", ".join(named) if len(named) < 6 else f"{len(named)} images")
     compare = Comparison(list(photographs.train.values()), pictures, chosen)
-    starts = {rung.lmbda: compare.start(rung) for rung in rungs}
+    starts = {lmbda: compare.start(codec) for lmbda, codec in codecs.items()}
     anchors: dict[str, list[Point]] = {name: [] for name in FORMATS}
     for point in measure_formats(FORMATS, pictures, chosen.output / "files"):
         anchors[point.curve].append(point)
     curves = {"the codecs": [result.point for result in starts.values()], **anchors}
     print(*(compare_curves(curves, "the codecs", name) for name in anchors), sep="\n", flush=True)
-    results = {r.lmbda: {START: starts[r.lmbda], **compare.fine_tune(r)} for r in rungs}
+    results = {x: {START: starts[x], **compare.fine_tune(codecs[x])} for x in codecs}
+    written = _write(results, anchors, chosen.output)
     print(f"\n{table(results, anchors)}\n\n{fill(EXPLANATION, 88)}\n")
-    _write(results, anchors, chosen.output)
+    print(*written, sep="\n")
     exact = [m.exact for methods in results.values() for result in methods.values()
              for m in result.point.images.values()]  # fmt: skip
     print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
@@ -187,7 +182,8 @@ def _write(
     results: Mapping[float, Mapping[str, Result]],
     anchors: Mapping[str, Sequence[Point]],
     folder: Path,
-) -> None:
+) -> list[Path]:
+    """Write figure and results; returns their paths."""
     scores = {
         lmbda: {name: result.point.score() for name, result in methods.items()}
         for lmbda, methods in results.items()
@@ -201,26 +197,28 @@ def _write(
         "codecs": {x: {name: s._asdict() for name, s in row.items()} for x, row in scores.items()},
         "anchors": {name: [s._asdict() for s in curve] for name, curve in dashed.items()},
     }
-    paths[1].write_text(json.dumps(content, indent=1), encoding="utf-8")
-    print(*paths, sep="\n")
+    write_json(paths[1], content)
+    return paths
 
 
-def _choose(chosen: argparse.Namespace) -> list[Rung]:
-    """The codecs to start from, in the order of their λ."""
-    rungs = {}
-    for path in list_codecs([chosen.start]):
-        about = load_codec(path)[1]
-        if len(about["lambdas"]) == 1:  # a variable-rate codec has other losses
-            rungs[about["lambdas"][0]] = Rung(path, about["arch"], about["lambdas"][0])
-    there = sorted(rungs)
+def _choose(chosen: argparse.Namespace) -> dict[float, CodecFile]:
+    """The codecs to start from by their λ, in its order."""
+    # A variable-rate codec has other losses.
+    codecs = {c.lambdas[0]: c for c in load_codecs([chosen.start]) if not c.variable}
+    if not codecs:
+        raise options.OptionError(
+            f"--from should have a codec of one rate. Found none in {chosen.start}. Name another "
+            "folder, or train one with `python -m examples.lic train`."
+        )
+    there = sorted(codecs)
     wanted = sorted(set(chosen.lambdas or there[: 1 if chosen.quick else None]))
-    if not wanted or not rungs.keys() >= set(wanted):
+    if not codecs.keys() >= set(wanted):
         raise options.OptionError(
             f"--lambdas should be of those of the codecs in {chosen.start}, each of one rate: "
-            f"{' '.join(f'{lmbda:g}' for lmbda in there)}. Found "
+            f"{' '.join(f'{lmbda:.4g}' for lmbda in there)}. Found "
             f"{' '.join(f'{lmbda:g}' for lmbda in wanted)}. Choose among these, or another --from."
         )
-    return [rungs[lmbda] for lmbda in wanted]
+    return {lmbda: codecs[lmbda] for lmbda in wanted}
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -236,7 +234,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--lr", "Adam's learning rate", real, 2e-4)
     add("--batch", "crops in a step", whole, 1)
     add("--crop", "side of the crops, a multiple of 64", options.crop_side, 256)
-    add("--seed", "of crops and noise", int, 0)
+    add("--seed", "of crops and noise", options.seed, 0)
     chosen = parser.parse(arguments, QUICK)
     if chosen.eval_images is not None and chosen.images is None:
         parser.error("--eval-images needs --images")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from examples.lic import options
 from examples.lic.checkpoint import write_atomically
-from examples.lic.coding import PRETRAINED, Coded, choose, load_codecs
+from examples.lic.coding import PRETRAINED, Coded, choose, list_codecs, load_codecs
 from examples.lic.images import read_image
 
 
@@ -18,8 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("output", "the file to write", Path, metavar="OUT")
     add_target(parser)
     chosen = parser.parse(arguments)
-    check_output(chosen.output, [chosen.image, *(chosen.codec or ())])
-    codecs = load_codecs(chosen.codec or [PRETRAINED], chosen.device)
+    paths = codec_paths(chosen)
+    check_output(chosen.output, [chosen.image, *paths])
+    codecs = load_codecs(paths, chosen.device)
     image = read_image(chosen.image)
     coded = choose(image, codecs, bpp=chosen.bpp, decibels=chosen.psnr)
     write(chosen.output, coded.data)
@@ -28,13 +30,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is no file, or one of the files that are read."""
-    if path.exists() and not path.is_file():
-        raise options.OptionError(f"OUT should be a file. Found {path}. Choose another OUT.")
-    inside = [p for given in inputs for p in (given.glob("*") if given.is_dir() else [given])]
-    if path.exists() and any(p.exists() and path.samefile(p) for p in inside):
+    """Refuse an output that is a folder, or one of the files that are read."""
+    if path.is_dir():
+        raise options.OptionError(
+            f"OUT should be a file. Found the folder {path.absolute()}. Name a file in it."
+        )
+    if path.exists() and any(p.exists() and path.samefile(p) for p in inputs):
         raise options.OptionError(
             f"OUT should not be a file that is read. Found {path}. Choose another OUT."
+        )
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output for several files that is no folder."""
+    if path.exists() and not path.is_dir():
+        raise options.OptionError(
+            f"--output should be a folder. Found the file {path}. Choose another --output."
         )
 
 
@@ -53,6 +64,11 @@ def add_codecs(parser: options.Parser) -> None:
     text = "checkpoints or codec files, or folders of them (those that come with the example)"
     parser.add("--codec", text, Path, nargs="+")
     parser.add("--device", "cpu, cuda, ...", options.device, "cpu")
+
+
+def codec_paths(chosen: argparse.Namespace) -> list[Path]:
+    """The files of the codecs that were named, or of those that come with the example."""
+    return list_codecs(chosen.codec or [PRETRAINED])
 
 
 def add_target(parser: options.Parser) -> None:

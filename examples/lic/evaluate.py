@@ -8,7 +8,7 @@ WebP are curves, too, where they are asked for.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from examples.lic import images, options, plots
 from examples.lic.anchors import FORMATS, QUALITIES, measure_format
-from examples.lic.checkpoint import CheckpointError, load_codec
-from examples.lic.coding import CodecFile, file_coder, list_codecs
-from examples.lic.curves import Point, compare_curves, table
+from examples.lic.checkpoint import CheckpointError
+from examples.lic.coding import CodecFile, file_coder, list_codecs, load_codecs
+from examples.lic.curves import Comparison, Point, compare_curves, table, write_json
+from examples.lic.encode import check_folder
 from examples.lic.evaluation import MS_SSIM_SIDE, measure
 from examples.lic.progress import Meter
 
@@ -37,28 +38,23 @@ QUICK_SIDE = 192
 def main(arguments: Sequence[str]) -> int:
     """Evaluate; returns the exit code, 1 if a decoded image is not the codec's own."""
     chosen = _parse(arguments)
+    check_folder(chosen.output)
     torch.backends.cudnn.deterministic = True  # or a decoder on a GPU need not agree with itself
-    paths = {path: str(path.parent) for path in list_codecs(chosen.checkpoints)}
+    paths = {path: _curve(path.parent) for path in list_codecs(chosen.checkpoints)}
     anchors = _check_anchors(chosen.anchor or [], set(paths.values()))
-    codecs = list(_load(paths, chosen.device))
+    codecs = load_codecs(paths, chosen.device)
     pictures = _pictures(chosen.images, quick=chosen.quick)
     formats = [anchor for anchor in anchors if anchor not in paths.values()]
     count = sum(len(codec.lambdas) for codec in codecs) + len(formats) * len(QUALITIES)
     meter = Meter("Evaluation", count * len(pictures), "image")
     files = chosen.output / "files"
-    points = [
-        *measure_codecs(codecs, paths, pictures, files, on_image=meter.update),
-        *measure_formats(formats, pictures, files, on_image=meter.update),
-    ]
+    # The formats first: they refuse images that are too large for them.
+    last = list(measure_formats(formats, pictures, files, on_image=meter.update))
+    points = [*measure_codecs(codecs, paths, pictures, files, on_image=meter.update), *last]
     meter.close()
     curves: dict[str, list[Point]] = {point.curve: [] for point in points}
     for point in sorted(points, key=Point.score):
         curves[point.curve].append(point)
-    print(table(curves))
-    small = [name for name, m in points[0].images.items() if m.ms_ssim is None]
-    if small:
-        print(f"MS-SSIM, and the rate in its figure, without {', '.join(small)}: it needs sides of "
-              f"{MS_SSIM_SIDE} pixels.")  # fmt: skip
     tests = [name for name in curves if name not in formats]
     comparisons = [
         compare_curves(curves, test, anchor)
@@ -66,24 +62,50 @@ def main(arguments: Sequence[str]) -> int:
         for test in tests
         if test != anchor
     ]
-    print("".join(f"{comparison}\n" for comparison in comparisons), end="")
-    scores = {name: [p.score() for p in curve] for name, curve in curves.items()}
-    similar = {name: [p.similarity() for p in curve] for name, curve in curves.items()}
-    figure = plots.curves_figure(
-        {"PSNR (dB)": (f"{len(pictures)} images", scores),
-         "MS-SSIM": (f"{len(pictures) - len(small)} images",
-                     {} if len(small) == len(pictures) else similar)},
-        dashed=formats,
-    )  # fmt: skip
-    written = [chosen.output / name for name in ("rate-distortion.png", "results.json")]
-    figure.savefig(written[0])
-    content = {"points": [asdict(p) for p in points],
-               "comparisons": [c.as_dict() for c in comparisons]}  # fmt: skip
-    written[1].write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(*written, sep="\n")
+    # All files before the first line: a reader such as `head` may have enough of it.
+    written = _write(chosen.output, points, curves, comparisons, formats)
+    print(table(curves))
+    if small := _too_small(points):
+        print(f"MS-SSIM, and the rate in its figure, without {', '.join(small)}: it needs sides of "
+              f"{MS_SSIM_SIDE} pixels.")  # fmt: skip
+    print(*comparisons, *written, sep="\n")
     exact = [m.exact for point in points for m in point.images.values() if m.exact is not None]
     print(f"Decoded bit by bit as the codec reconstructs it: {sum(exact)} of {len(exact)}.")
     return 0 if all(exact) else 1
+
+
+def _write(
+    folder: Path,
+    points: Sequence[Point],
+    curves: Mapping[str, Sequence[Point]],
+    comparisons: Sequence[Comparison],
+    formats: Sequence[str],
+) -> list[Path]:
+    """Write figure and results; returns their paths."""
+    scores = {name: [p.score() for p in curve] for name, curve in curves.items()}
+    similar = {name: [p.similarity() for p in curve] for name, curve in curves.items()}
+    count, small = len(points[0].images), len(_too_small(points))
+    figure = plots.curves_figure(
+        {"PSNR (dB)": (f"{count} images", scores),
+         "MS-SSIM": (f"{count - small} images", {} if small == count else similar)},
+        dashed=formats,
+    )  # fmt: skip
+    written = [folder / name for name in ("rate-distortion.png", "results.json")]
+    figure.savefig(written[0])
+    content = {"points": [asdict(p) for p in points],
+               "comparisons": [c.as_dict() for c in comparisons]}  # fmt: skip
+    write_json(written[1], content)
+    return written
+
+
+def _too_small(points: Sequence[Point]) -> list[str]:
+    """The images that have no MS-SSIM."""
+    return [name for name, m in points[0].images.items() if m.ms_ssim is None]
+
+
+def _curve(folder: Path) -> str:
+    """The name of the curve of a folder's codecs: printable, where its own name is not Unicode."""
+    return os.fsencode(folder).decode(errors="backslashreplace")
 
 
 def _check_anchors(anchors: Sequence[str], folders: Set[str]) -> list[str]:
@@ -94,15 +116,6 @@ def _check_anchors(anchors: Sequence[str], folders: Set[str]) -> list[str]:
                 f"the folders of the checkpoints. Found {anchor}. Choose one of these."
             )
     return list(dict.fromkeys(anchors))
-
-
-def _load(paths: Iterable[Path], device: torch.device) -> Iterator[CodecFile]:
-    for path in paths:
-        model, about = load_codec(path)
-        steps = about.get("run", {}).get("steps", 0)
-        if about.get("taken", steps) < steps:
-            print(f"{path} is at step {about['taken']} of {steps}.")
-        yield CodecFile(path, model.to(device), tuple(about["lambdas"]))
 
 
 def measure_codecs(
@@ -174,7 +187,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("checkpoints", "or codec files, or folders of them", Path, nargs="+", metavar="CHECKPOINT")
     add("--images", "code this folder, not the bundled held-out photographs", Path)
     add("--anchor", f"curves to compare with: {', '.join(FORMATS)}, or a folder's",
-        lambda text: str(Path(text)), nargs="+")  # fmt: skip
+        lambda text: _curve(Path(text)), nargs="+")  # fmt: skip
     add("--output", "for files, figure and results", Path, Path("runs/lic/evaluation"))
     add("--device", "cpu, cuda, ...", options.device, "cpu")
     return parser.parse(arguments, QUICK)

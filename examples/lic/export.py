@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from examples.lic import options
-from examples.lic.checkpoint import load_codec, save_codec
-from examples.lic.coding import list_codecs
+from examples.lic.checkpoint import save_codec
+from examples.lic.coding import list_codecs, load
+from examples.lic.encode import check_folder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("--output", "folder for the codec files", Path, required=True)
     parser.add_argument("--half", action="store_true", help="weights in float16")
     chosen = parser.parse(arguments)
+    check_folder(chosen.output)
     sources = list_codecs(chosen.checkpoints)
     if any(source.parent.resolve() == chosen.output.resolve() for source in sources):
         raise options.OptionError(
@@ -28,9 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         )
     dtype = torch.float16 if chosen.half else torch.float32
     for source, target in _plan(sources, chosen.output).items():
-        model, about = load_codec(source)
+        model, about = load(source)
         save_codec(target, model, about, dtype=dtype)
-        lambdas = " ".join(f"{lmbda:g}" for lmbda in about["lambdas"])
+        lambdas = " ".join(f"{lmbda:.4g}" for lmbda in about["lambdas"])
         print(f"{target}: {about['arch']}, λ {lambdas}, {target.stat().st_size} bytes")
     return 0
 

@@ -35,8 +35,11 @@ class Photographs:
     held_out: Mapping[str, Tensor]
 
 
-def bundled() -> Photographs:
-    """Return the photographs that scikit-image and scikit-learn contain."""
+def bundled(*, min_side: int = 1) -> Photographs:
+    """Return the photographs that scikit-image and scikit-learn contain.
+
+    Those to train on have to be at least `min_side` pixels high and wide.
+    """
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -45,6 +48,12 @@ def bundled() -> Photographs:
     train["motorcycle"] = data.stereo_motorcycle()[0]
     held_out = {"chelsea": data.chelsea()}
     held_out |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    least = min(min(pixels.shape[:2]) for pixels in train.values())
+    if least < min_side:
+        raise ImageError(
+            f"--crop should be at most {least}, the least side of the bundled images. Found "
+            f"{min_side}. Choose a smaller one, or train on larger images with --images."
+        )
     return Photographs(*(
         {name: _to_tensor(pixels) for name, pixels in role.items()} for role in (train, held_out)
     ))  # fmt: skip
@@ -125,9 +134,11 @@ class Photo(NamedTuple):
     pixels: Tensor | None = None
     shrink: int = 1
 
-    def read(self) -> Tensor:
+    def read(self, min_side: int = 1) -> Tensor:
         """The pixels, from memory or from the file."""
-        return read_image(self.path, shrink=self.shrink) if self.pixels is None else self.pixels
+        if self.pixels is not None:
+            return self.pixels
+        return read_image(self.path, min_side=min_side, shrink=self.shrink)
 
 
 def read_all(
@@ -189,7 +200,8 @@ def _open(path: Path) -> Iterator[Image.Image]:
                 raise ValueError("floating-point pixels have no fixed range")
             yield image
     except _UNREADABLE as error:
-        raise ImageError(f"{path} cannot be read ({error}). Repair or remove it.") from None
+        reason = getattr(error, "strerror", None) or error  # which has no second copy of the name
+        raise ImageError(f"{path} cannot be read ({reason}). Repair or remove it.") from None
 
 
 def _check_side(path: Path, height: int, width: int, min_side: int) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -33,13 +34,17 @@ three in the paper); after it, rounded symbols and their offsets (the third)."""
 
 
 class RateDistortion(nn.Module):
-    """Bits per pixel, and λ · 255² · MSE."""
+    """Bits per pixel, and λ · 255² · MSE.
+
+    A bound needs the rate that files have, and noisy symbols cost more than rounded ones. With
+    `rounded`, the rate has the value of rounded symbols and the gradient of noisy ones.
+    """
 
     names = ("rate", "distortion")
 
-    def __init__(self, model: nn.Module, lmbda: float) -> None:
+    def __init__(self, model: nn.Module, lmbda: float, *, rounded: bool = False) -> None:
         super().__init__()
-        self.model, self.lmbda = model, lmbda
+        self.model, self.lmbda, self._rounded = model, lmbda, rounded
 
     def begin_step(self, step: int, steps: int) -> None:
         """Prepare for step number `step`, from 0, of `steps`: all are alike."""
@@ -47,8 +52,17 @@ class RateDistortion(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The losses, 0-d, of images ``[B, 3, H, W]`` in [0, 1]."""
         output = self.model(images)
-        mse = mse_loss(output.images, images)
-        return {"rate": output.bpp(), "distortion": self.lmbda * 255**2 * mse}
+        mse, rate = mse_loss(output.images, images), output.bpp()
+        if self._rounded:
+            rate = rate + (self._rounded_rate(images) - rate).detach()
+        return {"rate": rate, "distortion": self.lmbda * 255**2 * mse}
+
+    @torch.no_grad()
+    def _rounded_rate(self, images: Tensor) -> Tensor:
+        self.model.eval()
+        rate = self.model(images).bpp()
+        self.model.train()
+        return rate
 
 
 def level_name(lmbda: float) -> str:
@@ -99,10 +113,10 @@ def fixed(rate: float) -> FixedWeights:
 def bounded_rate(bpp: float) -> Lagrangian:
     """The distortion, minimized where the rate is at most `bpp`: a multiplier in place of a λ.
 
-    The rate is that of training crops with noise. No λ matters: violations are relative. The
-    multiplier's learning rate suits runs of a thousand steps.
+    The rate is that of training crops, their symbols rounded. No λ matters: violations are
+    relative. Learning rate and damping of the multiplier suit runs of a thousand steps.
     """
-    return Lagrangian({"rate": bpp}, objective="distortion", lr=0.03)
+    return Lagrangian({"rate": bpp}, objective="distortion", lr=0.03, damping=4.0)
 
 
 EQUAL = fixed(0.5)

@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
             prog=f"python -m examples.lic {command}".strip(), description=description,
             allow_abbrev=False,  # or --qui would be --quick without its defaults
         )  # fmt: skip
-        self.add("--threads", "2 help on idle cores, and harm on busy ones", number(int), 1)
+        some = number(int, below=1025)
+        self.add("--threads", "2 help on idle cores, and harm on busy ones", some, 1)
         if quick:
             self.add_argument("--quick", action="store_true",
                               help="to see that it works, in seconds")  # fmt: skip
@@ -91,7 +92,7 @@ def number(
         value = kind(text)
         if not (above < value if least is None else least <= value) or not value < below:
             lower = f"above {above:g}" if least is None else f"at least {least:g}"
-            upper = "" if below == math.inf else f" and below {below:g}"
+            upper = "" if below == math.inf != value else f" and below {below:g}"
             raise argparse.ArgumentTypeError(f"should be {lower}{upper}, found {text}")
         return value
 
@@ -112,11 +113,17 @@ def crop_side(text: str) -> int:
     return value
 
 
+seed = number(int, least=0, below=10**9)
+"""A parser of seeds. Generators take 64 bits, and those of crops are seeded with multiples."""
+
+
 def device(text: str) -> torch.device:
-    """A parser of devices that are there."""
+    """A parser of devices that are there, and hold data, as ``meta`` does not."""
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
+        there = torch.zeros(1, device=text)
+        there.cpu()
+        return there.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason})") from None
 

@@ -60,7 +60,7 @@ def starts_figure(
     ]
     ax.add_artist(ax.legend(handles=keys, loc="upper left", frameon=False))
     pairs = zip(starts, colours, strict=True)
-    keys = [Line2D([], [], color=c, linewidth=3, label=f"λ = {x:g}") for x, c in pairs]
+    keys = [Line2D([], [], color=c, linewidth=3, label=f"λ = {x:.4g}") for x, c in pairs]
     ax.legend(handles=keys, loc="lower right", title="from the codec of", frameon=False)
     return figure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.lic import coding, options
 from examples.lic.architectures import ArchitectureError
-from examples.lic.encode import add_target, check_output, describe, write
+from examples.lic.encode import add_target, check_output, codec_paths, describe, write
 from examples.lic.hyperprior import Codec
 from examples.lic.images import read_image
 from examples.lic.progress import Meter
@@ -40,10 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add("--lr", "Adam's learning rate", options.number(float), Refinement.lr)
     parser.add("--lambda", "of the refinement, if not the codec's", options.number(float),
                dest="lmbda")  # fmt: skip
-    parser.add("--seed", "of the noise", int, 0)
+    parser.add("--seed", "of the noise", options.seed, 0)
     chosen = parser.parse(arguments)
-    check_output(chosen.output, [chosen.image, *(chosen.codec or ())])
-    codecs = coding.load_codecs(chosen.codec or [coding.PRETRAINED], chosen.device)
+    paths = codec_paths(chosen)
+    check_output(chosen.output, [chosen.image, *paths])
+    codecs = coding.load_codecs(paths, chosen.device)
     image = read_image(chosen.image)
     before = coding.choose(image, codecs, bpp=chosen.bpp, decibels=chosen.psnr)
     model = before.codec.at(before.lmbda)
@@ -65,8 +66,20 @@ def main(arguments: Sequence[str]) -> int:
     write(chosen.output, after.data)
     print(f"before: {before}")
     print(f"after:  {after}")
+    print(_miss(after, bpp=chosen.bpp, decibels=chosen.psnr), end="")
     print(describe(chosen.output, after))
     return 0
+
+
+def _miss(coded: coding.Coded, *, bpp: float | None, decibels: float | None) -> str:
+    """A line that says by how much a refined file misses the target, if it does."""
+    if bpp is not None and coded.bpp > bpp:
+        missed, less = f"--bpp {bpp:g} by {coded.bpp - bpp:.2g} bpp", "lower"
+    elif decibels is not None and coded.psnr < decibels:
+        missed, less = f"--psnr {decibels:g} by {decibels - coded.psnr:.2g} dB", "higher"
+    else:
+        return ""
+    return f"The refined file misses {missed}. Ask for a {less} one, or give a {less} --lambda.\n"
 
 
 def within(annealing: Annealing, steps: int) -> Annealing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from examples.lic.losses import Levels, Objective, RateDistortion
 from examples.lic.streams import Crops, CropStream, Sources
 from examples.lic.training import Observer, Recipe, Trainer, stop_on_signals
 from examples.lic.variable_rate import VariableRateCodec
-from moo_balance import NonFiniteError
+from moo_balance import Lagrangian, NonFiniteError
 from moo_balance.weighting import Weighting
 
 
@@ -88,7 +89,7 @@ class Run:
         if isinstance(model, VariableRateCodec):
             return Levels(model, self.lambdas, one_level=self.one_level, seed=self.stream)
         (lmbda,) = self.lambdas
-        return RateDistortion(model, lmbda)
+        return RateDistortion(model, lmbda, rounded=isinstance(self.weighting, Lagrangian))
 
 
 def check(plan: Sequence[tuple[Run, Path]]) -> None:
@@ -102,18 +103,20 @@ def check(plan: Sequence[tuple[Run, Path]]) -> None:
         ArchitectureError: A codec cannot be built.
         BalanceError: A weighting does not fit the losses of its run.
         CheckpointError: A start is missing or of another codec, or a checkpoint is there already
-            and belongs to a run with other settings.
+            and belongs to a run with other settings, or with another start than it would have now.
     """
-    made: list[Path] = []
+    complete: dict[Path, bool] = {}
     for run, path in plan:
-        start = run.start if isinstance(run.start, Path) and run.start not in made else None
-        model, settings = _build(run, start, resuming=False)
+        known = isinstance(run.start, Path) and complete.get(run.start, True)
+        # A start that is still to be trained stays a path in the settings: none is saved as one.
+        model, settings = _build(run, run.start if known else None, resuming=False)
         Trainer(run.objective(model), run.weighting, run.recipe, seed=run.stream)
+        taken = 0
         if path.exists():
-            if start is None and run.start is not None:
-                del settings["start"]
-            _check_settings(path, checkpoint.load(path)["run"], settings)
-        made.append(path)
+            content = checkpoint.load(path)
+            _check_settings(path, content["run"], settings)
+            taken = content["taken"]
+        complete[path] = taken >= run.recipe.steps
 
 
 def train(
@@ -148,7 +151,8 @@ def train(
     Raises:
         CheckpointError: A checkpoint does not fit, or cannot be saved.
         ImageError: An image cannot be read. The state before is saved.
-        TrainingError: A loss or a gradient is not finite.
+        TrainingError: A loss or a gradient is not finite, or the weights are not, which are not
+            saved.
         KeyboardInterrupt: After a signal.
     """
     start = run.start
@@ -164,31 +168,77 @@ def train(
     crops = Crops(sources, crop=run.crop, seed=run.stream)
     stream = CropStream(crops, batch=run.batch, workers=workers)
 
+    lambdas = run.lambdas
+
     def save() -> None:
+        _check_weights(trainer, path)
         about = {"run": settings, "images": crops.identity, "crops": stream.state_dict()}
+        if isinstance(run.weighting, Lagrangian):
+            about["lambdas"] = list(_bounded_lambdas(run, trainer) or lambdas)
         checkpoint.save(path, {**about, **trainer.state_dict()})
 
     if resuming:
         content = checkpoint.load(path)
         _check_settings(path, content["run"], settings)
-        trainer.load_state_dict(content)
-        stream.load_state_dict(content["crops"])
-        if content["images"] != crops.identity:
+        _restore(path, content, trainer, stream)
+        lambdas = content.get("lambdas", lambdas)
+        if content.get("images") != crops.identity:
             _report_other_images(path, complete=trainer.complete)
         if trainer.complete:
             return
         print(f"{path}: goes on from step {trainer.taken}.")
     try:
         with stop_on_signals(trainer):
-            trainer.run(stream, [_Saver(save, save_every), *observers])
-    except ImageError:
-        save()
-        raise
+            try:
+                trainer.run(stream, [_Saver(save, save_every), *observers])
+            except ImageError:
+                save()
+                raise
+            save()
     except NonFiniteError as error:
         raise _nonfinite_error(trainer.taken, path, nonfinite) from error
-    save()
     if trainer.stop:
         raise KeyboardInterrupt
+
+
+def _restore(path: Path, content: dict[str, Any], trainer: Trainer, stream: CropStream) -> None:
+    try:
+        trainer.load_state_dict(content)
+        stream.load_state_dict(content["crops"])
+    except Exception as error:  # parts that are missing or damaged lead to errors of any kind
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{path} should hold the whole state of a run. Found a part that cannot be loaded "
+            f"({reason}). Choose another --output, or remove it."
+        ) from error
+
+
+def _bounded_lambdas(run: Run, trainer: Trainer) -> tuple[float, ...] | None:
+    """The λ that the multiplier of a bound on the rate amounted to in the last step.
+
+    That of the run where the bound was not active; None if the step was skipped, or there is none.
+    """
+    figures = trainer.optimizer.metrics.as_floats()
+    rate, distortion = (figures.get(f"coefficient/{name}") for name in RateDistortion.names)
+    if rate == 0:
+        return run.lambdas
+    if not rate or not distortion or not math.isfinite(distortion / rate):
+        return None
+    return (float(f"{run.lambdas[0] * distortion / rate:.4g}"),)
+
+
+def _check_weights(trainer: Trainer, path: Path) -> None:
+    parameters = [*trainer.model.parameters(), *trainer.trained.parameters()]
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise TrainingError(
+            f"The weights after step {trainer.taken} for {path} should be finite. Found NaN or "
+            "infinity, which is not saved. Train anew with a lower learning rate. "
+            f"{_describe_saved(path)}"
+        )
+
+
+def _describe_saved(path: Path) -> str:
+    return f"{path} is there from an earlier step." if path.exists() else "Nothing is saved."
 
 
 def _nonfinite_error(taken: int, path: Path, nonfinite: str) -> TrainingError:
@@ -196,10 +246,9 @@ def _nonfinite_error(taken: int, path: Path, nonfinite: str) -> TrainingError:
         advice = "Too many steps in a row are not: train anew with a lower learning rate."
     else:
         advice = "--nonfinite skip leaves such steps out; a lower learning rate may avoid them."
-    saved = f"{path} is there from an earlier step." if path.exists() else "Nothing is saved."
     return TrainingError(
         f"The losses and gradients of step {taken + 1} for {path} should be finite. Found NaN or "
-        f"infinity. {advice} {saved}"
+        f"infinity. {advice} {_describe_saved(path)}"
     )
 
 

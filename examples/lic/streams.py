@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
 import weakref
@@ -26,9 +27,9 @@ class Crops(Dataset[Tensor | ImageError]):
     """Crop number `i` of a run, uint8 ``[3, crop, crop]``: a function of the seed and `i` only.
 
     Every epoch goes through all images once, in an order of its own; half of the crops are
-    mirrored. A file that has broken since it was listed is returned as an error and raised where
-    the batches are used: a worker would wrap it into a traceback. Every image has at least `crop`
-    pixels a side.
+    mirrored. A file that has broken or shrunk since it was listed is returned as an error and
+    raised where the batches are used: a worker would wrap it into a traceback. Every image has at
+    least `crop` pixels a side.
     """
 
     def __init__(self, sources: Sources, *, crop: int, seed: int) -> None:
@@ -41,14 +42,14 @@ class Crops(Dataset[Tensor | ImageError]):
             f"{s.path.name}/{s.shrink}" if isinstance(s, Photo) else str(tuple(s.shape))
             for s in self._sources
         ]
-        return f"{len(names)} images, {zlib.crc32(' '.join(names).encode()):08x}"
+        return f"{len(names)} images, {zlib.crc32(os.fsencode(' '.join(names))):08x}"
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
         epoch, place = divmod(index, len(self._sources))
         order = _order(self._seed, epoch, len(self._sources))
         source = self._sources[order[place]]
         try:
-            image = source.read() if isinstance(source, Photo) else source
+            image = source.read(self._side) if isinstance(source, Photo) else source
         except ImageError as error:
             return error
         return self._crop(image, random.Random(f"{self._seed}/{index}"))
@@ -126,7 +127,7 @@ class CropStream(Iterator[Tensor]):
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._taken = state["taken"]
+        self._taken = int(state["taken"])
         self._reader.clear()
 
 
@@ -146,7 +147,7 @@ def find_sources(
     and `memory` see :func:`examples.lic.images.read_all`.
     """
     if folder is None:
-        train = bundled().train
+        train = bundled(min_side=crop).train
         return list(train.values()), f"Trains on {', '.join(train)}."
     paths, photos = list_images(folder), []
     options = {"min_side": crop, "skip": skip, "threads": threads, "memory": memory // len(shrink)}

@@ -109,6 +109,11 @@ def _codecs(chosen: argparse.Namespace) -> Iterator[tuple[str, tuple[float, ...]
         for target in sorted(set(chosen.target_bpp)):
             yield f"bpp-{target!r}", (ANY_LAMBDA,), adjust(bounded_rate(target), given)
         return
+    if variable and chosen.weighting == "fixed":
+        raise options.OptionError(
+            "--weighting fixed should be given with a codec of one rate, whose losses are rate and "
+            f"distortion. Found {chosen.arch}. Choose another --weighting."
+        )
     weighting = WEIGHTINGS[chosen.weighting]
     if chosen.rate_weight is not None:
         weighting = fixed(chosen.rate_weight)
@@ -140,20 +145,21 @@ def adjust(weighting: Weighting, values: dict[str, Any]) -> Weighting:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser("train", "Train an image codec with any weighting of its losses.")
     add, whole, real = parser.add, options.number(int), options.number(float)
+    memory = options.number(float, least=0, below=1e6)
     share, positive = options.number(float, below=1), options.number(float, least=0)
     add("--lambdas", "one λ or several, trained from the lowest", real, options.LAMBDAS, nargs="+")
     add("--arch", f"{architectures.NAMES}, or {architectures.PREFIX}MODEL", default="small")
     add("--from", "checkpoint to start from; a folder has one for each λ", Path, dest="start")
     add("--output", "for checkpoints and logs (runs/lic/ and the weighting)", Path)
     add("--steps", "for each λ", whole, 1500)
-    add("--lr", "Adam's learning rate", real, 1e-3)
+    add("--lr", "Adam's learning rate", options.number(float, below=1e6), 1e-3)
     add("--clip", "bound on the gradient's norm, or inf; unit scales it to 1",
         options.gradient_bound, 1.0)  # fmt: skip
     add("--ema", "decay of averaged weights, which are then the ones evaluated", share)
     parser.add_argument("--amp", action="store_true", help="transforms in bfloat16")
     add("--nonfinite", "raise or skip: what to do with steps that are not finite", default="raise",
         choices=("raise", "skip"))  # fmt: skip
-    add("--seed", "of weights, crops and noise", int, 0)
+    add("--seed", "of weights, crops and noise", options.seed, 0)
     add("--device", "cpu, cuda, ...", options.device, "cpu")
     add("--save-every", "steps between checkpoints", whole, 500)
     add("--log-every", "steps between entries of the log", whole, 50)
@@ -173,13 +179,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.group("images")
     add("--images", "train on this folder, not on bundled images", Path)
     add("--shrink", "divide their sides by it, which removes traces of JPEG; several: in each size",
-        whole, [1], nargs="+")  # fmt: skip
+        options.number(int, below=10**6), [1], nargs="+")  # fmt: skip
     parser.add_argument("--skip-unusable", action="store_true",
                         help="leave out images that are too small or broken")  # fmt: skip
     add("--batch", "crops in a step", whole, 2)
     add("--crop", "side of the crops, a multiple of 64", options.crop_side, 256)
     add("--workers", "processes that read images ahead", options.number(int, least=0), 0)
-    add("--memory", "GB of decoded images to keep", positive, options.MEMORY)
+    add("--memory", "GB of decoded images to keep", memory, options.MEMORY)
     add("--val", "validate on this folder, not on the bundled images that are held out", Path)
     add("--val-every", "steps between validations", whole, 500)
     chosen = parser.parse(arguments, QUICK)
@@ -187,9 +193,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--rate-weight needs --weighting fixed")
     if chosen.images is None and chosen.shrink != [1]:
         parser.error("--shrink needs --images")
-    if chosen.target_bpp is not None and chosen.weighting != "standard":
-        parser.error("--target-bpp has a weighting of its own: leave --weighting out")
+    given = {argument.partition("=")[0] for argument in arguments}
+    for flag in {"--lambdas", "--weighting"} & given if chosen.target_bpp is not None else ():
+        parser.error(f"--target-bpp has a λ and a weighting of its own: leave {flag} out")
     if chosen.output is None:
         folder = chosen.weighting if chosen.target_bpp is None else "target"
         chosen.output = Path("runs/lic", *["quick"] * chosen.quick, folder)
+    if any("\ud800" <= letter <= "\udfff" for letter in str(chosen.output)):
+        name = ascii(str(chosen.output))
+        parser.error(f"--output should be UTF-8, which TensorBoard needs: found {name}")
     return chosen

@@ -58,17 +58,19 @@ def validate(model: nn.Module, images: Mapping[str, Tensor], crop: int) -> Valid
     was_training, whole, apart = codec.training, 0.0, 0.0
     codec.eval()
     for image in images.values():
-        tiles = split(image, crop)
-        if len(tiles) > 1:
-            rows, columns = (side // crop for side in image.shape[-2:])
+        rows, columns = (side // crop for side in image.shape[-2:])
+        if rows * columns > 1:
             whole += _bits(codec, image[None, :, : rows * crop, : columns * crop])
-            apart += _bits(codec, tiles)
+            apart += _bits(codec, split(image, crop))
     codec.train(was_training)
     return Validation(score, whole / apart - 1 if apart else float("nan"))
 
 
 def split(image: Tensor, side: int) -> Tensor:
-    """The squares ``[n, C, side, side]`` of ``[C, H, W]`` from its upper left corner on."""
+    """The squares ``[n, C, side, side]`` of ``[C, H, W]`` from its upper left corner on.
+
+    There is at least one.
+    """
     tiles = image.unfold(1, side, side).unfold(2, side, side)  # [C, rows, columns, side, side]
     return tiles.flatten(1, 2).transpose(0, 1)
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from examples.lic import checkpoint
 from examples.lic.architectures import ArchitectureError, build, full_name
-from examples.lic.checkpoint import CheckpointError, load, load_codec, load_start, save, save_codec
+from examples.lic.checkpoint import (
+    CheckpointError,
+    load,
+    load_codec,
+    load_start,
+    save,
+    save_codec,
+    write_atomically,
+)
 from examples.lic.hyperprior import MeanScaleHyperprior, ScaleHyperprior
 from tests.support.disk import full_disk
 
@@ -16,7 +27,7 @@ TINY = "mbt2018-mean:8,8"
 
 
 def content(value):
-    return {"run": {"arch": "small"}, "model": {"weight": torch.full((9000,), value)}}
+    return trained("small", {"weight": torch.full((9000,), value)})
 
 
 def trained(arch, state, lambdas=(0.05,), **more):
@@ -68,19 +79,96 @@ def test_whenever_saving_fails_the_old_checkpoint_stays(tmp_path, monkeypatch, m
     assert [p.name for p in tmp_path.iterdir()] == ["codec.pt"]
 
 
-@pytest.mark.parametrize("harm", [lambda b: b"", lambda b: b[:300], lambda b: b"no checkpoint"])
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.lic.checkpoint.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "codec.pt", content(1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_that_a_link_names_is_written(tmp_path):
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for data in (b"new", b"again"):
+        write_atomically(link, data)
+        assert target.read_bytes() == data
+    assert link.is_symlink()
+
+
+def test_a_pipe_gets_the_data_and_stays(tmp_path):
+    """A device was replaced by a file, ``/dev/null`` for all processes."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"data")
+    assert os.read(reader, 9) == b"data"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    with pytest.raises(CheckpointError, match=r"could not be saved \(Is a directory\)"):
+        save(tmp_path, content(1.0))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
+        load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda b: b"", lambda b: b[:300], lambda b: b"no checkpoint", lambda b: b"\x80"]
+)
 def test_a_broken_checkpoint_is_named(tmp_path, harm):
     path = tmp_path / "codec.pt"
     save(path, content(1.0))
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"codec\.pt cannot be read as a checkpoint \(.+\)"):
+    with pytest.raises(CheckpointError, match=r"codec\.pt should be a .* or a damaged file"):
         load(path)
 
 
-def test_something_else_that_torch_saved_is_refused(tmp_path):
-    torch.save({"model": 1}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"other\.pt should be a checkpoint of"):
-        load(tmp_path / "other.pt")
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+def test_an_image_is_called_something_else_without_words_of_torch(tmp_path, end):
+    path = tmp_path / f"photo{end}"
+    Image.new("RGB", (9, 9)).save(path, "jpeg")
+    with pytest.raises(CheckpointError, match=r"photo\..*Found something else") as caught:
+        load_codec(path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": None},
+        {"run": {"lambdas": [1]}},
+        {"run": {"arch": 3, "lambdas": [1]}},
+        {"run": {"arch": TINY}},
+        {"run": {"arch": TINY, "lambdas": []}},
+        {"run": {"arch": TINY, "lambdas": ["low"]}},
+        {"lambdas": [torch.nan]},
+        {"taken": None},
+        {"taken": "all"},
+        {"model": "codec"},
+        {"model": {"weight": 1.0}},
+        {"ema": "average"},
+        {"format": 2},
+    ],
+    ids=str,
+)
+def test_what_is_no_whole_checkpoint_is_refused(tmp_path, change):
+    path = tmp_path / "other.pt"
+    save(path, {**trained(TINY, build(TINY).state_dict()), **change})
+    for use in (load, load_codec, lambda path: load_start(build(TINY), path, TINY)):
+        with pytest.raises(CheckpointError, match=r"other\.pt should be a checkpoint of format 3"):
+            use(path)
+
+
+def test_other_objects_that_torch_saved_are_refused(tmp_path):
+    for thing in ({"model": 1}, torch.ones(3), [1]):
+        torch.save(thing, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match=r"other\.pt should be a checkpoint of"):
+            load(tmp_path / "other.pt")
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
@@ -96,6 +184,15 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, end):
         CheckpointError, match=r"mbt2018-mean:8,8\. Found bmshj2018-hyperprior:8,8\."
     ):
         load_start(build(TINY), path, TINY)
+
+
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+@pytest.mark.parametrize("arch", [TINY, f"gains:{TINY}"])
+def test_a_start_with_other_weights_than_it_says_is_refused(tmp_path, arch, end):
+    path = tmp_path / f"codec{end}"
+    put(path, TINY, build("mbt2018-mean:9,9"))
+    with pytest.raises(CheckpointError, match=r"should hold the weights of mbt2018-mean:8,8\. Fou"):
+        load_start(build(arch), path, arch)
 
 
 def put(path, arch, model):
@@ -153,7 +250,8 @@ def test_a_codec_file_has_all_that_is_known_about_the_codec(tmp_path):
 def test_half_precision_rounds_parameters_and_keeps_constants(tmp_path):
     """Of which some are below what float16 can tell from 0."""
     model, path = build(f"variable-rate:{TINY}", highest=0.1), tmp_path / "codec.safetensors"
-    save_codec(path, model, {"arch": f"variable-rate:{TINY}"}, dtype=torch.float16)
+    about = {"arch": f"variable-rate:{TINY}", "lambdas": [0.1]}
+    save_codec(path, model, about, dtype=torch.float16)
     loaded, _ = load_codec(path)
     for (name, value), (_, read) in zip(
         model.state_dict().items(), loaded.state_dict().items(), strict=True
@@ -165,17 +263,17 @@ def test_half_precision_rounds_parameters_and_keeps_constants(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_codec_file(tmp_path):
-    path = tmp_path / "codec.safetensors"
-    save_codec(path, build(TINY), {"arch": TINY, "made": 1})
+    path, about = tmp_path / "codec.safetensors", {"arch": TINY, "lambdas": [1]}
+    save_codec(path, build(TINY), {**about, "made": 1})
     with full_disk(), pytest.raises(CheckpointError, match=r"The one that was there is as it was"):
-        save_codec(path, build(TINY), {"arch": TINY, "made": 2})
+        save_codec(path, build(TINY), {**about, "made": 2})
     assert load_codec(path)[1]["made"] == 1
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(b"\x09weights"), r"cannot be read as a checkpoint \(.+\)"),
+        (lambda path: path.write_bytes(b"\x09weights"), "or a damaged file"),
         (lambda path: save_file({"w": torch.ones(1)}, path), "should be a codec file of this"),
         (lambda path: None, "There is no checkpoint"),
         (
@@ -189,6 +287,21 @@ def test_a_file_that_is_no_codec_is_refused(tmp_path, write, message):
     write(tmp_path / "codec.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_codec(tmp_path / "codec.safetensors")
+
+
+@pytest.mark.parametrize(
+    "about",
+    ["{", "3", "[]", '{"lambdas": [1]}', '{"arch": 3, "lambdas": [1]}']
+    + [
+        f'{{"arch": "small", "lambdas": {x}}}' for x in ("[]", '["1"]', "[NaN]", "[0]", "1", "null")
+    ],
+)
+def test_a_codec_file_with_another_description_is_refused(tmp_path, about):
+    path = tmp_path / "codec.safetensors"
+    save_file({"weight": torch.ones(1)}, path, {"codec": about})
+    for use in (load_codec, lambda path: load_start(build("small"), path, "small")):
+        with pytest.raises(CheckpointError, match="should be a codec file of this example"):
+            use(path)
 
 
 # ------------------------------------------------------------------ names

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.lic import coding
+from examples.lic import coding, refinement
 from examples.lic.__main__ import main
 from examples.lic.architectures import build
+from examples.lic.bitstream import BitstreamError
 from examples.lic.checkpoint import save, save_codec
 from examples.lic.coding import CodecFile, Coded, TargetError, choose, list_codecs
 from examples.lic.evaluation import evaluate, psnr
@@ -146,7 +147,7 @@ class Scale:
 
 
 def trained(arch, *lambdas):
-    return CodecFile(None, build(arch), lambdas)
+    return CodecFile(None, build(arch), arch, lambdas)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,65 @@ def test_a_refined_file_is_decoded(kind, method, ladder, variable, picture, tmp_
     assert f"{bpp:.4f} bpp, {decibels:.2f} dB" in capsys.readouterr().out
 
 
+def test_a_file_of_a_variable_rate_codec_with_a_bit_of_its_step_flipped_is_refused(variable):
+    codecs = coding.load_codecs([variable])
+    data = coding.encode(torch.zeros(3, 64, 64, dtype=torch.uint8), codecs[0], 0.02).data
+    assert coding.decode(data, codecs)[0].shape == (3, 64, 64)
+    for bit in range(8 * 10):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError, match="bytes of something else"):
+            coding.decode(bytes(flipped), codecs)
+    for other in (data[:-1], data[:12], data[:7], data + bytes(4)):
+        with pytest.raises(BitstreamError, match="bytes of something else"):
+            coding.decode(other, codecs)
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "factor", "miss"),
+    [
+        ("--bpp", "0.5", 9, r"--bpp 0\.5 by [\d.]+ bpp\. Ask for a lower one, or give a lower --l"),
+        ("--psnr", "5.7", 0, r"--psnr 5\.7 by [\d.]+ dB\. Ask for a higher one, or give a higher "),
+        ("--bpp", "0.5", 0, None),
+        (None, None, 9, None),
+    ],
+)
+def test_a_refined_file_that_misses_its_target_says_so(
+    option, target, factor, miss, variable, picture, tmp_path, capsys, monkeypatch
+):
+    def multiply(model, image, how, **more):
+        latents = refinement.encode(model, image)
+        return refinement.quantize(model, latents._replace(y=factor * latents.y))
+
+    monkeypatch.setattr("examples.lic.refine.refine", multiply)
+    options = [] if option is None else [option, target]
+    assert run("refine", picture, tmp_path / "x.bin", "--codec", variable, *options) == 0
+    printed = capsys.readouterr().out
+    assert read_line(printed)[0] == (tmp_path / "x.bin").stat().st_size
+    if miss:
+        assert re.search(f"The refined file misses {miss}", printed)
+    else:
+        assert "misses" not in printed
+
+
+def test_an_unfinished_checkpoint_is_told(picture, tmp_path, capsys):
+    path = tmp_path / "codec.pt"
+    run_settings = {"arch": TINY, "lambdas": [0.05], "steps": 9}
+    state = make_codec(TINY, 20).state_dict()
+    save(path, {"run": run_settings, "taken": 4, "model": state})
+    for command in (["encode", picture, tmp_path / "x.bin", "--codec", path],
+                    ["export", path, "--output", tmp_path / "out"]):  # fmt: skip
+        assert run(*command) == 0
+        assert f"{path} is at step 4 of 9.\n" in capsys.readouterr().err
+
+
+def test_an_older_output_next_to_the_codecs_is_written_again(ladder, picture):
+    out = ladder / "picture.lic"
+    for _ in range(2):
+        assert run("encode", picture, out, "--codec", ladder, "--bpp", "9") == 0
+    out.unlink()
+
+
 def test_codecs_are_files_or_folders_of_both_formats(ladder):
     files = [ladder / name for name in ("20.safetensors", "320.pt", "80.safetensors")]
     assert list_codecs([ladder]) == files
@@ -216,16 +276,25 @@ def test_codecs_are_files_or_folders_of_both_formats(ladder):
     [
         (["encode", "nowhere.png", "{out}"], "nowhere.png cannot be read"),
         (["encode", "{picture}", "{out}", "--codec", "nowhere.pt"], "no checkpoint nowhere.pt"),
-        (["encode", "{picture}", "{out}", "--codec", "{picture}"], "cannot be read"),
+        (["encode", "{picture}", "{out}", "--codec", "{picture}"], "picture.png should be"),
         (["encode", "{picture}", "{out}", "--codec", "{ladder}"], "Found 3 codecs. Give --bpp"),
         (["encode", "{picture}", "{out}", "--bpp", "1e-4"], "--bpp should be at least 1."),
         (["encode", "{picture}", "{out}", "--bpp", "1", "--psnr", "30"], "not allowed with"),
         (["encode", "{picture}", "{picture}/x"], "x cannot be written (Not a directory). Free"),
+        (["encode", "{picture}", "."], "OUT should be a file. Found the folder /"),
+        (["encode", "{picture}", ""], "OUT should be a file. Found the folder /"),
+        (["refine", "{picture}", ".."], "OUT should be a file. Found the folder /"),
+        (["decode", "{file}", "."], "OUT should be a file. Found the folder /"),
+        (["decode", "{file}", ""], "Name a file in it."),
+        (
+            ["encode", "{picture}", "{out}", "--codec", "{nan}"],
+            "nan.safetensors should have finite",
+        ),
         (["decode", "nowhere.bin", "x.png"], "nowhere.bin cannot be read (No such file"),
         (["decode", "{picture}", "{out}.png"], "should be one that one of the 1 codecs has made"),
         (["decode", "{file}", "{out}.jpg"], "OUT should end in .png. Found"),
         (["decode", "{file}", "{out}.png", "--codec", "{ladder}/320.pt"], "1 codecs has made"),
-        (["decode", "{cut}", "{out}.png"], "an image that was encoded by this example, and all of"),
+        (["decode", "{cut}", "{out}.png"], "that one of the 1 codecs has made, and whole"),
         (["decode", "{file}", "{out}.png", "--original", "{other}"], "have 100 x 150 pixels"),
         (["refine", "{picture}", "{out}", "--method", "sgd"], "invalid choice: 'sgd'"),
         (["refine", "{picture}", "{out}", "--psnr", "99"], "--psnr should be at most"),
@@ -240,6 +309,8 @@ def test_bad_input_ends_with_a_sentence_and_code_2(
     (tmp_path / "cut").write_bytes((tmp_path / "file").read_bytes()[:-3])
     places = {name: tmp_path / name for name in ("out", "file", "cut", "other")}
     places |= {"other": tmp_path / "other.png", "picture": picture, "ladder": ladder}
+    places["nan"] = tmp_path / "nan.safetensors"
+    save_codec(places["nan"], make_codec(TINY, math.nan), {"arch": TINY, "lambdas": [0.01]})
     arguments = [argument.format(**places) for argument in arguments]
     if "--codec" not in arguments:
         arguments += ["--codec", str(codec)]
@@ -251,8 +322,7 @@ def test_bad_input_ends_with_a_sentence_and_code_2(
 def test_without_codecs_those_of_the_example_are_used(
     ladder, picture, tmp_path, monkeypatch, capsys
 ):
-    for module in ("encode", "decode"):
-        monkeypatch.setattr(f"examples.lic.{module}.PRETRAINED", ladder)
+    monkeypatch.setattr("examples.lic.encode.PRETRAINED", ladder)
     assert run("encode", picture, tmp_path / "x.bin", "--bpp", "9") == 0
     assert run("decode", tmp_path / "x.bin", tmp_path / "x.png") == 0
     assert capsys.readouterr().out.count(f"{ladder}/") == 2

@@ -119,7 +119,7 @@ def test_its_own_coder_fills_the_files(stand_in, tmp_path):
     codec = build("compressai:mbt2018-mean").eval()
     picture = torch.randint(0, 256, (3, 70, 130), dtype=torch.uint8)
     result = measure(codec, coder_for(codec), lambda: picture, tmp_path / "noise.bin")
-    header, shape, lengths, symbols = 10, len('{"y":[[2,3]]}'), 8, 4 * 2 * 3 + 1
+    header, shape, lengths, symbols = 14, len('{"y":[[2,3]]}'), 8, 4 * 2 * 3 + 1
     data = (tmp_path / "noise.bin").read_bytes()
     assert result.size == len(data) == header + shape + lengths + symbols
     assert result.exact
@@ -127,8 +127,30 @@ def test_its_own_coder_fills_the_files(stand_in, tmp_path):
 
 
 def test_bytes_of_something_else_are_refused(stand_in):
-    with pytest.raises(BitstreamError, match="Found 9 bytes of something else"):
-        CompressAICoder(build("compressai:mbt2018-mean")).decode_exactly(b"a picture")
+    coder = CompressAICoder(build("compressai:mbt2018-mean"))
+    data = coder.encode(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError, match=f"Found {len(data)} bytes of something else"):
+            coder.decode_exactly(bytes(flipped))
+    for other in (b"a picture", data[:-1], data + b"x"):
+        with pytest.raises(BitstreamError, match=f"Found {len(other)} bytes of something else"):
+            coder.decode_exactly(other)
+
+
+def test_a_file_of_another_codec_of_compressai_is_refused(stand_in):
+    one, other = (CompressAICoder(build("compressai:mbt2018-mean")) for _ in range(2))
+    data = one.encode(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
+    assert one.has_made(data)
+    assert not other.has_made(data)
+
+
+def test_an_image_beyond_the_format_is_refused(stand_in):
+    with pytest.raises(BitstreamError, match="Found 1 x 65536"):
+        CompressAICoder(build("compressai:mbt2018-mean")).encode(
+            torch.zeros(3, 1, 2**16, dtype=torch.uint8)
+        )
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs CompressAI")

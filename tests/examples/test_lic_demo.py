@@ -13,7 +13,8 @@ from examples.lic import demo
 from examples.lic.__main__ import main
 from examples.lic.architectures import build
 from examples.lic.checkpoint import load, save_codec
-from examples.lic.demo import Comparison, Rung
+from examples.lic.coding import load_codecs
+from examples.lic.demo import Comparison
 from examples.lic.evaluate import measure_formats
 from examples.lic.losses import SOLUTIONS
 from tests.support.commands import check_refusal
@@ -38,8 +39,8 @@ def results(ladder, tmp_path_factory):
     options = {"steps": 3, "lr": 1e-3, "crop": 64, "batch": 1, "seed": 0}
     chosen = Namespace(**options, output=tmp_path_factory.mktemp("demo"))
     compare = Comparison([picture], {"held out": picture.flip(-1).clone}, chosen)
-    rung = Rung(ladder / "lambda-0.01.safetensors", TINY, 0.01)
-    return {0.01: {"start": compare.start(rung), **compare.fine_tune(rung)}}
+    (codec,) = load_codecs([ladder / "lambda-0.01.safetensors"])
+    return {0.01: {"start": compare.start(codec), **compare.fine_tune(codec)}}
 
 
 def test_runs_of_one_lambda_share_start_crops_and_noise(results):
@@ -104,12 +105,20 @@ def test_the_quick_demo_writes_checkpoints_files_figure_and_results(ladder, tmp_
         (["--images", "nowhere"], "error: nowhere is not a folder."),
         (["--eval-images", "nowhere"], "--eval-images needs --images"),
         (["--lambdas", "-1"], "should be above 0, found -1"),
+        (["--crop", "448"], "--crop should be at most 400, the least side of the bundled"),
         (["--lambdas", "0.02", "0.03"], "each of one rate: 0.01 0.02 0.05. Found 0.02 0.03."),
     ],
 )
 def test_bad_options_end_with_a_sentence_and_code_2(options, message, ladder, capsys, tmp_path):
     command = [*options, "--quick", "--from", str(ladder), "--output", str(tmp_path)]
     check_refusal(lambda: main(command), message, capsys)
+
+
+def test_codecs_of_several_rates_are_none_to_start_from(tmp_path, capsys):
+    arch = f"variable-rate:{TINY}"
+    save_codec(tmp_path / "a.safetensors", build(arch), {"arch": arch, "lambdas": [0.01, 0.05]})
+    message = f"--from should have a codec of one rate. Found none in {tmp_path}. Name another"
+    check_refusal(lambda: main(["--from", str(tmp_path)]), message, capsys)
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(ladder, tmp_path, capsys):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,6 +32,7 @@ from examples.lic.evaluation import (
 )
 from examples.lic.hyperprior import MeanScaleHyperprior
 from examples.lic.images import read_image
+from tests.support.commands import check_refusal
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 63), (65, 130)])
@@ -106,11 +110,11 @@ def test_files_are_written_read_and_decoded(runs, capsys):
     images = photos(runs / "kodak", {"small": (70, 90), "large": (200, 170)})
     Image.new("RGBA", (64, 64)).save(images / "clear.png")
     assert run(runs, "--images", str(images)) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert "Decoded bit by bit as the codec reconstructs it: 12 of 12." in printed
     assert "without clear.png, small.png: it needs sides of 161 pixels" in printed
-    assert f"{runs}/solution1/codec.pt is at step 8 of 9." in printed
-    assert "standard/codec.pt is" not in printed
+    assert f"{runs}/solution1/codec.pt is at step 8 of 9." in told
+    assert "standard/codec.pt is" not in told
     results = json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))
     points = [(Path(p["curve"]).name, p["setting"]) for p in results["points"]]
     assert points == [("standard", 0.02), ("solution1", 0.01), ("variable", 0.01),
@@ -147,7 +151,7 @@ def test_a_quick_run_codes_a_part_of_one_photograph_and_says_why_nothing_is_comp
         ("standard", ["--anchor", "famo"], "standard, the folders of the checkpoints. Found famo"),
         ("nowhere.pt", [], "nowhere.pt. `python -m examples.lic train` makes one."),
         ("kodak", [], "kodak holds no codecs (*.pt, *.safetensors)"),
-        ("kodak/b.png", [], "b.png cannot be read as a checkpoint"),
+        ("kodak/b.png", [], "b.png should be a checkpoint"),
     ],
 )
 def test_bad_input_ends_with_a_sentence_before_anything_is_coded(
@@ -186,11 +190,85 @@ def test_formats_are_anchors_by_the_sizes_of_their_files(runs, capsys):
         assert image.layer[0][1:3] == (2, 2)  # chroma has half the sides
 
 
+def test_an_image_too_large_for_a_format_is_named_before_a_codec_codes_it(runs, capsys):
+    images = photos(runs / "kodak", {"long": (17000, 1)})
+    assert run(runs, "--images", str(images), "--anchor", "jpeg", "webp") == 2
+    assert (
+        "error: long.png should have sides of at most 16383 pixels, for webp. Found 1 x 17000. "
+        "Leave that image out, or webp if it is an --anchor." in capsys.readouterr().err
+    )
+    assert [path.name for path in (runs / "out" / "files").iterdir()] == ["jpeg"]
+
+
+def test_what_has_no_number_is_null_in_the_results(runs):
+    """A gray image comes back from JPEG as it was."""
+    (runs / "gray").mkdir()
+    Image.new("RGB", (200, 180), "gray").save(runs / "gray" / "gray.png")
+    assert run(runs, "--images", str(runs / "gray"), "--anchor", "jpeg") == 0
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = (runs / "out" / "results.json").read_text(encoding="utf-8")
+    points = json.loads(text, parse_constant=refuse)["points"]
+    assert None in [p["images"]["gray.png"]["psnr"] for p in points if p["curve"] == "jpeg"]
+
+
+def start(*arguments, **environment):
+    """What runs a command in a process of its own."""
+    return {
+        "args": [sys.executable, "-m", "examples.lic", *map(str, arguments)],
+        "env": {**os.environ, **environment},
+        "cwd": Path(__file__).parents[2],
+        "stderr": subprocess.PIPE,
+        "check": False,
+    }
+
+
+def test_names_that_are_not_unicode_are_printed_on_any_terminal(runs):
+    folder = os.fsdecode(os.fsencode(runs) + b"/k\xf6dak")
+    os.mkdir(folder)
+    (runs / "standard").rename(os.path.join(folder, "standard"))
+    Image.new("RGB", (70, 70)).save(folder + "/" + os.fsdecode(b"\xff.png"))
+    out = ["--images", folder, "--anchor", folder + "/standard", "--output", runs / "out"]
+    done = subprocess.run(
+        **start("evaluate", folder + "/standard", *out, PYTHONIOENCODING="ascii"),
+        stdout=subprocess.PIPE,
+    )
+    assert done.stderr.decode().endswith("1 of 1\n")
+    assert done.returncode == 0
+    assert b"\\u03bb or q" in done.stdout
+    assert b"k\\xf6dak/standard" in done.stdout
+    assert "λ" not in done.stdout.decode("ascii")
+    results = json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))
+    assert list(results["points"][0]["images"]) == [os.fsdecode(b"\xff.png")]
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly_and_loses_no_results(runs):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = ["evaluate", runs / "standard", "--quick", "--output", runs / "out"]
+    done = subprocess.run(**start(*command), stdout=writer)
+    os.close(writer)
+    assert b"BrokenPipe" not in done.stderr
+    assert b"error: " not in done.stderr
+    assert done.returncode == 141
+    assert json.loads((runs / "out" / "results.json").read_text(encoding="utf-8"))["points"]
+
+
 def test_an_output_that_is_a_file_is_named(runs, capsys):
     (runs / "out").touch()
-    assert run(runs, "--quick") == 2
+    message = f"error: --output should be a folder. Found the file {runs}/out. Choose another"
+    for name in ("evaluate", "export"):
+        command = [name, f"{runs}/standard", "--output", f"{runs}/out"]
+        check_refusal(lambda command=command: main(command), message, capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_named(runs, capsys):
+    (runs / "out").touch()
+    assert main(["evaluate", str(runs / "standard"), "--quick", "--output", f"{runs}/out/a"]) == 2
     printed = capsys.readouterr().err
-    assert f"error: {runs}/out" in printed
+    assert f"error: {runs}/out/a" in printed
     assert "cannot be written (Not a directory). Free some space, or choose another" in printed
 
 

@@ -52,3 +52,14 @@ def test_codec_files_do_not_go_where_the_checkpoints_are(tmp_path, capsys):
     assert main(["export", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "--output should be another folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["lambda-0.02.pt"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    model = build(TINY)
+    torch.nn.init.constant_(model.g_s[0].bias, torch.inf)
+    run = {"arch": TINY, "lambdas": [0.02], "steps": 9}
+    save(tmp_path / "codec.pt", {"run": run, "taken": 9, "model": model.state_dict()})
+    assert main(["export", str(tmp_path / "codec.pt"), "--output", str(tmp_path / "out")]) == 2
+    message = f"{tmp_path}/codec.pt should have finite weights. Found NaN or infinity in g_s.0.bias"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

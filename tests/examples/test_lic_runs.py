@@ -20,7 +20,7 @@ from examples.lic.checkpoint import CheckpointError, load
 from examples.lic.evaluation import evaluate
 from examples.lic.images import ImageError, read_all
 from examples.lic.log import Log, Progress
-from examples.lic.losses import WEIGHTINGS, RateDistortion, fixed
+from examples.lic.losses import WEIGHTINGS, RateDistortion, bounded_rate, fixed
 from examples.lic.runs import Run, TrainingError, check, train
 from examples.lic.training import Observer, Recipe
 from moo_balance import BalanceError
@@ -134,6 +134,55 @@ def test_a_second_signal_ends_a_run_at_once(pictures, tmp_path):
     assert not (tmp_path / "run.pt").exists()
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_signal_during_the_last_save_ends_a_run_with_its_state_saved(
+    complete, pictures, tmp_path, monkeypatch
+):
+    original = checkpoint.save
+
+    def interrupted(path, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    # Without a handler of the run, SIGTERM would end the tests.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    observers = [] if complete else [After(3, stop)]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(make_run(), pictures, tmp_path / "run.pt", observers=observers)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert load(tmp_path / "run.pt")["taken"] == (STEPS if complete else 3)
+
+
+def poison_weights(trainer):
+    next(trainer.model.parameters()).data.fill_(math.nan)
+
+
+def poison_averages(trainer):
+    next(trainer.trained.parameters()).data.fill_(math.inf)
+
+
+@pytest.mark.parametrize("poison", [poison_weights, poison_averages])
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(poison, pictures, tmp_path):
+    """With "skip" all later steps were skipped, and the run was complete."""
+    run, path = make_run(recipe=Recipe(STEPS, 1e-3, ema=0.9)), tmp_path / "run.pt"
+    message = r"weights after step 4 for .*run\.pt should be finite.*run\.pt is there from an earl"
+    with pytest.raises(TrainingError, match=message):
+        train(run, pictures, path, nonfinite="skip", save_every=2, observers=[After(3, poison)])
+    assert load(path)["taken"] == 2
+    train(run, pictures, path)
+    assert load(path)["taken"] == STEPS
+
+
+def test_a_run_whose_last_step_ruins_the_weights_is_not_complete(pictures, tmp_path):
+    ruin = After(STEPS, poison_weights)
+    with pytest.raises(TrainingError, match=r"step 5 .*lower learning rate\. Nothing is saved\."):
+        train(make_run(), pictures, tmp_path / "run.pt", observers=[ruin])
+    assert list(tmp_path.iterdir()) == []
+
+
 class NotFinite(RateDistortion):
     """Losses that are NaN, or have a NaN gradient, for the second of three pictures."""
 
@@ -201,6 +250,67 @@ def test_a_run_does_not_go_on_from_another_start(pictures, tmp_path):
     train(make_run(start=tmp_path / "moved.pt"), pictures, tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match=r"with: start [0-9a-f]{8}\. Found start"):
         train(make_run(start=tmp_path / "1.pt"), pictures, tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {}},
+        {"optimizer": "state"},
+        {"schedule": None},
+        {"crops": {}},
+        {"crops": {"taken": "all"}},
+        {"random": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
+        {"model": {}},
+    ],
+    ids=str,
+)
+def test_a_run_does_not_go_on_from_a_damaged_state(change, pictures, tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(make_run(), pictures, path, observers=[After(2, stop)])
+    checkpoint.save(path, {**load(path), **change})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"run\.pt should hold the whole state of a run\."):
+        train(make_run(), pictures, path)
+    assert path.read_bytes() == before
+
+
+def test_a_codec_with_a_bound_on_its_rate_says_which_lambda_that_is(pictures, tmp_path):
+    class Read(Observer):
+        def after(self, trainer):
+            self.figures = trainer.optimizer.log_dict(prefix="")
+
+    run, read = make_run(lambdas=(0.013,), recipe=Recipe(STEPS, 1e-3)), Read()
+    for bpp, name in ((1e-3, "tight"), (1e3, "slack")):
+        bounded, path = replace(run, weighting=bounded_rate(bpp)), tmp_path / f"{name}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            train(bounded, pictures, path, observers=[After(3, stop)])
+        train(bounded, pictures, path, observers=[read])
+        _, about = checkpoint.load_codec(path)
+        assert about["run"]["lambdas"] == [0.013]
+        if name == "slack":
+            assert about["lambdas"] == [0.013]
+        else:
+            rate, distortion = (read.figures[f"coefficient/{x}"] for x in ("rate", "distortion"))
+            assert about["lambdas"] == [float(f"{0.013 * distortion / rate:.4g}")] != [0.013]
+    train(run, pictures, tmp_path / "plain.pt")
+    assert "lambdas" not in load(tmp_path / "plain.pt")
+
+
+def test_what_a_bound_amounted_to_is_known_without_a_further_step(folder, tmp_path):
+    """Also of a run that is resumed and can take no step."""
+    photos, path = read_all(sorted(folder.iterdir())), tmp_path / "run.pt"
+    run = replace(make_run(), weighting=bounded_rate(1e-3))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, photos, path, observers=[After(3, stop)])
+    saved = load(path)["lambdas"]
+    assert saved != [0.01]
+    for file in folder.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ImageError):
+        train(run, photos, path)
+    assert load(path)["lambdas"] == saved
 
 
 def test_a_start_that_is_a_run_is_trained_first(pictures, tmp_path):
@@ -350,6 +460,51 @@ def test_a_plan_is_checked_before_anything_is_trained(pictures, tmp_path):
         check([*plan[:1], (make_run(arch="huge"), tmp_path / "c.pt")])
     with pytest.raises(BalanceError, match="rate"):
         check([(make_run("fixed", arch=f"gains:{TINY}", lambdas=(0.01, 0.02)), first)])
+
+
+def make_plan(folder, *lambdas):
+    """Runs that each start from the one before, as the train command has them."""
+    plan = []
+    for lmbda in lambdas:
+        start = plan[-1][1] if plan else None
+        plan.append((make_run(lambdas=(lmbda,), start=start), folder / f"{lmbda}.pt"))
+    return plan
+
+
+def test_a_plan_that_was_stopped_anywhere_passes_its_check(pictures, tmp_path):
+    plan = make_plan(tmp_path, 0.01, 0.02)
+    for run, path in plan:
+        with pytest.raises(KeyboardInterrupt):
+            train(run, pictures, path, observers=[After(2, stop)])
+        check(plan)
+        train(run, pictures, path)
+        check(plan)
+
+
+@pytest.mark.parametrize("lambdas", [(0.001, 0.01, 0.02), (0.01, 0.015, 0.02)])
+def test_a_start_that_a_finished_run_did_not_have_is_found_before_anything_is_trained(
+    lambdas, pictures, tmp_path
+):
+    """It was refused after hours, when its turn came."""
+    for run, path in make_plan(tmp_path, 0.01, 0.02):
+        train(run, pictures, path)
+    message = r"0\.0[12]\.pt should go on with .*: start .*Found start .*0\.0[01]+5?\.pt\."
+    with pytest.raises(CheckpointError, match=message):
+        check(make_plan(tmp_path, *lambdas))
+
+
+def test_a_start_that_was_trained_anew_is_found_before_anything_is_trained(pictures, tmp_path):
+    plan = make_plan(tmp_path, 0.01, 0.02)
+    for run, path in plan:
+        train(run, pictures, path)
+    (run, path), _ = plan
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train(run, pictures[:1], path, observers=[After(2, stop)])
+    for _ in ("on its way", "complete"):
+        with pytest.raises(CheckpointError, match=r"0\.02\.pt should go on with .*: start"):
+            check(plan)
+        train(run, pictures[:1], path)
 
 
 def test_a_full_disk_ends_a_run_at_its_last_checkpoint(pictures, tmp_path, monkeypatch):

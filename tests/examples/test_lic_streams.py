@@ -152,6 +152,22 @@ def test_workers_do_not_keep_a_process_that_fails_from_ending():
     assert b"a fault" in done.stderr
 
 
+def test_an_image_that_has_shrunk_since_it_was_listed_is_named(folder):
+    photos = read_all(sorted(folder.iterdir())[:1], min_side=64)
+    Image.new("RGB", (90, 63)).save(photos[0].path)
+    with pytest.raises(ImageError, match=r"0\.png should be at least 64 pixels .* Found 63 x 90"):
+        next(stream(Crops(photos, crop=64, seed=0)))
+
+
+def test_an_image_may_have_a_name_that_is_no_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (70, 70)).save(path)
+    photos, _ = find_sources(tmp_path, crop=64)
+    crops = Crops(photos, crop=64, seed=0)
+    assert crops.identity.startswith("1 images, ")
+    assert crops[0].shape == (3, 64, 64)
+
+
 def test_sources_are_a_folder_or_the_bundled_photographs(folder):
     Image.new("L", (80, 70)).save(folder / "9.png")
     Image.new("L", (80, 60)).save(folder / "small.png")
@@ -164,5 +180,7 @@ def test_sources_are_a_folder_or_the_bundled_photographs(folder):
     assert [tuple(photo.read().shape) for photo in halves[::7]] == [(3, 70, 80), (3, 35, 40)]
     assert Crops(halves, crop=30, seed=0).identity != Crops(2 * photos, crop=30, seed=0).identity
     images, note = find_sources(None, crop=128)
+    with pytest.raises(ImageError, match=r"--crop should be at most 400, the least side"):
+        find_sources(None, crop=448)
     assert "astronaut" in note
     assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in images)

@@ -178,6 +178,7 @@ def test_a_quick_run_has_the_lambdas_that_were_asked_for_and_a_place_of_its_own(
     assert "quick" in quick.output.parts
     plain = train._parse([])
     assert "quick" not in plain.output.parts
+    assert "target" in train._parse(["--quick", "--target-bpp", "1"]).output.parts
     assert plain.crop == 256
     assert plain.clip == 1.0
 
@@ -206,7 +207,7 @@ def test_a_device_that_is_not_there_is_refused(folder, tmp_path, capsys):
         (["--device", "warp"], "argument --device: warp cannot be used (Expected one of cpu"),
         (["--crop", "100"], "should be a multiple of 64, found 100"),
         (["--ema", "1"], "argument --ema: should be above 0 and below 1, found 1"),
-        (["--shrink", "0"], "argument --shrink: should be above 0, found 0"),
+        (["--shrink", "0"], "--shrink: should be above 0 and below 1e+06, found 0"),
         (["--shrink", "1", "2"], "0.png should be at least 64 pixels high and wide"),
         (["--crop", "128"], "0.png should be at least 128 pixels high and wide"),
         (["--decay", "1"], "--decay should be given with a weighting that has it. Found Sum"),
@@ -215,14 +216,51 @@ def test_a_device_that_is_not_there_is_refused(folder, tmp_path, capsys):
         (["--nonfinite", "stop"], "argument --nonfinite: invalid choice: 'stop'"),
         (["--amp", "--arch", "compressai:mbt2018"], "error: --amp should be given with a codec of"),
         (["--target-bpp", "0"], "argument --target-bpp: should be above 0, found 0"),
-        (["--target-bpp", "1", "--weighting", "famo"], "--target-bpp has a weighting of its own"),
+        (
+            ["--target-bpp", "1", "--weighting", "famo"],
+            "--target-bpp has a λ and a weighting of its own",
+        ),
         (["--target-bpp", "1", "--arch", "gains:small"], "with a codec of one rate"),
+        (["--target-bpp", "1", "--weighting", "standard"], "leave --weighting out"),
+        (["--target-bpp", "1", "--lambdas", "0.1"], "leave --lambdas out"),
+        (["--target-bpp", "1", "--lambdas=0.1", "--quick"], "leave --lambdas out"),
+        (
+            ["--weighting", "fixed", "--arch", "gains:small"],
+            "fixed should be given with a codec of",
+        ),
+        (["--seed", "-1"], "argument --seed: should be at least 0 and below 1e+09, found -1"),
+        (["--seed", str(2**63)], "argument --seed: should be at least 0 and below 1e+09, found 9"),
+        (["--device", "meta"], "argument --device: meta cannot be used (Cannot copy out of meta"),
+        (["--device", "hpu"], "argument --device: hpu cannot be used ("),
+        (["--threads", "9" * 20], "argument --threads: should be above 0 and below 1025, found 9"),
+        (["--lr", "1e39"], "argument --lr: should be above 0 and below 1e+06, found 1e39"),
+        (["--lambdas", "inf"], "argument --lambdas: should be above 0 and below inf, found inf"),
+        (["--shift", "inf"], "argument --shift: should be at least 0 and below inf, found inf"),
+        (["--clip", "nan"], "argument --clip: should be above 0, found nan"),
+        (["--memory", "1e300"], "argument --memory: should be at least 0 and below 1e+06, found"),
+        (["--shrink", "9" * 20], "argument --shrink: should be above 0 and below 1e+06, found 9"),
+        (["--shrink", "999999"], "0.png should be at least 64 pixels high and wide"),
+        (["--output", os.fsdecode(b"caf\xe9")], "--output should be UTF-8, which TensorBoard"),
         (["--qui"], "unrecognized arguments: --qui"),
     ],
 )
 def test_bad_options_end_with_a_sentence_and_code_2(options, message, folder, tmp_path, capsys):
     check_refusal(lambda: command(folder, tmp_path / "out", *options), message, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_crops_that_do_not_fit_into_the_bundled_images_are_refused(tmp_path, capsys):
+    command = ["train", "--crop", "448", "--output", str(tmp_path / "out")]
+    message = "--crop should be at most 400, the least side of the bundled images. Found 448."
+    check_refusal(lambda: main(command), message, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lambda_below_finished_ones_is_refused_before_it_is_trained(folder, tmp_path, capsys):
+    assert command(folder, tmp_path / "out", "--lambdas", "0.01") == 0
+    assert command(folder, tmp_path / "out", "--lambdas", "0.005", "0.01") == 2
+    assert "lambda-0.01.pt should go on with the options it was" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "lambda-0.005.pt").exists()
 
 
 def test_a_bound_on_the_rate_takes_the_place_of_lambda(folder, tmp_path):

@@ -49,6 +49,24 @@ def test_losses_are_rate_and_scaled_error():
     torch.testing.assert_close(losses["distortion"], 0.01 * error)
 
 
+def test_a_bound_sees_the_rate_of_rounded_symbols_with_the_gradient_of_noisy_ones():
+    model, images = MeanScaleHyperprior(8, 8), torch.rand(2, 3, 64, 64)
+
+    def evaluate(**options):
+        torch.manual_seed(3)
+        losses = RateDistortion(model.train(), lmbda=0.01, **options)(images)
+        gradients = torch.autograd.grad(losses["rate"], model.g_a.parameters())
+        assert model.training
+        return losses, gradients
+
+    (noisy, gradients), (rounded, same) = evaluate(), evaluate(rounded=True)
+    assert rounded["distortion"] == noisy["distortion"]
+    assert all(map(torch.equal, gradients, same))
+    expected = model.eval()(images).bpp()
+    assert rounded["rate"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert noisy["rate"].item() != pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_training_lowers_the_loss_and_records_every_step(pictures):
     record = Recorder()
     run(make_trainer(recipe=Recipe(30, 5e-3, clip="unit")), pictures, record)

@@ -52,7 +52,7 @@ def short(regime: Regime) -> dict[str, Experiment]:
     experiments = (
         Ladder(regime),
         FineTuning(regime, **tuning),
-        Targets(regime, steps=600),
+        Targets(regime),
         Cautious(
             FineTuning(regime, lambdas=(0.0067,), solutions=(FIRST,), **tuning),
             FromScratch(regime, lambdas=(0.0035,), **scratch),

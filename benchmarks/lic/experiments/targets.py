@@ -87,8 +87,10 @@ class Targets:
                 near = max(abs(off), PRECISE)
                 saved.append(count_bisections(list(self.regime.ladder), curve, target, near))
             largest = max(map(abs, missed))
-            rows.append((f"{target:g}", show(estimate(missed), "%"), f"{largest:.1f} %",
-                         show(estimate(gaps), "dB"), f"{fmean(saved):.1f}"))  # fmt: skip
+            inside = all(map(math.isfinite, gaps))
+            gap = show(estimate(gaps), "dB") if inside else "its rates end before"
+            rows.append((f"{target:g}", show(estimate(missed), "%"), f"{largest:.1f} %", gap,
+                         f"{fmean(saved):.1f}"))  # fmt: skip
         return {
             "title": "Targets in bits per pixel",
             "about": (

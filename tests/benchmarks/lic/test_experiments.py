@@ -122,6 +122,11 @@ def test_a_target_that_is_missed_by_one_per_cent_is_reported_so(regime):
         assert row[2] == "1.0 %"
 
 
+def test_a_run_beyond_the_ladder_has_no_gap_above_it(regime):
+    _, summary = carry_out(Targets(regime), World({"Lagrangian": 500.0}))
+    assert all("end" in row[3] for row in summary["tables"][0]["rows"])
+
+
 def test_bisections_are_counted_until_they_come_as_near():
     lambdas, rates = [0.001, 0.01, 0.1], [0.1, 0.3, 0.9]
     assert count_bisections(lambdas, rates, 0.3, 0.01) == 1
