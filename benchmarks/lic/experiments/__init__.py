@@ -27,17 +27,14 @@ TITLES = ("ladder", "fine_tuning", "targets", "cautious", "refinement", "from_sc
 
 def full(regime: Regime) -> dict[str, Experiment]:
     """As long as the questions ask for: hours."""
-    few = {"seeds": 6}
+    few, early = {"seeds": 6}, replace(regime, crop=128, batch=4)
     experiments = (
         Ladder(regime),
         FineTuning(regime),
         Targets(regime),
-        Cautious(
-            FineTuning(regime, lambdas=(0.0067,), solutions=(FIRST,), **few),
-            FromScratch(regime, lambdas=(0.0035,), **few),
-        ),
+        Cautious(FineTuning(regime, lambdas=(0.0067,), solutions=(FIRST,), **few)),
         LatentRefinement(regime),
-        FromScratch(regime, **few),
+        FromScratch(early, **few),
         Ablations(regime),
         VariableRate(regime),
     )
@@ -48,17 +45,15 @@ def short(regime: Regime) -> dict[str, Experiment]:
     """The same questions with half of the batch, fewer steps, and six seeds."""
     regime = replace(regime, batch=1)
     tuning = {"seeds": 6, "pilot_steps": 300, "start_steps": 500, "steps": 300}
-    scratch = {"seeds": 6, "steps": 700, "cooling": 200}
+    early = replace(regime, arch="mbt2018-mean:16,24", crop=128, batch=4)
+    scratch = {"seeds": 6, "steps": 1000, "cooling": 300}
     experiments = (
         Ladder(regime),
         FineTuning(regime, **tuning),
         Targets(regime),
-        Cautious(
-            FineTuning(regime, lambdas=(0.0067,), solutions=(FIRST,), **tuning),
-            FromScratch(regime, lambdas=(0.0035,), **scratch),
-        ),
+        Cautious(FineTuning(regime, lambdas=(0.0067,), solutions=(FIRST,), **tuning)),
         LatentRefinement(regime),
-        FromScratch(regime, **scratch),
+        FromScratch(early, **scratch),
         Ablations(regime, steps=300),
         VariableRate(regime, steps=300),
     )
@@ -73,10 +68,7 @@ def tiny(regime: Regime) -> dict[str, Experiment]:
         Ladder(regime, qualities=(5, 20, 60)),
         FineTuning(regime, lambdas=(0.01,), **tuning),
         Targets(regime, targets=1, seeds=1, steps=1),
-        Cautious(
-            FineTuning(regime, lambdas=(0.01,), solutions=(FIRST,), **tuning),
-            FromScratch(regime, lambdas=(0.01,), **scratch),
-        ),
+        Cautious(FineTuning(regime, lambdas=(0.01,), solutions=(FIRST,), **tuning)),
         LatentRefinement(regime, steps=1, side=64),
         FromScratch(regime, lambdas=(0.01,), **scratch),
         Ablations(regime, seeds=1, steps=1),

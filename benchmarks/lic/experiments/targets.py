@@ -32,7 +32,7 @@ class Targets:
         regime: The ladder. Targets lie between the rates of its neighbours.
         targets: How many, from the middle of the ladder.
         seeds: How many, of crops and noise.
-        steps: Of every run, from the nearest codec of the ladder.
+        steps: Of every run.
     """
 
     regime: Regime
@@ -60,9 +60,12 @@ class Targets:
         return [significant(rate, 2) for rate in between[first : first + self.targets]]
 
     def bounded(self, target: float, seed: int, results: Results) -> Train:
-        """Distortion as small as possible at this rate, from the codec whose rate is nearest."""
+        """Distortion as small as possible at this rate, from the codec of the next higher rate.
+
+        Bits are given up in fewer steps than put to use.
+        """
         rates = {x: results[self.rung(x, 0)]["crops"][0] for x in self.regime.ladder}
-        lmbda = min(rates, key=lambda x: abs(math.log(rates[x] / target)))
+        lmbda = next((x for x in self.regime.ladder if rates[x] >= target), max(rates))
         run = self.regime.run(
             lmbda,
             bounded_rate(target),
@@ -95,9 +98,10 @@ class Targets:
             "title": "Targets in bits per pixel",
             "about": (
                 f"One run of {self.steps} steps with `Lagrangian`, distortion as the objective "
-                "and a bound on the rate, from the nearest codec of the ladder. The rate is that "
-                "of crops which lie evenly in the training photographs, symbols rounded; the dB "
-                "are those of the eight photographs above the ladder, trained on for as many "
+                "and a bound on the rate, from the ladder's codec of the next higher rate. The "
+                "rate is that of crops which lie evenly in the training photographs, symbols "
+                "rounded; the dB are those of the eight photographs above the ladder, trained on "
+                "for as many "
                 f"steps and read off at the run's rate. {self.seeds} seeds; the goal is "
                 f"{GOAL:.0%} and 0.1 dB. Trainings saved: how many static runs a bisection of ln λ "
                 "between the ends of the ladder takes to come as near to the target."
