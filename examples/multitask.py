@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Sequential": {"weightings": [mb.MGDA("l2"), mb.SumLog()], "milestones": [100]},
     "SmoothTchebycheff": {"preference": WORTH},
     "Tchebycheff": {"preference": WORTH},
+    "WithConstant": {"weighting": mb.SumLog(), "constants": {"parity": 0.1}},
 }
 
 

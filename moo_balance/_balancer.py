@@ -35,14 +35,16 @@ from moo_balance._record import Record, Staged
 from moo_balance._reevaluation import Reevaluation, evaluate
 from moo_balance._reevaluation.copies import KnownWrites
 from moo_balance._rows import look_at_rows, separate_rows
-from moo_balance._satisfied import among_declared, among_present, weigh
+from moo_balance._satisfied import among_declared, among_present, count_satisfied, weigh
 from moo_balance._two_step import check_no_scaling, check_not_apart, has_two_steps
 from moo_balance._validation import (
     Given,
+    check_combination,
     check_no_closure,
     check_whole_rows,
     read_features,
     read_losses,
+    weighted_on_ranks_error,
 )
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
@@ -408,9 +410,9 @@ class Balancer:
         gramian = linearization.gramian()
         at_bound = flags.satisfied
         flags = flag_gradients(flags, statistics.names, gramian, scaled)
-        if flags.satisfied is not at_bound and not needs.method.uses_gramian:
-            # A method that only measures the length of its step has use for any loss.
-            flags = flags._replace(satisfied=at_bound)
+        if flags.satisfied is not at_bound:
+            counting = count_satisfied(needs.method, statistics.names, flags.satisfied, at_bound)
+            flags = flags._replace(satisfied=counting)
         losses = statistics.losses.to(gramian.dtype)
         statistics = statistics._replace(losses=losses, gramian=gramian)
         return statistics, flags
@@ -475,18 +477,44 @@ class Balancer:
 
     def combined_loss(self, losses: Losses, scaling: Scaling | None, features: Features) -> Tensor:
         """Stage a step whose backward pass the caller runs, on the scalar returned here."""
+        batch = self._prepare_combined(losses, scaling, features)
+        linearization = self.engine.linearize(batch.problem)
+        staged = self._weigh(batch.statistics, linearization, scaling is not None)
+        combined = linearization.combined(staged.coefficients)
+        self._stage_combined(staged, [combined])
+        return combined
+
+    def weighted_losses(
+        self, losses: Losses, scaling: Scaling | None, features: Features
+    ) -> dict[str, Tensor]:
+        """Stage a step whose backward pass the caller runs, on the sum of what is returned here."""
+        if self._may_have_ranks() and find_ranks(self.process_group, self.ranks) is not None:
+            raise weighted_on_ranks_error()
+        check_combination(self.needs.rows)
+        batch = self._prepare_combined(losses, scaling, features)
+        problem = batch.problem._replace(retain_graph=True)
+        linearization = self.engine.linearize(problem)
+        staged = self._weigh(batch.statistics, linearization, scaling is not None)
+        pairs = zip(problem.losses, staged.coefficients.unbind(), strict=True)
+        with torch.enable_grad():
+            weighted = [loss * coefficient.to(loss) for loss, coefficient in pairs]
+        self._stage_combined(staged, weighted)
+        return dict(zip(problem.names, weighted, strict=True))
+
+    def _prepare_combined(
+        self, losses: Losses, scaling: Scaling | None, features: Features
+    ) -> Batch:
         if self.record.window is not None:
             self.drop_cleared_window(self.record.window)
-        _, batch = self.prepare(losses, scaling, features, combined=True)
-        problem, statistics = batch.problem, batch.statistics
-        linearization = self.engine.linearize(problem)
-        staged = self._weigh(statistics, linearization, scaling is not None)
-        combined = linearization.combined(staged.coefficients)
-        staged.combined, staged.differentiated = True, not combined.requires_grad
-        if combined.requires_grad:
-            combined.register_hook(staged.mark_differentiated)  # type: ignore[no-untyped-call]
+        return self.prepare(losses, scaling, features, combined=True)[1]
+
+    def _stage_combined(self, staged: Staged, roots: Sequence[Tensor]) -> None:
+        """Stage a step that counts once a backward pass has come to one of these scalars."""
+        attached = [root for root in roots if root.requires_grad]
+        staged.combined, staged.differentiated = True, not attached
+        for root in attached:
+            root.register_hook(staged.mark_differentiated)  # type: ignore[no-untyped-call]
         self.record.stage(staged)
-        return combined
 
     # ------------------------------------------------------------ second evaluation
 

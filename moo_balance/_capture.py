@@ -5,7 +5,7 @@ It reads figures that ``log_dict`` has on the host already, so that it costs no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from moo_balance._warnings import warn
@@ -38,17 +38,26 @@ class CaptureWatch:
     others: list[dict[str, float]] = field(default_factory=list)
     has_warned: bool = False
 
-    def read(self, step: int, method: str, figures: Mapping[str, float]) -> None:
+    def read(
+        self,
+        step: int,
+        method: str,
+        figures: Mapping[str, float],
+        constant: Collection[str] = (),
+    ) -> None:
         """Take note of what is logged, and warn if it is time to.
 
         Args:
             step: Steps taken.
             method: The class of the method.
             figures: By key, as ``StepMetrics.as_floats`` gives them.
+            constant: Losses that the method does not balance. They do not count.
         """
         if self.has_warned:
             return
-        coefficients = self._relative(_by_name(figures, "coefficient/"))
+        coefficients = _by_name(figures, "coefficient/")
+        coefficients = {n: value for n, value in coefficients.items() if n not in constant}
+        coefficients = self._relative(coefficients)
         total = sum(map(abs, coefficients.values()))
         largest = max(coefficients, key=lambda name: abs(coefficients[name]), default=None)
         if largest is None or not abs(coefficients[largest]) > _SHARE * total:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from moo_balance._several import parts_of
 from moo_balance._torch_internals import scaler_device, scaler_stage
 from moo_balance.errors import BalanceError
 
@@ -42,7 +43,8 @@ class Scaling(NamedTuple):
             optimizer: The BalancedOptimizer that takes the step.
             wrapped: The optimizer inside.
         """
-        if scaler_stage(self.scaler, wrapped) not in (None, "UNKNOWN"):
+        stages = [scaler_stage(self.scaler, part) for part in parts_of(wrapped)]
+        if not all(stage in (None, "UNKNOWN") for stage in stages):
             raise BalanceError(
                 "`scaler.unscale_` and `scaler.step` should be given the BalancedOptimizer. Found "
                 "the wrapped optimizer in the scaler, which would unscale the same gradients twice."

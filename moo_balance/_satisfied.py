@@ -8,7 +8,7 @@ does not know which they are, there always is a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,41 @@ def among_present(
     satisfied = satisfied.to(device)
     positions = loss_positions(names, present, device)
     return satisfied if positions is None else satisfied.index_select(0, positions)
+
+
+def constant_losses(method: Weighting) -> Collection[str]:
+    """The losses with a constant coefficient, which a method does not balance; none for most.
+
+    A method says so by an attribute ``constant_losses``. They have no bound, and never count as
+    satisfied: their gradients may be zero over the parameters that are compared, and not elsewhere.
+    """
+    names: Collection[str] = getattr(method, "constant_losses", ())
+    return names
+
+
+def count_satisfied(
+    method: Weighting,
+    names: Sequence[str],
+    satisfied: Tensor | None,
+    at_bound: Tensor | None,
+) -> Tensor | None:
+    """Those of the losses whose gradient is zero, or which are at their bound, that count.
+
+    Args:
+        method: In use.
+        names: The K losses.
+        satisfied: Losses at their bound, or whose gradient is zero, as booleans [K].
+        at_bound: The former; None for none.
+    """
+    if not method.uses_gramian:
+        # A method that only measures the length of its step has use for any loss.
+        return at_bound
+    constant = constant_losses(method)
+    if satisfied is None or not any(name in constant for name in names):
+        return satisfied
+    balanced = tuple(float(name not in constant) for name in names)
+    satisfied = satisfied & constant_vector(balanced, torch.bool, satisfied.device)
+    return satisfied if not _nonfinite.is_on_cpu(satisfied) or satisfied.any() else None
 
 
 # ------------------------------------------------------------ on the host

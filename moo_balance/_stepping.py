@@ -117,8 +117,8 @@ def _step_without_backward(balancer: Balancer, closure: object, result: object) 
         return None  # a trainer skips this batch
     if is_combined:
         raise BalanceError(
-            "`step` should follow `combined_loss(losses).backward()`. Found a `combined_loss` "
-            "without its backward pass. Call `.backward()` of what it returns."
+            "`step` should follow a backward pass of what `combined_loss` or `weighted_losses` "
+            "returned. Found none. Call `.backward()` of it, or of the sum of its values."
         )
     if closure is not None:
         raise BalanceValueError(

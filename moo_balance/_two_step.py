@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from moo_balance._grad_scaler import Scaling
 from moo_balance._record import Staged
 from moo_balance._reevaluation import add_note
+from moo_balance._several import parts_of
 from moo_balance._stepping import must_skip, take_step
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
 from moo_balance.weighting._identity import lagged_form
@@ -45,6 +46,7 @@ def check_not_apart(optimizer: Optimizer, method: RowWeighting | None) -> None:
 def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> None:
     """Refuse an optimizer whose step cannot be called, skipped or observed where it should be."""
     if has_two_steps(optimizer):
+        _check_alone(optimizer)
         if weighting.observes_step:
             raise _not_observable(optimizer, weighting)
         check_not_apart(optimizer, weighting.needs(0).rows)
@@ -66,6 +68,16 @@ def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> N
             f"{type(optimizer).__name__}, whose `step` needs `{required[0]}`: a closure that it "
             "evaluates itself cannot be balanced. Use an optimizer that steps on `.grad`."
         )
+
+
+def _check_alone(optimizer: Optimizer) -> None:
+    """Refuse an optimizer with two steps as one of several."""
+    for part in parts_of(optimizer)[1:]:
+        if has_two_steps(part):
+            raise BalanceValueError(
+                "Parameter `optimizer` should be a single optimizer if it takes two steps. Found "
+                f"{type(part).__name__} as one of several. Let it train all parameters."
+            )
 
 
 def _not_observable(optimizer: Optimizer, weighting: Weighting) -> BalanceValueError:

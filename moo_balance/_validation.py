@@ -16,16 +16,49 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
+from moo_balance._several import SeveralOptimizers
 from moo_balance._torch_internals import as_plain
 from moo_balance._wrapper import OptimizerWrapper
 from moo_balance.engine import Engine, PerLoss
-from moo_balance.errors import BalanceValueError
+from moo_balance.errors import BalanceError, BalanceValueError
 from moo_balance.weighting.base import Weighting
+from moo_balance.weighting.rows import RowWeighting
 
 # ------------------------------------------------------------ constructor arguments
 
 
-def check_optimizer(optimizer: object) -> None:
+def read_optimizer(optimizer: object) -> Optimizer:
+    """The optimizer, or several as one; an error unless they are plain first-order ones."""
+    if not isinstance(optimizer, (list, tuple)):
+        return _check_optimizer(optimizer)
+    if not optimizer:
+        raise BalanceValueError(
+            "Parameter `optimizer` should be an optimizer, or a list of at least one. Found an "
+            "empty list. Pass for example `[muon, adamw]`."
+        )
+    parts = [_check_optimizer(part) for part in optimizer]
+    _check_disjoint(parts)
+    return SeveralOptimizers(parts)
+
+
+def _check_disjoint(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that train a parameter together."""
+    owners: dict[Tensor, int] = {}
+    for position, optimizer in enumerate(optimizers):
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            before = owners.setdefault(param, position)
+            if before != position:
+                one, other = (
+                    f"{type(optimizers[k]).__name__} (number {k})" for k in (before, position)
+                )
+                raise BalanceValueError(
+                    "Parameter `optimizer` should be a list of optimizers of different parameters. "
+                    f"Found one of shape {tuple(param.shape)} in both {one} and {other}. Give each "
+                    "parameter to one of them."
+                )
+
+
+def _check_optimizer(optimizer: object) -> Optimizer:
     """Refuse what is no plain first-order optimizer."""
     if isinstance(optimizer, OptimizerWrapper):
         raise BalanceValueError(
@@ -49,6 +82,7 @@ def check_optimizer(optimizer: object) -> None:
             "objective many times in a step, and balancing changes the objective with each "
             "evaluation. Found LBFGS. Use a first-order optimizer, or LBFGS on a fixed sum."
         )
+    return optimizer
 
 
 def check_method(weighting: object, engine: object) -> None:
@@ -61,17 +95,40 @@ def check_method(weighting: object, engine: object) -> None:
             "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
             f"Found {weighting!r}.{hint}"
         )
-    if engine is not None and not isinstance(engine, Engine):
-        raise BalanceValueError(
-            f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
-        )
-    if engine is not None and weighting.uses_independent_batches and not engine.separates_batches:
+    if engine is None:
+        return
+    engine = read_engine(engine)
+    if weighting.uses_independent_batches and not engine.separates_batches:
         raise BalanceValueError(
             f"Parameter `engine` should be `PerLoss()` for {type(weighting).__name__}, which needs "
             f"products of gradients of different batches. Found {engine!r}. Leave it out."
         )
-    if engine is not None:
-        check_whole_rows(weighting.needs(0).rows, engine)
+    check_whole_rows(weighting.needs(0).rows, engine)
+
+
+def read_engine(engine: object) -> Engine:
+    """The engine; ``PerLoss()`` for None."""
+    if engine is None:
+        return PerLoss()
+    if not isinstance(engine, Engine):
+        raise BalanceValueError(
+            f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
+        )
+    return engine
+
+
+def check_stateless(weighting: object) -> None:
+    """Refuse a method that needs more than the gradients of one step, or is none."""
+    check_method(weighting, None)
+    assert isinstance(weighting, Weighting)
+    rows = weighting.needs(0).rows
+    if weighting.observes_step or (rows is not None and rows.steps_apart):
+        reason = "needs the losses after the step" if rows is None else "takes steps of its own"
+        raise BalanceValueError(
+            "Parameter `weighting` of `balanced_backward` should need a single backward pass. "
+            f"Found {type(weighting).__name__}, which {reason}. Use BalancedOptimizer, or a "
+            "method such as `MGDA()`."
+        )
 
 
 def check_whole_rows(method: Weighting | None, engine: Engine, features: bool = False) -> None:
@@ -87,6 +144,25 @@ def check_whole_rows(method: Weighting | None, engine: Engine, features: bool = 
     raise BalanceValueError(
         f"Parameter `engine` should be PerLoss(), which keeps whole gradients, with {name}, "
         f"{where}. Found {engine!r}. Leave it out."
+    )
+
+
+def check_combination(method: RowWeighting | None) -> None:
+    """Refuse a method whose direction is no sum of coefficients times gradients of the batch."""
+    if method is not None and (method.combines != "gradients" or method.steps_apart):
+        raise BalanceValueError(
+            "`weighted_losses` should be used with a method that gives each loss one coefficient. "
+            f"Found {type(method).__name__}, whose direction is no combination of the gradients of "
+            "a batch. Call `combined_loss(losses).backward()`, or `backward(losses)`."
+        )
+
+
+def weighted_on_ranks_error() -> BalanceError:
+    """The error of ``weighted_losses`` on several ranks."""
+    return BalanceError(
+        "`weighted_losses` should be used in a single process. Found several ranks, whose "
+        "gradients it does not average. Call `combined_loss(losses).backward()`, or "
+        "`backward(losses)`."
     )
 
 
@@ -293,7 +369,7 @@ def read_observed_losses(
     if set(scalars) != set(expected):
         raise BalanceValueError(
             f"Parameter `losses` should hold the losses of the last backward, {_quote(expected)}. "
-            f"Found {_quote(list(scalars))}."
+            f"Found {_quote(list(scalars))}. Pass all of them, and no others."
         )
     return scalars
 
@@ -319,9 +395,9 @@ def _check_declared(names: Iterable[str], declared: Sequence[str]) -> None:
     for name in names:
         if name not in declared:
             raise BalanceValueError(
-                f"Loss `{name}` is none of the declared ones, {_quote(declared)}. The first step "
-                "declares the names; give `loss_names=[…]` to BalancedOptimizer if some losses "
-                "come later."
+                f"Loss `{name}` is none of the declared ones, {_quote(declared)}."
+                f"{name_nearest(name, declared)} The first step declares the names; give "
+                "`loss_names=[…]` to BalancedOptimizer if some losses come later."
             )
 
 
@@ -458,6 +534,14 @@ def _describe_feature(feature: object) -> str:
     if isinstance(feature, Tensor):
         return f"one of shape {tuple(feature.shape)} that requires no gradient"
     return type(feature).__name__
+
+
+def name_nearest(name: object, known: Iterable[str]) -> str:
+    """A sentence that names the known name most like `name`, after a space; empty if none is."""
+    from difflib import get_close_matches  # only for a message
+
+    nearest = get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    return f" The nearest known name is {nearest[0]!r}." if nearest else ""
 
 
 def _quote(names: Sequence[str]) -> str:

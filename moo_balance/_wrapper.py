@@ -1,8 +1,8 @@
-"""Base class of an optimizer that wraps another one."""
+"""Base classes of optimizers that own no parameters: of one, or of several, that do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,7 +10,57 @@ from torch.optim import Optimizer
 from moo_balance._torch_internals import hooks_of, initialize_hooks
 
 
-class OptimizerWrapper(Optimizer):
+class ForwardingOptimizer(Optimizer):
+    """An optimizer without groups and state of its own, whose own hooks run all the same."""
+
+    _pickled: tuple[str, ...] = ()
+    """Attributes that a copy or a pickle keeps. ``step`` is not among them: schedulers replace it
+    on the instance."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in self._pickled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Attributes first: PyTorch reads `defaults`, which are another optimizer's.
+        self.__dict__.update(state)
+        initialize_hooks(self)
+        # The dictionaries themselves, so that a step without hooks only finds them empty.
+        self._step_hooks = hooks_of(self, "step_pre"), hooks_of(self, "step_post")
+
+    def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `step` between the step hooks that were registered on this optimizer."""
+        before, after = self._step_hooks
+        for hook in before.values():
+            replaced = hook(self, (self, *args), kwargs)
+            if replaced is not None:
+                (_, *args), kwargs = replaced
+        result = step(*args, **kwargs)
+        for hook in after.values():
+            hook(self, (self, *args), kwargs)
+        return result
+
+    def _save_with_hooks(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run `save` between the hooks of ``state_dict``."""
+        for before in hooks_of(self, "state_dict_pre").values():
+            before(self)
+        state = save()
+        for after in hooks_of(self, "state_dict_post").values():
+            state = after(self, state) or state
+        return state
+
+    def _load_with_hooks(
+        self, load: Callable[[dict[str, Any]], None], state_dict: Mapping[str, Any]
+    ) -> None:
+        """Run `load` between the hooks of ``load_state_dict``."""
+        state = dict(state_dict)
+        for before in hooks_of(self, "load_state_dict_pre").values():
+            state = before(self, state) or state
+        load(state)
+        for after in hooks_of(self, "load_state_dict_post").values():
+            after(self)
+
+
+class OptimizerWrapper(ForwardingOptimizer):
     """Forwards groups, state and defaults to a wrapped optimizer, and owns none of them.
 
     They are properties, because a copied reference goes stale when a state dict is loaded or a
@@ -20,8 +70,6 @@ class OptimizerWrapper(Optimizer):
     """
 
     _pickled: tuple[str, ...] = ("_wrapped",)
-    """Attributes that a copy or a pickle keeps. ``step`` is not among them: schedulers replace it
-    on the instance."""
 
     _wrapped: Optimizer
 
@@ -82,25 +130,3 @@ class OptimizerWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
         self._wrapped.add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in self._pickled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Attributes first: PyTorch reads `defaults`, which are the wrapped optimizer's.
-        self.__dict__.update(state)
-        initialize_hooks(self)
-        # The dictionaries themselves, so that a step without hooks only finds them empty.
-        self._step_hooks = hooks_of(self, "step_pre"), hooks_of(self, "step_post")
-
-    def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `step` between the step hooks that were registered on the wrapper."""
-        before, after = self._step_hooks
-        for hook in before.values():
-            replaced = hook(self, (self, *args), kwargs)
-            if replaced is not None:
-                (_, *args), kwargs = replaced
-        result = step(*args, **kwargs)
-        for hook in after.values():
-            hook(self, (self, *args), kwargs)
-        return result

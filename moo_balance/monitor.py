@@ -2,256 +2,33 @@
 
 from __future__ import annotations
 
+import html
 import math
+import os
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import combinations
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moo_balance._nonfinite import names_of
+from moo_balance import _history_file
+from moo_balance._run_figure import Panel, draw
+from moo_balance._step_metrics import FEW_LOSSES, StepMetrics
+from moo_balance._validation import name_nearest
 from moo_balance.errors import BalanceValueError
-from moo_balance.functional._checks import at_least_float32
 
-_FEW_LOSSES = 8
-"""Up to so many losses the cosine of each pair is listed, 28 of them, by default."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_ALIGNMENT = "alignment"
-_PROJECTED = "gramian/projected"
+__all__ = ["History", "StepMetrics"]
 
-
-@dataclass(frozen=True, eq=False)
-class StepMetrics:
-    """Losses, weights and gradients of one ``backward`` (or ``combined_loss``), by name.
-
-    All values stay on the device they were computed on; :meth:`as_floats` copies them.
-
-    Attributes:
-        names: The losses that were present.
-        gramian: Inner products of their gradients, shape [K, K] in the order of ``names``; None
-            for a method that takes none, or in a step between two refreshes (``every``).
-        projected: How much of the Gramian of expected gradients was removed to make it positive
-            semidefinite, from 0 to 1 (see ``PerLoss(unbiased=True)``); None for any other Gramian.
-    """
-
-    names: tuple[str, ...] = ()
-    gramian: Tensor | None = None
-    _losses: Tensor | None = None
-    _weights: Tensor | None = None
-    _coefficients: Tensor | None = None
-    _satisfied: Tensor | None = None
-    projected: Tensor | None = None
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """Loss values, 0-d tensors."""
-        return self._by_name(self._losses)
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The method's own weights, on the simplex unless its docstring says otherwise."""
-        return self._by_name(self._weights)
-
-    @property
-    def coefficients(self) -> dict[str, Tensor]:
-        """What multiplied the raw gradients."""
-        return self._by_name(self._coefficients)
-
-    @property
-    def satisfied(self) -> tuple[str, ...]:
-        """The losses that counted as satisfied, and had no part in the balance. Synchronizes.
-
-        Such a loss equals its lower bound, or its gradient is zero; its coefficient is 0.
-        """
-        return names_of(self.names, self._satisfied)
-
-    @property
-    def cosines(self) -> dict[tuple[str, str], Tensor]:
-        """Cosine similarity of each pair of gradients; empty without a Gramian.
-
-        NaN where a gradient was not finite, as in a step that a loss scaler skips.
-        """
-        if self.gramian is None:
-            return {}
-        pairs = combinations(self.names, 2)
-        return dict(zip(pairs, self._all_cosines(self.gramian).unbind(), strict=True))
-
-    @property
-    def alignment(self) -> Tensor | None:
-        r"""How far the gradients point in one direction, from -1 to 1; a 0-d tensor.
-
-        .. math::
-
-            A = 2 \left\| \frac{1}{K} \sum_{k=1}^K \frac{g_k}{\|g_k\|} \right\|^2 - 1
-              = \frac{2 (K - 1)}{K} \bar c - \frac{K - 2}{K},
-
-        where :math:`g_k` are the gradients of the :math:`K` losses and :math:`\bar c` is the mean
-        of their :attr:`cosines`. For two losses it is their cosine. It is 1 if all gradients have
-        the same direction, -1 if the unit gradients cancel, and :math:`2 / K - 1` if the gradients
-        are perpendicular to each other, so that scores of different :math:`K` are not comparable.
-
-        A zero gradient counts as in :attr:`cosines`, as perpendicular to all others. NaN if a
-        gradient was not finite. None without a Gramian and, as there is no pair, with one loss.
-
-        Source: Wang, Bhartari, Li, Perdikaris, *Gradient Alignment in Physics-informed Neural
-        Networks: A Second-Order Optimization Perspective* (NeurIPS 2025), arXiv 2502.00604.
-        """
-        if self.gramian is None or len(self.names) < 2:
-            return None
-        return _score_alignment(self._all_cosines(self.gramian), len(self.names))
-
-    def as_dict(self, pairs: bool | None = None) -> dict[str, Tensor]:
-        r"""All under flat keys: ``loss/a``, ``weight/a``, ``coefficient/a``, ``cosine/a,b``.
-
-        ``alignment`` is :attr:`alignment`, ``gramian/projected`` is :attr:`projected`, and
-        ``satisfied`` is the number of :attr:`satisfied` losses.
-
-        Args:
-            pairs: The cosine of each pair (True), or ``cosine/min`` and ``cosine/mean`` over all
-                pairs (False). Default None: each pair for up to 8 losses. In the key of a pair a
-                comma within a name is written ``\,`` and a backslash ``\\``.
-        """
-        values = self._flatten(pairs)
-        return {} if values is None else dict(zip(self._keys(pairs), values.unbind(), strict=True))
-
-    def as_floats(self, pairs: bool | None = None) -> dict[str, float]:
-        """:meth:`as_dict` as numbers, in one copy from the device."""
-        values = self._flatten(pairs)
-        if values is None:
-            return {}
-        return dict(zip(self._keys(pairs), values.float().tolist(), strict=True))
-
-    def __repr__(self) -> str:
-        """Synchronizes with the device."""
-        vectors = {kind: values.tolist() for kind, values in self._vectors().items()}
-        columns = [[f"{value:.4g}" for value in values] for values in vectors.values()]
-        each = [
-            f"{name}: {', '.join(map(' '.join, zip(vectors, row, strict=True)))}"
-            for name, *row in zip(self.names, *columns, strict=True)
-        ]
-        return f"{type(self).__name__}({'; '.join(each)})"
-
-    def _by_name(self, values: Tensor | None) -> dict[str, Tensor]:
-        return {} if values is None else dict(zip(self.names, values.unbind(), strict=True))
-
-    def _vectors(self) -> dict[str, Tensor]:
-        """What there is for each loss, by kind."""
-        vectors = {
-            "loss": self._losses,
-            "weight": self._weights,
-            "coefficient": self._coefficients,
-        }
-        return {kind: values for kind, values in vectors.items() if values is not None}
-
-    def _keys(self, pairs: bool | None) -> tuple[str, ...]:
-        """The keys of :meth:`as_dict`."""
-        listed = self._lists_pairs(pairs)
-        keys = _list_keys(self.names, tuple(self._vectors()), self.gramian is not None, listed)
-        if self.projected is not None:
-            keys = (*keys, _PROJECTED)
-        return keys if self._coefficients is None else (*keys, "satisfied")
-
-    def _lists_pairs(self, pairs: bool | None) -> bool:
-        """Whether each pair has a key, given the argument of :meth:`as_dict`."""
-        return len(self.names) <= _FEW_LOSSES if pairs is None else pairs
-
-    def _flatten(self, pairs: bool | None) -> Tensor | None:
-        """The values of :meth:`as_dict` as one vector; None if there are none."""
-        parts = list(self._vectors().values())
-        if self.gramian is not None and len(self.names) > 1:
-            cosines = self._all_cosines(self.gramian)
-            listed = self._lists_pairs(pairs)
-            parts.append(cosines if listed else torch.stack([cosines.amin(), cosines.mean()]))
-            parts.append(_score_alignment(cosines, len(self.names)).reshape(1))
-        if self.projected is not None:
-            parts.append(self.projected.reshape(1))
-        count = self._count_satisfied()
-        if count is not None:
-            parts.append(count.unsqueeze(0))
-        if not parts:
-            return None
-        return torch.cat([part.to(parts[0].device) for part in parts])
-
-    def _count_satisfied(self) -> Tensor | None:
-        """How many losses are satisfied; None in a step without coefficients."""
-        if self._coefficients is None:
-            return None
-        if self._satisfied is None:
-            return self._coefficients.new_zeros(())
-        return self._satisfied.sum().to(self._coefficients)
-
-    def _all_cosines(self, gramian: Tensor) -> Tensor:
-        """Cosines of all pairs, in the order of ``itertools.combinations``."""
-        count = len(self.names)
-        rows, columns = torch.triu_indices(count, count, 1, device=gramian.device)
-        return _cosines(gramian, rows, columns)
-
-    def _value(self, key: str) -> Tensor | None:
-        """The value under a key of :meth:`as_dict`; None where there is none."""
-        if key == "satisfied":
-            return self._count_satisfied()
-        if key == _ALIGNMENT:
-            return self.alignment
-        kind, _, name = key.partition("/")
-        vector = self._vectors().get(kind)
-        if vector is not None:
-            return vector[self.names.index(name)] if name in self.names else None
-        if key == _PROJECTED:
-            return self.projected
-        if kind != "cosine" or self.gramian is None or len(self.names) == 1:
-            return None
-        if name == "min":
-            return self._all_cosines(self.gramian).amin()
-        if name == "mean":
-            return self._all_cosines(self.gramian).mean()
-        pair = _positions_of_pairs(self.names).get(name)
-        return None if pair is None else _cosines(self.gramian, *pair)
-
-
-def _cosines(gramian: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
-    """:func:`~moo_balance.functional.cosine_similarity` of some pairs only.
-
-    NaN where a gradient is not finite.
-    """
-    gramian = at_least_float32(gramian)
-    squares = gramian.diagonal()
-    norms = squares.clamp(min=0.0).sqrt()
-    norms = norms.masked_fill(norms == 0, math.inf).masked_fill(~squares.isfinite(), math.nan)
-    left, right = norms[rows], norms[columns]
-    # Both triangles, which may differ by rounding.
-    cosines = gramian[rows, columns] / left / right + gramian[columns, rows] / right / left
-    return (cosines / 2).clamp(-1.0, 1.0)
-
-
-def _score_alignment(cosines: Tensor, count: int) -> Tensor:
-    """:attr:`StepMetrics.alignment` of `count` gradients, from the cosines of all pairs."""
-    # In this form the score of two gradients is their cosine bit for bit.
-    score = cosines.mean() * (2 * (count - 1) / count) - (count - 2) / count
-    return score.clamp(-1.0, 1.0)
-
-
-@lru_cache(maxsize=8)
-def _list_keys(
-    names: tuple[str, ...], kinds: tuple[str, ...], cosines: bool, pairs: bool
-) -> tuple[str, ...]:
-    keys = [f"{kind}/{name}" for kind in kinds for name in names]
-    if cosines and len(names) > 1:
-        labels = _positions_of_pairs(names) if pairs else ("min", "mean")
-        keys += [f"cosine/{label}" for label in labels]
-        keys.append(_ALIGNMENT)
-    return tuple(keys)
-
-
-@lru_cache(maxsize=8)
-def _positions_of_pairs(names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Positions of each pair, under a label that no other pair has."""
-    escaped = [name.replace("\\", "\\\\").replace(",", "\\,") for name in names]
-    pairs = combinations(range(len(names)), 2)
-    return {f"{escaped[j]},{escaped[k]}": (j, k) for j, k in pairs}
+_FEW_PAIRED = 4
+"""Up to so many losses a figure shows the cosine of each pair, 6 of them."""
+_WINDOWS = 40
+"""Into so many windows a figure divides a run, at most twice as many, to draw their means."""
 
 
 class History:
@@ -280,6 +57,8 @@ class History:
         ...     history.append(optimizer.metrics)
         >>> history.series("loss/a")
         ([0, 1], [1.0, 0.0])
+        >>> history.improvement("a")
+        ([1], [1.0])
     """
 
     def __init__(self, maxlen: int | None = None) -> None:
@@ -309,6 +88,23 @@ class History:
         bound = "" if self._steps.maxlen is None else f", maxlen={self._steps.maxlen}"
         return f"{type(self).__name__}({count} step{'s' * (count != 1)}{bound})"
 
+    def _repr_html_(self) -> str:
+        """A table of the first and last value of up to 8 losses, for notebooks. Synchronizes."""
+        names = self._loss_names()
+        head = ("", "first loss", "last loss", "last coefficient")
+        rows = {name: self._ends(name) for name in names[:FEW_LOSSES]}
+        cells = [f"<tr>{''.join(f'<th>{title}</th>' for title in head)}</tr>"]
+        cells += [
+            f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{x:.4g}</td>' for x in values)}</tr>"
+            for name, values in rows.items()
+        ]
+        more = len(names) - len(rows)
+        note = f"<p>and {more} more losses</p>" if more else ""
+        table = f"<table>{''.join(cells)}</table>" if rows else ""
+        return f"<p>{html.escape(repr(self))}</p>{table}{note}"
+
+    # ------------------------------------------------------------ values
+
     def keys(self, pairs: bool | None = None) -> list[str]:
         """All keys that a step has, in order of appearance; `pairs` as in ``log_dict``."""
         return list(dict.fromkeys(key for step in self._steps for key in step._keys(pairs)))
@@ -319,43 +115,297 @@ class History:
         Raises:
             BalanceValueError: No step has it. An empty history returns empty lists.
         """
-        first = self._appended - len(self._steps)
-        values = {index: step._value(key) for index, step in enumerate(self._steps, first)}
+        values = {index: step._value(key) for index, step in enumerate(self._steps, self._first)}
         present = {index: value for index, value in values.items() if value is not None}
         if not present:
             self._check_empty("key", key, self.keys())
             return [], []
         device = next(iter(present.values())).device
-        stacked = torch.stack([value.to(device, torch.float32) for value in present.values()])
-        return list(present), stacked.tolist()
+        stacked = torch.stack([value.to(device) for value in present.values()])
+        return list(present), stacked.cpu().double().tolist()
+
+    def improvement(self, name: str, window: int = 1) -> tuple[list[int], list[float]]:
+        r"""Relative decrease of a loss from one step to the next.
+
+        .. math:: r_t = \frac{L_{t-1} - L_t}{|L_{t-1}|}
+
+        No unit; at most 1 for a loss that stays positive, negative where the loss rises. Methods of
+        log losses, as ``FAMO``, seek equal values. Also the batch changes from step to step; over
+        windows of many steps this noise averages out.
+
+        Args:
+            name: A loss.
+            window: Take the mean loss of each so many steps in place of :math:`L_t`, at least 1;
+                steps at the end that do not fill a window are left out. Default 1.
+
+        Returns:
+            The steps t, each the last of its window, and the values. Left out are the first window,
+            those in which the loss is absent or not finite in all steps, whose successor is
+            compared with their predecessor, and those after a mean of 0.
+
+        Raises:
+            BalanceValueError: No step has the loss, or `window` is not a whole number of at least
+                1. An empty history returns empty lists.
+
+        Source: Zhang, Duan, Huang, Zhu, *Balanced Rate-Distortion Optimization in Learned Image
+        Compression* (CVPR 2025), arXiv 2502.20161, equation 4; there for one batch before and
+        after the step.
+        """
+        if type(window) is not int or window < 1:
+            raise BalanceValueError(
+                "Parameter `window` should be a whole number of steps, at least 1. "
+                f"Found {window!r}."
+            )
+        names = self._loss_names()
+        if name not in names:
+            self._check_empty("name", name, names)
+            return [], []
+        present, losses = self.series(f"loss/{name}")
+        table = torch.full((len(self._steps), 1), math.nan, dtype=torch.float64)
+        table[torch.tensor(present) - self._first, 0] = torch.tensor(losses, dtype=torch.float64)
+        decreases = _relative_decreases(_window_means(table, window))[:, 0]
+        rows = (~decreases.isnan()).nonzero()[:, 0]
+        steps = self._first + (rows + 1) * window - 1
+        return steps.tolist(), decreases[rows].tolist()
+
+    def to_pandas(self, pairs: bool | None = None) -> Any:
+        """All values as a ``pandas.DataFrame`` with a row for each step and a column for each key.
+
+        The index counts steps from 0, the first that was added. NaN where a step has no such value.
+        Copies from the device once for each set of keys. Needs pandas, which is imported here.
+
+        Args:
+            pairs: As in ``log_dict``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = _import("pandas", "to_pandas")
+        keys = self.keys(pairs)
+        table = self._table(keys, pairs)
+        steps = pandas.RangeIndex(self._first, self._appended, name="step")
+        return pandas.DataFrame(table.numpy(), index=steps, columns=keys)
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all steps to one file, which :meth:`load` reads back; values are kept exactly.
+
+        The file holds tensors, names and numbers (``torch.load(path, weights_only=True)``).
+
+        Args:
+            path: Where; an existing file is replaced.
+
+        Raises:
+            OSError: The file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from moo_balance import History
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     History(maxlen=10).save(f"{folder}/run.pt")
+            ...     print(History.load(f"{folder}/run.pt"))
+            History(0 steps, maxlen=10)
+        """
+        _history_file.save(path, self._steps, self._appended)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Read what :meth:`save` has written. Tensors are on the CPU; later steps may be added.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: The file cannot be read.
+            BalanceValueError: It is no file of :meth:`save`, or damaged.
+        """
+        steps, appended = _history_file.load(path)
+        history = cls(steps.maxlen)
+        history._steps, history._appended = steps, appended
+        return history
+
+    # ------------------------------------------------------------ figures
 
     def plot(self, kind: str = "weight", ax: Any = None) -> Any:
         """Draw all series of a kind (``"loss"``, ``"weight"``, ``"coefficient"``, ``"cosine"``).
 
-        ``"alignment"`` and ``"satisfied"`` have one series each. Needs matplotlib, which is
-        imported here and nowhere else. Returns the axes.
+        ``"alignment"`` and ``"satisfied"`` have one series each. ``"improvement"`` is the relative
+        :meth:`improvement` of each loss, over windows of which a run has up to 80. Needs
+        matplotlib, which is imported here. Returns the axes; without `ax` they are in a new figure
+        of pyplot's.
 
         Raises:
             BalanceValueError: No step has a series of that kind.
+            ImportError: matplotlib is not installed.
         """
-        keys = [key for key in self.keys() if key.partition("/")[0] == kind]
-        if not keys:
-            self._check_empty("kind", kind, dict.fromkeys(k.partition("/")[0] for k in self.keys()))
-        import matplotlib.pyplot as plt
-
-        ax = plt.figure().add_subplot() if ax is None else ax
-        for key in keys:
-            ax.plot(*self.series(key), label=key.removeprefix(f"{kind}/"))
+        window = self._window()
+        if kind == "improvement":
+            lines = {name: self.improvement(name, window) for name in self._loss_names()}
+            label = f"relative improvement in {_count_steps(window)}"
+        else:
+            keys = [key for key in self.keys() if key.partition("/")[0] == kind]
+            lines = {key.removeprefix(f"{kind}/"): self.series(key) for key in keys}
+            label = kind
+        if not lines:
+            kinds = dict.fromkeys(key.partition("/")[0] for key in self.keys())
+            self._check_empty("kind", kind, (*kinds, "improvement"))
+        if ax is None:
+            ax = _import("matplotlib.pyplot", "plot").figure().add_subplot()
+        for name, series in lines.items():
+            ax.plot(*series, label=name)
         ax.set_xlabel("step")
-        ax.set_ylabel(kind)
-        if keys:
+        ax.set_ylabel(label)
+        if lines:
             ax.legend()
         return ax
+
+    def figure(self) -> Figure:
+        """Draw the run on one page: losses, their relative improvement, weights and coefficients.
+
+        With a Gramian also the cosines, and the alignment of at least three gradients. One line for
+        each of up to 8 losses; above, the range over the losses, of which the middle half is
+        darker, and the median. Steps without a finite value are left out. In a run of more than 80
+        steps the lines are means over windows, with the single steps faint in the background. Axes
+        of losses and coefficients are logarithmic where all values are positive. Colours are told
+        apart with all kinds of colour vision, and on a white and a dark page.
+
+        Returns:
+            A ``matplotlib.figure.Figure`` that is not registered with pyplot: it is shown by
+            ``figure.savefig("run.png")``, or as the result of a notebook's cell.
+
+        Raises:
+            BalanceValueError: The history is empty.
+            ImportError: matplotlib is not installed.
+        """
+        names = self._loss_names()
+        if not names:
+            raise BalanceValueError(
+                "A figure should have at least one step with losses. Found none. Call "
+                "`history.append(optimizer.metrics)` after each step."
+            )
+        _import("matplotlib.figure", "figure")
+        return draw(self._panels(names), names, (self._first, self._appended - 1))
+
+    def _panels(self, names: list[str]) -> list[Panel]:
+        """What :meth:`figure` draws, in order."""
+        window, listed = self._window(), len(names) <= _FEW_PAIRED
+        keys = self.keys(listed)
+        table = self._table(keys, listed)
+        means = _window_means(table, window)
+        steps = self._first + torch.arange(len(table))
+        lasts = steps[window - 1 :: window]
+
+        def panel(title: str, *kinds: str, **style: Any) -> Panel:
+            chosen = [i for i, key in enumerate(keys) if key.partition("/")[0] in kinds]
+            single = (steps, table[:, chosen]) if window > 1 else None
+            labels = [keys[i].removeprefix(f"{title}/") for i in chosen]
+            middles = lasts - (window - 1) / 2
+            return Panel(title, labels, middles, means[:, chosen], single, **style)
+
+        losses = panel("loss", "loss", log=True)
+        decreases = Panel(
+            f"relative improvement in {_count_steps(window)}",
+            losses.labels,
+            lasts,
+            _relative_decreases(losses.values),
+            zero=True,
+        )
+        factors = [panel("weight", "weight"), panel("coefficient", "coefficient", log=True)]
+        if _are_equal(*factors):
+            factors = [replace(factors[1], title="weight = coefficient")]
+        kinds = ("cosine", "alignment") if len(names) > 2 else ("cosine",)
+        cosines = panel("cosine", *kinds, limits=(-1.05, 1.05), losses=False, zero=True)
+        others = (decreases, *factors, cosines)
+        return [losses, *(each for each in others if each.values.isfinite().any())]
+
+    # ------------------------------------------------------------ helpers
+
+    @property
+    def _first(self) -> int:
+        """The number of the first step that is kept."""
+        return self._appended - len(self._steps)
+
+    def _loss_names(self) -> list[str]:
+        """All losses, in order of appearance."""
+        return list(dict.fromkeys(name for step in self._steps for name in step.names))
+
+    def _window(self) -> int:
+        """Over how many steps figures average."""
+        return max(1, len(self._steps) // _WINDOWS)
+
+    def _table(self, keys: Sequence[str], pairs: bool | None) -> Tensor:
+        """Values of all steps in float64, shape [steps, keys]; NaN where there is none."""
+        positions: dict[tuple[str, ...], list[int]] = {}
+        steps = list(self._steps)
+        for position, step in enumerate(steps):
+            positions.setdefault(step._keys(pairs), []).append(position)
+        table = torch.full((len(steps), len(keys)), math.nan, dtype=torch.float64)
+        columns = {key: column for column, key in enumerate(keys)}
+        for present, rows in positions.items():
+            flat = [steps[row]._flatten(pairs) for row in rows]
+            vectors = [vector for vector in flat if vector is not None]
+            if vectors:
+                stacked = torch.stack([vector.to(vectors[0].device) for vector in vectors])
+                places = torch.tensor([columns[key] for key in present])
+                table[torch.tensor(rows)[:, None], places] = stacked.cpu().double()
+        return table
+
+    def _ends(self, name: str) -> list[float]:
+        """First and last value of a loss, and the last coefficient; NaN where there is none."""
+        present = [step for step in self._steps if name in step.names]
+        first, last = present[0].losses, present[-1].losses
+        factors = present[-1].coefficients
+        ends = (first.get(name), last.get(name), factors.get(name))
+        return [math.nan if value is None else float(value) for value in ends]
 
     def _check_empty(self, argument: str, value: str, known: Iterable[str]) -> None:
         """Refuse a key or kind that no step has, unless there is no step yet."""
         if self._steps:
             raise BalanceValueError(
                 f"Parameter `{argument}` should be one of {', '.join(map(repr, known))}. "
-                f"Found {value!r}."
+                f"Found {value!r}.{name_nearest(value, known)}"
             )
+
+
+def _window_means(values: Tensor, window: int) -> Tensor:
+    """Means of the finite values of each column over whole windows of rows; NaN where none is."""
+    whole = len(values) // window
+    windows = values[: whole * window].reshape(whole, window, values.shape[1])
+    return torch.where(windows.isfinite(), windows, math.nan).nanmean(dim=1)
+
+
+def _relative_decreases(values: Tensor) -> Tensor:
+    """Of each column, from the row before that has a value; NaN where there is none."""
+    decreases = torch.full_like(values, math.nan)
+    for column, result in zip(values.unbind(1), decreases.unbind(1), strict=True):
+        rows = (~column.isnan()).nonzero()[:, 0]
+        before, after = column[rows[:-1]], column[rows[1:]]
+        result[rows[1:]] = torch.where(before == 0, math.nan, (before - after) / before.abs())
+    return decreases
+
+
+def _are_equal(left: Panel, right: Panel) -> bool:
+    """Whether two panels show the same values."""
+    same = left.labels == right.labels
+    return same and torch.allclose(left.values, right.values, equal_nan=True)
+
+
+def _count_steps(count: int) -> str:
+    return "one step" if count == 1 else f"{count} steps"
+
+
+def _import(module: str, method: str) -> Any:
+    """A module that is no requirement of the package."""
+    package = module.partition(".")[0]
+    try:
+        import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ImportError(
+            f"History.{method} needs {package}, which is not installed. Install it, for example "
+            f"with `pip install {package}`.",
+            name=package,
+        ) from error
+    return import_module(module)

@@ -14,10 +14,13 @@ from torch.optim import Optimizer
 
 from moo_balance._balancer import Balancer, Closure, Features, Losses
 from moo_balance._checkpoint import BalanceState
+from moo_balance._description import describe_optimizer
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
+from moo_balance._satisfied import constant_losses
+from moo_balance._several import parts_of
 from moo_balance._stepping import observe, take_step
-from moo_balance._torch_internals import hooks_of, mark_as_hooked
+from moo_balance._torch_internals import mark_as_hooked
 from moo_balance._two_step import (
     check_steps,
     single_step_error,
@@ -27,12 +30,13 @@ from moo_balance._two_step import (
 from moo_balance._validation import (
     check_loss_names,
     check_method,
-    check_optimizer,
     check_options,
+    read_engine,
+    read_optimizer,
     read_shared_params,
 )
 from moo_balance._wrapper import OptimizerWrapper
-from moo_balance.engine import Engine, PerLoss
+from moo_balance.engine import Engine
 from moo_balance.errors import BalanceValueError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting.base import Weighting
@@ -76,7 +80,8 @@ class BalancedOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: Any ``torch.optim`` optimizer but ``LBFGS``, or one of your own whose ``step``
-            needs no closure.
+            needs no closure. Or a list of several with different parameters, such as
+            ``[muon, adamw]``: each takes its step, in order.
         weighting: The method, such as ``FAMO()`` or ``MGDA()``. Its docstring says what the
             coefficients sum to; ``Sum()`` gives K ones, the log methods' sum to 1.
         shared_params: Parameters, or a module, over which inner products of gradients are taken,
@@ -115,7 +120,7 @@ class BalancedOptimizer(OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         weighting: Weighting,
         *,
         shared_params: Iterable[Tensor] | nn.Module | None = None,
@@ -126,16 +131,17 @@ class BalancedOptimizer(OptimizerWrapper):
         process_group: Any = "auto",
         check_ranks_every: int = 1000,
     ) -> None:
-        check_optimizer(optimizer)
+        optimizer = read_optimizer(optimizer)
         check_method(weighting, engine)
         check_loss_names(loss_names)
         check_options(nonfinite, max_skips, check_ranks_every, process_group)
-        check_steps(optimizer, nonfinite, weighting)
+        for part in parts_of(optimizer):
+            check_steps(part, nonfinite, weighting)
         super().__init__(optimizer)
         self._balancer = Balancer(
             optimizer,
             weighting,
-            PerLoss() if engine is None else engine,
+            read_engine(engine),
             read_shared_params(shared_params, optimizer),
             nonfinite,
             process_group,
@@ -152,6 +158,7 @@ class BalancedOptimizer(OptimizerWrapper):
         self,
         losses: Losses | Closure,
         *,
+        last: bool = True,
         grad_scaler: GradScaler | None = None,
         retain_graph: bool = False,
         features: Features | Callable[[], Features] = None,
@@ -168,6 +175,8 @@ class BalancedOptimizer(OptimizerWrapper):
                 absent, and the others are balanced among themselves. Or a closure that computes
                 them: then ``step`` can evaluate it again for a method that needs the losses after
                 the step (see :meth:`step`).
+            last: Whether the batch is a whole one, or the last micro-batch of a window. False adds
+                it to the window, as within :meth:`accumulate`.
             grad_scaler: The scaler of mixed-precision training. Gradients are written scaled, as
                 ``scaler.scale(loss).backward()`` would; weights come from unscaled values.
             retain_graph: Keep the graph for another backward pass.
@@ -189,7 +198,10 @@ class BalancedOptimizer(OptimizerWrapper):
                 or ranks disagree about their losses.
         """
         scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
-        return self._balancer.backward(losses, scaling, retain_graph, features)
+        if last:
+            return self._balancer.backward(losses, scaling, retain_graph, features)
+        with self.accumulate():
+            return self._balancer.backward(losses, scaling, retain_graph, features)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -201,6 +213,12 @@ class BalancedOptimizer(OptimizerWrapper):
                 with optimizer.accumulate():
                     optimizer.backward(losses(micro_batch))
             optimizer.backward(losses(micro_batches[-1]))
+            optimizer.step()
+
+        or, without a context manager, ::
+
+            for k, micro_batch in enumerate(micro_batches, 1):
+                optimizer.backward(losses(micro_batch), last=k == len(micro_batches))
             optimizer.step()
 
         is the same as one batch whose losses are the sums over the window; divide each by the
@@ -252,6 +270,49 @@ class BalancedOptimizer(OptimizerWrapper):
         """
         scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
         return self._balancer.combined_loss(losses, scaling, features)
+
+    def weighted_losses(
+        self,
+        losses: Losses,
+        *,
+        grad_scaler: GradScaler | None = None,
+        features: Features = None,
+    ) -> dict[str, Tensor]:
+        r"""The losses multiplied by their coefficients, for trainers that sum a dict themselves.
+
+        .. math:: \{k: c_k L_k\}, \qquad
+            \nabla \sum_k c_k L_k = \sum_k c_k \nabla L_k
+
+        The coefficients are constants, and each entry keeps the graph of its loss: the sum of all
+        of them, and nothing else, should be differentiated before ``step``. It has the gradient of
+        :meth:`combined_loss`, with one difference in cost: a method with a Gramian differentiates
+        each loss here and keeps the graph, so that ``backward`` of the sum is one more pass. The
+        step is staged as by :meth:`combined_loss`; arguments as there.
+
+        In one process only: on several ranks the trainer's own pass would have to average.
+
+        Returns:
+            A scalar with a graph for each loss, in declared order.
+
+        Raises:
+            BalanceValueError: As :meth:`backward`. And where the direction of the method is no
+                combination of the gradients (``GradDrop``, ``TrimmedMean``, ``MoCo``,
+                ``SeparateMoments``).
+            BalanceError: There are several ranks, or micro-batches are accumulated.
+
+        Example:
+            >>> import torch
+            >>> from moo_balance import MGDA, BalancedOptimizer
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = BalancedOptimizer(torch.optim.SGD([w], lr=0.1), MGDA())
+            >>> weighted = optimizer.weighted_losses({"a": w[0], "b": 2 * w[1]})
+            >>> {name: round(loss.item(), 3) for name, loss in weighted.items()}
+            {'a': 0.8, 'b': 0.4}
+            >>> sum(weighted.values()).backward()
+            >>> optimizer.step()
+        """
+        scaling = None if grad_scaler is None else read_scaling(grad_scaler, self)
+        return self._balancer.weighted_losses(losses, scaling, features)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the open window and the staged step."""
@@ -357,7 +418,8 @@ class BalancedOptimizer(OptimizerWrapper):
         """
         record = self._balancer.record
         values = {**record.metrics.as_floats(pairs), "skipped": float(record.skipped)}
-        record.capture.read(record.steps, self._balancer.method, values)
+        constant = constant_losses(self._balancer.needs.method)
+        record.capture.read(record.steps, self._balancer.method, values, constant)
         if self._balancer.nonfinite == "raise":
             record.faults.raise_if_any()
         return {prefix + key: value for key, value in values.items()}
@@ -375,12 +437,9 @@ class BalancedOptimizer(OptimizerWrapper):
         The entry holds tensors and primitives only (loads with ``weights_only=True``); a plain
         optimizer that loads the dict ignores it.
         """
-        for before in hooks_of(self, "state_dict_pre").values():
-            before(self)
-        state = {**self._wrapped.state_dict(), "balance": self._balancer.save()}
-        for after in hooks_of(self, "state_dict_post").values():
-            state = after(self, state) or state
-        return state
+        return self._save_with_hooks(
+            lambda: {**self._wrapped.state_dict(), "balance": self._balancer.save()}
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a plain optimizer's.
@@ -399,9 +458,9 @@ class BalancedOptimizer(OptimizerWrapper):
                 "Parameter `state_dict` should be a mapping, as `state_dict()` gives it. "
                 f"Found {type(state_dict).__name__}."
             )
-        state = dict(state_dict)
-        for before in hooks_of(self, "load_state_dict_pre").values():
-            state = before(self, state) or state
+        self._load_with_hooks(self._load, state_dict)
+
+    def _load(self, state: dict[str, Any]) -> None:
         checkpoint = self._balancer.validate(state.pop("balance")) if "balance" in state else None
         self._wrapped.load_state_dict(state)
         record = self._balancer.record
@@ -409,8 +468,6 @@ class BalancedOptimizer(OptimizerWrapper):
             record.drop_step()
         else:
             checkpoint.restore(record)
-        for after in hooks_of(self, "load_state_dict_post").values():
-            after(self)
 
     @property
     def balance_state(self) -> BalanceState:
@@ -423,7 +480,11 @@ class BalancedOptimizer(OptimizerWrapper):
         return BalanceState(self._balancer)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.weighting}, {self._wrapped})"
+        """Method, losses with their last coefficients, engine and parameters, line by line.
+
+        Synchronizes with the device where there are coefficients.
+        """
+        return describe_optimizer(type(self).__name__, self._balancer)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -697,3 +697,22 @@ def test_gradients_that_are_cleared_by_way_of_data_give_the_window_up(method):
         run.backward(part(net, 1))
         run.step()
     assert_same_parameters(model, twin)
+
+
+@over_kinds
+def test_the_last_micro_batch_closes_the_window(method):
+    """`last=` in place of the context manager, bit by bit."""
+    model, optimizer = setup(method)
+    twin, other = setup(method)
+    for step in range(3):
+        batches = [functools.partial(part, model, number) for number in numbers(step)]
+        optimizer.zero_grad()
+        for position, batch in enumerate(batches, 1):
+            optimizer.backward(batch, last=position == MICRO)
+        optimizer.step()
+        by_closures(other, *(functools.partial(part, twin, number) for number in numbers(step)))
+    assert whole_state(model, optimizer) == whole_state(twin, other)
+    with optimizer.accumulate():
+        optimizer.backward(part(model, 0), last=True)  # the context manager has the last word
+    with pytest.raises(BalanceError, match="closes a window"):
+        optimizer.step()

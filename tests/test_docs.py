@@ -58,7 +58,7 @@ def test_the_example_of_the_readme_is_worth_its_balancing(capsys):
     untrained = {}
     with torch.random.fork_rng():
         exec(block, namespace)
-        exec(block.replace("range(200)", "range(0)").partition("\nfor ")[0], untrained)
+        exec(block.replace("range(201)", "range(1)").partition("\nfor ")[0], untrained)
         start = values(untrained["train"](moo_balance.Sum()))
     lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     ends = {name: ast.literal_eval(losses) for name, losses in lines.items()}
@@ -70,7 +70,7 @@ def test_the_example_of_the_readme_is_worth_its_balancing(capsys):
     for losses in ends.values():
         assert losses["second"] < plain["second"] / 5
         assert losses["first"] < start["first"] / 20
-    assert all(ends["AnalyticQP"][name] < plain[name] for name in plain)
+    assert all(ends["NashMTL"][name] < plain[name] for name in plain)
     printed = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     for line in printed.splitlines():
         name, losses = line.split(" ", 1)
@@ -130,7 +130,3 @@ def test_every_public_name_and_method_has_a_docstring(module):
                     inspect.isroutine(value) or isinstance(value, property)
                 ):
                     assert inspect.getdoc(getattr(documented, member)), f"{name}.{member}"
-
-
-def test_the_citation_names_this_version():
-    assert f"version: {moo_balance.__version__}\n" in (ROOT / "CITATION.cff").read_text()

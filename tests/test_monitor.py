@@ -334,7 +334,7 @@ def test_a_history_keeps_the_steps_at_which_a_figure_was_present(method):
     steps, values = history.series("loss/c")
     assert steps == [0, 2, 3]
     assert values[-1] == pytest.approx(optimizer.metrics.losses["c"].item(), rel=1e-6)
-    with pytest.raises(BalanceValueError, match=r"`key` should be one of 'loss/a', .*'loss/d'\.$"):
+    with pytest.raises(BalanceValueError, match=r"`key` should be one of .*'loss/d'\. The nearest"):
         history.series("loss/d")
     assert history.keys()[:3] == ["loss/a", "loss/b", "loss/c"]
     if method.id == "Sum":
@@ -406,6 +406,17 @@ def test_metrics_are_shown_by_name_in_few_digits():
     assert repr(StepMetrics(("a", "b"), None, losses, weights)) == (
         "StepMetrics(a: loss 0.3333, weight 0.25; b: loss 2e+05, weight nan)"
     )
+
+
+def test_metrics_as_a_string_are_one_line():
+    losses, factors = torch.tensor([0.314, 0.12]), torch.tensor([0.62, 0.38])
+    gramian = torch.tensor([[1.0, -0.8], [-0.8, 4.0]])
+    metrics = StepMetrics(("rate", "distortion"), gramian, losses, factors, factors)
+    assert str(metrics) == "rate 0.314 ×0.62  distortion 0.12 ×0.38  cos -0.4"
+    assert str(StepMetrics(("a", "b"), None, losses)) == "a 0.314  b 0.12"
+    assert str(StepMetrics()) == ""
+    many = StepMetrics(tuple("abcdefghi"), torch.eye(9), torch.arange(9.0), None, torch.ones(9))
+    assert str(many) == "9 losses 0 to 8 ×1 to 1  cos 0 to 0"
 
 
 def test_a_history_keeps_no_more_than_the_metrics_of_each_step():

@@ -158,7 +158,6 @@ def test_hooks_that_are_kept_under_another_name_do_not_run(
         return {} if asked == kind else hooks_of(optimizer, asked)
 
     monkeypatch.setattr("moo_balance._wrapper.hooks_of", hooks_of_another_pytorch)
-    monkeypatch.setattr("moo_balance.optimizer.hooks_of", hooks_of_another_pytorch)
     without = hooked_step()
     assert with_hooks[-2:] == without[-2:] == pytest.approx([0.9, 0.9])
     assert with_hooks[:-2] == [("step", 1), "state_dict"]

@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from moo_balance import FAMO, AnalyticQP, BalancedOptimizer, BalanceError, Sum
+from moo_balance import FAMO, BalancedOptimizer, BalanceError, Sum
 from tests.support.problems import (
     SmallModel,
     adam,
@@ -68,12 +68,6 @@ def test_nothing_is_written_into_the_wrapped_state(method):
     assert {frozenset(entry) for entry in optimizer.state.values()} == keys
     assert set(optimizer.state) <= set(model.parameters())
     assert set(optimizer.state_dict()) == {"state", "param_groups", "balance"}
-
-
-def test_the_repr_shows_method_and_wrapped_optimizer():
-    text = repr(BalancedOptimizer(adam(SmallModel()), AnalyticQP(projection="simplex")))
-    assert text.startswith("BalancedOptimizer(AnalyticQP(projection='simplex'")
-    assert "Adam (" in text
 
 
 def test_hooks_are_called_once_on_the_wrapper():

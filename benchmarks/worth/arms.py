@@ -221,7 +221,7 @@ def _every_method() -> dict[str, Method]:
         for name, cls in sorted(exported.items())
         if Weighting in getattr(cls, "__mro__", ()) and not inspect.isabstract(cls)
     }
-    left_out = ("FixedWeights", "Sequential")
+    left_out = ("FixedWeights", "Sequential", "WithConstant")
     return {
         name: Method(name, cls, WRAPPERS.get(name, {}))
         for name, cls in concrete.items()

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from examples.frameworks.tiny import batches, codec
 from moo_balance import AnalyticQP, BalancedOptimizer
-from moo_balance.integrations.lightning import combined_loss
+from moo_balance.integrations.lightning import LogBalance, combined_loss
 from moo_balance.weighting import Weighting
 
 
@@ -32,12 +33,17 @@ class Automatic(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def training_step(self, signal: Tensor, index: int) -> Tensor:
-        combined = combined_loss(self, self.codec(signal))
-        self.log_dict(self.optimizers().log_dict())
-        return combined
+        return combined_loss(self, self.codec(signal))
 
 
 if __name__ == "__main__":
-    trainer = Trainer(max_epochs=3, gradient_clip_val=1.0, logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        max_epochs=3,
+        gradient_clip_val=1.0,
+        logger=CSVLogger("runs/lightning"),
+        log_every_n_steps=4,
+        callbacks=[LogBalance()],
+        enable_checkpointing=False,
+    )
     trainer.fit(Automatic(AnalyticQP()), batches())
-    print({key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()})
+    print({key: round(value, 3) for key, value in trainer.optimizers[0].log_dict().items()})

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from examples.frameworks.tiny import batches, codec
 from moo_balance import FAMO, BalancedOptimizer
-from moo_balance.integrations.lightning import backward
+from moo_balance.integrations.lightning import LogBalance, backward
 from moo_balance.weighting import Weighting
 
 
@@ -38,13 +39,18 @@ class Manual(LightningModule):
         backward(self, partial(self.codec, signal))  # replaces self.manual_backward
         self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
         optimizer.step()
-        self.log_dict(optimizer.log_dict())
 
     def on_train_epoch_end(self) -> None:
         self.lr_schedulers().step()
 
 
 if __name__ == "__main__":
-    trainer = Trainer(max_epochs=3, logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        max_epochs=3,
+        logger=CSVLogger("runs/lightning"),
+        log_every_n_steps=4,
+        callbacks=[LogBalance()],
+        enable_checkpointing=False,
+    )
     trainer.fit(Manual(FAMO()), batches())
-    print({key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()})
+    print({key: round(value, 3) for key, value in trainer.optimizers[0].log_dict().items()})

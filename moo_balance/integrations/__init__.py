@@ -1,7 +1,8 @@
 """What a framework needs beyond an ordinary optimizer; one module each.
 
-They work on the objects that are passed to them; only ``torchjd`` imports its framework, with the
-first object of it.
+A module imports its framework only for classes that derive from the framework's: ``lightning`` and
+``transformers`` with the module, ``torchjd`` with the first object. ``accelerate`` and
+``tensorboard`` work on the objects that are passed to them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,20 @@ def unwrap_optimizer(optimizer: Any) -> BalancedOptimizer:
         >>> unwrap_optimizer(optimizer) is optimizer
         True
     """
-    innermost, layer = None, optimizer
-    while layer is not None:
-        # The innermost: Lightning's wrapper claims the class of what it wraps.
-        innermost = layer if isinstance(layer, BalancedOptimizer) else innermost
-        layer = getattr(layer, "optimizer", None)
+    innermost = find_balanced(optimizer)
     if innermost is None:
         raise BalanceValueError(
             "Parameter `optimizer` should be a BalancedOptimizer, or a framework's wrapper around "
             f"one. Found {type(optimizer).__name__}. Wrap the optimizer before the framework does."
         )
+    return innermost
+
+
+def find_balanced(optimizer: Any) -> BalancedOptimizer | None:
+    """What :func:`unwrap_optimizer` returns, or None."""
+    innermost, layer = None, optimizer
+    while layer is not None:
+        # The innermost: Lightning's wrapper claims the class of what it wraps.
+        innermost = layer if isinstance(layer, BalancedOptimizer) else innermost
+        layer = getattr(layer, "optimizer", None)
     return innermost

@@ -50,6 +50,7 @@ from moo_balance.weighting.softadapt import SoftAdapt
 from moo_balance.weighting.tchebycheff import SmoothTchebycheff, Tchebycheff
 from moo_balance.weighting.trimmed_mean import TrimmedMean
 from moo_balance.weighting.uncertainty import UncertaintyWeighting
+from moo_balance.weighting.with_constant import WithConstant
 
 __all__ = [
     "COSMOS",
@@ -105,4 +106,5 @@ __all__ = [
     "UncertaintyWeighting",
     "Weighting",
     "WeightingOutput",
+    "WithConstant",
 ]

@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from examples.frameworks.hf_trainer import BalancedTrainer
-from moo_balance import BalanceError
+from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
+from moo_balance.integrations import unwrap_optimizer
+from moo_balance.integrations.transformers import LogBalance
 from tests.support.plain_runs import (
     BATCHES,
     model_and_optimizer,
@@ -55,7 +57,7 @@ def state(model, optimizer):
 
 @pytest.fixture
 def trainer(tmp_path):
-    def make(method, **arguments):
+    def make(method, kind=InOrder, **arguments):
         model, optimizer = model_and_optimizer(method)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         settings = {
@@ -69,7 +71,7 @@ def trainer(tmp_path):
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        made = InOrder(
+        made = kind(
             model=model,
             args=TrainingArguments(**{**settings, **arguments}),
             train_dataset=[{"batch": batch} for batch in BATCHES],
@@ -149,3 +151,107 @@ def test_evaluation_balances_nothing(trainer, method):
 def test_an_observing_method_says_what_it_needs(trainer, method):
     with pytest.raises(BalanceError, match="lagged=True"):
         trainer(method)[2].train()
+
+
+# ---------------------------------------------------------------------- the optimizer it builds
+
+
+class Plain(Trainer):
+    """One loss, their sum."""
+
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return torch.stack(list(model(**inputs).values())).sum()
+
+
+def build(kind, tmp_path, method, weighting=None, **arguments):
+    model, _ = model_and_optimizer(method)
+    settings = {
+        "output_dir": tmp_path,
+        "use_cpu": True,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 0.02,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.8,
+        "warmup_steps": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    extra = {} if kind is Plain else {"weighting": weighting}
+    trainer = kind(
+        model=model,
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=[{"batch": batch} for batch in BATCHES],
+        **extra,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@over_some("Sum")
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_optimizer_is_the_trainers_own_balanced(tmp_path, method, window):
+    """With the plain sum the run is that of a Trainer without the mixin."""
+    plain = build(Plain, tmp_path, method, gradient_accumulation_steps=window)
+    balanced = build(
+        InOrder, tmp_path, method, method.make("abc"), gradient_accumulation_steps=window
+    )
+    for trainer in (plain, balanced):
+        trainer.train()
+    optimizer = unwrap_optimizer(balanced.optimizer)
+    assert isinstance(optimizer, BalancedOptimizer)
+    groups = [
+        [{k: v for k, v in group.items() if k != "params"} for group in trainer.param_groups]
+        for trainer in (optimizer, plain.optimizer)
+    ]
+    assert groups[0] == groups[1]
+    assert [group["weight_decay"] for group in groups[0]] == [0.1, 0.0]
+    assert groups[0][0]["betas"][0] == 0.8
+    for one, other in zip(balanced.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@over_some("AnalyticQP")
+def test_a_built_optimizer_resumes_to_the_last_bit(tmp_path, method):
+    def make(**arguments):
+        return build(InOrder, tmp_path, method, method.make("abc"), **arguments)
+
+    whole, parts = make(), make(save_strategy="steps", save_steps=3)
+    whole.train()
+    parts.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    states = [whole_state(t.model, unwrap_optimizer(t.optimizer)) for t in (whole, resumed)]
+    assert states[0] == states[1]
+
+
+@over_some("Sum")
+def test_a_trainer_without_a_method_is_refused(tmp_path, method):
+    with pytest.raises(BalanceValueError, match=r"`weighting` should be a method.*Found None"):
+        build(InOrder, tmp_path, method).train()
+
+
+@over_some("AnalyticQP")
+def test_the_callback_adds_to_the_logs(trainer, method):
+    class OwnLoss(Plain):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return unwrap_optimizer(self.optimizer).combined_loss(model(**inputs))
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **parts):
+            reported.append(dict(logs))
+
+    reported = []
+    _, optimizer, made = trainer(method, OwnLoss)
+    made.add_callback(Reporter)
+    made.callback_handler.callbacks.insert(0, LogBalance())
+    made.train()
+    steps = [logs for logs in made.state.log_history if "loss" in logs]
+    assert len(steps) == len(BATCHES)
+    assert optimizer.log_dict().items() <= steps[-1].items()
+    assert optimizer.log_dict().items() <= reported[len(BATCHES) - 1].items()
+    assert not any(key.startswith("moo/") for key in reported[-1])

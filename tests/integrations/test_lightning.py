@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 
-from moo_balance import BalancedOptimizer, BalanceError
+from moo_balance import BalancedOptimizer, BalanceError, BalanceValueError
 from moo_balance.integrations import unwrap_optimizer
-from moo_balance.integrations.lightning import backward, combined_loss
+from moo_balance.integrations.lightning import LogBalance, backward, combined_loss
 from tests.support.plain_runs import (
     BATCHES,
     loader,
@@ -72,10 +73,16 @@ def usual_step(module, optimizer, batch):
 
 @pytest.fixture
 def fit(tmp_path):
-    def run(module, batches=BATCHES, checkpoint=None, **options):
+    def run(module, batches=BATCHES, checkpoint=None, logger=False, **options):
         trainer = Trainer(
-            **{"max_epochs": 1, "accelerator": "cpu", "default_root_dir": tmp_path, **options},
-            logger=False,
+            **{
+                "max_epochs": 1,
+                "accelerator": "cpu",
+                "default_root_dir": tmp_path,
+                "log_every_n_steps": 1,
+                **options,
+            },
+            logger=logger,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -286,3 +293,97 @@ class TestAutomatic:
         module = Observed(method)
         fit(module)
         assert module.state() == plain_run(method)
+
+
+# ---------------------------------------------------------------------- the callback that logs
+
+
+class Memory(Logger):
+    """A logger that keeps what it is given."""
+
+    name, version = "memory", 0
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((step, metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Silent(Automatic):
+    """Keeps the metrics of each step, and logs nothing itself."""
+
+    def __init__(self, method):
+        super().__init__(method)
+        self.seen = []
+
+    def training_step(self, batch, index):
+        return combined_loss(self, self.model(batch))
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.seen.append(self.optimizer.log_dict())
+
+
+@over_some("AnalyticQP")
+@pytest.mark.parametrize(
+    ("every", "options", "steps"),
+    [
+        (1, {}, [0, 1, 2, 3, 4, 5]),
+        (2, {}, [1, 3, 5]),
+        (4, {}, [3]),
+        (None, {"log_every_n_steps": 3}, [2, 5]),
+        (1, {"accumulate_grad_batches": 2}, [0, 1, 2]),
+    ],
+)
+def test_the_callback_logs_after_so_many_steps(fit, method, every, options, steps):
+    module, logger = Silent(method), Memory()
+    fit(module, logger=logger, callbacks=[LogBalance(every)], **options)
+    window = options.get("accumulate_grad_batches", 1)
+    logged = [(step, values) for step, values in logger.logged if "moo/loss/a" in values]
+    assert logged == [(step, module.seen[window * step + window - 1]) for step in steps]
+    assert module.state() != Silent(method).state()
+
+
+@over_some("AnalyticQP")
+def test_the_callback_logs_each_balanced_optimizer(fit, method):
+    class Two(Manual):
+        def configure_optimizers(self):
+            self.other = BalancedOptimizer(
+                torch.optim.SGD(self.model.parameters(), lr=0.0), self.optimizer.weighting
+            )
+            return torch.optim.SGD(self.model.parameters(), lr=0.0), self.optimizer, self.other
+
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers()[1:]:
+                optimizer.zero_grad()
+                backward(self, self.model(batch), optimizer)
+                optimizer.step()
+
+    module, logger = Two(method), Memory()
+    fit(module, BATCHES[:1], logger=logger, callbacks=[LogBalance(1, prefix="", pairs=False)])
+    expected = {
+        f"{index}/{key}": value
+        for index, optimizer in ((1, module.optimizer), (2, module.other))
+        for key, value in optimizer.log_dict("", pairs=False).items()
+    }
+    assert logger.logged == [(1, expected)]
+
+
+@over_some("Sum")
+def test_the_callback_refuses_a_module_that_balances_nothing(fit, method):
+    class Plain(Automatic):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    with pytest.raises(BalanceValueError, match=r"should contain a BalancedOptimizer.*Found SGD"):
+        fit(Plain(method), callbacks=[LogBalance()])
+
+
+@pytest.mark.parametrize("every", [0, 1.5, True])
+def test_the_callback_refuses_what_is_no_number_of_steps(every):
+    with pytest.raises(BalanceValueError, match=f"`every`.*Found {every}"):
+        LogBalance(every)

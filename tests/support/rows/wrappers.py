@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
 from moo_balance import (
     FAMO,
     MGDA,
     AnalyticQP,
     FixedWeights,
     GradDrop,
+    MoCo,
     MoDo,
     MovingAverage,
     Rescaled,
     Sequential,
     Sum,
     SumLog,
+    WithConstant,
 )
 from tests.support.method import (
     Facts,
     Method,
+    Names,
     above_minus_one,
     adversarial,
     count,
     positive,
     refused,
+    unfit,
 )
+
+
+def last(names: Names) -> dict[str, float]:
+    """A constant for the loss "c", where it is one of them."""
+    return {name: -0.5 for name in names if name == "c"}
+
+
+def with_last(names: Names, losses: Tensor) -> float:
+    """What the coefficients sum to, if those of the method inside sum to 1."""
+    return 1.0 + sum(last(names).values())
+
+
+def positive_before_last(names: Names) -> list[float]:
+    return [-math.inf if name == "c" else 0.0 for name in names]
+
 
 METHODS = [
     Method("MovingAverage-MGDA", lambda names: MovingAverage(MGDA()), kind="gramian"),
@@ -74,6 +97,43 @@ METHODS = [
         bounds=positive,
         total=count,
     ),
+    Method(
+        "WithConstant",
+        lambda names: WithConstant(SumLog(), last(names)),
+        bounds=positive_before_last,
+        total=with_last,
+        negative=True,
+    ),
+    Method(
+        "WithConstant-MGDA",
+        lambda names: WithConstant(MGDA(), last(names)),
+        kind="gramian",
+        total=with_last,
+        negative=True,
+    ),
+    Method(
+        "WithConstant-FAMO",
+        lambda names: WithConstant(FAMO(), last(names)),
+        kind="observing",
+        bounds=positive_before_last,
+        total=with_last,
+        negative=True,
+    ),
+    Method(
+        "WithConstant-averaged",
+        lambda names: WithConstant(MovingAverage(AnalyticQP(every=3)), last(names)),
+        kind="gramian-every",
+        bounds=lambda names: [-math.inf if name == "c" else -1.0 for name in names],
+        total=with_last,
+        negative=True,
+    ),
+    Method(
+        "WithConstant-phases",
+        lambda names: WithConstant(Sequential([MGDA(), SumLog()], [2]), last(names)),
+        kind="gramian-every",
+        total=with_last,
+        negative=True,
+    ),
 ]
 
 # The argument at fault comes last. `unfit` ones are shown the names "a" and "b".
@@ -95,6 +155,13 @@ REFUSALS = [
     refused(Rescaled, weighting=MGDA(), every=0),
     refused(Rescaled, weighting=MoDo(), length="sum"),
     refused(Rescaled, weighting=GradDrop(), length="mean"),
+    refused(WithConstant, constants={"c": 1.0}, weighting=MGDA),
+    refused(WithConstant, constants={"c": 1.0}, weighting=GradDrop()),
+    refused(WithConstant, constants={"c": 1.0}, weighting=Sequential([Sum(), MoCo()], [5])),
+    refused(WithConstant, weighting=MGDA(), constants=1.0),
+    refused(WithConstant, weighting=MGDA(), constants={"c": math.nan}),
+    unfit(WithConstant, weighting=MGDA(), constants={"c": 1.0}),
+    unfit(WithConstant, weighting=MGDA(), constants={"a": 1.0, "b": 1.0}),
 ]
 
 FACTS = {
@@ -121,5 +188,13 @@ FACTS = {
         units="as the method inside",
         rises="as the method inside",
         cost="a Gramian in each 20th step, none with `length='one'` or `'count'`",
+    ),
+    "WithConstant": Facts(
+        "what the method inside does, for the losses without a constant",
+        "`FixedWeights` for terms that are no objectives",
+        total="as the method inside, and the constants",
+        units="as the method inside",
+        rises="yes",
+        cost="as the method inside",
     ),
 }
