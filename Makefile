@@ -13,7 +13,7 @@ DEV      := $(VENV)/.dev
 INSTALL   = $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lic-report test check lint types doctest docs worth worth-full bench clean
+.PHONY: help demo lic-report test check lint types doctest docs dist check-dist support worth worth-full bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -27,20 +27,35 @@ lic-report: $(EXAMPLES)  ## run the image codec's experiments and write docs/lic
 test: $(DEV)  ## run the test suite, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-check: lint types docs doctest test  ## all checks that must pass before a commit; CI runs the same
+check: lint types docs doctest dist test  ## all checks that must pass before a commit; CI runs the same
 
 lint: $(DEV)  ## rules and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-types: $(DEV)  ## strict type check of the package
+types: $(DEV)  ## strict type check of the package, and of a program that uses it
 	$(BIN)/python -m mypy
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m tests.packaging.check_types
 
 doctest: $(DEV)  ## run every docstring example
 	$(BIN)/python -m pytest --doctest-modules moo_balance
 
 docs: $(DEV)  ## build the site into docs/_build/html; a warning or an undocumented public name fails
 	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs docs/_build/html
+
+dist: $(DEV)  ## build wheel and sdist into dist/, and check their metadata and contents
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python -m tests.packaging.check_contents dist
+
+check-dist: dist  ## install wheel and sdist, each in an empty environment, and test them there (minutes)
+	$(BIN)/python -m tests.packaging.check_dist dist
+
+support: $(DEV)  ## test versions of Python and libraries that can be had here, and write docs/support.md (minutes)
+	$(BIN)/python -m tests.packaging.support
 
 worth: $(DEV)  ## measure on three problems what a balanced run saves of a weight search (minutes)
 	$(BIN)/python -m benchmarks.worth --short
