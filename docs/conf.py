@@ -23,9 +23,11 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "paper"]
 html_theme = "furo"
 html_title = f"moo_balance {version}"
+html_static_path = ["_static"]
+html_css_files = ["manual.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -39,6 +41,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|typing|numpy)(\..*)?"),
     (r"py:.*", r"(Tensor|Optimizer|Mapping|Sequence|Callable|Iterable|Iterator|ClassVar|Literal)"),
     (r"py:class", r"RowAverager"),  # an internal class, the type of one field of `Problem`
+    (r"py:class", r"os\.PathLike|Figure"),
 ]
 
 PUBLIC_MODULES = (

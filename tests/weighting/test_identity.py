@@ -55,7 +55,7 @@ def test_a_method_is_named_by_its_class(method: Any) -> None:
     weighting = method.make(NAMES)
     name = method_name(weighting)
     inner = getattr(weighting, "weightings", [getattr(weighting, "weighting", None)])
-    names = ", ".join(type(each).__name__ for each in inner if each is not None)
+    names = ", ".join(method_name(each) for each in inner if each is not None)
     assert name == type(weighting).__name__ + (f"({names})" if names else "")
 
 
