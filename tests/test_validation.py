@@ -344,7 +344,7 @@ def test_a_combined_loss_without_its_backward_is_no_step(method):
         if clears:
             optimizer.zero_grad()
         combined = optimizer.combined_loss(model.losses(1))
-        with pytest.raises(BalanceError, match=r"`combined_loss\(losses\).backward\(\)`"):
+        with pytest.raises(BalanceError, match="should follow a backward pass of"):
             optimizer.step()
         assert snapshot(model.state_dict()) == before
         assert optimizer.state_dict()["balance"]["steps"] == 1
