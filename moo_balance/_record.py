@@ -17,6 +17,7 @@ from moo_balance._nonfinite import FaultCounts
 from moo_balance._warnings import warn
 from moo_balance.errors import BalanceError, NonFiniteError
 from moo_balance.monitor import StepMetrics
+from moo_balance.weighting._entries import replace_entries, select_entries
 from moo_balance.weighting.base import State, Weighting
 
 if TYPE_CHECKING:
@@ -325,14 +326,8 @@ def loss_positions(
 
 
 def select_losses(state: State, positions: Tensor | None) -> State:
-    """The part of a state that belongs to some losses: [K] and [K, K] are indexed along each K."""
-    if positions is None:
-        return state
-    selected = dict(state)
-    for key, value in state.items():
-        for dim in range(value.ndim):
-            selected[key] = selected[key].index_select(dim, positions)
-    return selected
+    """The part of a state that belongs to some losses; all of it for None."""
+    return state if positions is None else select_entries(state, positions)
 
 
 def merge_losses(state: State, part: State, positions: Tensor | None) -> State:
@@ -340,13 +335,6 @@ def merge_losses(state: State, part: State, positions: Tensor | None) -> State:
 
     Every entry keeps the dtype that it has in `state`.
     """
-    part = {k: v.to(state[k].dtype) if k in state else v for k, v in part.items()}
-    if positions is None:
-        return part
-    merged = dict(part)
-    for key, value in part.items():
-        if value.ndim == 1:
-            merged[key] = state[key].index_copy(0, positions, value)
-        elif value.ndim == 2:
-            merged[key] = state[key].index_put((positions[:, None], positions), value)
-    return merged
+    if positions is not None:
+        return replace_entries(state, part, positions)
+    return {k: v.to(state[k].dtype) if k in state else v for k, v in part.items()}

@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name,
             common.mean_and_range([run.score for run in seeds]),
             common.mean_and_range([mean(run.rewards) for run in seeds]),
-            times[name] / times["Sum"],
+            times[name],
         ]
         for name, seeds in runs.items()
     ]

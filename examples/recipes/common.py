@@ -69,14 +69,24 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 
 def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step; the steps take turns, so that all meet the same load."""
+    """Median time of each step, relative to that of ``"Sum"``, which has to be among them.
+
+    The steps take turns, so that all meet the same load.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: value / medians["Sum"] for name, value in medians.items()}
+
+
+def print_step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> None:
+    """Print :func:`step_times` in one line."""
+    times = step_times(steps, rounds)
+    print("\nTimes of a step:", ", ".join(f"{k} {ratio:.2f}" for k, ratio in times.items()))
 
 
 def make_axes(rows: int, columns: int, size: tuple[float, float] = (3.2, 2.6)):

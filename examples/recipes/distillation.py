@@ -188,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contestants = {
         name: partial(step, start(method, 0), batches[0]) for name, method in methods.items()
     }
-    times = common.step_times(contestants, 5 if args.quick else 300)
-    print("\nTimes of a step:", ", ".join(f"{k} {t / times['Sum']:.2f}" for k, t in times.items()))
+    common.print_step_times(contestants, 5 if args.quick else 300)
     if args.figure:
         draw(runs, test, args.figure)
 

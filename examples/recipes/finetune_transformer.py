@@ -261,8 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contestants = {
         name: partial(step, *recipe.start(m, 0), batches[0]) for name, m in methods.items()
     }
-    times = common.step_times(contestants, 2 if args.quick else 60)
-    print("\nTimes of a step:", ", ".join(f"{k} {t / times['Sum']:.2f}" for k, t in times.items()))
+    common.print_step_times(contestants, 2 if args.quick else 60)
     if args.figure:
         draw(recipe, runs, args.figure)
 

@@ -174,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         step(run, data.draw())
 
     contestants = {name: partial(take_turn, start(m, 0)) for name, m in methods.items()}
-    times = common.step_times(contestants, 5 if args.quick else 300)
-    print("\nTimes of a step:", ", ".join(f"{k} {t / times['Sum']:.2f}" for k, t in times.items()))
+    common.print_step_times(contestants, 5 if args.quick else 300)
     if args.figure:
         draw(runs, args.figure)
 

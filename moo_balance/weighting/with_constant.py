@@ -19,6 +19,7 @@ from moo_balance.weighting._arguments import (
     copy_mappings,
     values_by_name,
 )
+from moo_balance.weighting._entries import replace_entries, select_along, select_entries
 from moo_balance.weighting._identity import method_name
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
@@ -147,7 +148,7 @@ class WithConstant(WrappingWeighting):
         inner = self.weighting.init(balanced, device)
         count = len(names)
         full = {k: value.new_zeros((count,) * value.ndim) for k, value in inner.items()}
-        return as_inner(_merge(full, inner, positions))
+        return as_inner(replace_entries(full, inner, positions))
 
     def weights(self, statistics: Statistics, state: State) -> WeightingOutput:
         values = values_by_name(self.constants, statistics.names)
@@ -156,11 +157,13 @@ class WithConstant(WrappingWeighting):
             return WeightingOutput(constants.clone(), constants.clone(), state)
         seen, positions = self._select(statistics)
         before = inner_state(state)
-        weights, coefficients, inner = self.weighting.weights(seen, _pick(before, positions))
+        weights, coefficients, inner = self.weighting.weights(
+            seen, select_entries(before, positions)
+        )
         return WeightingOutput(
             constants.to(weights.dtype).index_copy(0, positions, weights),
             constants.to(coefficients.dtype).index_copy(0, positions, coefficients),
-            {**state, **as_inner(_merge(before, inner, positions))},
+            {**state, **as_inner(replace_entries(before, inner, positions))},
         )
 
     def observe(self, statistics: Statistics, state: State) -> State:
@@ -168,8 +171,8 @@ class WithConstant(WrappingWeighting):
             return state
         seen, positions = self._select(statistics)
         before = inner_state(state)
-        inner = self.weighting.observe(seen, _pick(before, positions))
-        return {**state, **as_inner(_merge(before, inner, positions))}
+        inner = self.weighting.observe(seen, select_entries(before, positions))
+        return {**state, **as_inner(replace_entries(before, inner, positions))}
 
     def _select(self, statistics: Statistics) -> tuple[Statistics, Tensor]:
         """What the method sees of a step, and the positions of its losses."""
@@ -179,7 +182,7 @@ class WithConstant(WrappingWeighting):
         seen = statistics._replace(
             names=tuple(self._without_constants(names)),
             losses=losses[positions],
-            gramian=None if gramian is None else _pick_dims(gramian, positions),
+            gramian=None if gramian is None else select_along(gramian, positions),
             satisfied=None if satisfied is None else satisfied[positions],
         )
         return seen, positions
@@ -200,28 +203,3 @@ def _index(marks: Sequence[bool], device: torch.device) -> Tensor:
     """Positions of what is marked, on the device; cached, as copying to a device synchronizes."""
     positions = tuple(float(k) for k, mark in enumerate(marks) if mark)
     return constant_vector(positions, torch.int64, device)
-
-
-def _pick(state: State, positions: Tensor) -> State:
-    return {key: _pick_dims(value, positions) for key, value in state.items()}
-
-
-def _pick_dims(value: Tensor, positions: Tensor) -> Tensor:
-    """The entries of some losses, along each dimension."""
-    for dim in range(value.ndim):
-        value = value.index_select(dim, positions)
-    return value
-
-
-def _merge(state: State, part: State, positions: Tensor) -> State:
-    """A state in which the entries of some losses are those of `part`."""
-    merged = dict(state)
-    for key, value in part.items():
-        whole, value = state[key], value.to(state[key].dtype)
-        if value.ndim == 0:
-            merged[key] = value
-        elif value.ndim == 1:
-            merged[key] = whole.index_copy(0, positions, value)
-        else:
-            merged[key] = whole.index_put((positions[:, None], positions), value)
-    return merged

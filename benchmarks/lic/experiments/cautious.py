@@ -28,8 +28,8 @@ COMPARED = {
     "constant weights, cautious Adam against Adam": (2, 0),
     "Solution 1 with cautious Adam against constant weights with Adam": (3, 0),
 }
-"""Positions of the four arms: Adam with constant weights or the plain sum, Adam with Solution 1;
-and the same with cautious Adam."""
+"""Positions of the four arms: Adam with constant weights, Adam with Solution 1; and the same with
+cautious Adam."""
 
 
 @dataclass(frozen=True)

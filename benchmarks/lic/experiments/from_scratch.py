@@ -16,9 +16,9 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
-from benchmarks.lic.cautious_adam import CautiousAdam
 from benchmarks.lic.engine import Results
 from benchmarks.lic.estimator import EstimateError, Question, answer
+from benchmarks.lic.experiments.cautious import ADAM, CAUTIOUS
 from benchmarks.lic.jobs import Job, Result, Train
 from benchmarks.lic.regime import LANDING, Regime, describe, point, table
 from benchmarks.lic.weightings import low_rate_first, replay, two_phases
@@ -135,7 +135,7 @@ class FromScratch:
 
 def observers(arm: str) -> tuple[Observer, ...]:
     """What makes Adam cautious, in the arms that have it."""
-    return (CautiousAdam(),) if arm in (CAUTIOUS_SUM, CAUTIOUS_FIRST) else ()
+    return CAUTIOUS if arm in (CAUTIOUS_SUM, CAUTIOUS_FIRST) else ADAM
 
 
 def compare_costs(tests: Sequence[Result], anchors: Sequence[Result], lmbda: float) -> list[float]:
