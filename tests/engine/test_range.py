@@ -12,7 +12,7 @@ from moo_balance import MGDA, AnalyticQP, BalancedOptimizer, NonFiniteError, Sum
 from moo_balance.engine import Engine, PerLoss
 from moo_balance.engine.products import is_all_zero, narrow, products_in_range
 from tests.support.engine_graphs import Graph, drawn, gradient, naive_jacobian, parameter
-from tests.support.engines import over_engines
+from tests.support.engines import over_engines, over_engines_and_dtypes
 from tests.support.lengths import (
     SCALES,
     Build,
@@ -35,17 +35,19 @@ def test_no_gradient_is_lost(engine: Engine, build: Build, scales: Sequence[floa
     assert_close(found, jacobian)
 
 
-@over_engines
+@over_engines_and_dtypes
 @over_builds
 @pytest.mark.parametrize("factor", [2.0**16, 2.0**80], ids=["usual", "large"])
-def test_no_gradient_is_lost_to_a_loss_scale(engine: Engine, build: Build, factor: float) -> None:
+def test_no_gradient_is_lost_to_a_loss_scale(
+    engine: Engine, dtype: torch.dtype, build: Build, factor: float
+) -> None:
     """The Gramian has the scale twice on its way, and none in the end."""
     scales = (1.0, 1e16, 1e-3) if factor < 2.0**20 else (1.0, 1e-3, 1e-6)
     jacobian = naive_jacobian(build(scales))
     problem = build(scales).problem(scale=torch.tensor(factor))
     found = engine.linearize(problem).gramian()
     assert_close(found, jacobian)
-    assert found.dtype == (torch.float64 if "64" in str(engine) else torch.float32)
+    assert found.dtype == dtype
 
 
 @over_builds

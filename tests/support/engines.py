@@ -56,6 +56,13 @@ ENGINES: dict[str, Engine] = {
 }
 
 over_engines = pytest.mark.parametrize("engine", list(ENGINES.values()), ids=list(ENGINES))
+over_engines_and_dtypes = pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        pytest.param(x, torch.float64 if name.endswith("float64") else torch.float32, id=name)
+        for name, x in ENGINES.items()
+    ],
+)
 
 # Segments of a graph cannot be differentiated where autograd does not see all of it.
 REFUSED_BY_STREAMING = {"checkpointed_reentrant"}
