@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 from PIL import Image
 
 from benchmarks.lic import __main__ as command, page
+from benchmarks.lic.estimator import estimate
 from benchmarks.lic.experiments import TITLES
-from benchmarks.lic.page import describe_bound
+from benchmarks.lic.page import cost_of_one_per_cent, describe_bound, values_for_one_per_cent
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -70,6 +72,24 @@ def test_a_row_says_whether_the_papers_number_is_excluded():
     assert "−1.64 %: excluded here" in text
     assert "not excluded" in page.comparisons([{**row, "half": 3.0}], "b")
     assert "no estimate: why" in page.comparisons([{**row, "error": "why"}], "b")
+
+
+@pytest.mark.parametrize("deviation", [0.5, 2.0, 5.8])
+def test_so_many_values_as_are_needed_have_an_interval_of_one_per_cent(deviation):
+    def half(count):
+        values = [float(k) for k in range(count)]
+        return estimate([deviation / stdev(values) * value for value in values]).half
+
+    count = values_for_one_per_cent(deviation)
+    assert half(count) <= 1.0 < half(count - 1)
+
+
+def test_a_row_with_a_wide_interval_says_what_one_per_cent_costs():
+    row = {"half": 6.13, "deviation": 5.844, "count": 6}
+    text = "".join(cost_of_one_per_cent([row, {**row, "half": 0.9}], minutes=60.0))
+    assert "1 of 2" in text
+    assert f"about {values_for_one_per_cent(5.844)}" in text
+    assert not "".join(cost_of_one_per_cent([{**row, "half": 0.9}], minutes=60.0))
 
 
 def test_without_results_the_page_says_so():
