@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -10,12 +12,15 @@ from sphinx.util import logging
 
 import moo_balance
 
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
 project = "moo_balance"
 author = "The moo_balance authors"
 copyright = f"2026, {author}"
 version = release = moo_balance.__version__
 
 extensions = [
+    "code_links",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
@@ -51,6 +56,11 @@ PUBLIC_MODULES = (
     "moo_balance.integrations",
     "moo_balance.weighting",
 )
+
+
+code_links_modules = list(PUBLIC_MODULES)
+# Their code also names parameters, or objects of other libraries, that are called as ours.
+code_links_exclude = ["coming_from", "errors", "torchjd"]
 
 
 def refuse_undocumented_names(app: Sphinx, env: BuildEnvironment) -> None:

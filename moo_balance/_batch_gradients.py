@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from moo_balance._distributed import Ranks, find_ranks
-from moo_balance._reevaluation import DryRuns, add_note
+from moo_balance._hints import add_note
+from moo_balance._reevaluation import DryRuns
 from moo_balance._validation import (
     check_initialized,
     check_process_group,

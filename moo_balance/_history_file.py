@@ -45,7 +45,8 @@ def save(path: str | os.PathLike[str], steps: deque[StepMetrics], appended: int)
         "appended": appended,
         "groups": [_stack(listed, positions) for positions in groups.values()],
     }
-    torch.save(content, path)
+    with Path(path).open("wb") as file:  # torch.save of a path raises no OSError
+        torch.save(content, file)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[deque[StepMetrics], int]:

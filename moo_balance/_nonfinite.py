@@ -22,6 +22,11 @@ from moo_balance.weighting.base import State, Statistics, Weighting
 
 _ONE = torch.ones((), device="cpu")
 
+_ZERO = torch.finfo(torch.float32).tiny ** 2
+"""The squared length, about 1e-76, up to which a gradient counts as zero: entries of float32 are
+subnormal there and have lost their digits, and a coefficient of its inverse length would overflow.
+"""
+
 
 class Flags(NamedTuple):
     """What was found of each loss, as booleans [K] on the device; None where the host found none.
@@ -29,7 +34,7 @@ class Flags(NamedTuple):
     Args:
         losses: Losses that are not finite or below their bound.
         gradients: Losses whose gradient is not finite.
-        satisfied: Losses at their bound, or whose gradient is zero.
+        satisfied: Losses at their bound, or whose gradient counts as zero.
     """
 
     losses: Tensor | None = None
@@ -114,7 +119,7 @@ def flag_losses(
 
 
 def flag_gradients(flags: Flags, names: Sequence[str], gramian: Tensor, scaled: bool) -> Flags:
-    """Flags of the losses, and those of their gradients that are not finite, or zero.
+    """Flags of the losses, and those of their gradients that are not finite, or count as zero.
 
     Args:
         flags: What :func:`flag_losses` has found.
@@ -127,11 +132,11 @@ def flag_gradients(flags: Flags, names: Sequence[str], gramian: Tensor, scaled: 
     """
     squares = gramian.diagonal()
     if not is_on_cpu(gramian):
-        satisfied = unite(flags.satisfied, squares == 0)
+        satisfied = unite(flags.satisfied, squares.abs() <= _ZERO)
         return flags._replace(gradients=~squares.isfinite(), satisfied=satisfied)
     values = squares.tolist()
-    if 0.0 in values:
-        flags = flags._replace(satisfied=unite(flags.satisfied, squares == 0))
+    if min(map(abs, values)) <= _ZERO:  # estimates from independent batches may be negative
+        flags = flags._replace(satisfied=unite(flags.satisfied, squares.abs() <= _ZERO))
     # The sum of finite terms may overflow, so only a finite sum is an answer.
     if math.isfinite(sum(values)) or all(map(math.isfinite, values)):
         return flags

@@ -42,12 +42,16 @@ class ConflictReport:
             return "Keep the sum: fewer than two losses have a gradient."
         if self.batches < 3:
             return "Take 3 batches or more: two give no interval."
-        if conflicts := [pair for pair, each in self.pairs.items() if each.conflict]:
-            one, other = min(conflicts, key=lambda pair: self.pairs[pair].high)
+        conflict = self._describe_conflict()
+        lengths = _describe_lengths({n: each for n, each in present.items() if each.above_noise})
+        if conflict and lengths:
             return (
-                "Use a method for gradients that conflict, such as NashMTL or UPGrad: the cosine "
-                f"of `{one}` and `{other}` is {self.pairs[one, other].cosine:.2f}, "
-                "significantly below 0."
+                "Use NashMTL, for gradients whose lengths differ and which conflict: "
+                f"{lengths}, and {conflict}."
+            )
+        if conflict:
+            return (
+                f"Use a method for gradients that conflict, such as NashMTL or UPGrad: {conflict}."
             )
         noisy = [f"`{name}`" for name, each in present.items() if not each.above_noise]
         if noisy:
@@ -55,14 +59,8 @@ class ConflictReport:
                 "Keep static weights, or use larger batches or more of them: the expected gradient "
                 f"of {', '.join(noisy)} cannot be told from noise."
             )
-        longest = max(present, key=lambda name: present[name].norm)
-        shortest = min(present, key=lambda name: present[name].norm)
-        ratio = present[longest].norm / present[shortest].norm
-        if ratio >= _FACTOR:
-            return (
-                "Use NashMTL, or GradientNorms(every=10) at less cost: the gradient of "
-                f"`{longest}` is {ratio:.3g} times as long as that of `{shortest}`."
-            )
+        if lengths:
+            return f"Use NashMTL, or GradientNorms(every=10) at less cost: {lengths}."
         return (
             "Keep the sum: no cosine is significantly below 0, and norms differ by less than a "
             f"factor of {_FACTOR:g}."
@@ -115,6 +113,15 @@ class ConflictReport:
         title = f"{self.batches} batches, intervals of {100 * self.level:g} %"
         return "\n\n".join([title, *ranges, self.advice])
 
+    def _describe_conflict(self) -> str:
+        """The pair that is most surely in conflict; empty if none is."""
+        conflicts = [pair for pair, each in self.pairs.items() if each.conflict]
+        if not conflicts:
+            return ""
+        one, other = min(conflicts, key=lambda pair: self.pairs[pair].high)
+        cosine = self.pairs[one, other].cosine
+        return f"the cosine of `{one}` and `{other}` is {cosine:.2f}, significantly below 0"
+
     def _pairs_of_modules(self) -> Iterator[tuple[str, Pairs]]:
         """Those of which both losses reach the module."""
         for label, module in self.modules.items():
@@ -126,6 +133,16 @@ class ConflictReport:
                     if all(module.losses[name].batch_norm > 0 for name in pair)
                 },
             )
+
+
+def _describe_lengths(losses: Mapping[str, LossFigures]) -> str:
+    """The longest and the shortest gradient; empty if their norms are alike, or there are none."""
+    norms = {name: each.norm for name, each in losses.items()}
+    longest, shortest = (pick(norms, key=norms.__getitem__, default="") for pick in (max, min))
+    if not longest or norms[longest] < _FACTOR * norms[shortest]:
+        return ""
+    ratio = norms[longest] / norms[shortest]
+    return f"the gradient of `{longest}` is {ratio:.3g} times as long as that of `{shortest}`"
 
 
 def _format_losses(losses: Mapping[str, LossFigures]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +16,22 @@ if TYPE_CHECKING:
 
 MOST_LINES = 8
 """Of more losses the range is drawn."""
+PERPENDICULAR = "alignment if perpendicular"
+"""The label of the alignment that perpendicular gradients would have."""
 
 # Colours of Okabe and Ito, told apart with all kinds of colour vision; after these they are dashed.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 # A grey whose contrast is at least 4.4 both on white and on black.
 _INK = "#737373"
-_FIRST_OF_OTHERS = 3
-"""Where lines that are no losses start in the list of colours."""
+# Lines that belong to all losses have no colour. Dashes as wide as those of the alignment show that
+# it equals the thin line where they do.
+_OTHERS = {
+    "mean": {"linewidth": 1.6, "marker": "."},
+    "min": {"linestyle": (0, (1, 1.2)), "linewidth": 1.6, "marker": "v"},
+    "alignment": {"linestyle": (0, (3, 1.5)), "linewidth": 2.4, "marker": "D"},
+    PERPENDICULAR: {"linewidth": 0.8, "marker": "_", "markersize": 12},
+}
 _LONGEST = 28
 """Characters of a name in a legend."""
 _FEW_POINTS = 30
@@ -42,6 +50,7 @@ class Panel:
         values: Shape [T, lines]; what is not finite is left out.
         single: Further steps and values, which are shown faintly.
         losses: Whether there is a line for each loss, which has the same colour in each panel.
+        pairs: The two losses of each line for a pair, which has the colours of both.
         log: Whether the vertical axis is logarithmic, provided that all values are positive.
         limits: Ends of the vertical axis. Default None: those of the values.
         zero: Whether to draw a line at 0.
@@ -53,6 +62,7 @@ class Panel:
     values: Tensor
     single: tuple[Tensor, Tensor] | None = None
     losses: bool = True
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     log: bool = False
     limits: tuple[float, float] | None = None
     zero: bool = False
@@ -87,13 +97,15 @@ def _draw_panel(ax: Axes, panel: Panel, names: Sequence[str]) -> None:
         _draw_ranges(ax, panel.steps, panel.values)
         return
     for index, label in enumerate(panel.labels):
-        style = _style(names.index(label) if panel.losses else index + _FIRST_OF_OTHERS)
-        if panel.single is not None:
+        style = _style_of(label, panel, names)
+        if panel.single is not None and label != PERPENDICULAR:
             steps, values = panel.single
-            ax.plot(*_finite(steps, values[:, index]), **style, alpha=0.25, linewidth=0.6)
+            faint = {**style, "alpha": 0.25, "linewidth": 0.6, "marker": None}
+            ax.plot(*_finite(steps, values[:, index]), **faint)
         points = _finite(panel.steps, panel.values[:, index])
-        marker = "." if len(points[0]) <= _FEW_POINTS else None
-        ax.plot(*points, **style, linewidth=1.6, marker=marker)
+        if len(points[0]) > _FEW_POINTS:
+            style["marker"] = None
+        ax.plot(*points, **style)
     if not panel.losses and len(panel.labels) > 1:
         handles = [line for line in ax.lines if line.get_alpha() is None]
         _add_legend(ax, handles, panel.labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -144,7 +156,8 @@ def _draw_legend(figure: Figure, names: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     if len(names) <= MOST_LINES:
-        handles: list[Any] = [Line2D([], [], **_style(k), linewidth=2) for k in range(len(names))]
+        styles = [{**_style(k), "marker": None} for k in range(len(names))]
+        handles: list[Any] = [Line2D([], [], **style) for style in styles]
         labels = list(names)
     else:
         handles = [Patch(color=_COLOURS[0], alpha=alpha, linewidth=0) for _, alpha in _RANGES]
@@ -161,10 +174,31 @@ def _add_legend(parent: Any, handles: Sequence[Any], labels: Sequence[str], **op
         text.set_parse_math(False)  # a name may contain dollar signs
 
 
+def _style_of(label: str, panel: Panel, names: Sequence[str]) -> dict[str, Any]:
+    """How a line of a panel is drawn."""
+    if panel.losses:
+        return _style(names.index(label))
+    if label not in panel.pairs:
+        return {"color": _INK, "markersize": 4, **_OTHERS[label]}
+    one, other = (_style(names.index(name))["color"] for name in panel.pairs[label])
+    return {
+        "color": one,
+        "gapcolor": other,
+        "linestyle": (0, (3, 3)),
+        "linewidth": 1.6,
+        "marker": "o",
+        "markersize": 5,
+        "fillstyle": "left",
+        "markerfacecoloralt": other,
+        "markeredgewidth": 0,
+    }
+
+
 def _style(index: int) -> dict[str, Any]:
-    """Colour and dashes of a line."""
+    """How the line of a loss is drawn."""
     dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dashes}
+    colour = _COLOURS[index % len(_COLOURS)]
+    return {"color": colour, "linestyle": dashes, "linewidth": 1.6, "marker": "."}
 
 
 def _finite(steps: Tensor, values: Tensor) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ does not know which they are, there always is a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,16 +140,6 @@ def among_present(
     return satisfied if positions is None else satisfied.index_select(0, positions)
 
 
-def constant_losses(method: Weighting) -> Collection[str]:
-    """The losses with a constant coefficient, which a method does not balance; none for most.
-
-    A method says so by an attribute ``constant_losses``. They have no bound, and never count as
-    satisfied: their gradients may be zero over the parameters that are compared, and not elsewhere.
-    """
-    names: Collection[str] = getattr(method, "constant_losses", ())
-    return names
-
-
 def count_satisfied(
     method: Weighting,
     names: Sequence[str],
@@ -167,7 +157,7 @@ def count_satisfied(
     if not method.uses_gramian:
         # A method that only measures the length of its step has use for any loss.
         return at_bound
-    constant = constant_losses(method)
+    constant = method.constant_losses
     if satisfied is None or not any(name in constant for name in names):
         return satisfied
     balanced = tuple(float(name not in constant) for name in names)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moo_balance._reevaluation import add_note
+from moo_balance._hints import add_note
 from moo_balance._torch_internals import mark_as_hooked
 from moo_balance._wrapper import ForwardingOptimizer
 from moo_balance.errors import BalanceValueError

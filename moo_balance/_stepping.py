@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moo_balance._hints import add_note
 from moo_balance._nonfinite import grads_are_finite, nonfinite_grad_error, select_state, unite
 from moo_balance._record import Staged
-from moo_balance._reevaluation import Reevaluation, add_note, evaluate, repeat_all
+from moo_balance._reevaluation import Reevaluation, evaluate, repeat_all
 from moo_balance._satisfied import among_present, observe as observe_losses
 from moo_balance._separate_steps import take_separate_steps
 from moo_balance._validation import Given, check_closure, read_observed_losses
@@ -129,9 +130,9 @@ def _step_without_backward(balancer: Balancer, closure: object, result: object) 
     if all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups):
         return optimizer.step()  # torch.distributed.checkpoint initializes a fresh state
     raise BalanceError(
-        "`step` should follow `backward` or `combined_loss`. Found neither since the last step. "
-        "Call `optimizer.backward(losses)` in place of `loss.backward()`, and the last micro-batch "
-        "of a window outside of `accumulate()`."
+        "`step` should follow `backward` or `combined_loss`. Found neither since the last step or "
+        "`zero_grad`. Call `optimizer.backward(losses)`, in place of `loss.backward()`, between "
+        "`optimizer.zero_grad()` and `optimizer.step()`."
     )
 
 

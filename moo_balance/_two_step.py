@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from moo_balance._grad_scaler import Scaling
+from moo_balance._hints import add_note, is_required
 from moo_balance._record import Staged
-from moo_balance._reevaluation import add_note
 from moo_balance._several import parts_of
 from moo_balance._stepping import must_skip, take_step
 from moo_balance.errors import BalanceError, BalanceValueError, NonFiniteError
@@ -57,11 +58,15 @@ def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> N
                 "skipped. Found 'skip'."
             )
         return
+    step: Any = optimizer.step
+    if inspect.unwrap(step) is inspect.unwrap(type(optimizer).step):
+        # A scheduler that was made before has wrapped it in a function without its signature.
+        step = MethodType(type(optimizer).step, optimizer)
     try:
-        arguments = inspect.signature(optimizer.step).parameters.values()
+        arguments = inspect.signature(step).parameters.values()
     except (TypeError, ValueError):
         return  # a callable without a signature
-    required = [each.name for each in arguments if _is_required(each)]
+    required = [each.name for each in arguments if is_required(each)]
     if required:
         raise BalanceValueError(
             f"Parameter `optimizer` should take a step without arguments. Found "
@@ -89,11 +94,6 @@ def _not_observable(optimizer: Optimizer, weighting: Weighting) -> BalanceValueE
         "those that the step starts from, so that losses before and after it do not compare. Found "
         f"{type(weighting).__name__}. {instead} the losses of one batch with those of the next."
     )
-
-
-def _is_required(argument: inspect.Parameter) -> bool:
-    variadic = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
-    return argument.default is argument.empty and not variadic
 
 
 def take_first_step(balancer: Balancer, stepping: Optimizer, take: Callable[[], Any]) -> Any:

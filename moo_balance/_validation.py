@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
+from moo_balance._hints import describe_value, name_nearest
 from moo_balance._several import SeveralOptimizers
 from moo_balance._torch_internals import as_plain
 from moo_balance._wrapper import OptimizerWrapper
@@ -74,7 +75,8 @@ def _check_optimizer(optimizer: object) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise BalanceValueError(
             "Parameter `optimizer` should be a plain torch.optim.Optimizer. "
-            f"Found {type(optimizer).__name__}."
+            f"Found {type(optimizer).__name__}. Pass an optimizer of the parameters, such as "
+            "`torch.optim.Adam(model.parameters())`."
         )
     if isinstance(optimizer, LBFGS):
         raise BalanceValueError(
@@ -93,7 +95,7 @@ def check_method(weighting: object, engine: object) -> None:
             hint = " Wrap it in moo_balance.integrations.torchjd.TorchJD."
         raise BalanceValueError(
             "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
-            f"Found {weighting!r}.{hint}"
+            f"Found {describe_value(weighting, Weighting, Engine)}.{hint}"
         )
     if engine is None:
         return
@@ -112,7 +114,8 @@ def read_engine(engine: object) -> Engine:
         return PerLoss()
     if not isinstance(engine, Engine):
         raise BalanceValueError(
-            f"Parameter `engine` should be an Engine such as `PerLoss()`. Found {engine!r}."
+            "Parameter `engine` should be an Engine such as `PerLoss()`. Found "
+            f"{describe_value(engine, Weighting, Engine)}."
         )
     return engine
 
@@ -376,7 +379,7 @@ def read_observed_losses(
 
 def _read_scalars(losses: object, declared: Sequence[str] | None) -> dict[str, Tensor]:
     if not isinstance(losses, Mapping) or not losses:
-        raise _no_losses(losses)
+        raise _no_losses(losses, declared)
     if set(map(type, losses.values())) != {Tensor}:
         losses = {k: as_plain(v) if isinstance(v, Tensor) else v for k, v in losses.items()}
     for name, loss in losses.items():
@@ -406,7 +409,7 @@ def _as_scalar(loss: Tensor) -> Tensor:
         return loss.reshape(())
 
 
-def _no_losses(losses: object) -> BalanceValueError:
+def _no_losses(losses: object, declared: Sequence[str] | None) -> BalanceValueError:
     if isinstance(losses, Mapping):
         return BalanceValueError(
             "Parameter `losses` should hold at least one loss. Found none. "
@@ -414,8 +417,25 @@ def _no_losses(losses: object) -> BalanceValueError:
         )
     return BalanceValueError(
         "Parameter `losses` should be a mapping from a name to a scalar tensor. "
-        f'Found {type(losses).__name__}. Write `{{"rate": rate, "distortion": distortion}}`.'
+        f"Found {type(losses).__name__}. {_show_mapping(losses, declared, 'Write')}"
     )
+
+
+def _show_mapping(losses: object, declared: Sequence[str] | None, verb: str) -> str:
+    """A sentence that shows how to give names to what was passed without them."""
+    if isinstance(losses, list) and losses and all(isinstance(each, tuple) for each in losses):
+        return f"{verb} `dict(losses)`."
+    if isinstance(losses, (list, tuple)) or (isinstance(losses, Tensor) and losses.ndim == 1):
+        count = len(losses)
+        fits = declared is not None and len(declared) == count
+        names = declared if declared and fits else ("first", "second", "third")[:count]
+        entries = [f'"{name}": losses[{k}]' for k, name in enumerate(names[:3])]
+        if entries:
+            return f"{verb} `{{{', '.join(entries)}{', …' * (count > 3)}}}`."
+    example = '`{"rate": rate, "distortion": distortion}`'
+    if isinstance(losses, Tensor):
+        return f"{verb} {example}, with the terms of a sum in place of the sum."
+    return f"{verb} {example}."
 
 
 def _bad_name(name: object) -> BalanceValueError:
@@ -442,6 +462,8 @@ _LEAVE_OUT = "Leave it out of the dict if this batch has no such loss."
 def _bad_loss(name: str, loss: object) -> BalanceValueError:
     if not isinstance(loss, Tensor):
         advice = "Do not call `.item()` on a loss to be balanced."
+        if isinstance(loss, (list, tuple, Mapping)):
+            advice = "Give each entry a name of its own, or add them up."
         advice = _LEAVE_OUT if _is_absent(loss) else advice
         return BalanceValueError(
             f"Loss `{name}` should be a scalar tensor. Found {type(loss).__name__} ({loss!r}). "
@@ -470,7 +492,7 @@ def read_batch_losses(losses: object, expected: Sequence[str], number: int) -> d
         value = "none" if isinstance(losses, Mapping) else type(losses).__name__
         raise BalanceValueError(
             "Parameter `losses_fn` should return a mapping from a name to a scalar tensor. Found "
-            f'{value}. Return `{{"rate": rate, "distortion": distortion}}`.'
+            f"{value}. {_show_mapping(losses, None, 'Return')}"
         )
     if expected and set(losses) != set(expected):
         raise BalanceValueError(
@@ -534,14 +556,6 @@ def _describe_feature(feature: object) -> str:
     if isinstance(feature, Tensor):
         return f"one of shape {tuple(feature.shape)} that requires no gradient"
     return type(feature).__name__
-
-
-def name_nearest(name: object, known: Iterable[str]) -> str:
-    """A sentence that names the known name most like `name`, after a space; empty if none is."""
-    from difflib import get_close_matches  # only for a message
-
-    nearest = get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
-    return f" The nearest known name is {nearest[0]!r}." if nearest else ""
 
 
 def _quote(names: Sequence[str]) -> str:

@@ -66,8 +66,9 @@ def diagnose(
     is zero in all batches do not count. With fewer than two others the sum stays, and with 2
     batches the advice is to take more.
 
-    1. A cosine is significantly below 0: a method for gradients that conflict. Of n pairs of
-       losses, it is one whose interval at the level 1 - (1 - `level`) / n is below 0 (Bonferroni's
+    1. A cosine is significantly below 0: a method for gradients that conflict, and ``NashMTL`` if
+       also two norms above the noise differ by a factor of 10 or more. Of n pairs of losses, a
+       cosine counts whose interval at the level 1 - (1 - `level`) / n is below 0 (Bonferroni's
        correction). So where no losses conflict, this advice has a probability of about
        1 - `level` or less, however many they are.
     2. An expected gradient is not above the noise: static weights, or larger batches.

@@ -22,6 +22,7 @@ def balanced_backward(
     shared_params: Iterable[Tensor] | nn.Module | None = None,
     engine: Engine | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
 ) -> StepMetrics:
     r"""Add the balanced gradient to ``.grad``, as ``BalancedOptimizer.backward`` does in one step.
 
@@ -34,12 +35,13 @@ def balanced_backward(
     skipped. On several ranks losses and gradients are averaged, as there.
 
     Args:
-        losses: Scalar tensors by name, with a graph, which is freed.
+        losses: Scalar tensors by name, with a graph.
         params: A module, or the parameters, whose gradients are balanced. Frozen ones are left out.
         weighting: The method.
         shared_params: Parameters, or a module, over which inner products are taken. Default: all.
         engine: How gradients are taken. Default: ``PerLoss()``.
         features: What all losses are computed from, as for ``BalancedOptimizer.backward``.
+        retain_graph: Keep the graph for another backward pass. Default False: it is freed.
 
     Returns:
         Losses, weights, coefficients and Gramian.
@@ -63,7 +65,7 @@ def balanced_backward(
     trained = [param for _, param in read_named_params(params)]
     carrier = torch.optim.SGD(trained, lr=0.0)  # never steps
     optimizer = BalancedOptimizer(carrier, weighting, shared_params=shared_params, engine=engine)
-    optimizer.backward(losses, features=features)
+    optimizer.backward(losses, features=features, retain_graph=retain_graph)
     return optimizer.metrics
 
 

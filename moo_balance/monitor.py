@@ -9,15 +9,16 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moo_balance import _history_file
-from moo_balance._run_figure import Panel, draw
+from moo_balance._hints import name_nearest
+from moo_balance._run_figure import PERPENDICULAR, Panel, draw
 from moo_balance._step_metrics import FEW_LOSSES, StepMetrics
-from moo_balance._validation import name_nearest
 from moo_balance.errors import BalanceValueError
 
 if TYPE_CHECKING:
@@ -71,11 +72,21 @@ class History:
         self._appended = 0
 
     def append(self, metrics: StepMetrics) -> None:
-        """Add the metrics of one step."""
+        """Add the metrics of one step.
+
+        Raises:
+            BalanceValueError: They are no metrics, or those from before the first ``backward``.
+        """
         if not isinstance(metrics, StepMetrics):
             raise BalanceValueError(
                 "Parameter `metrics` should be the `metrics` of a BalancedOptimizer. Found "
                 f"{type(metrics).__name__}. Call `history.append(optimizer.metrics)`."
+            )
+        if not metrics.names:
+            raise BalanceValueError(
+                "Parameter `metrics` should be those of a step. Found none: no `backward` has come "
+                "since the optimizer was made, or loaded a state. Call "
+                "`history.append(optimizer.metrics)` after `optimizer.step()`."
             )
         self._steps.append(metrics)
         self._appended += 1
@@ -252,20 +263,24 @@ class History:
             self._check_empty("kind", kind, (*kinds, "improvement"))
         if ax is None:
             ax = _import("matplotlib.pyplot", "plot").figure().add_subplot()
-        for name, series in lines.items():
-            ax.plot(*series, label=name)
+        others, labels = ax.get_legend_handles_labels()
+        drawn = [ax.plot(*series, label=name)[0] for name, series in lines.items()]
         ax.set_xlabel("step")
         ax.set_ylabel(label)
         if lines:
-            ax.legend()
+            legend = ax.legend([*others, *drawn], [*labels, *lines])
+            for text in legend.get_texts()[len(labels) :]:
+                text.set_parse_math(False)  # a name may contain dollar signs
         return ax
 
     def figure(self) -> Figure:
         """Draw the run on one page: losses, their relative improvement, weights and coefficients.
 
-        With a Gramian also the cosines, and the alignment of at least three gradients. One line for
-        each of up to 8 losses; above, the range over the losses, of which the middle half is
-        darker, and the median. Steps without a finite value are left out. In a run of more than 80
+        With a Gramian also the cosines, a line in the colours of both losses for each pair of up to
+        4, and otherwise the least and the mean; and of at least three gradients the alignment, with
+        the level 2 / K - 1 that it has where the K gradients are perpendicular. One line for each
+        of up to 8 losses; above, the range over the losses, of which the middle half is darker, and
+        the median. Steps without a finite value are left out. In a run of more than 80
         steps the lines are means over windows, with the single steps faint in the background. Axes
         of losses and coefficients are logarithmic where all values are positive. Colours are told
         apart with all kinds of colour vision, and on a white and a dark page.
@@ -290,14 +305,15 @@ class History:
     def _panels(self, names: list[str]) -> list[Panel]:
         """What :meth:`figure` draws, in order."""
         window, listed = self._window(), len(names) <= _FEW_PAIRED
-        keys = self.keys(listed)
-        table = self._table(keys, listed)
+        keys = [*self.keys(listed), PERPENDICULAR]
+        table = torch.column_stack([self._table(keys[:-1], listed), self._perpendicular()])
         means = _window_means(table, window)
         steps = self._first + torch.arange(len(table))
         lasts = steps[window - 1 :: window]
 
         def panel(title: str, *kinds: str, **style: Any) -> Panel:
-            chosen = [i for i, key in enumerate(keys) if key.partition("/")[0] in kinds]
+            places = [(kind, i) for kind in kinds for i in range(len(keys))]
+            chosen = [i for kind, i in places if keys[i].partition("/")[0] == kind]
             single = (steps, table[:, chosen]) if window > 1 else None
             labels = [keys[i].removeprefix(f"{title}/") for i in chosen]
             middles = lasts - (window - 1) / 2
@@ -314,8 +330,11 @@ class History:
         factors = [panel("weight", "weight"), panel("coefficient", "coefficient", log=True)]
         if _are_equal(*factors):
             factors = [replace(factors[1], title="weight = coefficient")]
-        kinds = ("cosine", "alignment") if len(names) > 2 else ("cosine",)
-        cosines = panel("cosine", *kinds, limits=(-1.05, 1.05), losses=False, zero=True)
+        kinds = ("cosine", "alignment", PERPENDICULAR) if len(names) > 2 else ("cosine",)
+        pairs = self._pairs() if listed else {}
+        cosines = panel(
+            "cosine", *kinds, limits=(-1.05, 1.05), losses=False, pairs=pairs, zero=True
+        )
         others = (decreases, *factors, cosines)
         return [losses, *(each for each in others if each.values.isfinite().any())]
 
@@ -350,6 +369,28 @@ class History:
                 places = torch.tensor([columns[key] for key in present])
                 table[torch.tensor(rows)[:, None], places] = stacked.cpu().double()
         return table
+
+    def _pairs(self) -> dict[str, tuple[str, str]]:
+        """The two losses of each pair, by its label in a key."""
+        pairs: dict[str, tuple[str, str]] = {}
+        for step in self._steps:
+            keys = [key for key in step._keys(True) if key.startswith("cosine/")]
+            labels = [key.removeprefix("cosine/") for key in keys]
+            pairs.update(zip(labels, combinations(step.names, 2), strict=False))
+        return pairs
+
+    def _perpendicular(self) -> Tensor:
+        """The alignment of each step if its gradients were perpendicular; NaN where there is none.
+
+        Its K changes with the losses that are absent.
+        """
+        levels = [
+            2 / len(step.names) - 1
+            if step.gramian is not None and len(step.names) > 1
+            else math.nan
+            for step in self._steps
+        ]
+        return torch.tensor(levels, dtype=torch.float64)
 
     def _ends(self, name: str) -> list[float]:
         """First and last value of a loss, and the last coefficient; NaN where there is none."""

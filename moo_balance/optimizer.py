@@ -17,7 +17,6 @@ from moo_balance._checkpoint import BalanceState
 from moo_balance._description import describe_optimizer
 from moo_balance._grad_scaler import read_scaling
 from moo_balance._record import Record
-from moo_balance._satisfied import constant_losses
 from moo_balance._several import parts_of
 from moo_balance._stepping import observe, take_step
 from moo_balance._torch_internals import mark_as_hooked
@@ -418,7 +417,7 @@ class BalancedOptimizer(OptimizerWrapper):
         """
         record = self._balancer.record
         values = {**record.metrics.as_floats(pairs), "skipped": float(record.skipped)}
-        constant = constant_losses(self._balancer.needs.method)
+        constant = self._balancer.needs.method.constant_losses
         record.capture.read(record.steps, self._balancer.method, values, constant)
         if self._balancer.nonfinite == "raise":
             record.faults.raise_if_any()

@@ -695,12 +695,25 @@ def test_the_advice_follows_from_the_first_rule_that_applies():
     assert noise.advice.startswith("Keep static weights, or use larger batches")
     assert "`b`" in noise.advice
     assert "`a`" not in noise.advice
-    conflict = report_of(a=[100.0, 0.0], b=[-1.0, 1.0])
+    conflict = report_of(a=[5.0, 0.0], b=[-1.0, 1.0])
     assert conflict.advice.startswith("Use a method for gradients that conflict")
+    assert "times as long" not in conflict.advice
     lengths = report_of(a=[10.0, 0.0], b=[0.0, 0.9])
     assert lengths.advice.startswith("Use NashMTL, or GradientNorms(every=10)")
     assert "the gradient of `a` is 11" in lengths.advice
     assert report_of(a=[3.0, 0.0], b=[0.0, 1.0]).advice.startswith("Keep the sum: no cosine")
+
+
+def test_the_advice_names_lengths_before_a_conflict():
+    report = report_of(a=[100.0, 0.0], b=[-1.0, 1.0])
+    assert report.advice.startswith("Use NashMTL, for gradients whose lengths differ and which")
+    ratio = report.losses["a"].norm / report.losses["b"].norm
+    lengths = f"the gradient of `a` is {ratio:.3g} times as long as that of `b`, and the cosine of"
+    assert lengths in report.advice
+    assert report.advice.endswith("is -0.71, significantly below 0.")
+    noise = report_of(a=[100.0, 0.0], b=[-100.0, 0.0], c=[0.0, 0.1], noise=1.0)
+    assert not noise.losses["c"].above_noise
+    assert "times as long" not in noise.advice  # the norm of `c` is not known
 
 
 def test_a_conflict_is_advised_next_to_a_loss_that_is_only_noise():
@@ -712,7 +725,7 @@ def test_a_conflict_is_advised_next_to_a_loss_that_is_only_noise():
 
 
 def test_every_advice_is_one_sentence():
-    for means in ([1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [0.0, 50.0]):
+    for means in ([1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [0.0, 50.0], [-50.0, 0.0]):
         advice = report_of(a=[1.0, 0.0], b=means, noise=1e-3).advice
         assert advice.count(". ") == 0
         assert advice.endswith(".")
@@ -811,6 +824,10 @@ def good(batch):
     [
         ({"losses_fn": {"a": PARAM}}, "`losses_fn` should be a function"),
         ({"losses_fn": lambda batch: PARAM.sum()}, "`losses_fn` should return a mapping.*Tensor"),
+        (
+            {"losses_fn": lambda batch: [PARAM.sum(), PARAM.sum()]},
+            r'Found list\. Return `\{"first": losses\[0\], "second": losses\[1\]\}`\.',
+        ),
         ({"losses_fn": lambda batch: {}}, "`losses_fn` should return a mapping.*Found none"),
         ({"losses_fn": lambda batch: {"a": 1.0}}, "Loss `a` should be a scalar tensor"),
         (

@@ -65,6 +65,15 @@ def test_gradients_add_up_and_frozen_parameters_get_none():
     assert model.trunk.bias.grad is None
 
 
+def test_a_retained_graph_can_be_used_again():
+    model = SmallModel()
+    losses = model.losses()
+    balanced_backward(losses, model, MGDA(), retain_graph=True)
+    once = flat_gradient(model)
+    balanced_backward(losses, model, MGDA())
+    torch.testing.assert_close(flat_gradient(model), 2 * once)
+
+
 def test_shared_parameters_engine_and_features_are_those_of_the_optimizer():
     model, twin = SmallModel(), SmallModel()
     metrics = balanced_backward(

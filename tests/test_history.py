@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def mixed():
             step("abc", 1, torch.float64),
             step("ab", 2, torch.bfloat16, gramian=False),
             StepMetrics(("a", "b"), None, nan),
-            StepMetrics(),
+            step("b", 7),
             step("ba", 3, _satisfied=torch.tensor([True, False])),
             step("abc", 4, torch.float64, projected=torch.tensor(0.25)),
             step(("$x", "_y", "a,b"), 5),
@@ -158,6 +158,29 @@ def test_an_empty_history_has_a_file(tmp_path):
     assert repr(History.load(tmp_path / "run")) == "History(0 steps, maxlen=3)"
 
 
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    mixed().save(tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        mixed().save(tmp_path / "none" / "run")
+    with pytest.raises(IsADirectoryError):
+        mixed().save(tmp_path)
+    with pytest.raises(TypeError):
+        mixed().save(3)
+
+
+def test_a_file_with_a_step_from_before_the_first_is_read(tmp_path):
+    """As they could be written before `append` refused them."""
+    history = history_of([step("ab")])
+    history._steps.appendleft(StepMetrics())
+    history._appended += 1
+    history.save(tmp_path / "run")
+    loaded = History.load(tmp_path / "run")
+    assert loaded.series("loss/a") == history.series("loss/a")
+    assert loaded.series("loss/a")[0] == [1]
+    loaded.figure().savefig(tmp_path / "run.png", dpi=40)
+    assert "<th>a</th>" in loaded._repr_html_()
+
+
 def damages():
     def change(path, value):
         def damage(content):
@@ -244,6 +267,72 @@ def test_a_figure_is_drawn_of_any_number_of_losses_and_steps(count, steps, tmp_p
     assert shown == (names if count <= 8 else [f"all {count} losses", "middle half", "median"])
 
 
+def lines_of_cosines(history):
+    """By label; lines of single steps in the background have an alpha."""
+    (axes,) = [ax for ax in history.figure().axes if ax.get_title(loc="left") == "cosine"]
+    *lines, _ = [line for line in axes.lines if line.get_alpha() is None]  # the last is at 0
+    legend = axes.get_legend()
+    labels = [""] if legend is None else [text.get_text() for text in legend.get_texts()]
+    return dict(zip(labels, lines, strict=True))
+
+
+def colours_of_losses(figure):
+    legend = figure.legends[0]
+    names = [text.get_text() for text in legend.get_texts()]
+    lines = legend.get_lines()
+    return {name: line.get_color() for name, line in zip(names, lines, strict=True)}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_line_of_a_pair_has_the_colours_of_both_losses(count):
+    history = history_of(step("abcd"[:count], seed) for seed in range(3))
+    colours = colours_of_losses(history.figure())
+    lines = lines_of_cosines(history)
+    pairs = [f"{a},{b}" for a, b in combinations("abcd"[:count], 2)]
+    pairs = [""] if count == 2 else pairs
+    for label, (a, b) in zip(pairs, combinations("abcd"[:count], 2), strict=True):
+        assert (lines[label].get_color(), lines[label].get_gapcolor()) == (colours[a], colours[b])
+        assert lines[label].is_dashed()
+    others = [line for label, line in lines.items() if label not in pairs]
+    assert len(others) == (0 if count == 2 else 2)
+    assert not {line.get_color() for line in others} & set(colours.values())
+
+
+def test_the_cosines_of_many_losses_have_no_colour_of_a_loss():
+    history = history_of(step("abcde", seed) for seed in range(3))
+    lines = lines_of_cosines(history)
+    assert list(lines) == ["min", "mean", "alignment", "alignment if perpendicular"]
+    colours = set(colours_of_losses(history.figure()).values())
+    assert not {line.get_color() for line in lines.values()} & colours
+    styles = {(line.get_linestyle(), line.get_linewidth()) for line in lines.values()}
+    assert len(styles) == 4
+
+
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_a_figure_has_the_alignment_of_perpendicular_gradients(count):
+    """The level is that of a Gramian without products."""
+    names = [f"loss {k}" for k in range(count)]
+    ones = torch.ones(count)
+    metrics = StepMetrics(tuple(names), torch.diag(torch.arange(1.0, count + 1)), ones, ones, ones)
+    lines = lines_of_cosines(history_of([metrics] * 100))
+    alignment, level = lines["alignment"], lines["alignment if perpendicular"]
+    assert list(level.get_xdata()) == list(alignment.get_xdata())
+    assert level.get_ydata() == pytest.approx([2 / count - 1] * 50)
+    assert level.get_ydata() == pytest.approx(alignment.get_ydata(), abs=1e-6)
+    assert level.get_linewidth() < alignment.get_linewidth()
+
+
+def test_the_level_follows_the_number_of_losses_that_are_present():
+    steps = [step("abcd"), step("abc"), step("a"), step("ab"), step("abcd", gramian=False)]
+    assert list(lines_of_cosines(history_of(steps[1::-1])))[-2:] == [
+        "alignment",
+        "alignment if perpendicular",
+    ]
+    level = lines_of_cosines(history_of(steps))["alignment if perpendicular"]
+    assert list(level.get_xdata()) == [0, 1, 3]
+    assert level.get_ydata() == pytest.approx([-1 / 2, -1 / 3, 0.0])
+
+
 def test_a_figure_leaves_out_what_is_absent_or_not_finite(tmp_path):
     history = mixed()
     figure = history.figure()
@@ -272,9 +361,20 @@ def test_the_lines_of_a_long_run_are_means_over_windows():
 
 
 def test_an_empty_history_has_no_figure():
-    for history in (History(), history_of([StepMetrics()])):
-        with pytest.raises(BalanceValueError, match="at least one step with losses"):
-            history.figure()
+    with pytest.raises(BalanceValueError, match="at least one step with losses"):
+        History().figure()
+
+
+def test_the_legend_of_a_plot_has_each_name_as_it_is(tmp_path):
+    """Matplotlib leaves labels with an underscore out, and reads dollar signs as mathematics."""
+    plt.switch_backend("Agg")
+    names = ("_y", "$\\no{$", "a,b")
+    axes = plt.figure().add_subplot()
+    axes.plot([0, 1], [0, 1], label="mine")
+    history_of([step(names)] * 2).plot("weight", ax=axes)
+    axes.figure.savefig(tmp_path / "run.png", dpi=40)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine", *names]
+    plt.close(axes.figure)
 
 
 def test_the_improvement_has_a_plot():

@@ -27,7 +27,7 @@ LAYERS = {
     "weighting": {"functional"},
     "engine": {"functional"},
 }
-ANYWHERE = {"moo_balance.errors"}
+ANYWHERE = {"moo_balance.errors", "moo_balance._hints"}
 
 
 def names_imported_by(nodes):

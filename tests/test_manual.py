@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import random
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import moo_balance
 from docs._figures import manual
+from moo_balance import functional
 from tests.support import errors_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -114,7 +116,7 @@ def test_worths_of_tasks_are_those_that_were_measured():
     measured = worths()
     compared = 0
     for _, _, methods, plain, problem, *_ in rows("By task"):
-        entries = measured[problem.strip("`")]
+        entries = measured[re.search(r"`(\w+)`", problem)[1]]
         assert plain == entries["Sum"]
         for method, worth in re.findall(r"`([^`]+)` ((?:≥ )?[\d.]+)", methods):
             assert worth == entries[method], (problem, method)
@@ -227,13 +229,150 @@ def test_encodec_and_vqgan_are_the_rules_of_their_code():
     np.testing.assert_allclose(balance(vqgan, gradients).numpy(), expected, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------- links
+# ---------------------------------------------------------------------- pages in a repository
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("recipes/*.md"))]
+NOT_OURS = {"changelog.md", "coming_from.md", "torchjd.md"}  # names of the past, or of others
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(DOCS.parent))
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The addresses that a repository's view and MyST give to headings, and explicit ones."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="(.*?)">', page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_to_files_and_headings_are_not_broken(page):
+    for link, anchor in re.findall(r"\]\((?!http)([\w./]*)(?:#([\w-]+))?\)", prose(page)):
+        target = page.parent / link if link else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_pages_have_no_roles_and_no_code_from_other_files(page):
+    text = page.read_text()
+    assert not re.search(r"\{[\w:-]+\}`", text), "name the object as plain code: it becomes a link"
+    assert "{literalinclude}" not in text, "copy the code into a block ```py, and link its file"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_code_that_is_shown_is_that_of_a_file_that_the_page_links(page):
+    text = page.read_text()
+    files = [page.parent / link for link in re.findall(r"\]\(([\w./]+\.py)\)", text)]
+    sources = [file.read_text() for file in files]
+    for block in re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        assert any(block in source for source in sources), block
+
+
+def test_recipes_are_listed_and_show_code_of_their_scripts():
+    index = (DOCS / "recipes" / "index.md").read_text()
+    for page in sorted(DOCS.glob("recipes/*.md")):
+        if page.stem != "index":
+            text = page.read_text()
+            assert f"]({page.name})" in index, page
+            assert f"(../../examples/recipes/{page.name.replace('.md', '.py')})" in text, page
+            assert re.search(r"^```py\n(def|class) ", text, re.MULTILINE), page
+
+
+def listed(page: str) -> list[str]:
+    """The names on a page that have a line with a link to their source."""
+    text = (DOCS / page).read_text()
+    return re.findall(r"^\| `(\w+)` \|.*\]\(\.\./moo_balance/[\w/]+\.py\) \|$", text, re.MULTILINE)
+
+
+def test_the_list_of_functions_is_complete():
+    assert sorted(listed("functional.md")) == sorted(functional.__all__)
+
+
+def test_the_lists_of_public_names_are_complete():
+    methods = set(moo_balance.weighting.__all__)
+    names = [name for name in moo_balance.__all__ if name not in methods]
+    assert sorted(listed("optimizer.md") + listed("diagnosis.md")) == sorted(names)
+
+
+@pytest.mark.parametrize("page", ["functional.md", "optimizer.md", "diagnosis.md"])
+def test_a_listed_name_is_in_the_file_that_its_line_links(page):
+    text = (DOCS / page).read_text()
+    for name, file in re.findall(r"^\| `(\w+)` \|.*\]\((\S+\.py)\) \|$", text, re.MULTILINE):
+        assert re.search(rf"^(def|class) {name}\b", (DOCS / file).read_text(), re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_members_of_public_classes_that_are_named_exist(page):
+    if page.name in NOT_OURS:
+        return
+    for name, member in re.findall(r"`(\w+)\.(\w+)(?:\(.*?\))?`", prose(page)):
+        if name in moo_balance.__all__:
+            found = getattr(moo_balance, name)
+            assert hasattr(found, member) or member in found.__annotations__, f"{name}.{member}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_full_names_of_the_package_exist(page):
+    for name in re.findall(r"`(moo_balance(?:\.\w+)+)(?:\(.*?\))?`", prose(page)):
+        assert page.name in NOT_OURS or pydoc.locate(name) is not None, name
+
+
+# ---------------------------------------------------------------------- links from code
 
 
 @pytest.mark.parametrize(
-    "page", ["index", "choosing", "coming_from", "errors", "quickstart", "concepts", "diagnosis"]
+    ("code", "target"),
+    [
+        ("FAMO", "moo_balance.FAMO"),
+        ('FAMO(every=10, logit_optimizer="sgd")', "moo_balance.FAMO"),
+        ("FAMO.init", "moo_balance.FAMO.init"),
+        ("moo_balance.FAMO", "moo_balance.FAMO"),
+        ("rescale", "moo_balance.functional.rescale"),
+        ("functional.rescale", "moo_balance.functional.rescale"),
+        ("FAMO.other", None),
+        ("FAMO, rescale", None),
+        ("torch.FAMO", None),
+        ("famo", None),
+        ("", None),
+    ],
 )
-def test_links_to_files_are_not_broken(page):
-    text = (DOCS / f"{page}.md").read_text()
-    links = re.findall(r"\]\((?!http)([\w./]+)(?:#[\w-]+)?\)", text)
-    assert all((DOCS / link).is_file() for link in links)
+def test_code_that_names_a_documented_object_is_found(code, target):
+    code_links = pytest.importorskip("docs._ext.code_links")
+    documented = ["moo_balance.FAMO", "moo_balance.FAMO.init", "moo_balance.functional.rescale"]
+    modules = ["moo_balance", "moo_balance.functional"]
+    assert code_links.find_target(code, documented, modules) == target
+
+
+def test_code_becomes_a_link_in_text_only(tmp_path):
+    application = pytest.importorskip("sphinx.application")
+    (tmp_path / "conf.py").write_text(
+        "extensions = ['docs._ext.code_links']\n"
+        "code_links_modules, code_links_exclude = ['package'], ['other']\n"
+    )
+    text = """
+A title with ``method``
+=======================
+
+``method(every=2)``, ``unknown``, `a link with code <https://example.org>`_.
+
+.. py:function:: package.method()
+
+   Its ``method`` is its own argument.
+"""
+    (tmp_path / "index.rst").write_text(text)
+    (tmp_path / "other.rst").write_text(
+        ":orphan:\n\nOther\n=====\n\n``method`` of another package.\n"
+    )
+    pages = tmp_path / "html"
+    application.Sphinx(tmp_path, tmp_path, pages, tmp_path / "trees", "html", status=None).build()
+    link = r'<a class="reference internal" href="#package.method"[^>]*><code[^>]*>(.*?)</code></a>'
+    linked = re.findall(link, (pages / "index.html").read_text())
+    assert [re.sub("<.*?>", "", code) for code in linked] == ["method(every=2)"]
+    assert "#package.method" not in (pages / "other.html").read_text()

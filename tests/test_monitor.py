@@ -389,6 +389,23 @@ def test_a_history_takes_metrics_only(metrics):
     assert len(history) == 0
 
 
+def test_a_history_refuses_the_metrics_from_before_the_first_step():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), Sum())
+    history = History()
+    message = r"`metrics` should be those of a step\. Found none.*after `optimizer\.step\(\)`"
+    with pytest.raises(BalanceValueError, match=message):
+        history.append(optimizer.metrics)
+    assert (len(history), history.keys()) == (0, [])
+    train(model, optimizer, [0])
+    history.append(optimizer.metrics)
+    assert history.series("loss/a")[0] == [0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(BalanceValueError, match="or loaded a state"):
+        history.append(optimizer.metrics)
+    assert len(history) == 1
+
+
 def test_a_history_says_what_it_has():
     history = History()
     assert (repr(history), history.series("loss/a")) == ("History(0 steps)", ([], []))

@@ -15,6 +15,7 @@ from moo_balance import (
     BalancedOptimizer,
     BalanceValueError,
     History,
+    NashMTL,
     SumLog,
 )
 from moo_balance.weighting import Statistics
@@ -47,7 +48,7 @@ def one(method):
 
 def may_all_be_satisfied(method):
     """Whether each loss may count as satisfied, as one with a constant coefficient never does."""
-    if method not in METHODS or getattr(method.make(NAMES), "constant_losses", ()):
+    if method not in METHODS or method.make(NAMES).constant_losses:
         return False
     return (method.gramian or bounded(method)) and one(method)
 
@@ -202,6 +203,19 @@ def test_a_hinge_inside_its_margin_does_not_stop_the_others():
             advance(optimizer, {"hinge": hinge, "pull": weight.square().sum()})
         assert weight[0].item() <= 1.1
         assert abs(weight[1].item()) < 0.1
+
+
+@KINDS_OF_DEVICE
+@pytest.mark.parametrize(("scale", "satisfied"), [(1e-37, ()), (1e-39, ("a",))])
+def test_a_gradient_of_subnormal_numbers_counts_as_zero(scale, satisfied, on_device, monkeypatch):
+    """One over its length, the coefficient of many methods, may not be a number of float32."""
+    if on_device:
+        treat_cpu_as_device(monkeypatch)
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), NashMTL())
+    optimizer.backward({"a": scale * weight[0], "b": weight[1]})
+    assert optimizer.metrics.satisfied == satisfied
+    assert weight.grad.tolist() == pytest.approx([0.0 if satisfied else 1.0, 1.0])
 
 
 # ---------------------------------------------------------------------- every n-th step

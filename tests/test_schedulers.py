@@ -6,10 +6,10 @@ import copy
 import inspect
 
 import pytest
-from torch.optim import lr_scheduler as schedules
+from torch.optim import SGD, lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
-from moo_balance import BalancedOptimizer, Sum
+from moo_balance import BalancedOptimizer, BalanceValueError, Sum
 from tests.support.problems import SmallModel, grouped, setup, snapshot, train, whole_state
 from tests.support.registry import over_some
 
@@ -125,6 +125,32 @@ def test_a_schedule_resumes_to_the_last_bit(method, name):
         part.load_state_dict(state)
     run(twin, other, second, range(5, STEPS))
     assert whole_state(twin, other) == whole_state(model, optimizer)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_may_be_made_before_the_wrapper(name):
+    """PyTorch has then replaced the step of the wrapped optimizer by a function of its own."""
+    model, twin = SmallModel(), SmallModel()
+    inner, plain = grouped(model), BalancedOptimizer(grouped(twin), Sum())
+    scheduler, other = SCHEDULERS[name](inner), SCHEDULERS[name](plain)
+    optimizer = BalancedOptimizer(inner, Sum())
+    for step in range(STEPS):
+        for each, wrapper, schedule in ((model, optimizer, scheduler), (twin, plain, other)):
+            train(each, wrapper, [step], ("a", "b"))
+            advance(schedule, step)
+        assert rates(optimizer) == rates(plain)
+    assert snapshot(model.state_dict()) == snapshot(twin.state_dict())
+
+
+def test_a_step_that_needs_a_closure_is_refused_also_with_a_scheduler():
+    class Asks(SGD):
+        def step(self, closure):
+            return super().step(closure)
+
+    inner = Asks(SmallModel().parameters(), lr=0.1)
+    schedules.StepLR(inner, step_size=3)
+    with pytest.raises(BalanceValueError, match="Asks, whose `step` needs `closure`"):
+        BalancedOptimizer(inner, Sum())
 
 
 def test_a_scheduler_that_steps_first_warns_as_ever():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moo_balance._torch_internals as internals
-from moo_balance import MGDA, BalancedOptimizer, BalanceValueError, Sum
+from moo_balance import FAMO, MGDA, BalancedOptimizer, BalanceValueError, Sum
 from moo_balance._validation import read_losses
 from tests.support.problems import SmallModel, setup, sgd, snapshot, whole_state
 from tests.support.registry import NAMES, over_each_method, over_kinds
@@ -164,3 +165,25 @@ def test_without_the_private_name_a_class_is_asked(monkeypatch):
     optimizer.backward({"a": CLASSES["Tagged"](w[0] ** 2), "b": w.sum()})
     assert snapshot(w.grad) == snapshot(torch.tensor([3.0, 1.0]))
     assert type(optimizer.metrics.losses["a"]) is Tensor
+
+
+class Constructed(Tensor):
+    """A subclass that is made in a way that PyTorch refuses under a dispatch mode."""
+
+    def __new__(cls, values):
+        return Tensor.__new__(cls, values)
+
+
+def test_a_note_tells_why_a_subclass_cannot_be_constructed_where_writes_are_watched():
+    weight = nn.Parameter(torch.ones(2))
+
+    def losses(construct):
+        one, other = (construct(torch.ones(2)).as_subclass(Tensor) * weight).square()
+        return {"a": one, "b": other}
+
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), FAMO())
+    with pytest.raises(RuntimeError, match="new Tensor subclass") as caught:
+        optimizer.step(partial(losses, Constructed))
+    assert "construct it before, or by `tensor.as_subclass`" in caught.value.__notes__[0]
+    optimizer.step(partial(losses, lambda values: values.as_subclass(Constructed)))
+    assert weight.tolist() != [1.0, 1.0]

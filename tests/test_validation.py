@@ -21,6 +21,7 @@ from moo_balance import (
     BalanceValueError,
     FixedWeights,
     MovingAverage,
+    NashMTL,
     OnlineTchebycheff,
     SmoothTchebycheff,
     Sum,
@@ -28,6 +29,7 @@ from moo_balance import (
     Tchebycheff,
     WithConstant,
 )
+from moo_balance.engine import PerLoss
 from moo_balance.errors import NonFiniteError
 from tests.support.problems import (
     SmallModel,
@@ -57,8 +59,11 @@ def replace(name, value):
 
 # A fault, and what the message must say: the loss at fault, the value found.
 FAULTS = {
-    "a list": (lambda losses: list(losses.values()), r"`losses`.*Found list"),
-    "a tensor": (lambda losses: losses["a"], r"`losses`.*Found Tensor"),
+    "a list": (
+        lambda losses: list(losses.values()),
+        r'`losses`.*Found list.*`\{"a": losses\[0\], "b": losses\[1\], "c": losses\[2\]\}`\.',
+    ),
+    "a tensor": (lambda losses: losses["a"], r"`losses`.*Found Tensor.*the terms of a sum"),
     "none": (lambda losses: None, r"`losses`.*Found NoneType"),
     "empty": (lambda losses: {}, r"`losses`.*Found none"),
     "a number as name": (lambda losses: {**losses, 1: losses["a"]}, r"names. Found 1\b"),
@@ -73,6 +78,10 @@ FAULTS = {
         r"`b`.*attached.*Found a zero.*Leave it out",
     ),
     "a whole zero tensor": (replace("b", lambda loss: torch.tensor([0])), r"int64.*Leave it out"),
+    "a list inside": (
+        replace("b", lambda loss: [loss, loss]),
+        r"`b`.*list.*Give each entry a name",
+    ),
     "a vector": (replace("b", lambda loss: loss.repeat(3)), r"`b`.*shape \(3,\)"),
     "nothing": (replace("b", lambda loss: loss.repeat(0)), r"`b`.*shape \(0,\)"),
     "a whole number": (replace("b", lambda loss: loss.long()), r"`b`.*torch.int64"),
@@ -98,6 +107,27 @@ def test_bad_losses_are_refused_and_change_nothing(method):
         assert whole_state(model, optimizer) == before, fault
         assert snapshot(gradients(model)) == grads, fault
         assert snapshot(optimizer.metrics.as_dict()) == figures, fault
+
+
+def test_losses_without_names_lead_to_a_mapping_of_them():
+    one, other = (tensor(value) for value in (1.0, 2.0))
+    pair = '{"first": losses[0], "second": losses[1]}'
+    many = '{"first": losses[0], "second": losses[1], "third": losses[2], …}'
+    shown = {
+        f"Found list. Write `{pair}`.": [one, other],
+        f"Found tuple. Write `{pair}`.": (one, other),
+        f"Found Tensor. Write `{pair}`.": torch.stack([one, other]),
+        f"Found list. Write `{many}`.": [one] * 4,
+        "Found list. Write `dict(losses)`.": [("a", one), ("b", other)],
+        'Found list. Write `{"rate": rate, "distortion": distortion}`.': [],
+        'Found float. Write `{"rate": rate, "distortion": distortion}`.': 1.0,
+    }
+    optimizer = BalancedOptimizer(torch.optim.SGD([one, other]), Sum())
+    for message, losses in shown.items():
+        with pytest.raises(BalanceValueError, match=re.escape(message)):
+            optimizer.backward(losses)
+    named = eval(pair, {"losses": [one, other]})
+    assert optimizer.backward(named) == {"first": one, "second": other}
 
 
 def by_closure(optimizer):
@@ -192,8 +222,14 @@ def test_step_before_backward_is_refused(method):
     model, optimizer = setup(method)
     for steps in range(2):
         before = whole_state(model, optimizer)
-        with pytest.raises(BalanceError, match="should follow `backward` or `combined_loss`"):
+        with pytest.raises(
+            BalanceError, match="should follow `backward` or `combined_loss`"
+        ) as caught:
             optimizer.step()
+        assert "Call `optimizer.backward(losses)`, in place of `loss.backward()`" in str(
+            caught.value
+        )
+        assert "micro-batch" not in str(caught.value)
         assert whole_state(model, optimizer) == before
         train(model, optimizer, [steps])
 
@@ -399,8 +435,18 @@ def arguments_at_fault():
     wrapped = BalancedOptimizer(inner, Sum())
     yield "optimizer", (wrapped, Sum()), {}, "BalancedOptimizer: it is already wrapped"
     yield "optimizer", (torch.optim.SGD, Sum()), {}, "Found the class SGD. Pass an instance"
-    yield "weighting", (inner, FAMO), {}, "FAMO"
+    yield (
+        "optimizer",
+        (model.parameters(), Sum()),
+        {},
+        r"generator\. Pass an opt.*`torch\.optim\.Adam\(",
+    )
+    yield "optimizer", (list(model.parameters()), Sum()), {}, "Found Parameter. Pass an optimizer"
+    yield "weighting", (inner, NashMTL), {}, r"Found the class NashMTL\. Pass .*, `NashMTL\(\)`\.$"
+    yield "weighting", (inner, FixedWeights), {}, r"the class FixedWeights.*`FixedWeights\(…\)`\.$"
+    yield "engine", (inner, Sum()), {"engine": PerLoss}, r"the class PerLoss\..*`PerLoss\(\)`\.$"
     yield "weighting", (inner, "famo"), {}, "'famo'"
+    yield "weighting", (inner, dict), {}, "Found <class 'dict'>"
     yield "engine", (inner, Sum()), {"engine": "rows"}, "'rows'"
     yield "nonfinite", (inner, Sum()), {"nonfinite": "ignore"}, "'ignore'"
     yield "loss_names", (inner, Sum()), {"loss_names": "rate"}, "'rate'"

@@ -55,8 +55,7 @@ class Beam:
         place = place + 0.2 * speed
         self.state = torch.stack([place, speed, tilt], dim=1)
         self.age += 1
-        fallen = place.abs() > 1
-        over = fallen | (self.age >= LONGEST)
+        over = (place.abs() > 1) | (self.age >= LONGEST)
         self._restart(over)
         return (place.abs() < 0.2).float(), ~over
 
@@ -90,7 +89,7 @@ def play(agent: Agent, beam: Beam) -> tuple[Batch, float]:
         rewards.append(reward)
         lives.append(goes_on.float())
     following, returns = agent(beam.state)[1], []
-    for reward, goes_on in zip(reversed(rewards), reversed(lives), strict=True):
+    for reward, goes_on in zip(rewards[::-1], lives[::-1], strict=True):
         following = reward + DISCOUNT * goes_on * following
         returns.append(following)
     batch = Batch(torch.cat(states), torch.cat(actions), torch.cat(returns[::-1]))
@@ -114,9 +113,8 @@ class Run(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Share of the steps with a reward in the last tenth of the training."""
-        last = self.rewards[-max(1, len(self.rewards) // 10) :]
-        return mean(last)
+        """The mean reward in the last tenth of the training."""
+        return mean(self.rewards[-max(1, len(self.rewards) // 10) :])
 
 
 def start(weighting: Weighting, seed: int) -> tuple[Agent, Beam, BalancedOptimizer]:
@@ -144,14 +142,6 @@ def weigh_value(weight: float) -> FixedWeights:
     return FixedWeights({"policy": 1.0, "value": weight, "entropy": ENTROPY})
 
 
-def find_static(seed: int, steps: int) -> tuple[str, Weighting]:
-    """The best of the trials on one seed, by the rewards at the end of its training."""
-    static = {f"value weight {w:g}": weigh_value(w) for w in TRIALS}
-    scores = {name: train(rule, seed, steps).score for name, rule in static.items()}
-    best = max(scores, key=scores.__getitem__)
-    return best, static[best]
-
-
 def average(values: Sequence[float], window: int = 10) -> list[float]:
     """Means of so many consecutive values."""
     return [mean(values[i : i + window]) for i in range(len(values) - window + 1)]
@@ -159,14 +149,12 @@ def average(values: Sequence[float], window: int = 10) -> list[float]:
 
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
     figure, ((losses, coefficients, rewards),) = common.make_axes(1, 3)
-    history = runs["GradientNorms"][0].history
-    history.plot("loss", losses)
-    losses.set_yscale("symlog", linthresh=0.1)
-    history.plot("coefficient", coefficients)
-    coefficients.set_yscale("symlog", linthresh=0.01)
-    for colour, (name, seeds) in zip(common.COLOURS, runs.items(), strict=False):
-        for index, run in enumerate(seeds):
-            label = name if index == 0 else None
+    for axes, kind, linear in ((losses, "loss", 0.1), (coefficients, "coefficient", 0.01)):
+        runs["GradientNorms"][0].history.plot(kind, axes)
+        axes.set_yscale("symlog", linthresh=linear)  # either may be negative
+    for colour, (name, each) in zip(common.COLOURS, runs.items(), strict=False):
+        for run in each:
+            label = name if run is each[0] else None
             rewards.plot(average(run.rewards), color=colour, linewidth=0.9, label=label)
     rewards.set(xlabel="step", title="reward, mean of 10 batches")
     rewards.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -176,43 +164,32 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, arguments)
     steps = 12 if args.quick else 200
-    best, static = find_static(args.seed, steps)
+    static = {f"value weight {weight:g}": weigh_value(weight) for weight in TRIALS}
+    best = max(static, key=lambda name: train(static[name], args.seed, steps).score)
     constants = {"entropy": ENTROPY}
     methods = {
         "Sum": weigh_value(1.0),
-        best: static,
+        best: static[best],
         "GradientNorms": WithConstant(GradientNorms(every=10), constants),
         "NashMTL": WithConstant(NashMTL(), constants),
     }
-    runs = {
-        name: [train(rule, seed, steps) for seed in args.seeds] for name, rule in methods.items()
-    }
+    runs = {name: [train(m, seed, steps) for seed in args.seeds] for name, m in methods.items()}
 
     agent, beam, optimizer = start(methods["Sum"], args.seed)
     for _ in range(steps // 4):
         optimizer.step(partial(compute_losses, agent, play(agent, beam)[0]))
     batches = [play(agent, beam)[0] for _ in range(12)]
-    print(f"After {steps // 4} steps with the sum:")
-    print(diagnose(partial(compute_losses, agent), agent, batches), end="\n\n")
+    report = diagnose(partial(compute_losses, agent), agent, batches)
+    print(f"After {steps // 4} steps with the sum:\n{report}\n")
 
-    started = {name: start(rule, args.seed) for name, rule in methods.items()}
-    times = common.step_times(
-        {
-            name: partial(optimizer.step, partial(compute_losses, agent, batches[0]))
-            for name, (agent, _, optimizer) in started.items()
-        },
-        rounds=5 if args.quick else 100,
-    )
-    rows = [
-        [
-            name,
-            common.mean_and_range([run.score for run in seeds]),
-            common.mean_and_range([mean(run.rewards) for run in seeds]),
-            times[name],
-        ]
-        for name, seeds in runs.items()
-    ]
-    common.print_table(["method", "reward at the end", "over the training", "time of a step"], rows)
+    timed = {}
+    for name, method in methods.items():
+        agent, _, optimizer = start(method, args.seed)
+        timed[name] = partial(optimizer.step, partial(compute_losses, agent, batches[0]))
+    times = common.step_times(timed, rounds=5 if args.quick else 100)
+    scores = {name: [(run.score, mean(run.rewards)) for run in each] for name, each in runs.items()}
+    header = ["method", "reward at the end", "over the training", "time of a step"]
+    common.print_scores(header, scores, times)
     if args.figure:
         draw(runs, args.figure)
 

@@ -155,15 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"static, best of {len(TRIALS)}": lambda: best,
         "GradientNorms.encodec": partial(GradientNorms.encodec, SHARES, beta=0.99),
     }
-    runs, rows = {}, []
+    runs = {}
     for unit in (1.0, 100.0):
         for name, make in methods.items():
-            each = [train(make(), seed, steps, unit) for seed in args.seeds]
             label = name if unit == 1 else f"{name}, spectral × 100"
-            runs[label] = each
-            ratios, distances = zip(*(score(run.codec, test) for run in each), strict=True)
-            rows.append([label, common.mean_and_range(ratios), common.mean_and_range(distances)])
-    common.print_table(["method", "SNR, dB", "log-spectral distance, dB"], rows)
+            runs[label] = [train(make(), seed, steps, unit) for seed in args.seeds]
+    scores = {label: [score(run.codec, test) for run in each] for label, each in runs.items()}
+    common.print_scores(["method", "SNR, dB", "log-spectral distance, dB"], scores)
 
     codec = runs["GradientNorms.encodec"][-1].codec
     batches = [draw_sounds(BATCH) for _ in range(8)]
@@ -174,18 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     times = common.step_times(contestants, 5 if args.quick else 200)
     print(f"\nTime of a step: {times['GradientNorms.encodec']:.2f} of the sum's")
     if args.figure:
-        draw(runs, test, args.figure)
+        draw(runs["GradientNorms.encodec"][0].history, scores, args.figure)
 
 
-def draw(runs: dict[str, list[Run]], test: Tensor, path) -> None:
+def draw(history: History, scores: dict[str, list[tuple[float, float]]], path) -> None:
     figure, ((left, middle, right),) = common.make_axes(1, 3)
-    run = runs["GradientNorms.encodec"][0]
-    run.history.plot("loss", left)
-    left.set(yscale="log", title="losses, balanced")
-    run.history.plot("coefficient", middle)
-    middle.set(yscale="log", title="coefficients, balanced")
-    for i, (label, each) in enumerate(runs.items()):
-        points = zip(*(score(run.codec, test) for run in each), strict=True)
+    common.draw_history(history, left, middle)
+    left.set(title="losses, balanced")
+    middle.set(title="coefficients, balanced")
+    for i, (label, each) in enumerate(scores.items()):
+        points = zip(*each, strict=True)
         scaled = "×" in label
         colour = common.COLOURS[i % 3]
         right.plot(*points, "x" if scaled else "o", c=colour, label=None if scaled else label, ms=5)

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from moo_balance import FixedWeights
+from moo_balance import FixedWeights, History
 
 # Grey that reads on white and on dark pages, as figures have no background.
 INK = "#808080"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def parse(
-    description: str, arguments: Sequence[str] | None, **choices: Sequence[str]
-) -> argparse.Namespace:
-    """The arguments of every recipe; `seeds` has the seed of each run, one with ``--quick``.
-
-    `choices` adds arguments of which the first value is the default.
-    """
+def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of every recipe; `seeds` has the seed of each run, one with ``--quick``."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: seconds")
     parser.add_argument("--seed", type=int, default=0, help="the first of three seeds")
     parser.add_argument("--figure", type=Path, help="write the figure to this SVG or PNG file")
-    for name, values in choices.items():
-        parser.add_argument(f"--{name}", choices=values, default=values[0])
     parsed = parser.parse_args(arguments)
     parsed.seeds = range(parsed.seed, parsed.seed + (1 if parsed.quick else 3))
     torch.set_num_threads(1)  # the networks are too small to share
     return parsed
+
+
+def missing_package(error: ModuleNotFoundError, package: str) -> SystemExit:
+    """Say on stderr what to install, and return an exit with status 2, to raise."""
+    print(f"This recipe needs {package}: pip install {package} ({error}).", file=sys.stderr)
+    return SystemExit(2)
 
 
 def split_digits(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -68,6 +68,22 @@ def mean_and_range(values: Sequence[float]) -> str:
     return f"{mean:.3g} ({min(values):.3g} … {max(values):.3g})"
 
 
+def print_scores(
+    header: Sequence[str],
+    scores: Mapping[str, Sequence[Sequence[float]]],
+    times: Mapping[str, float] | None = None,
+) -> None:
+    """Print :func:`mean_and_range` of each score over the runs of each method.
+
+    `scores` has for each method a row for each run; `times` adds a column after them.
+    """
+    rows = []
+    for name, runs in scores.items():
+        columns = map(mean_and_range, zip(*runs, strict=True))
+        rows.append([name, *columns, *([times[name]] if times else [])])
+    print_table(header, rows)
+
+
 def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median time of each step, relative to that of ``"Sum"``, which has to be among them.
 
@@ -78,6 +94,8 @@ def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: value / medians["Sum"] for name, value in medians.items()}
@@ -95,6 +113,34 @@ def make_axes(rows: int, columns: int, size: tuple[float, float] = (3.2, 2.6)):
 
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_history(history: History, losses, coefficients, method: str = "") -> None:
+    """Draw losses and coefficients on logarithmic axes, with the method's name in the titles."""
+    for axes, kind in ((losses, "loss"), (coefficients, "coefficient")):
+        history.plot(kind, axes)
+        axes.set_yscale("log")
+        if method:
+            axes.set_title(f"{kind}, {method}")
+
+
+def draw_scores(axes, scores: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Draw the first score of each run as a dot, a second one as a square, in a row per method."""
+    for row, each in enumerate(scores.values()):
+        for place, values in enumerate(zip(*each, strict=True)):
+            rows = [row + 0.2 * place] * len(values)
+            axes.plot(values, rows, "os"[place], ms=5, color=f"C{row}")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+
+
+def use_few_ticks(axis) -> None:
+    """On a logarithmic axis over few powers of 10, number 1, 2 and 5 times each of them only."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure, path: Path) -> None:

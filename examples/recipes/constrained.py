@@ -33,8 +33,8 @@ class People(NamedTuple):
 
 
 class Run(NamedTuple):
-    gap: float  # on held-out people
     trained_gap: float
+    gap: float  # on held-out people
     cross_entropy: float
     accuracy: float  # %
     history: History
@@ -78,13 +78,8 @@ def train(weighting: Weighting, seed: int, steps: int) -> Run:
     with torch.no_grad():
         trained, held = compute_losses(model, people), compute_losses(model, held_out)
         right = ((model(held_out.features)[:, 0] > 0) == held_out.label.bool()).float().mean()
-    return Run(
-        held["gap"].item(),
-        trained["gap"].item(),
-        held["task"].item(),
-        100 * right.item(),
-        history,
-    )
+    numbers = trained["gap"], held["gap"], held["task"], 100 * right
+    return Run(*(number.item() for number in numbers), history)
 
 
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
@@ -129,18 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         rounds=5 if args.quick else 200,
     )
-    rows = [
-        [
-            name,
-            common.mean_and_range([run.trained_gap for run in seeds]),
-            common.mean_and_range([run.gap for run in seeds]),
-            common.mean_and_range([run.cross_entropy for run in seeds]),
-            common.mean_and_range([run.accuracy for run in seeds]),
-        ]
-        for name, seeds in runs.items()
-    ]
     header = ["method", "gap in training", "gap, held out", "cross-entropy", "accuracy, %"]
-    common.print_table(header, rows)
+    scores = {name: [run[:4] for run in seeds] for name, seeds in runs.items()}
+    common.print_scores(header, scores)
     _, bounded = times.values()
     print(f"A step with `Lagrangian` takes {bounded:.2f} times as long as one of the sum.")
     if args.figure:

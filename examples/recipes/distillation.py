@@ -171,12 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     runs = {name: [train(m, seed, steps) for seed in args.seeds] for name, m in methods.items()}
     test = make_data()[3]
-    rows = []
-    for name, each in runs.items():
-        last = [error(run.student, test) for run in each]
-        averaged = [error(run.average, test) for run in each]
-        rows.append([name, common.mean_and_range(last), common.mean_and_range(averaged)])
-    common.print_table(["method", "last weights, % wrong", "averaged, % wrong"], rows)
+    errors = {
+        name: [(error(run.student, test), error(run.average, test)) for run in each]
+        for name, each in runs.items()
+    }
+    common.print_scores(["method", "last weights, % wrong", "averaged, % wrong"], errors)
     print(f"The teacher: {error(make_teacher(), test):.3g} % wrong.")
 
     run, data = runs["Sum"][0], make_data()[1]
@@ -185,25 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scaler = run.scaler if run.scaler.is_enabled() else None
     loss_function = partial(compute_losses, run.student)
     print(f"\n{diagnose(loss_function, run.student, batches, grad_scaler=scaler)}")
-    contestants = {
-        name: partial(step, start(method, 0), batches[0]) for name, method in methods.items()
-    }
+    contestants = {name: partial(step, start(m, 0), batches[0]) for name, m in methods.items()}
     common.print_step_times(contestants, 5 if args.quick else 300)
     if args.figure:
-        draw(runs, test, args.figure)
-
-
-def draw(runs: dict[str, list[Run]], test: Digits, path) -> None:
-    figure, ((left, middle, right),) = common.make_axes(1, 3)
-    for ax, kind in ((left, "loss"), (middle, "coefficient")):
-        runs["NashMTL"][0].history.plot(kind, ax)
-        ax.set(yscale="log", title=f"{kind}, NashMTL")
-    for row, each in enumerate(runs.values()):
-        right.plot([error(run.average, test) for run in each], [row] * len(each), "o", ms=5)
-    right.set_yticks(range(len(runs)), list(runs))
-    right.invert_yaxis()
-    right.set(xlabel="held-out error, %")
-    common.save_figure(figure, path)
+        figure, ((left, middle, right),) = common.make_axes(1, 3)
+        common.draw_history(runs["NashMTL"][0].history, left, middle, "NashMTL")
+        common.draw_scores(
+            right, {name: [row[1:] for row in rows] for name, rows in errors.items()}
+        )
+        right.set(xlabel="held-out error, %")
+        common.save_figure(figure, args.figure)
 
 
 if __name__ == "__main__":

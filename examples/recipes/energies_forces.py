@@ -120,25 +120,13 @@ def train(weighting: Weighting, clusters: Clusters, seed: int, steps: int) -> Ru
     return Run(model, validation[0] * validation[1], *test, history)
 
 
-def find_static(clusters: Clusters, seed: int, steps: int) -> tuple[str, Weighting]:
-    """The best of the trials on one seed, by the product of the two errors of validation."""
-    static = {f"weight {w:g}": FixedWeights({"energy": w, "forces": 1.0}) for w in TRIALS}
-    scores = {name: train(rule, clusters, seed, steps).validation for name, rule in static.items()}
-    best = min(scores, key=scores.__getitem__)
-    return best, static[best]
-
-
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
     figure, ((losses, coefficients, result),) = common.make_axes(1, 3)
-    history = runs["NashMTL"][0].history
-    history.plot("loss", losses)
-    history.plot("coefficient", coefficients)
+    common.draw_history(runs["NashMTL"][0].history, losses, coefficients)
     for colour, (name, seeds) in zip(common.COLOURS, runs.items(), strict=False):
         points = [run.energy for run in seeds], [run.forces for run in seeds]
         result.scatter(*points, color=colour, s=18, label=name)
     result.set(xlabel="energy, meV", ylabel="forces, meV/Å", title="test error")
-    for axes in (losses, coefficients):
-        axes.set_yscale("log")
     result.legend()
     common.save_figure(figure, path)
 
@@ -147,8 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, arguments)
     steps = 10 if args.quick else 600
     clusters = make_clusters()
-    best, static = find_static(clusters, args.seed, steps)
-    methods = {"Sum": Sum(), best: static, "SumLog": SumLog(), "NashMTL": NashMTL()}
+    static = {f"weight {w:g}": FixedWeights({"energy": w, "forces": 1.0}) for w in TRIALS}
+    best = min(static, key=lambda name: train(static[name], clusters, args.seed, steps).validation)
+    methods = {"Sum": Sum(), best: static[best], "SumLog": SumLog(), "NashMTL": NashMTL()}
     runs = {
         name: [train(rule, clusters, seed, steps) for seed in args.seeds]
         for name, rule in methods.items()
@@ -161,24 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("Early in a run with the sum:")
     print(diagnose(partial(compute_losses, model), model, batches), end="\n\n")
 
-    started = {name: start(rule, args.seed) for name, rule in methods.items()}
-    times = common.step_times(
-        {
-            name: partial(optimizer.step, partial(compute_losses, model, batches[0]))
-            for name, (model, optimizer) in started.items()
-        },
-        rounds=5 if args.quick else 100,
-    )
-    rows = [
-        [
-            name,
-            common.mean_and_range([run.energy for run in runs[name]]),
-            common.mean_and_range([run.forces for run in runs[name]]),
-            times[name],
-        ]
-        for name in methods
-    ]
-    common.print_table(["method", "energy, meV", "forces, meV/Å", "time of a step"], rows)
+    timed = {}
+    for name, method in methods.items():
+        model, optimizer = start(method, args.seed)
+        timed[name] = partial(optimizer.step, partial(compute_losses, model, batches[0]))
+    times = common.step_times(timed, rounds=5 if args.quick else 100)
+    scores = {name: [(run.energy, run.forces) for run in each] for name, each in runs.items()}
+    header = ["method", "energy, meV", "forces, meV/Å", "time of a step"]
+    common.print_scores(header, scores, times)
     if args.figure:
         draw(runs, args.figure)
 

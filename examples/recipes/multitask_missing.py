@@ -152,12 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "NashMTL": NashMTL(),
     }
     runs = {name: [train(m, seed, steps) for seed in args.seeds] for name, m in methods.items()}
-    rows = []
-    for name, each in runs.items():
-        test = make_data(0)[2]
-        errors = zip(*(score(run.network, test) for run in each), strict=True)
-        rows.append([name, *map(common.mean_and_range, errors)])
-    common.print_table(["method", "image, RMSE", "digit, % wrong", "holes, % wrong"], rows)
+    test = make_data(0)[2]
+    errors = {name: [score(run.network, test) for run in each] for name, each in runs.items()}
+    common.print_scores(["method", "image, RMSE", "digit, % wrong", "holes, % wrong"], errors)
 
     run, data = runs["Sum"][0], make_data(args.seed)[0]
     labelled = [data.choose(part.nonzero()[:, 0]) for part in (data.has_digit, data.has_holes)]

@@ -131,24 +131,13 @@ def relative_error(network: nn.Module) -> float:
     return float((network(grid)[..., 0] - exact).norm() / exact.norm())
 
 
-def find_static(seed: int, steps: int, finish: int) -> tuple[str, Weighting]:
-    """The best of the trials on one seed, by the error that the other methods do not see."""
-    static = {f"weight {w:g}": weigh_conditions(w) for w in TRIALS}
-    scores = {name: train(rule, seed, steps, finish).error for name, rule in static.items()}
-    best = min(scores, key=scores.__getitem__)
-    return best, static[best]
-
-
 def weigh_conditions(weight: float) -> FixedWeights:
     return FixedWeights({"residual": 1.0, "initial": weight, "boundary": weight})
 
 
 def draw(run: Run, runs: dict[str, list[Run]], path: Path) -> None:
     figure, ((losses, coefficients, solution),) = common.make_axes(1, 3)
-    run.history.plot("loss", losses)
-    run.history.plot("coefficient", coefficients)
-    for axes in (losses, coefficients):
-        axes.set_yscale("log")
+    common.draw_history(run.history, losses, coefficients)
     x = np.linspace(-1, 1, 201)
     exact = reference(x, np.ones(201))
     solution.plot(x, exact, color=common.INK, linestyle="--", zorder=3, label="reference")
@@ -163,43 +152,34 @@ def draw(run: Run, runs: dict[str, list[Run]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, arguments)
     steps, finish = (10, 5) if args.quick else (400, 400)
-    best, static = find_static(args.seed, steps, finish)
+    static = {f"weight {weight:g}": weigh_conditions(weight) for weight in TRIALS}
+    # By the error, which the other methods do not see.
+    best = min(static, key=lambda name: train(static[name], args.seed, steps, finish).error)
     methods = {
         "Sum": Sum(),
-        best: static,
+        best: static[best],
         "GradientNorms": GradientNorms(every=10),
         "NashMTL": NashMTL(),
     }
     runs = {
-        name: [train(rule, seed, steps, finish) for seed in args.seeds]
-        for name, rule in methods.items()
+        name: [train(m, seed, steps, finish) for seed in args.seeds] for name, m in methods.items()
     }
 
     network, points, optimizer = start(Sum(), args.seed)
     for _ in range(steps // 4):
         optimizer.step(partial(compute_losses, network, points))
-    losses_fn = partial(compute_losses, network)
+    batches = [draw_points() for _ in range(8)]
     print(f"After {steps // 4} steps with the sum:")
-    print(diagnose(losses_fn, network, [draw_points() for _ in range(8)]), end="\n\n")
+    print(diagnose(partial(compute_losses, network), network, batches), end="\n\n")
 
-    started = {name: start(rule, args.seed) for name, rule in methods.items()}
-    times = common.step_times(
-        {
-            name: partial(optimizer.step, partial(compute_losses, network, points))
-            for name, (network, points, optimizer) in started.items()
-        },
-        rounds=5 if args.quick else 60,
-    )
-    rows = [
-        [
-            name,
-            common.mean_and_range([run.after_adam for run in runs[name]]),
-            common.mean_and_range([run.error for run in runs[name]]),
-            times[name],
-        ]
-        for name in methods
-    ]
-    common.print_table(["method", "error after Adam", "error after L-BFGS", "time of a step"], rows)
+    timed = {}
+    for name, method in methods.items():
+        network, points, optimizer = start(method, args.seed)
+        timed[name] = partial(optimizer.step, partial(compute_losses, network, points))
+    times = common.step_times(timed, rounds=5 if args.quick else 60)
+    scores = {name: [(run.after_adam, run.error) for run in each] for name, each in runs.items()}
+    header = ["method", "error after Adam", "error after L-BFGS", "time of a step"]
+    common.print_scores(header, scores, times)
     if args.figure:
         draw(runs["NashMTL"][0], runs, args.figure)
 

@@ -11,7 +11,7 @@ score is the Fréchet distance (rFID) between features of held-out digits and th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -149,34 +149,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     trials = [FixedWeights({"nll": 1.0, "generator": weight}) for weight in TRIALS]
     best = min(trials, key=validate)
-    adaptive = {
-        share: GradientNorms.vqgan("nll", preference={"nll": 1.0, "generator": share})
-        for share in (0.8, 0.2)
-    }
     methods = {
         "no discriminator": FixedWeights({"nll": 1.0, "generator": 0.0}),
         "Sum": Sum(),
         f"static, {best.values['generator']}, best of {len(TRIALS)}": best,
-        **{f"GradientNorms.vqgan, {share}": method for share, method in adaptive.items()},
     }
+    for share in (0.8, 0.2):
+        method = GradientNorms.vqgan("nll", preference={"nll": 1.0, "generator": share})
+        methods[f"GradientNorms.vqgan, {share}"] = method
     runs = {name: [train(m, s, steps, training) for s in args.seeds] for name, m in methods.items()}
-    rows = []
-    for name, each in runs.items():
-        distances, errors = zip(*(score(run.model, test) for run in each), strict=True)
-        rows.append([name, common.mean_and_range(distances), common.mean_and_range(errors)])
-    common.print_table(["method", "rFID", "error, grey values"], rows)
+    scores = {name: [score(run.model, test) for run in each] for name, each in runs.items()}
+    common.print_scores(["method", "rFID", "error, grey values"], scores)
 
-    last = runs["GradientNorms.vqgan, 0.8"][-1]
+    adaptive = "GradientNorms.vqgan, 0.8"
+    last = runs[adaptive][-1]
     batches = [training[torch.randint(len(training), (BATCH,))] for _ in range(8)]
-    print(
-        f"\n{diagnose(lambda x: compute_losses(last.model, last.judge, x)[0], last.model, batches)}"
-    )
-    contestants = {}
-    for name in ("Sum", "GradientNorms.vqgan, 0.8"):
-        started = start(methods[name], 0)
-        contestants[name] = lambda started=started: step(*started, batches[0], True)
+    report = diagnose(lambda x: compute_losses(last.model, last.judge, x)[0], last.model, batches)
+    print(f"\n{report}")
+    contestants = {
+        name: partial(step, *start(methods[name], 0), batches[0], True)
+        for name in ("Sum", adaptive)
+    }
     times = common.step_times(contestants, 5 if args.quick else 200)
-    print(f"\nTime of a step, discriminator included: {times[name]:.2f} of the sum's")
+    print(f"\nTime of a step, discriminator included: {times[adaptive]:.2f} of the sum's")
     if args.figure:
         draw(runs, test, args.figure)
 

@@ -14,7 +14,6 @@ from moo_balance._reevaluation.dry_runs import DryRuns as DryRuns
 from moo_balance._reevaluation.evaluation import (
     Reevaluation as Reevaluation,
     add_losses as add_losses,
-    add_note as add_note,
     evaluate as evaluate,
     repeat_all as repeat_all,
 )

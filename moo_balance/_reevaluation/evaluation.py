@@ -215,11 +215,3 @@ def without_synchronization(modules: Iterable[nn.Module]) -> Iterator[None]:
         finally:
             for module in broadcasting:
                 request_buffer_broadcast(module)
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """``error.add_note(note)``, which Python 3.10 does not have."""
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]

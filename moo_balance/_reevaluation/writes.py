@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moo_balance._hints import add_note
+
 Step = TypeVar("Step", bound=Callable[..., Any])
+
+_SUBCLASS = (
+    "The losses are evaluated under a TorchDispatchMode, which finds what they write. PyTorch "
+    "cannot construct a subclass by `Tensor.__new__` there: construct it before, or by "
+    "`tensor.as_subclass`, or use a method that does not need the losses after the step."
+)
 
 _push_mode: Callable[[object], object] | None = getattr(
     torch._C, "_push_on_torch_dispatch_stack", None
@@ -212,6 +220,10 @@ def watch_writes(report: Callable[[Tensor, Effect], None]) -> Iterator[None]:
     _push_mode(_Watch(report))
     try:
         yield
+    except RuntimeError as error:
+        if "Creating a new Tensor subclass" in str(error):
+            add_note(error, _SUBCLASS)
+        raise
     finally:
         _pop_mode(None)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from moo_balance._hints import name_nearest
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting.base import State, Statistics, Weighting, state_dtype
@@ -200,10 +201,12 @@ def check_names(argument: str, value: object, names: Sequence[str], complete: bo
     unknown = [name for name in value if name not in names]
     missing = [name for name in names if name not in value] if complete else []
     if unknown or missing:
-        fault = f"`{unknown[0]}`, which is none" if unknown else f"nothing for `{missing[0]}`"
+        fault = f"nothing for `{missing[0]}`." if missing else ""
+        if unknown:
+            fault = f"`{unknown[0]}`, which is none.{name_nearest(unknown[0], names)}"
         listed = ", ".join(f"`{name}`" for name in names)
         raise BalanceValueError(
-            f"Parameter `{argument}` should name the losses {listed}. Found {fault}. "
+            f"Parameter `{argument}` should name the losses {listed}. Found {fault} "
             "Give each loss by the name it has in `backward`. If the first batch lacks some, "
             "declare all of them by `loss_names=[…]` of BalancedOptimizer."
         )

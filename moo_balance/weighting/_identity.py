@@ -30,6 +30,12 @@ def method_name(weighting: Weighting) -> str:
     return type(weighting).__name__ + (f"({', '.join(nested)})" if nested else "")
 
 
+def with_nested(weighting: Weighting) -> list[Weighting]:
+    """A weighting, and all that are inside of it."""
+    inner = _weightings_in(list(_parameters(weighting).values()))
+    return [weighting, *(each for nested in inner for each in with_nested(nested))]
+
+
 def _module_name(module: nn.Module) -> str:
     """The class of a module, with those of the modules inside of it."""
     nested = ", ".join(map(_module_name, module.children()))

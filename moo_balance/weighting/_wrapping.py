@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from moo_balance._hints import describe_value
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting.base import Needs, State, Statistics, Weighting
 
@@ -37,6 +40,10 @@ class WrappingWeighting(Weighting):
     def every(self) -> int:
         return self.weighting.every
 
+    @property
+    def constant_losses(self) -> Collection[str]:
+        return self.weighting.constant_losses
+
     def observe(self, statistics: Statistics, state: State) -> State:
         inner = self.weighting.observe(statistics, inner_state(state))
         return {**state, **as_inner(inner)}
@@ -47,7 +54,7 @@ def check_weighting(owner: Weighting, argument: str, value: object) -> None:
     if not isinstance(value, Weighting):
         raise BalanceValueError(
             f"Parameter `{argument}` of {type(owner).__name__} should be an instance of a method "
-            f"such as `MGDA()`. Found {value!r}."
+            f"such as `MGDA()`. Found {describe_value(value, Weighting)}."
         )
 
 

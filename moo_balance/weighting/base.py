@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -157,6 +157,15 @@ class Weighting(ABC):
     def bound_advice(self) -> str:
         """What to do about a loss that is below its bound, as the error message ends."""
         return "Give a loss that stays above."
+
+    @property
+    def constant_losses(self) -> Collection[str]:
+        """The losses with a constant coefficient, which the method does not balance.
+
+        They have no bound, and never count as satisfied: their gradients may be zero over the
+        parameters that are compared, and not elsewhere.
+        """
+        return ()
 
     @property
     def leaves_out_satisfied(self) -> bool:

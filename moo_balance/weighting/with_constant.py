@@ -20,7 +20,7 @@ from moo_balance.weighting._arguments import (
     values_by_name,
 )
 from moo_balance.weighting._entries import replace_entries, select_along, select_entries
-from moo_balance.weighting._identity import method_name
+from moo_balance.weighting._identity import method_name, with_nested
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
     as_inner,
@@ -81,7 +81,7 @@ class WithConstant(WrappingWeighting):
         check_weighting(self, "weighting", self.weighting)
         copy_mappings(self)
         check_mapping(self, "constants")
-        for method in _methods_in(self.weighting):
+        for method in with_nested(self.weighting):
             if isinstance(method, RowWeighting):
                 raise BalanceValueError(
                     "Parameter `weighting` of WithConstant should be a method that knows gradients "
@@ -110,8 +110,7 @@ class WithConstant(WrappingWeighting):
 
     @property
     def constant_losses(self) -> Collection[str]:
-        """The losses that are not balanced."""
-        return {*self.constants, *getattr(self.weighting, "constant_losses", ())}
+        return {*self.constants, *self.weighting.constant_losses}
 
     def lower_bounds(self, names: Sequence[str]) -> list[float]:
         bounds = iter(self.weighting.lower_bounds(self._without_constants(names)))
@@ -186,17 +185,6 @@ class WithConstant(WrappingWeighting):
             satisfied=None if satisfied is None else satisfied[positions],
         )
         return seen, positions
-
-
-def _methods_in(weighting: Weighting) -> list[Weighting]:
-    """A method and those inside of it."""
-    values = [
-        entry
-        for value in vars(weighting).values()
-        for entry in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
-    inner = [value for value in values if isinstance(value, Weighting)]
-    return [weighting, *(method for each in inner for method in _methods_in(each))]
 
 
 def _index(marks: Sequence[bool], device: torch.device) -> Tensor:

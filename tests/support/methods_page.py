@@ -53,7 +53,7 @@ def table() -> str:
 def _cells(name: str) -> list[str]:
     facts, row = FACTS[name], default_row(name)
     return [
-        f"{{class}}`~moo_balance.{name}`",
+        f"`{name}`",
         facts.equalizes,
         facts.total or TOTALS.get(row.total, "nothing fixed"),
         facts.units or ("no" if row.scaling in ("inverse", "shares", "direction") else "yes"),

@@ -1,11 +1,21 @@
-"""Messages about an unknown name tell the nearest known one."""
+"""Messages tell the nearest known name, and how to make an instance of a class."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from moo_balance import BalancedOptimizer, BalanceValueError, History, Sum
-from moo_balance._validation import name_nearest
+from moo_balance import (
+    MGDA,
+    BalancedOptimizer,
+    BalanceValueError,
+    FixedWeights,
+    History,
+    MovingAverage,
+    Sum,
+    Weighting,
+)
+from moo_balance._hints import describe_value, name_nearest
 from tests.support.problems import SmallModel, sgd
 
 
@@ -31,3 +41,21 @@ def test_backward_observe_and_history_tell_it() -> None:
     history.append(optimizer.metrics)
     with pytest.raises(BalanceValueError, match=r"nearest known name is 'loss/rate'\."):
         history.series("loss/rat")
+
+
+def test_arguments_of_methods_tell_it() -> None:
+    names = ["rate", "distortion"]
+    with pytest.raises(BalanceValueError, match=r"`rat`, which is none\. The nearest.*'rate'\. G"):
+        MGDA(preference={"rat": 1.0, "distortion": 2.0}).init(names, torch.device("cpu"))
+    with pytest.raises(BalanceValueError, match=r"Found nothing for `rate`\. Give"):
+        MGDA(preference={"distortion": 2.0}).init(names, torch.device("cpu"))
+
+
+def test_a_class_in_place_of_an_instance_is_told() -> None:
+    with pytest.raises(
+        BalanceValueError, match=r"the class MGDA\. Pass an instance, `MGDA\(\)`\.$"
+    ):
+        MovingAverage(MGDA)
+    assert describe_value(FixedWeights, Weighting).endswith("`FixedWeights(…)`")
+    assert describe_value(dict, Weighting) == "<class 'dict'>"
+    assert describe_value(3, Weighting) == "3"
