@@ -60,7 +60,7 @@ PUBLIC_MODULES = (
 
 code_links_modules = list(PUBLIC_MODULES)
 # Their code also names parameters, or objects of other libraries, that are called as ours.
-code_links_exclude = ["coming_from", "errors", "torchjd"]
+code_links_exclude = ["coming_from", "errors", "recipes/nequip_potential", "torchjd"]
 
 
 def refuse_undocumented_names(app: Sphinx, env: BuildEnvironment) -> None:

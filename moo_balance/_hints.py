@@ -14,9 +14,9 @@ def name_nearest(name: object, known: Iterable[str]) -> str:
     return f" The nearest known name is {nearest[0]!r}." if nearest else ""
 
 
-def describe_value(value: object, *kinds: type) -> str:
-    """A value in place of an instance of `kinds`; of such a class also how to make an instance."""
-    if not (isinstance(value, type) and issubclass(value, kinds)):
+def describe_value(value: object, kind: type) -> str:
+    """A value in place of an instance of `kind`; of such a class also how to make an instance."""
+    if not isinstance(value, type) or not issubclass(value, kind) or inspect.isabstract(value):
         return repr(value)
     needed = any(map(is_required, inspect.signature(value).parameters.values()))
     call = f"{value.__name__}({'…' if needed else ''})"

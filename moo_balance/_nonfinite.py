@@ -23,8 +23,10 @@ from moo_balance.weighting.base import State, Statistics, Weighting
 _ONE = torch.ones((), device="cpu")
 
 _ZERO = torch.finfo(torch.float32).tiny ** 2
-"""The squared length, about 1e-76, up to which a gradient counts as zero: entries of float32 are
-subnormal there and have lost their digits, and a coefficient of its inverse length would overflow.
+"""The squared length, about 1e-76, up to which a gradient counts as zero, in any dtype.
+
+Entries of float32 are subnormal there and have lost digits, and a coefficient in units of inverse
+length would overflow.
 """
 
 
@@ -135,7 +137,9 @@ def flag_gradients(flags: Flags, names: Sequence[str], gramian: Tensor, scaled: 
         satisfied = unite(flags.satisfied, squares.abs() <= _ZERO)
         return flags._replace(gradients=~squares.isfinite(), satisfied=satisfied)
     values = squares.tolist()
-    if min(map(abs, values)) <= _ZERO:  # estimates from independent batches may be negative
+    # Estimates from independent batches may be negative. If the first is NaN, so is the minimum,
+    # and each is looked at.
+    if not min(map(abs, values)) > _ZERO:
         flags = flags._replace(satisfied=unite(flags.satisfied, squares.abs() <= _ZERO))
     # The sum of finite terms may overflow, so only a finite sum is an answer.
     if math.isfinite(sum(values)) or all(map(math.isfinite, values)):

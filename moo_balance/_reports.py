@@ -137,9 +137,11 @@ class ConflictReport:
 
 def _describe_lengths(losses: Mapping[str, LossFigures]) -> str:
     """The longest and the shortest gradient; empty if their norms are alike, or there are none."""
+    if not losses:
+        return ""
     norms = {name: each.norm for name, each in losses.items()}
-    longest, shortest = (pick(norms, key=norms.__getitem__, default="") for pick in (max, min))
-    if not longest or norms[longest] < _FACTOR * norms[shortest]:
+    longest, shortest = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
+    if norms[longest] < _FACTOR * norms[shortest]:
         return ""
     ratio = norms[longest] / norms[shortest]
     return f"the gradient of `{longest}` is {ratio:.3g} times as long as that of `{shortest}`"

@@ -146,12 +146,12 @@ def count_satisfied(
     satisfied: Tensor | None,
     at_bound: Tensor | None,
 ) -> Tensor | None:
-    """Those of the losses whose gradient is zero, or which are at their bound, that count.
+    """Those of the losses whose gradient counts as zero, or which are at their bound, that count.
 
     Args:
         method: In use.
         names: The K losses.
-        satisfied: Losses at their bound, or whose gradient is zero, as booleans [K].
+        satisfied: Losses at their bound, or whose gradient counts as zero, as booleans [K].
         at_bound: The former; None for none.
     """
     if not method.uses_gramian:

@@ -61,7 +61,7 @@ class StepMetrics:
     def satisfied(self) -> tuple[str, ...]:
         """The losses that counted as satisfied, and had no part in the balance. Synchronizes.
 
-        Such a loss equals its lower bound, or its gradient is zero; its coefficient is 0.
+        Such a loss equals its lower bound, or its gradient counts as zero; its coefficient is 0.
         """
         return names_of(self.names, self._satisfied)
 
@@ -218,7 +218,7 @@ class StepMetrics:
             return self._all_cosines(self.gramian).amin()
         if name == "mean":
             return self._all_cosines(self.gramian).mean()
-        pair = _positions_of_pairs(self.names).get(name)
+        pair = positions_of_pairs(self.names).get(name)
         return None if pair is None else _cosines(self.gramian, *pair)
 
 
@@ -267,14 +267,14 @@ def _list_keys(
 ) -> tuple[str, ...]:
     keys = [f"{kind}/{name}" for kind in kinds for name in names]
     if cosines and len(names) > 1:
-        labels = _positions_of_pairs(names) if pairs else ("min", "mean")
+        labels = positions_of_pairs(names) if pairs else ("min", "mean")
         keys += [f"cosine/{label}" for label in labels]
         keys.append(_ALIGNMENT)
     return tuple(keys)
 
 
 @lru_cache(maxsize=8)
-def _positions_of_pairs(names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+def positions_of_pairs(names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """Positions of each pair, under a label that no other pair has."""
     escaped = [name.replace("\\", "\\\\").replace(",", "\\,") for name in names]
     pairs = combinations(range(len(names)), 2)

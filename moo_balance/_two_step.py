@@ -59,9 +59,9 @@ def check_steps(optimizer: Optimizer, nonfinite: str, weighting: Weighting) -> N
             )
         return
     step: Any = optimizer.step
-    if inspect.unwrap(step) is inspect.unwrap(type(optimizer).step):
-        # A scheduler that was made before has wrapped it in a function without its signature.
-        step = MethodType(type(optimizer).step, optimizer)
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        # A scheduler that was made before has put a function in place of the bound method.
+        step = MethodType(inspect.unwrap(step), optimizer)
     try:
         arguments = inspect.signature(step).parameters.values()
     except (TypeError, ValueError):

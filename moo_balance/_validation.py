@@ -95,7 +95,7 @@ def check_method(weighting: object, engine: object) -> None:
             hint = " Wrap it in moo_balance.integrations.torchjd.TorchJD."
         raise BalanceValueError(
             "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
-            f"Found {describe_value(weighting, Weighting, Engine)}.{hint}"
+            f"Found {describe_value(weighting, Weighting)}.{hint}"
         )
     if engine is None:
         return
@@ -115,7 +115,7 @@ def read_engine(engine: object) -> Engine:
     if not isinstance(engine, Engine):
         raise BalanceValueError(
             "Parameter `engine` should be an Engine such as `PerLoss()`. Found "
-            f"{describe_value(engine, Weighting, Engine)}."
+            f"{describe_value(engine, Engine)}."
         )
     return engine
 
@@ -423,7 +423,7 @@ def _no_losses(losses: object, declared: Sequence[str] | None) -> BalanceValueEr
 
 def _show_mapping(losses: object, declared: Sequence[str] | None, verb: str) -> str:
     """A sentence that shows how to give names to what was passed without them."""
-    if isinstance(losses, list) and losses and all(isinstance(each, tuple) for each in losses):
+    if isinstance(losses, list) and losses and all(map(_is_named, losses)):
         return f"{verb} `dict(losses)`."
     if isinstance(losses, (list, tuple)) or (isinstance(losses, Tensor) and losses.ndim == 1):
         count = len(losses)
@@ -436,6 +436,11 @@ def _show_mapping(losses: object, declared: Sequence[str] | None, verb: str) -> 
     if isinstance(losses, Tensor):
         return f"{verb} {example}, with the terms of a sum in place of the sum."
     return f"{verb} {example}."
+
+
+def _is_named(entry: object) -> bool:
+    """Whether an entry is a pair of a name and something else."""
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def _bad_name(name: object) -> BalanceValueError:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from moo_balance import _history_file
 from moo_balance._hints import name_nearest
 from moo_balance._run_figure import PERPENDICULAR, Panel, draw
-from moo_balance._step_metrics import FEW_LOSSES, StepMetrics
+from moo_balance._step_metrics import FEW_LOSSES, StepMetrics, positions_of_pairs
 from moo_balance.errors import BalanceValueError
 
 if TYPE_CHECKING:
@@ -255,22 +254,24 @@ class History:
             lines = {name: self.improvement(name, window) for name in self._loss_names()}
             label = f"relative improvement in {_count_steps(window)}"
         else:
-            keys = [key for key in self.keys() if key.partition("/")[0] == kind]
+            keys = [key for key in self.keys() if _kind(key) == kind]
             lines = {key.removeprefix(f"{kind}/"): self.series(key) for key in keys}
             label = kind
         if not lines:
-            kinds = dict.fromkeys(key.partition("/")[0] for key in self.keys())
+            kinds = dict.fromkeys(map(_kind, self.keys()))
             self._check_empty("kind", kind, (*kinds, "improvement"))
         if ax is None:
             ax = _import("matplotlib.pyplot", "plot").figure().add_subplot()
-        others, labels = ax.get_legend_handles_labels()
-        drawn = [ax.plot(*series, label=name)[0] for name, series in lines.items()]
+        for name, series in lines.items():
+            ax.plot(*series, label=name.replace("$", r"\$"))
         ax.set_xlabel("step")
         ax.set_ylabel(label)
         if lines:
-            legend = ax.legend([*others, *drawn], [*labels, *lines])
-            for text in legend.get_texts()[len(labels) :]:
-                text.set_parse_math(False)  # a name may contain dollar signs
+            # Matplotlib lists no label with an underscore at its start, as lines without one have.
+            named = [line for line in ax.lines if not str(line.get_label()).startswith("_child")]
+            others = [each for each in ax.get_legend_handles_labels()[0] if each not in named]
+            handles = [*others, *named]
+            ax.legend(handles, [each.get_label() for each in handles])
         return ax
 
     def figure(self) -> Figure:
@@ -312,8 +313,7 @@ class History:
         lasts = steps[window - 1 :: window]
 
         def panel(title: str, *kinds: str, **style: Any) -> Panel:
-            places = [(kind, i) for kind in kinds for i in range(len(keys))]
-            chosen = [i for kind, i in places if keys[i].partition("/")[0] == kind]
+            chosen = [i for kind in kinds for i, key in enumerate(keys) if _kind(key) == kind]
             single = (steps, table[:, chosen]) if window > 1 else None
             labels = [keys[i].removeprefix(f"{title}/") for i in chosen]
             middles = lasts - (window - 1) / 2
@@ -372,12 +372,11 @@ class History:
 
     def _pairs(self) -> dict[str, tuple[str, str]]:
         """The two losses of each pair, by its label in a key."""
-        pairs: dict[str, tuple[str, str]] = {}
-        for step in self._steps:
-            keys = [key for key in step._keys(True) if key.startswith("cosine/")]
-            labels = [key.removeprefix("cosine/") for key in keys]
-            pairs.update(zip(labels, combinations(step.names, 2), strict=False))
-        return pairs
+        return {
+            label: (names[j], names[k])
+            for names in dict.fromkeys(step.names for step in self._steps)
+            for label, (j, k) in positions_of_pairs(names).items()
+        }
 
     def _perpendicular(self) -> Tensor:
         """The alignment of each step if its gradients were perpendicular; NaN where there is none.
@@ -407,6 +406,11 @@ class History:
                 f"Parameter `{argument}` should be one of {', '.join(map(repr, known))}. "
                 f"Found {value!r}.{name_nearest(value, known)}"
             )
+
+
+def _kind(key: str) -> str:
+    """What a series is of, as in ``"loss/rate"``."""
+    return key.partition("/")[0]
 
 
 def _window_means(values: Tensor, window: int) -> Tensor:

@@ -57,5 +57,6 @@ def test_a_class_in_place_of_an_instance_is_told() -> None:
     ):
         MovingAverage(MGDA)
     assert describe_value(FixedWeights, Weighting).endswith("`FixedWeights(…)`")
+    assert describe_value(Weighting, Weighting) == repr(Weighting)
     assert describe_value(dict, Weighting) == "<class 'dict'>"
     assert describe_value(3, Weighting) == "3"

@@ -371,9 +371,12 @@ def test_the_legend_of_a_plot_has_each_name_as_it_is(tmp_path):
     names = ("_y", "$\\no{$", "a,b")
     axes = plt.figure().add_subplot()
     axes.plot([0, 1], [0, 1], label="mine")
-    history_of([step(names)] * 2).plot("weight", ax=axes)
-    axes.figure.savefig(tmp_path / "run.png", dpi=40)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine", *names]
+    history = history_of([step(names)] * 2)
+    for count, kind in enumerate(("weight", "coefficient"), 1):
+        history.plot(kind, ax=axes)
+        axes.figure.savefig(tmp_path / "run.png", dpi=40)
+        shown = [text.get_text().replace(r"\$", "$") for text in axes.get_legend().get_texts()]
+        assert shown == ["mine", *names * count]
     plt.close(axes.figure)
 
 

@@ -340,6 +340,9 @@ def test_full_names_of_the_package_exist(page):
         ("FAMO, rescale", None),
         ("torch.FAMO", None),
         ("famo", None),
+        ("FAMO() or FAMO()", None),
+        ("FAMO(every=10), rescale()", None),
+        ("FAMO(shift=(1))", "moo_balance.FAMO"),
         ("", None),
     ],
 )

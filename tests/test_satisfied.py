@@ -18,6 +18,7 @@ from moo_balance import (
     NashMTL,
     SumLog,
 )
+from moo_balance._nonfinite import Flags, flag_gradients
 from moo_balance.weighting import Statistics
 from tests.support.internals import treat_cpu_as_device
 from tests.support.problems import (
@@ -216,6 +217,13 @@ def test_a_gradient_of_subnormal_numbers_counts_as_zero(scale, satisfied, on_dev
     optimizer.backward({"a": scale * weight[0], "b": weight[1]})
     assert optimizer.metrics.satisfied == satisfied
     assert weight.grad.tolist() == pytest.approx([0.0 if satisfied else 1.0, 1.0])
+
+
+@pytest.mark.parametrize("squares", [[math.nan, 0.0], [0.0, math.nan]])
+def test_a_zero_gradient_is_found_beside_one_that_is_not_finite(squares):
+    gramian = torch.diag(torch.tensor(squares, dtype=torch.float64))
+    flags = flag_gradients(Flags(), ("a", "b"), gramian, scaled=True)
+    assert flags.satisfied.tolist() == [square == 0.0 for square in squares]
 
 
 # ---------------------------------------------------------------------- every n-th step

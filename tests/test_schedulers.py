@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from types import MethodType
 
 import pytest
 from torch.optim import SGD, lr_scheduler as schedules
@@ -140,6 +141,14 @@ def test_a_scheduler_may_be_made_before_the_wrapper(name):
             advance(schedule, step)
         assert rates(optimizer) == rates(plain)
     assert snapshot(model.state_dict()) == snapshot(twin.state_dict())
+
+
+def test_a_scheduler_may_be_made_on_a_replaced_step():
+    model = SmallModel()
+    inner = grouped(model)
+    inner.step = MethodType(lambda self, closure=None: None, inner)
+    schedules.StepLR(inner, 3)
+    BalancedOptimizer(inner, Sum())
 
 
 def test_a_step_that_needs_a_closure_is_refused_also_with_a_scheduler():

@@ -119,6 +119,7 @@ def test_losses_without_names_lead_to_a_mapping_of_them():
         f"Found Tensor. Write `{pair}`.": torch.stack([one, other]),
         f"Found list. Write `{many}`.": [one] * 4,
         "Found list. Write `dict(losses)`.": [("a", one), ("b", other)],
+        f"Found list. Write `{pair}`": [(one, other), (other, one)],
         'Found list. Write `{"rate": rate, "distortion": distortion}`.': [],
         'Found float. Write `{"rate": rate, "distortion": distortion}`.': 1.0,
     }
@@ -445,6 +446,8 @@ def arguments_at_fault():
     yield "weighting", (inner, NashMTL), {}, r"Found the class NashMTL\. Pass .*, `NashMTL\(\)`\.$"
     yield "weighting", (inner, FixedWeights), {}, r"the class FixedWeights.*`FixedWeights\(…\)`\.$"
     yield "engine", (inner, Sum()), {"engine": PerLoss}, r"the class PerLoss\..*`PerLoss\(\)`\.$"
+    yield "weighting", (inner, PerLoss), {}, r"Found <class '.*PerLoss'>\.$"
+    yield "engine", (inner, Sum()), {"engine": NashMTL}, r"Found <class '.*NashMTL'>\.$"
     yield "weighting", (inner, "famo"), {}, "'famo'"
     yield "weighting", (inner, dict), {}, "Found <class 'dict'>"
     yield "engine", (inner, Sum()), {"engine": "rows"}, "'rows'"

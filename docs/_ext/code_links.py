@@ -14,7 +14,8 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
 
-CALL = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
+# A name, or a call of it: with brackets of one level inside, so that it is not two calls.
+CALL = re.compile(r"([A-Za-z_][\w.]*)(\([^()]*(\([^()]*\)[^()]*)*\))?")
 UNCHANGED = (nodes.title, nodes.reference, addnodes.desc)
 
 

@@ -23,7 +23,7 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 _SUBCLASS = (
     "The losses are evaluated under a TorchDispatchMode, which finds what they write. PyTorch "
     "cannot construct a subclass by `Tensor.__new__` there: construct it before, or by "
-    "`tensor.as_subclass`, or use a method that does not need the losses after the step."
+    "`tensor.as_subclass`."
 )
 
 _push_mode: Callable[[object], object] | None = getattr(

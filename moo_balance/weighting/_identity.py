@@ -31,7 +31,7 @@ def method_name(weighting: Weighting) -> str:
 
 
 def with_nested(weighting: Weighting) -> list[Weighting]:
-    """A weighting, and all that are inside of it."""
+    """A weighting, and all that are among its hyper-parameters, and theirs."""
     inner = _weightings_in(list(_parameters(weighting).values()))
     return [weighting, *(each for nested in inner for each in with_nested(nested))]
 
