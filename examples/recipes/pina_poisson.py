@@ -37,10 +37,10 @@ try:
         SelfAdaptiveWeighting,
     )
 
-    from examples.recipes._lightning import QUIET, Recorder, silence, step_times
+    from examples.recipes._lightning import QUIET, Recorder, silence, step_times_of_runs
     from moo_balance.integrations.lightning import combined_loss
 except ModuleNotFoundError as error:
-    raise common.missing_package(error, "pina-mathlab") from error
+    raise common.missing_package(error, "pip install pina-mathlab") from error
 
 TRIALS = (10.0, 100.0, 1000.0)  # static weights of the boundary; the plain sum is one more trial
 
@@ -156,9 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: [train(each, seed, steps) for seed in args.seeds] for name, each in methods.items()
     }
     short = {
-        name: lambda each=each: train(each, args.seed, 15)[2] for name, each in methods.items()
+        name: lambda each=each: train(each, args.seed, 15).recorder
+        for name, each in methods.items()
     }
-    times = step_times(short, rounds=1 if args.quick else 8)
+    times = step_times_of_runs(short, rounds=1 if args.quick else 8)
     errors = {name: [(run.error,) for run in each] for name, each in runs.items()}
     common.print_scores(["method", "relative error", "time of a step"], errors, times)
     if args.figure:

@@ -77,6 +77,7 @@ def combinations() -> list[Combination]:
         Combination("lower bounds", *old),
         Combination("lower bounds, pinned PyTorch", now[0], *old[1:]),
         Combination("pinned", *now),
+        Combination("newest, pinned PyTorch", now[0], "", ""),
         Combination("newest", f">{pin_of('torch')}", "", ""),
     ]
 
@@ -163,11 +164,7 @@ def merge(old: list[Result], new: list[Result]) -> list[Result]:
     return sorted(rows.values(), key=lambda each: [int(part) for part in each.python.split(".")])
 
 
-HEAD = """---
-orphan: true
----
-
-<!-- written by `make support` -->
+HEAD = """<!-- written by `make support` -->
 
 # Supported versions
 
