@@ -48,7 +48,7 @@ from moo_balance._validation import (
 )
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
-from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses
+from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses, weighted
 from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
@@ -313,6 +313,8 @@ class Balancer:
         if not staged.skip:
             linearization.add_to_grad(coefficients)
         staged.reevaluations, staged.scaling = reevaluations, scaling
+        if problem.params:
+            staged.watched = (problem.params[0], problem.params[0]._version)
         self.record.stage(staged)
 
     def _weigh(
@@ -497,9 +499,9 @@ class Balancer:
         staged = self._weigh(batch.statistics, linearization, scaling is not None)
         pairs = zip(problem.losses, staged.coefficients.unbind(), strict=True)
         with torch.enable_grad():
-            weighted = [loss * coefficient.to(loss) for loss, coefficient in pairs]
-        self._stage_combined(staged, weighted)
-        return dict(zip(problem.names, weighted, strict=True))
+            terms = [weighted(loss, coefficient) for loss, coefficient in pairs]
+        self._stage_combined(staged, terms)
+        return dict(zip(problem.names, terms, strict=True))
 
     def _prepare_combined(
         self, losses: Losses, scaling: Scaling | None, features: Features

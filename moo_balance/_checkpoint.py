@@ -316,7 +316,7 @@ class BalanceState:
         saved = self._balancer.save()
         saved["state"] = {key: value.tolist() for key, value in saved["state"].items()}
         rows = self._save_rows(saved)
-        return {"balance": json.dumps(saved), **rows}
+        return {"balance": json.dumps(saved, sort_keys=True), **rows}
 
     def _save_rows(self, saved: dict[str, Any]) -> dict[str, Any]:
         """What is kept of rows, as tensors; the text gets an outline of it."""

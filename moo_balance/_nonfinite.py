@@ -101,8 +101,10 @@ def flag_losses(
             overflowed = True
             if scaled:
                 continue
+            others = names_of(statistics.names, ~losses.isfinite())[1:]
+            also = f" (and in {', '.join(f'`{other}`' for other in others)})" if others else ""
             raise NonFiniteError(
-                f"Loss `{name}` should be finite. Found {value}. Skip the batch, lower the "
+                f"Loss `{name}` should be finite. Found {value}{also}. Skip the batch, lower the "
                 'learning rate, or pass nonfinite="skip" to skip such steps.'
             )
         if value <= bound:

@@ -51,6 +51,7 @@ class Staged:
         scaling: The loss scaler that the gradients were scaled with.
         rows: What is kept of rows after the step; None if that stays as it is.
         separate: The gradients for a step of each loss by itself; None for one step together.
+        watched: A trained parameter, and its version counter; None for ``combined_loss``.
     """
 
     names: tuple[str, ...]
@@ -69,6 +70,7 @@ class Staged:
     scaling: Scaling | None = None
     rows: RowState | None = None
     separate: SeparateRows | None = None
+    watched: tuple[Tensor, int] | None = None
 
     def is_invalid(self) -> bool:
         """Whether a non-finite value was masked on the device. Synchronizes."""
@@ -144,6 +146,8 @@ class Record:
         """Keep the result of ``backward`` for the next step, which closes the window."""
         if self.window is not None:
             self.drop_window()
+        if self.staged is not None:
+            self._warn_of_other_steps(self.staged)
         self.staged = staged
         self.metrics = staged.metrics
 
@@ -200,7 +204,17 @@ class Record:
         staged = self.staged
         # Trainers clear gradients between `combined_loss` and its backward pass, too.
         if staged is not None and (staged.differentiated or not staged.combined):
+            self._warn_of_other_steps(staged)
             self.staged = None
+
+    def _warn_of_other_steps(self, staged: Staged) -> None:
+        """Warn if parameters have changed since a ``backward`` that no ``step`` has followed."""
+        if staged.watched is not None and staged.watched[0]._version != staged.watched[1]:
+            warn(
+                "`backward` should be followed by `step` of the BalancedOptimizer. Found "
+                "parameters that have changed without it: the method has not advanced. Call `step` "
+                "of the BalancedOptimizer, not of the optimizer inside it."
+            )
 
     def drop_step(self) -> None:
         """Another state of the wrapped optimizer was loaded: drop the step in progress.
@@ -277,11 +291,12 @@ class Record:
             )
 
     def check_no_window(self) -> None:
-        """Refuse ``combined_loss`` within a window."""
+        """Refuse ``combined_loss`` and ``weighted_losses`` within a window."""
         if self.in_window:
             raise BalanceError(
-                "`combined_loss` balances each batch by itself. Found a window of micro-batches. "
-                "Use `backward` within `accumulate`, or `combined_loss` outside of it."
+                "`combined_loss` and `weighted_losses` balance each batch by itself. Found a "
+                "window of micro-batches. Use `backward` within `accumulate`, or the two outside "
+                "of it."
             )
 
     def check_window_closed(self) -> None:

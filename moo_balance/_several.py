@@ -150,8 +150,14 @@ class SeveralOptimizers(ForwardingOptimizer):
         self._load_with_hooks(self._load, state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        for optimizer, part in zip(self.optimizers, self._split(state_dict), strict=True):
-            optimizer.load_state_dict(part)
+        parts = self._split(state_dict)
+        for position, (optimizer, part) in enumerate(zip(self.optimizers, parts, strict=True)):
+            try:
+                optimizer.load_state_dict(part)
+            except Exception as error:
+                if position:
+                    add_note(error, f"The first {position} of the optimizers have loaded theirs.")
+                raise
 
     def _split(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The state dict of each part; an error if the groups are not theirs."""
@@ -164,6 +170,7 @@ class SeveralOptimizers(ForwardingOptimizer):
                     f"optimizers have. Found {len(saved['params'])} in place of "
                     f"{len(own['params'])}. Give the optimizers in the order of the saved run."
                 )
+            _check_shapes(own["params"], [state.get(key, {}) for key in saved["params"]])
         rest, parts = iter(groups), []
         others = state_dict.get("parts", [{}] * len(self.optimizers))
         for optimizer, other in zip(self.optimizers, others, strict=True):
@@ -178,6 +185,19 @@ class SeveralOptimizers(ForwardingOptimizer):
     def __repr__(self) -> str:
         parts = ",\n".join(map(repr, self.optimizers))
         return f"{type(self).__name__}(\n{parts}\n)"
+
+
+def _check_shapes(params: Sequence[Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse state that belongs to parameters of other shapes, as of another optimizer."""
+    for param, entry in zip(params, entries, strict=True):
+        for key, value in entry.items():
+            like = isinstance(value, Tensor) and value.ndim == param.ndim > 0
+            if like and value.shape != param.shape:
+                raise BalanceValueError(
+                    "Parameter `state_dict` should have the state of the same parameters. Found "
+                    f"{key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(param.shape)}. Give the optimizers in the order of the saved run."
+                )
 
 
 class _JoinedState(MutableMapping[Any, Any]):

@@ -94,7 +94,7 @@ def check_method(weighting: object, engine: object) -> None:
         if type(weighting).__module__.startswith("torchjd"):
             hint = " Wrap it in moo_balance.integrations.torchjd.TorchJD."
         raise BalanceValueError(
-            "Parameter `weighting` should be an instance of a method such as `FAMO()`. "
+            "Parameter `weighting` should be an instance of a method such as `NashMTL()`. "
             f"Found {describe_value(weighting, Weighting)}.{hint}"
         )
     if engine is None:

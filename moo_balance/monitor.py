@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -268,7 +269,9 @@ class History:
         ax.set_ylabel(label)
         if lines:
             # Matplotlib lists no label with an underscore at its start, as lines without one have.
-            named = [line for line in ax.lines if not str(line.get_label()).startswith("_child")]
+            named = [
+                line for line in ax.lines if not re.fullmatch(r"_child\d+", str(line.get_label()))
+            ]
             others = [each for each in ax.get_legend_handles_labels()[0] if each not in named]
             handles = [*others, *named]
             ax.legend(handles, [each.get_label() for each in handles])

@@ -954,3 +954,26 @@ def test_the_page_shows_what_its_example_prints(capsys):
     assert re.sub(number, "", printed).split() == re.sub(number, "", shown).split()
     found, expected = (list(map(float, re.findall(number, each))) for each in (printed, shown))
     assert found == pytest.approx(expected, rel=0.2, abs=0.1)  # rounding grows in training
+
+
+def test_losses_without_a_gradient_do_not_change_the_advice():
+    """The more pairs are compared, the surer a conflict has to be; theirs are not compared."""
+    torch.manual_seed(1)
+    model = torch.nn.Linear(4, 1)
+    batches = [torch.randn(64, 4) for _ in range(8)]
+
+    def losses(shift, count, batch):
+        output = model(batch)
+        flat = {f"flat {k}": 0.0 * output.sum() for k in range(count)}
+        return {
+            "up": (output - shift).square().mean(),
+            "down": (output + shift).square().mean(),
+        } | flat
+
+    found = []
+    for step in range(30):
+        reports = (diagnose(partial(losses, 0.03 * step, k), model, batches) for k in (0, 8))
+        one, other = (report.pairs["up", "down"].conflict for report in reports)
+        assert one == other
+        found.append(one)
+    assert set(found) == {True, False}

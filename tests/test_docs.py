@@ -83,11 +83,11 @@ def test_the_quickstart_is_worth_its_balancing():
     problem, loop, *_ = blocks("docs/quickstart.md")
     ends = []
     with torch.random.fork_rng():
-        for weighting in ("FAMO()", "__import__('moo_balance').Sum()"):
+        for weighting in ("NashMTL()", "__import__('moo_balance').Sum()"):
             namespace = {}
             exec(problem, namespace)
             start = values(namespace["compute_losses"]())
-            exec(loop.replace("FAMO()", weighting), namespace)
+            exec(loop.replace("NashMTL()", weighting), namespace)
             ends.append(values(namespace["compute_losses"]()))
     balanced, plain = ends
     assert start["second"] == pytest.approx(0.544, rel=1e-2)

@@ -368,7 +368,7 @@ def test_an_empty_history_has_no_figure():
 def test_the_legend_of_a_plot_has_each_name_as_it_is(tmp_path):
     """Matplotlib leaves labels with an underscore out, and reads dollar signs as mathematics."""
     plt.switch_backend("Agg")
-    names = ("_y", "$\\no{$", "a,b")
+    names = ("_y", "$\\no{$", "a,b", "_child_a")
     axes = plt.figure().add_subplot()
     axes.plot([0, 1], [0, 1], label="mine")
     history = history_of([step(names)] * 2)

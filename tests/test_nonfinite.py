@@ -72,6 +72,13 @@ def test_nonfinite_losses_are_skipped_and_counted_and_change_nothing_else(method
     assert end == expected
 
 
+def test_the_message_names_each_loss_that_is_not_finite():
+    model, optimizer = setup_sgd(MGDA())
+    losses = {name: loss * math.nan for name, loss in model.losses().items()}
+    with pytest.raises(NonFiniteError, match=r"Loss `a`.*Found nan \(and in `b`, `c`\)\. Skip"):
+        optimizer.backward(losses)
+
+
 @over_kinds
 def test_nonfinite_losses_of_a_closure_or_a_combined_loss_are_skipped(method):
     model, optimizer = setup(method, nonfinite="skip")
@@ -277,11 +284,11 @@ class PowerOfLength(GramianWeighting):
 
 
 def test_infinite_coefficients_are_refused():
-    """The method divides by the square of a length whose inverse overflows."""
-    model, optimizer = setup_sgd(PowerOfLength(-2))
+    """The method divides by a power of a length whose inverse overflows."""
+    model, optimizer = setup_sgd(PowerOfLength(-9))
     losses = model.losses()
     with pytest.raises(NonFiniteError):
-        one_step(optimizer, {**losses, "b": losses["b"] * 1e-160})
+        one_step(optimizer, {**losses, "b": losses["b"] * 1e-36})
 
 
 def test_finite_gradients_whose_sum_overflows_are_refused():

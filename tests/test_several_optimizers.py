@@ -411,3 +411,33 @@ def test_a_closure_is_evaluated_once():
     assert calls == [True]
     train_plainly(twin, Plain(parts(twin)), [0])
     assert snapshot(model.state_dict()) == snapshot(twin.state_dict())
+
+
+def test_the_state_of_another_order_is_refused():
+    """Groups have as many parameters, so only shapes tell them apart."""
+    small, large = (torch.nn.Parameter(torch.ones(size)) for size in (2, 3))
+
+    def make(*params):
+        return BalancedOptimizer([torch.optim.Adam([p], lr=0.1) for p in params], Sum())
+
+    optimizer, other = make(small, large), make(large, small)
+    optimizer.backward({"a": small.sum(), "b": large.sum()})
+    optimizer.step()
+    before = snapshot(other.state_dict())
+    with pytest.raises(BalanceValueError, match=r"of shape \(2,\) for a parameter of shape \(3,\)"):
+        other.load_state_dict(optimizer.state_dict())
+    assert snapshot(other.state_dict()) == before
+
+
+def test_a_note_says_which_parts_had_loaded_before_one_failed():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = BalancedOptimizer([torch.optim.SGD([p], lr=0.1) for p in params], Sum())
+    saved = optimizer.state_dict()
+
+    def fail(state):
+        raise RuntimeError("a fault of its own")
+
+    optimizer.optimizer.optimizers[1].load_state_dict = fail
+    with pytest.raises(RuntimeError, match="its own") as caught:
+        optimizer.load_state_dict(saved)
+    assert caught.value.__notes__ == ["The first 1 of the optimizers have loaded theirs."]

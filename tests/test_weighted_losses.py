@@ -15,6 +15,7 @@ from moo_balance import (
     BalanceValueError,
     GradDrop,
     MoCo,
+    NashMTL,
     SeparateMoments,
     Sum,
     TrimmedMean,
@@ -189,3 +190,18 @@ def test_constant_terms_are_weighted_by_their_constants():
     losses = model.losses()
     weighted = optimizer.weighted_losses(losses)
     assert torch.equal(weighted["c"], -0.01 * losses["c"])
+
+
+@pytest.mark.parametrize("form", ["combined_loss", "weighted_losses"])
+def test_a_coefficient_may_be_beyond_the_range_of_float16(form):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = BalancedOptimizer(torch.optim.SGD([weight], lr=0.1), NashMTL())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
+    losses = {"a": (1e-6 * weight[0]).half(), "b": weight[1].half()}
+    result = getattr(optimizer, form)(losses, grad_scaler=scaler)
+    loss = result if form == "combined_loss" else sum(result.values())
+    assert optimizer.metrics.coefficients["a"] > 65504
+    assert loss.isfinite()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert weight.grad.isfinite().all()

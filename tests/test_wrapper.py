@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from moo_balance import FAMO, BalancedOptimizer, BalanceError, Sum
+from moo_balance import FAMO, BalancedOptimizer, BalanceError, GradientNorms, Sum
 from tests.support.problems import (
     SmallModel,
     adam,
@@ -224,3 +224,23 @@ def test_zero_grad_between_combined_loss_and_backward_keeps_the_step():
     combined.backward()
     optimizer.step()
     assert optimizer.state_dict()["balance"]["steps"] == 1
+
+
+@pytest.mark.parametrize("call", ["zero_grad", "backward"])
+def test_a_step_of_the_optimizer_inside_is_told(call):
+    model = SmallModel()
+    inner = sgd(model)
+    optimizer = BalancedOptimizer(inner, GradientNorms(every=2))
+    optimizer.backward(model.losses())
+    inner.step()
+    following = {"zero_grad": (), "backward": (model.losses(),)}[call]
+    with pytest.warns(UserWarning, match="Found parameters that have changed without it"):
+        getattr(optimizer, call)(*following)
+
+
+def test_gradients_may_be_discarded_without_a_step():
+    model = SmallModel()
+    optimizer = BalancedOptimizer(sgd(model), GradientNorms(every=2))
+    for _ in range(2):
+        optimizer.backward(model.losses())
+        optimizer.zero_grad()

@@ -28,7 +28,8 @@ INTRODUCTION = (
     "Rate and distortion balanced as in three papers, by a small codec that takes minutes to train "
     "(`examples/lic`), and how large a gain or loss the runs exclude. "
     "`make lic-report` runs the experiments and writes this page; no number in it is written by "
-    "hand."
+    "hand. Solution 1 is `BalancedTrajectory`, and Solution 2 `AnalyticQP`. What b, ± and "
+    "*excluded* mean is said [at the end](#how-a-difference-is-measured); J is R + λ · D."
 )
 
 NOTHING = "No experiment has been run yet with this version: `make lic-report` does so."
@@ -89,6 +90,11 @@ def _opening(contents: Mapping[str, Content]) -> Iterator[str]:
             "only. The right answer is 0: the interval should contain it."
         )
         yield comparisons(nulls, "b")
+        hits = [abs(row["mean"]) <= row["half"] for row in nulls if "error" not in row]
+        yield (
+            f"{sum(hits)} of {len(hits)} intervals contain 0. Each misses it with a probability of "
+            "5 %."
+        )
     planned = [row for row in rows if "holm" in row]
     sure = [row for row in planned if row["holm"] < 0.05]
     yield "## In short"
@@ -119,7 +125,7 @@ def _other_measure(summary: Content) -> Iterator[str]:
         sure = [row for row in planned if row["holm"] < 0.05]
         losses = sum(row["mean"] > 0 for row in sure)
         yield (
-            f"{summary['title']}, {len(planned)} planned comparisons of {summary['measure']}: "
+            f"{summary['title']}, by {summary['measure']}: planned comparisons {len(planned)}, "
             f"gains {len(sure) - losses}, losses {losses}, undecided {len(planned) - len(sure)}."
         )
 
@@ -162,7 +168,7 @@ def cost_of_one_per_cent(rows: Sequence[Content], minutes: float) -> Iterator[st
             f"Intervals wider than ± 1 %: {len(wide)} of {len(rows)}. The widest, "
             f"± {widest['half']:.2f} %, has {widest['count']} values (seeds, or photographs where "
             f"each is a value). For ± 1 % it would take about {count}, with which this section "
-            f"would cost {hours:.1f} CPU-hours in place of {minutes / 60:.1f}."
+            f"would cost {60 * hours:.0f} CPU-minutes in place of {minutes:.1f}."
         )
 
 

@@ -27,6 +27,8 @@ def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespa
     parsed = parser.parse_args(arguments)
     parsed.seeds = range(parsed.seed, parsed.seed + (1 if parsed.quick else 3))
     torch.set_num_threads(1)  # the networks are too small to share
+    if parsed.quick:
+        print("With --quick there are too few steps to compare methods; the page has the results.")
     return parsed
 
 

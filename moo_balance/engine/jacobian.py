@@ -100,8 +100,8 @@ class Jacobian:
                 raise NonFiniteError(
                     f"Coefficients should be in the range of {first.dtype}. Found {largest:.3g}: "
                     "gradients differ in length by more than 38 orders of magnitude, or are too "
-                    "short for this method. Divide the losses by constants that bring their "
-                    "gradients closer together, or train in float64."
+                    "short for this method, or a constant is too large. Divide the losses by "
+                    "constants that bring their gradients closer together, or train in float64."
                 )
 
 

@@ -65,7 +65,8 @@ class BalancedTrainerMixin:
         arguments: Those of the Trainer.
 
     Raises:
-        BalanceValueError: When the optimizer is built: `weighting` is missing.
+        BalanceValueError: When the optimizer is built: `weighting` is missing. In a step:
+            `compute_losses` returns something else, or a loss is no scalar.
 
     Example::
 
@@ -89,6 +90,7 @@ class BalancedTrainerMixin:
         self.weighting, self.balance_options = weighting, dict(balance_options or {})
         # The losses are means over a micro-batch, so the Trainer divides by the number of these.
         self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True  # also where no input counts as a label
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> Any:
         """The Trainer's own optimizer, balanced."""
@@ -108,12 +110,16 @@ class BalancedTrainerMixin:
     ) -> tuple[Mapping[str, Tensor], Any]:
         """The losses by name, and the model's outputs for evaluation; override it.
 
-        Here they are the same, ``model(**inputs)``: a model that returns its losses. Each should
-        be a mean over the batch.
+        Here they are the same, ``model(**inputs)``: a model that returns its losses and nothing
+        else. Each loss should be a mean over the batch.
 
         Args:
             model: The model, perhaps wrapped for training on several devices.
             inputs: The batch.
+
+        Returns:
+            The losses, and the outputs that ``predict`` and metrics get: a mapping, a tensor or a
+            sequence of tensors, without a loss at its start.
         """
         outputs = model(**inputs)
         return outputs, outputs
@@ -126,17 +132,34 @@ class BalancedTrainerMixin:
         num_items_in_batch: Any = None,
     ) -> Any:
         """One scalar whose gradient is the balanced gradient; their sum where there is no graph."""
-        losses, outputs = self.compute_losses(model, inputs)
+        computed = self.compute_losses(model, inputs)
+        if not isinstance(computed, tuple) or len(computed) != 2:
+            raise BalanceValueError(
+                "`compute_losses` should return a mapping of losses, and the model's outputs after "
+                f"it. Found {type(computed).__name__}. Write `return losses, outputs`."
+            )
+        losses, outputs = computed
+        for name, loss in losses.items():
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                raise BalanceValueError(
+                    f"Loss `{name}` should be a scalar. Found shape {tuple(loss.shape)}. If it is "
+                    "an output of the model and no loss, override `compute_losses`, and "
+                    "`return losses, outputs` without it among the losses."
+                )
         if torch.is_grad_enabled():
             # `self.optimizer` is the wrapper that `accelerator.prepare` returned.
             scaler = self.accelerator.scaler  # type: ignore[attr-defined]
             loss = unwrap_optimizer(self.optimizer).combined_loss(losses, grad_scaler=scaler)
         else:
             loss = torch.stack(list(losses.values())).sum()
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        if not isinstance(outputs, Mapping):  # the Trainer leaves out the first of a sequence
+            outputs = (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
+        return loss, outputs
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log also the metrics of the balance, next to the training loss."""
-        if "loss" in logs:
+        if "loss" in logs and find_balanced(self.optimizer) is not None:
             logs.update(unwrap_optimizer(self.optimizer).log_dict())
         super().log(logs, *arguments, **options)  # type: ignore[misc]

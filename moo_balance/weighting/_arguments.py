@@ -268,7 +268,8 @@ def check_mapping(weighting: Weighting, argument: str, **limits: Any) -> None:
     if not isinstance(value, Mapping):
         raise BalanceValueError(
             f"Parameter `{argument}` of {type(weighting).__name__} should map each loss's name to "
-            f"a finite number. Found {value!r}."
+            f"a finite number. Found {value!r}. Write, for example, "
+            f'`{argument}={{"rate": 1.0, "distortion": 2.0}}`.'
         )
     check_range(weighting, argument, named=True, **limits)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moo_balance.errors import BalanceValueError
 from moo_balance.weighting._arguments import check_range, constant_state
+from moo_balance.weighting._identity import method_name, with_nested
 from moo_balance.weighting._wrapping import (
     WrappingWeighting,
     as_inner,
@@ -80,11 +81,11 @@ class MovingAverage(WrappingWeighting):
 
     def __post_init__(self) -> None:
         check_weighting(self, "weighting", self.weighting)
-        if isinstance(self.weighting, Rescaled):
+        if any(isinstance(each, Rescaled) for each in with_nested(self.weighting)):
             raise BalanceValueError(
-                "Parameter `weighting` of MovingAverage should be the method itself, as averaged "
-                "shares would meet the length of another step. Found Rescaled. Write "
-                "Rescaled(MovingAverage(...))."
+                "Parameter `weighting` of MovingAverage should have no Rescaled in it, as averaged "
+                f"shares would meet the length of another step. Found {method_name(self.weighting)}"
+                ". Write Rescaled(MovingAverage(...))."
             )
         if self.beta != "adaptive":
             check_range(self, "beta", 0.0, below=1.0, text="adaptive")

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moo_balance._hints import add_note
 from moo_balance.errors import BalanceValueError
 from moo_balance.functional._checks import constant_vector
 from moo_balance.weighting._arguments import (
@@ -144,7 +145,12 @@ class WithConstant(WrappingWeighting):
                 "`loss_names=[…]` of BalancedOptimizer; if there are none, use FixedWeights."
             )
         positions = _index([name not in self.constants for name in names], device)
-        inner = self.weighting.init(balanced, device)
+        try:
+            inner = self.weighting.init(balanced, device)
+        except BalanceValueError as error:
+            hidden = ", ".join(f"`{name}`" for name in self.constants)
+            add_note(error, f"WithConstant hides {hidden} from {method_name(self.weighting)}.")
+            raise
         count = len(names)
         full = {k: value.new_zeros((count,) * value.ndim) for k, value in inner.items()}
         return as_inner(replace_entries(full, inner, positions))

@@ -235,6 +235,45 @@ def test_a_trainer_without_a_method_is_refused(tmp_path, method):
         build(InOrder, tmp_path, method).train()
 
 
+@over_some("Sum")
+def test_outputs_among_the_losses_are_refused(trainer, method):
+    class WithOutputs(InOrder):
+        def compute_losses(self, model, inputs):
+            losses, outputs = super().compute_losses(model, inputs)
+            return {**losses, "logits": torch.ones(2, 3)}, outputs
+
+    with pytest.raises(BalanceValueError, match=r"`logits`.*\(2, 3\).*override `compute_losses`"):
+        trainer(method, WithOutputs)[2].train()
+
+    class OnlyLosses(InOrder):
+        def compute_losses(self, model, inputs):
+            return super().compute_losses(model, inputs)[0]
+
+    with pytest.raises(BalanceValueError, match=r"Found dict\. Write `return losses, outputs`"):
+        trainer(method, OnlyLosses)[2].train()
+
+
+@over_some("Sum")
+def test_a_loss_is_evaluated_also_without_labels(trainer, method):
+    model, _, made = trainer(method)
+    total = made.evaluate([{"batch": 7}])["eval_loss"]
+    assert total == pytest.approx(sum(loss.item() for loss in model(7).values()))
+
+
+@over_some("Sum")
+@pytest.mark.parametrize("count", [0, 1, 2], ids=["tensor", "one", "two"])
+def test_predictions_are_all_outputs(trainer, method, count):
+    class WithOutputs(InOrder):
+        def compute_losses(self, model, inputs):
+            losses, _ = super().compute_losses(model, inputs)
+            output = torch.tensor([[5.0, 6.0]])
+            return losses, (output,) * count if count else output
+
+    predictions = trainer(method, WithOutputs)[2].predict([{"batch": 7}]).predictions
+    found = predictions if isinstance(predictions, tuple) else (predictions,)
+    assert [each.tolist() for each in found] == [[[5.0, 6.0]]] * max(count, 1)
+
+
 @over_some("AnalyticQP")
 def test_the_callback_adds_to_the_logs(trainer, method):
     class OwnLoss(Plain):

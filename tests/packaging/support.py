@@ -166,32 +166,39 @@ def merge(old: list[Result], new: list[Result]) -> list[Result]:
 
 HEAD = """<!-- written by `make support` -->
 
-# Supported versions
+# Tested versions
 
 The package requires Python 3.10 or newer and the lower bounds in `pyproject.toml`. This page says
 which versions have been tested together: each row is an environment of its own, in which a fast
-part of the library's tests ran in one process, on the CPU. A row that was *not run* says nothing
-about whether the versions work. `make support` tests again what can be had on a machine, and keeps
-the other rows.
+part of the library's tests ran in one process, on the CPU. Nothing is known of combinations that
+were not run. `make support` tests again what can be had on a machine, and keeps the other rows.
 
 | Python | versions | PyTorch | NumPy | SciPy | tests |
 | --- | --- | --- | --- | --- | --- |
 """
 
 FOOT = """
-In a row that was not run, the columns have what would have been asked of pip. PyTorch is installed
-only if its wheel is already on the machine (`PIP_FIND_LINKS`), because most of its wheels come with
-several gigabytes of CUDA libraries; `python -m tests.packaging.support --download` installs it all
-the same. The whole suite runs with the versions of `constraints.txt`.
+PyTorch is installed only if its wheel is already on the machine (`PIP_FIND_LINKS`), because most of
+its wheels come with several gigabytes of CUDA libraries; `python -m tests.packaging.support
+--download` installs it all the same. The whole suite runs with the versions of `constraints.txt`.
 """
 
 
 def write_page(results: list[Result], page: Path) -> None:
     rows = "".join(
-        f"| {each.python} | {each.label} | {each.torch} | {each.numpy or 'any'} "
-        f"| {each.scipy or 'any'} | {each.outcome} |\n"
+        f"| {each.python} | {each.label} | {each.torch} | {each.numpy} | {each.scipy} "
+        f"| {each.outcome} |\n"
         for each in results
+        if not each.outcome.startswith(NOT_RUN)
     )
+    absent = "".join(
+        f"- Python {each.python}, {each.label}: PyTorch {each.torch}, "
+        f"{each.outcome.removeprefix(f'{NOT_RUN}: ')}.\n"
+        for each in results
+        if each.outcome.startswith(NOT_RUN)
+    )
+    if absent:
+        rows += f"\nNot run:\n\n{absent}"
     data = {"version": moo_balance.__version__, "results": [asdict(each) for each in results]}
     page.write_text(f"{HEAD}{rows}{FOOT}\n<!-- results: {json.dumps(data)} -->\n")
 

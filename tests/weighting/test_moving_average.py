@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moo_balance import FAMO, MGDA, FixedWeights, MovingAverage, RandomWeights, SumLog
+from moo_balance import (
+    FAMO,
+    MGDA,
+    BalanceValueError,
+    FixedWeights,
+    MovingAverage,
+    RandomWeights,
+    Rescaled,
+    Sequential,
+    Sum,
+    SumLog,
+    WithConstant,
+)
 from moo_balance.weighting import State, Weighting
 from tests.support.problems import Scene, play
 from tests.support.registry import NAMES
@@ -104,3 +116,10 @@ def test_the_moving_average_agrees_with_torchjd() -> None:
         answer = ours.weights(statistics_of([1.0, 1.0], rows @ rows.T, step), state)
         state = answer.state
         assert_near(answer.coefficients, theirs(rows @ rows.T), 1e-2)  # theirs stops early
+
+
+def test_a_rescaled_method_is_refused_at_any_depth():
+    phases = Sequential([Rescaled(MGDA()), Sum()], [5])
+    for method in (Rescaled(MGDA()), WithConstant(Rescaled(MGDA()), {"c": 1.0}), phases):
+        with pytest.raises(BalanceValueError, match=r"no Rescaled in it.*Found .*Rescaled\(MGDA\)"):
+            MovingAverage(method)

@@ -321,3 +321,10 @@ def test_a_history_shows_the_constant():
     history.append(optimizer.metrics)
     steps, values = history.series("coefficient/term")
     assert (steps, values) == ([0], [pytest.approx(0.3)])
+
+
+def test_a_note_says_which_losses_the_method_inside_does_not_see():
+    method = WithConstant(NashMTL(preference={"a": 1.0, "b": 1.0, "c": 2.0}), {"c": 0.1})
+    with pytest.raises(BalanceValueError, match="Found `c`, which is none") as caught:
+        method.init(["a", "b", "c"], torch.device("cpu"))
+    assert caught.value.__notes__ == ["WithConstant hides `c` from NashMTL."]
