@@ -48,7 +48,7 @@ from moo_balance._validation import (
 )
 from moo_balance.engine import Engine, Linearization, Problem
 from moo_balance.engine.autograd import hooked_positions, node_hook_positions
-from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses, weighted
+from moo_balance.engine.base import is_distributed, node_hooks_error, stack_losses, weigh_losses
 from moo_balance.errors import NonFiniteError
 from moo_balance.monitor import StepMetrics
 from moo_balance.weighting._identity import describe, lagged_form
@@ -499,7 +499,7 @@ class Balancer:
         staged = self._weigh(batch.statistics, linearization, scaling is not None)
         pairs = zip(problem.losses, staged.coefficients.unbind(), strict=True)
         with torch.enable_grad():
-            terms = [weighted(loss, coefficient) for loss, coefficient in pairs]
+            terms = [weigh_losses(loss, coefficient) for loss, coefficient in pairs]
         self._stage_combined(staged, terms)
         return dict(zip(problem.names, terms, strict=True))
 

@@ -157,10 +157,10 @@ def weighted_sum(problem: Problem, coefficients: Tensor) -> Tensor:
     """The weighted sum of the losses as one scalar, in float32 or better."""
     losses = stack_losses(problem.losses) if problem.stacked is None else problem.stacked
     with torch.enable_grad():
-        return weighted(losses, coefficients).sum()
+        return weigh_losses(losses, coefficients).sum()
 
 
-def weighted(losses: Tensor, coefficients: Tensor) -> Tensor:
+def weigh_losses(losses: Tensor, coefficients: Tensor) -> Tensor:
     """Losses times coefficients, in float32 or better: these may be too large for float16."""
     return losses * coefficients.to(torch.promote_types(losses.dtype, torch.float32))
 
