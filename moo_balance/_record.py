@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _SKIPS_TO_WARN_OF = 10
+_STEPS_OF_OTHERS_TO_WARN_OF = 3
+"""Optimizers that perturb the parameters between two passes, as SAM does, have one in a row."""
 
 
 @dataclass(eq=False, repr=False)
@@ -110,6 +112,8 @@ class Record:
         window: The open window of micro-batches.
         accumulating: Whether ``backward`` is called within ``accumulate()``.
         moved: Whether ``first_step`` of an optimizer with two has moved the parameters.
+        steps_of_others: How often in a row parameters have changed after ``backward``, and no
+            ``step`` has followed.
         faults: Values masked on a device, for the next report.
         capture: Whether one loss holds all the weight, of which there is one warning in a run.
     """
@@ -129,6 +133,7 @@ class Record:
     window: Accumulation | None = None
     accumulating: bool = False
     moved: bool = False
+    steps_of_others: int = 0
     faults: FaultCounts = field(default_factory=FaultCounts)
     capture: CaptureWatch = field(default_factory=CaptureWatch)
 
@@ -147,7 +152,7 @@ class Record:
         if self.window is not None:
             self.drop_window()
         if self.staged is not None:
-            self._warn_of_other_steps(self.staged)
+            self._count_steps_of_others(self.staged)
         self.staged = staged
         self.metrics = staged.metrics
 
@@ -171,7 +176,7 @@ class Record:
             self.rows, self.rows_method = staged.rows or {}, staged.method
         self.moved = False
         self.steps += 1
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.steps_of_others = 0
 
     def skip(self, staged: Staged, most: int | None) -> None:
         """Discard a staged step that must not be taken.
@@ -204,12 +209,15 @@ class Record:
         staged = self.staged
         # Trainers clear gradients between `combined_loss` and its backward pass, too.
         if staged is not None and (staged.differentiated or not staged.combined):
-            self._warn_of_other_steps(staged)
+            self._count_steps_of_others(staged)
             self.staged = None
 
-    def _warn_of_other_steps(self, staged: Staged) -> None:
-        """Warn if parameters have changed since a ``backward`` that no ``step`` has followed."""
-        if staged.watched is not None and staged.watched[0]._version != staged.watched[1]:
+    def _count_steps_of_others(self, staged: Staged) -> None:
+        """Warn if again and again parameters change after a ``backward`` without a ``step``."""
+        if staged.watched is None or staged.watched[0]._version == staged.watched[1]:
+            return
+        self.steps_of_others += 1
+        if self.steps_of_others == _STEPS_OF_OTHERS_TO_WARN_OF:
             warn(
                 "`backward` should be followed by `step` of the BalancedOptimizer. Found "
                 "parameters that have changed without it: the method has not advanced. Call `step` "

@@ -24,7 +24,7 @@ from moo_balance import (
     BalanceValueError,
     NonFiniteError,
 )
-from moo_balance._reevaluation import add_note
+from moo_balance._hints import add_note
 from moo_balance._reevaluation.copies import INTERVAL, Copies
 from moo_balance._reevaluation.reachable import find_reachable
 from moo_balance._reevaluation.writes import watch_writes

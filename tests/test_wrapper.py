@@ -231,8 +231,9 @@ def test_a_step_of_the_optimizer_inside_is_told(call):
     model = SmallModel()
     inner = sgd(model)
     optimizer = BalancedOptimizer(inner, GradientNorms(every=2))
-    optimizer.backward(model.losses())
-    inner.step()
+    for _ in range(3):
+        optimizer.backward(model.losses())
+        inner.step()
     following = {"zero_grad": (), "backward": (model.losses(),)}[call]
     with pytest.warns(UserWarning, match="Found parameters that have changed without it"):
         getattr(optimizer, call)(*following)
