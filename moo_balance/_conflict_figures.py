@@ -117,7 +117,7 @@ def estimate_figures(names: Sequence[str], products: Products, level: float) -> 
     values, low, high = cosine_intervals(squares, left_out, above, quantile)
     indices = list(combinations(range(len(names)), 2))
     # A loss without a gradient in any batch has no pairs to be in conflict.
-    compared = sum(bool(batch_norms[:, [j, k]].sum(0).gt(0).all()) for j, k in indices)
+    compared = math.comb(int((batch_norms > 0).any(0).sum()), 2)
     corrected = t_quantile(dof, 1.0 - (1.0 - level) / max(compared, 1))
     conflicts = cosine_intervals(squares, left_out, above, corrected)[2] < 0
     batch_cosines = mean_cosines(products.within, batch_norms)

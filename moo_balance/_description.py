@@ -36,10 +36,9 @@ def _describe_losses(balancer: Balancer) -> str:
     known = names or metrics.names
     if not known:
         return "none so far"
-    listed = ", ".join(
+    return ", ".join(
         f"{each} × {coefficients[each]}" if each in coefficients else each for each in known
     )
-    return listed
 
 
 def _describe_compared(params: Sequence[Tensor], shared: Sequence[Tensor] | None) -> str:

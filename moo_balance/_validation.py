@@ -427,8 +427,9 @@ def _show_mapping(losses: object, declared: Sequence[str] | None, verb: str) -> 
         return f"{verb} `dict(losses)`."
     if isinstance(losses, (list, tuple)) or (isinstance(losses, Tensor) and losses.ndim == 1):
         count = len(losses)
-        fits = declared is not None and len(declared) == count
-        names = declared if declared and fits else ("first", "second", "third")[:count]
+        names = declared or ()
+        if len(names) != count:
+            names = ("first", "second", "third")[:count]
         entries = [f'"{name}": losses[{k}]' for k, name in enumerate(names[:3])]
         if entries:
             return f"{verb} `{{{', '.join(entries)}{', …' * (count > 3)}}}`."

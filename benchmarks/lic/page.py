@@ -95,8 +95,7 @@ def _opening(contents: Mapping[str, Content]) -> Iterator[str]:
             f"{sum(hits)} of {len(hits)} intervals contain 0. Each misses it with a probability of "
             "5 %."
         )
-    planned = [row for row in rows if "holm" in row]
-    sure = [row for row in planned if row["holm"] < 0.05]
+    planned, sure = _select_planned(rows)
     yield "## In short"
     yield (
         f"Of {len(planned)} planned comparisons of bits at equal PSNR, {len(sure)} differ from 0 "
@@ -118,11 +117,16 @@ def _opening(contents: Mapping[str, Content]) -> Iterator[str]:
     yield _cost(contents)
 
 
+def _select_planned(rows: Sequence[Content]) -> tuple[list[Content], list[Content]]:
+    """The planned comparisons, which have a corrected p-value, and those that differ from 0."""
+    planned = [row for row in rows if "holm" in row]
+    return planned, [row for row in planned if row["holm"] < 0.05]
+
+
 def _other_measure(summary: Content) -> Iterator[str]:
     """The count of differences of a section that does not measure bits at equal PSNR."""
-    planned = [row for row in summary["comparisons"] if "holm" in row and not row["null"]]
+    planned, sure = _select_planned(summary["comparisons"])
     if planned and summary["measure"] != "b":
-        sure = [row for row in planned if row["holm"] < 0.05]
         losses = sum(row["mean"] > 0 for row in sure)
         yield (
             f"{summary['title']}, by {summary['measure']}: planned comparisons {len(planned)}, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from examples.recipes import common
 from moo_balance import BalancedOptimizer, History
 
 # Arguments of a Trainer that prints and writes nothing.
@@ -49,5 +49,4 @@ def step_times_of_runs(runs: Mapping[str, Callable[[], Recorder]], rounds: int) 
     for _ in range(rounds):
         for name, run in runs.items():
             times[name] += run().times[3:]
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {name: value / next(iter(medians.values())) for name, value in medians.items()}
+    return common.relative_medians(times, next(iter(runs)))

@@ -48,11 +48,19 @@ def split_digits(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(*(part[order].split(sizes) for part in parts), strict=True))
 
 
-def draw_weights(names: Sequence[str], count: int, seed: int) -> list[FixedWeights]:
-    """Random static weights from 0.01 to 100, uniform in the logarithm."""
+def search_weights(
+    names: Sequence[str], count: int, seed: int, score: Callable[[FixedWeights], float]
+) -> FixedWeights:
+    """Of random static weights those with the least score; they are printed.
+
+    They are from 0.01 to 100, uniform in the logarithm.
+    """
     generator = torch.Generator().manual_seed(seed)
     exponents = 4 * torch.rand(count, len(names), generator=generator) - 2
-    return [FixedWeights(dict(zip(names, row, strict=True))) for row in (10**exponents).tolist()]
+    rows = (10**exponents).tolist()
+    best = min((FixedWeights(dict(zip(names, row, strict=True))) for row in rows), key=score)
+    print("static weights:", {name: f"{value:.2g}" for name, value in best.values.items()})
+    return best
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -97,8 +105,13 @@ def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
+    return relative_medians(times, "Sum")
+
+
+def relative_medians(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, float]:
+    """Medians, divided by that of one of them."""
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return {name: value / medians["Sum"] for name, value in medians.items()}
+    return {name: value / medians[reference] for name, value in medians.items()}
 
 
 def print_step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> None:

@@ -153,14 +153,13 @@ def search(seed: int, steps: int) -> FixedWeights:
     def score(trial: FixedWeights) -> float:
         return error(train(trial, seed + 100, steps).average, make_data()[2])
 
-    return min(common.draw_weights(NAMES, TRIALS, seed), key=score)
+    return common.search_weights(NAMES, TRIALS, seed, score)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, arguments)
     steps = 20 if args.quick else 400
     best = search(args.seed, steps)
-    print("static weights:", {name: f"{value:.2g}" for name, value in best.values.items()})
     methods = {
         "labels only": FixedWeights({**dict.fromkeys(NAMES, 0.0), "labels": 1.0}),
         "Sum": Sum(),

@@ -136,14 +136,13 @@ def search(seed: int, steps: int) -> FixedWeights:
         network = train(trial, seed + 100, steps).network
         return mean_log_error(network, make_data(seed + 100)[1])
 
-    return min(common.draw_weights(TASKS, TRIALS, seed), key=score)
+    return common.search_weights(TASKS, TRIALS, seed, score)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, arguments)
     steps = 60 if args.quick else 800
     best = search(args.seed, steps)
-    print("static weights:", {name: f"{value:.2g}" for name, value in best.values.items()})
     methods = {
         "Sum": Sum(),
         f"static, best of {TRIALS}": best,

@@ -160,6 +160,7 @@ class BalancedTrainerMixin:
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log also the metrics of the balance, next to the training loss."""
-        if "loss" in logs and find_balanced(self.optimizer) is not None:
-            logs.update(unwrap_optimizer(self.optimizer).log_dict())
+        balanced = find_balanced(self.optimizer)
+        if "loss" in logs and balanced is not None:
+            logs.update(balanced.log_dict())
         super().log(logs, *arguments, **options)  # type: ignore[misc]
